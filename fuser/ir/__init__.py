@@ -1,0 +1,1 @@
+"""Values that everyone speaks: operators, schemes, masks, targets. Imports nothing else of fuser."""

@@ -1,0 +1,35 @@
+"""Every error that fuser raises on purpose derives from :class:`FuserError`."""
+
+from __future__ import annotations
+
+
+class FuserError(Exception):
+    """Base of fuser's errors. The message says what was wrong with the user's model, mask or machine, and what to do."""
+
+
+class CaptureError(FuserError):
+    """A model could not be captured as a graph."""
+
+
+class MaskError(FuserError, ValueError):
+    """A mask is malformed or does not fit the tensors that it is used with."""
+
+
+class SchemeError(FuserError, ValueError):
+    """A fusion scheme cannot be decoded or belongs to another region."""
+
+
+class ToolchainError(FuserError):
+    """A compiler or ninja is missing, broken or too old."""
+
+
+class BuildError(FuserError):
+    """A generated kernel did not compile; carries the compiler's output and the path of the source."""
+
+
+class CacheError(FuserError):
+    """The kernel cache is unusable: foreign owner, writable by others, damaged, or of another format."""
+
+
+class KernelError(FuserError):
+    """A kernel reported failure at run time, or was called with tensors that it was not built for."""

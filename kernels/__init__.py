@@ -1,0 +1,1 @@
+"""Kernel families: what each can fuse, its parameters, its cost and its PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Toolchains, builds, the kernel cache, loading and executing programs."""

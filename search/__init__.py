@@ -1,0 +1,1 @@
+"""The search for schemes and kernel parameters."""

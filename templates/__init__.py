@@ -1,0 +1,1 @@
+"""Jinja sources of the kernels and the headers that they share."""
