@@ -1,0 +1,250 @@
+"""Masks with a closed form. Each class gives the rule for one pair and, row by row, the same set as progressions."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import isqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fuser.ir.masks.base import Bools, Ints, Mask, Progressions, integer, spans
+
+
+@dataclass(frozen=True)
+class _Pattern(Mask):
+    """A mask defined by integer parameters, the fields of its class; ``least`` gives their smallest legal values."""
+
+    kind: ClassVar[str]
+    least: ClassVar[dict[str, int | None]] = {}
+    optional: ClassVar[frozenset[str]] = frozenset()
+    label: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in self.optional:
+                continue
+            number = integer(f"{type(self).__name__}: {field.name}", value, self.least[field.name])
+            object.__setattr__(self, field.name, number)
+
+    @property
+    def name(self) -> str:
+        shown = [
+            f"{self.label.get(field.name, field.name)}={value}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        ]
+        return f"{self.kind}({', '.join(shown)})" if shown else self.kind
+
+    def _key(self) -> Any:
+        return [self.kind, {field.name: getattr(self, field.name) for field in fields(self)}]
+
+
+@dataclass(frozen=True)
+class Dense(_Pattern):
+    """All pairs. Neutral for ``&``; ``~Dense()`` allows none."""
+
+    kind = "dense"
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        return np.ones((1,) * i.ndim, np.bool_)
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        return spans(len(i), m, (0, m - 1, 1))
+
+
+@dataclass(frozen=True)
+class Causal(_Pattern):
+    """j <= i + offset. With offset 0 the diagonal starts top left, as in torch; kv_len - q_len is for a full cache."""
+
+    offset: int = 0
+
+    kind = "causal"
+    least = {"offset": None}  # noqa: RUF012
+
+    @property
+    def name(self) -> str:
+        return f"causal(offset={self.offset})" if self.offset else "causal"
+
+    def shift(self, offset: int) -> Mask:
+        return Causal(self.offset + integer("offset", offset, 0))
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        allowed: Bools = j <= i + self.offset
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        return spans(len(i), m, (0, i + self.offset, 1))
+
+
+@dataclass(frozen=True)
+class SlidingWindow(_Pattern):
+    """-left <= j - i <= right."""
+
+    left: int
+    right: int
+
+    kind = "sliding_window"
+    least = {"left": 0, "right": 0}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        allowed: Bools = (i - j <= self.left) & (j - i <= self.right)
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        return spans(len(i), m, (i - self.left, i + self.right, 1))
+
+
+@dataclass(frozen=True)
+class _Stepped(_Pattern):
+    """Base of the two masks of Child et al. 2019 (arXiv 1904.10509), in AToffer's form."""
+
+    step: int | None = None
+
+    least = {"step": 1}  # noqa: RUF012
+    optional = frozenset({"step"})
+
+    def _step(self, kv_len: int) -> int:
+        return self.step or max(1, isqrt(kv_len))
+
+
+@dataclass(frozen=True)
+class Strided(_Stepped):
+    """j <= i and ((i - j) mod step = 0 or j > i - step); step is floor(sqrt(kv_len)) where it is None."""
+
+    kind = "strided"
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        step = self._step(m)
+        back = i - j
+        allowed: Bools = (back >= 0) & ((back % step == 0) | (back < step))
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        step = self._step(m)
+        return spans(len(i), m, (i % step, i - step, step), (i - step + 1, i, 1))
+
+
+@dataclass(frozen=True)
+class Fixed(_Stepped):
+    """j <= i and (j mod step = step - 1 or j > i + (j mod step) - step); step is floor(sqrt(kv_len)) where it is None.
+
+    That is the part of i's own block of ``step`` keys up to i, and the last key of every earlier block.
+    """
+
+    kind = "fixed"
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        step = self._step(m)
+        place = j % step
+        allowed: Bools = (j <= i) & ((place == step - 1) | (j > i + place - step))
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        step = self._step(m)
+        block = i - i % step
+        return spans(len(i), m, (step - 1, block - 1, step), (block, i, 1))
+
+
+@dataclass(frozen=True)
+class Dilated(_Pattern):
+    """|i - j| <= window * dilation and (i - j) mod dilation = 0: ``window`` keys on each side, ``dilation`` apart."""
+
+    window: int
+    dilation: int
+
+    kind = "dilated"
+    least = {"window": 0, "dilation": 1}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        apart = i - j
+        allowed: Bools = (abs(apart) <= self.window * self.dilation) & (apart % self.dilation == 0)
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        reach = self.window * self.dilation
+        return spans(len(i), m, (i - reach, i + reach, self.dilation))
+
+
+@dataclass(frozen=True)
+class Longformer(_Pattern):
+    """|i - j| <= window or i < global_tokens or j < global_tokens (Beltagy et al. 2020, arXiv 2004.05150)."""
+
+    window: int
+    global_tokens: int
+
+    kind = "longformer"
+    least = {"window": 0, "global_tokens": 0}  # noqa: RUF012
+    label = {"global_tokens": "global"}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        return (abs(i - j) <= self.window) | (i < self.global_tokens) | (j < self.global_tokens)
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        first = self.global_tokens
+        last = np.where(i < first, m - 1, i + self.window)
+        begin = np.where(i < first, first, np.maximum(first, i - self.window))
+        return spans(len(i), m, (0, first - 1, 1), (begin, last, 1))
+
+
+@lru_cache(maxsize=64)
+def _random_blocks(seed: int, block_rows: int, block_cols: int, count: int) -> Ints:
+    """For each block row, ``count`` distinct block columns: (block_rows, count), drawn row after row."""
+    rng = np.random.default_rng(seed)
+    picks = np.empty((block_rows, count), np.int64)
+    for row in picks:
+        row[:] = rng.choice(block_cols, count, replace=False)
+    picks.setflags(write=False)
+    return picks
+
+
+@dataclass(frozen=True)
+class BigBird(_Pattern):
+    """Blocks of ``block`` x ``block`` pairs (Zaheer et al. 2020, arXiv 2007.14062), cut off at the lengths.
+
+    Allowed are the ``window`` blocks centred on the diagonal (an even number has its extra block on the left), the
+    first ``globals`` block rows and block columns, and for each block row, in order, ``random`` distinct blocks of all
+    block columns from ``numpy.random.default_rng(seed).choice``, or all where there are fewer. The random ones may
+    coincide with the others. They depend on the number of block columns and on earlier rows, but not on later rows.
+    """
+
+    block: int
+    window: int
+    globals: int
+    random: int
+    seed: int = 0
+
+    kind = "bigbird"
+    least = {"block": 1, "window": 0, "globals": 0, "random": 0, "seed": 0}  # noqa: RUF012
+
+    def _picks(self, n: int, m: int) -> Ints:
+        block_rows, block_cols = -(-n // self.block), -(-m // self.block)
+        return _random_blocks(self.seed, block_rows, block_cols, min(self.random, block_cols))
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        row, col = i // self.block, j // self.block
+        allowed = (row < self.globals) | (col < self.globals)
+        allowed = allowed | ((row - col <= self.window // 2) & (col - row < (self.window + 1) // 2))
+        for pick in self._picks(n, m).T:
+            allowed |= pick[row] == col
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        row = i // self.block
+        picks = self._picks(n, m)[row].T
+        # A global row is the window from the first block that is not global to the last.
+        begin = np.where(row < self.globals, self.globals, np.maximum(self.globals, row - self.window // 2))
+        end = np.where(row < self.globals, m, row + (self.window + 1) // 2)
+        fresh = (picks >= self.globals) & ((picks < begin) | (picks >= end))
+        first = np.stack([np.zeros_like(row), begin, *picks])
+        stop = np.stack([np.full_like(row, self.globals), end, *np.where(fresh, picks + 1, picks)])
+        order = np.argsort(first, axis=0, kind="stable")
+        first, stop = np.take_along_axis(first, order, 0), np.take_along_axis(stop, order, 0)
+        return spans(len(i), m, *((a * self.block, b * self.block - 1, 1) for a, b in zip(first, stop, strict=True)))
+
+    def _shape_key(self, n: int, m: int) -> Any:
+        # numpy may change its random streams between versions, so that the seed alone does not fix the entries.
+        return [self._key(), hashlib.sha256(self._picks(n, m).tobytes()).hexdigest()]
