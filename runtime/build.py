@@ -1,0 +1,339 @@
+"""From generated sources to shared objects in the cache: one ninja run for everything that is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from fuser.ir.errors import BuildError, CacheError, ToolchainError
+from fuser.ir.target import Target
+from fuser.runtime.cache import KernelCache, KernelKey, default_cache, kernel_key
+from fuser.runtime.toolchain import Toolchain, find_ninja, find_toolchain
+
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
+_ANNOUNCE_SECONDS = 2.0
+_REPEAT_SECONDS = 15.0
+_LOCK_SECONDS = 120.0
+_MESSAGE_CHARACTERS = 6000
+
+logger = logging.getLogger("fuser")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kernel to build: ``text`` defines ``extern "C" int symbol(const FuserArgs*, void* stream)``.
+
+    The text includes nothing of ours but headers of the folder that :func:`build` is given.
+    """
+
+    symbol: str
+    text: str
+    suffix: str = ".cpp"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source that did not compile: the command, the compiler's output and where the source is kept."""
+
+    symbol: str
+    command: str
+    output: str
+    source: Path
+
+
+class CompilationError(BuildError):
+    """Raised by :func:`build`; ``failures`` holds one :class:`Failure` per source that did not compile."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        self.failures = tuple(failures)
+        parts = [f"{len(failures)} generated kernel{'s' if len(failures) > 1 else ''} did not compile"]
+        for failure in failures:
+            parts.append(
+                f"{failure.symbol}: source kept at {failure.source}\ncommand: {failure.command}\n"
+                f"{failure.output.strip()[:_MESSAGE_CHARACTERS]}"
+            )
+        super().__init__("\n\n".join(parts))
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Source
+    key: KernelKey
+    headers: Mapping[str, bytes]
+
+
+def build(
+    sources: Sequence[Source],
+    target: Target,
+    *,
+    headers: Path,
+    cache: KernelCache | None = None,
+    jobs: int | None = None,
+) -> dict[str, Path]:
+    """The shared object of every source, from the cache or built now in parallel; by symbol.
+
+    ``headers`` is the folder of the headers that sources include; ``jobs`` bounds the compilers that run at once
+    (default: the CPUs that this process may use). Without a working compiler, kernels that any compiler has built for
+    this target are taken from the cache.
+
+    Raises :class:`CompilationError` (a :class:`BuildError`) if sources do not compile, after all others have been
+    published; :class:`ToolchainError` if something must be built and there is no compiler or ninja;
+    :class:`CacheError` if there is no place to put the result.
+    """
+    cache = default_cache() if cache is None else cache
+    unique = _unique(sources)
+    if not unique:
+        return {}
+    try:
+        toolchain = find_toolchain(target)
+    except ToolchainError as error:
+        return _without_compiler(unique, target, headers, cache, error)
+    jobs_by_symbol = {symbol: _job(source, target, toolchain, headers) for symbol, source in unique.items()}
+    built = {symbol: path for symbol, job in jobs_by_symbol.items() if (path := cache.get(job.key.digest))}
+    missing = [job for symbol, job in jobs_by_symbol.items() if symbol not in built]
+    if not missing:
+        return built
+    ninja = find_ninja()
+    with _locked(cache, missing):
+        for job in missing:
+            if path := cache.get(job.key.digest):
+                built[job.source.symbol] = path
+        missing = [job for job in missing if job.source.symbol not in built]
+        if missing:
+            built |= _compile(missing, target, toolchain, ninja, cache, jobs or _usable_cpus())
+            cache.prune()
+    return built
+
+
+def key_of(source: Source, target: Target, *, headers: Path) -> KernelKey:
+    """The key under which :func:`build` files ``source``. Raises :class:`ToolchainError` without a compiler."""
+    return _job(source, target, find_toolchain(target), headers).key
+
+
+def included_headers(text: str, headers: Path) -> dict[str, bytes]:
+    """Names (relative to the folder ``headers``) and content of the headers that ``text`` includes, directly or not.
+
+    Only these are there when the source is compiled, so that a build can depend on nothing outside its key.
+    """
+    root = headers.resolve()
+    found: dict[str, bytes] = {}
+    pending = [(text.encode(), root)]
+    while pending:
+        content, folder = pending.pop()
+        for name in _INCLUDE.findall(content):
+            for base in (folder, root):
+                path = (base / os.fsdecode(name)).resolve()
+                if path.is_relative_to(root) and path.is_file():
+                    relative = path.relative_to(root).as_posix()
+                    if relative not in found:
+                        found[relative] = path.read_bytes()
+                        pending.append((found[relative], path.parent))
+                    break
+    return found
+
+
+def _unique(sources: Sequence[Source]) -> dict[str, Source]:
+    unique: dict[str, Source] = {}
+    for source in sources:
+        if not _SYMBOL.fullmatch(source.symbol):
+            raise BuildError(f"{source.symbol!r} is not a C identifier of at most 200 characters")
+        if source.suffix != ".cpp":
+            raise BuildError(f"{source.symbol}: there is no rule to build {source.suffix!r} files, only '.cpp'")
+        if unique.setdefault(source.symbol, source) != source:
+            raise BuildError(f"two different sources define the kernel {source.symbol}; give them different names")
+    return unique
+
+
+def _job(source: Source, target: Target, toolchain: Toolchain | None, headers: Path) -> _Job:
+    included = included_headers(source.text, headers)
+    key = kernel_key(
+        symbol=source.symbol,
+        text=source.text,
+        headers=included,
+        target=target.key,
+        compiler=toolchain.version if toolchain else "",
+        flags=toolchain.flags if toolchain else (),
+    )
+    return _Job(source, key, included)
+
+
+def _without_compiler(
+    unique: Mapping[str, Source], target: Target, headers: Path, cache: KernelCache, error: ToolchainError
+) -> dict[str, Path]:
+    found = {}
+    for symbol, source in unique.items():
+        path = cache.find(_job(source, target, None, headers).key.source)
+        if path is None:
+            raise ToolchainError(
+                f"the kernel {symbol} is not in the cache {cache.root} and cannot be built: {error}\n"
+                "(Kernels can also be built elsewhere for the same instruction set and brought here with "
+                "`fuserc cache export` and `fuserc cache import`.)"
+            ) from error
+        found[symbol] = path
+    return found
+
+
+@contextlib.contextmanager
+def _locked(cache: KernelCache, jobs: Sequence[_Job]) -> Iterator[None]:
+    """Hold the locks of all ``jobs``, so that two processes do not build the same kernel.
+
+    The lock only saves work (publishing is atomic), so a lock that cannot be had is not an error. All processes take
+    locks in the same order; the kernel releases those of a process that dies.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with contextlib.ExitStack() as stack:
+        for digest in sorted(job.key.digest for job in jobs):
+            lock = filelock.FileLock(cache.lock_path(digest), mode=0o600)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                logger.info("waiting for another process that is building the same kernel (%s)", digest)
+                try:
+                    lock.acquire(timeout=max(deadline - time.monotonic(), 0.0))
+                except filelock.Timeout:
+                    logger.warning("another process has held %s for long; building without it", lock.lock_file)
+                    break
+            except (OSError, NotImplementedError) as error:
+                logger.debug("no file locks in %s: %s", cache.root, error)
+                break
+            stack.callback(lock.release)
+        yield
+
+
+def _compile(
+    jobs: Sequence[_Job], target: Target, toolchain: Toolchain, ninja: Path, cache: KernelCache, parallel: int
+) -> dict[str, Path]:
+    """Build ``jobs`` with one ninja run and publish what compiled. Raises :class:`CompilationError` for the rest."""
+    with cache.workspace() as folder:
+        try:
+            commands = _write_project(folder, jobs, toolchain)
+            log = _run_ninja(
+                [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs)
+            )
+        except OSError as error:
+            raise CacheError(f"cannot build in {folder}: {error}; free some space, or set FUSER_CACHE_DIR") from error
+        built: dict[str, Path] = {}
+        failures = []
+        for index, job in enumerate(jobs):
+            library = folder / f"k{index}.so"
+            if library.exists():
+                built[job.source.symbol] = cache.publish(
+                    job.key,
+                    symbol=job.source.symbol,
+                    library=library,
+                    text=job.source.text,
+                    compiler=toolchain.name,
+                    target=target.key,
+                )
+                continue
+            report = folder / f"k{index}.log"
+            output = (report.read_text(errors="replace") if report.exists() else "") or log
+            source = cache.keep_failure(job.key.digest, job.source.text, job.headers, output)
+            failures.append(Failure(job.source.symbol, commands[index], output, source))
+    if failures:
+        raise CompilationError(failures)
+    return built
+
+
+def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> list[str]:
+    """Write sources, the headers that were hashed, and build.ninja; the compile command of every job.
+
+    Headers of the same name have the same content for all jobs unless a file changed in between: each distinct set of
+    headers gets a folder of its own.
+    """
+    include_folders: dict[tuple[tuple[str, bytes], ...], str] = {}
+    lines = ["ninja_required_version = 1.5"]
+    commands = []
+    for index, job in enumerate(jobs):
+        content = tuple(sorted(job.headers.items()))
+        if content not in include_folders:
+            include_folders[content] = f"include{len(include_folders)}"
+            for name, data in content:
+                path = folder / include_folders[content] / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        stem = f"k{index}"
+        (folder / f"{stem}.cpp").write_text(job.source.text)
+        compiler = [*toolchain.command, *toolchain.compile_flags, f"-I{include_folders[content]}"]
+        compile_command = shlex.join([*compiler, "-c", f"{stem}.cpp", "-o", f"{stem}.o"])
+        link_command = shlex.join([*toolchain.command, *toolchain.link_flags, f"{stem}.o", "-o", f"{stem}.so.part"])
+        # A linker that is killed must not leave something that looks finished.
+        command = f"( {compile_command} && {link_command} && mv {stem}.so.part {stem}.so ) > {stem}.log 2>&1"
+        lines += [
+            f"rule r{index}",
+            f"  command = {command.replace('$', '$$')}",
+            f"build {stem}.so: r{index} {stem}.cpp",
+        ]
+        commands.append(compile_command)
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    return commands
+
+
+def _run_ninja(command: Sequence[str], folder: Path, count: int) -> str:
+    """Run ninja to its end and return what it printed; whatever interrupts the wait ends ninja and its compilers."""
+    started = time.monotonic()
+    next_message = started + _ANNOUNCE_SECONDS
+    output = folder / "ninja.log"
+    with output.open("wb") as sink:
+        # A session of its own: the terminal's Ctrl-C reaches only us, and the session finds all compilers.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        try:
+            while True:
+                try:
+                    process.wait(timeout=max(next_message - time.monotonic(), 0.01))
+                    break
+                except subprocess.TimeoutExpired:
+                    done = sum(1 for _ in folder.glob("k*.so"))
+                    first = next_message == started + _ANNOUNCE_SECONDS
+                    logger.log(
+                        logging.INFO if first else logging.WARNING,
+                        "compiling %d kernel%s … (%d done after %.0f s)",
+                        count,
+                        "" if count == 1 else "s",
+                        done,
+                        time.monotonic() - started,
+                    )
+                    next_message = time.monotonic() + _REPEAT_SECONDS
+        except BaseException:
+            _end_session(process)
+            raise
+    return output.read_text(errors="replace")
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End ninja, which ends its compilers; then whatever is left of its session."""
+    try:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3.0)
+    finally:  # even when a second Ctrl-C cuts the wait short
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                # Fields after the command name in parentheses: state, parent, process group, session.
+                if int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid:
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0))
