@@ -49,10 +49,12 @@ class Progressions:
     step: Ints
 
     def columns(self) -> Columns:
-        count = self.count.ravel()
-        before = np.cumsum(count) - count
-        step = np.repeat(self.step.ravel(), count)
-        indices = np.repeat(self.start.ravel(), count) + (np.arange(len(step)) - np.repeat(before, count)) * step
+        used = self.count.ravel() > 0
+        start, count, step = (array.ravel()[used] for array in (self.start, self.count, self.step))
+        # Differences of successive indices, summed in place: one array of the result's size and no other.
+        indices = np.repeat(step, count)
+        indices[np.cumsum(count) - count] = start - np.concatenate([[0], (start + (count - 1) * step)[:-1]])
+        np.cumsum(indices, out=indices)
         return Columns(_indptr(self.count.sum(axis=1)), indices)
 
 
@@ -145,8 +147,8 @@ class Mask(ABC):
     def validate(self, q_len: int, kv_len: int | None = None) -> None:
         """Raise MaskError unless the mask is defined for these lengths; callables are tried on the outermost rows."""
         n, m = self._lengths(q_len, kv_len)
-        if not self.structured and n:
-            self._block(np.unique([0, n - 1]), n, m)
+        if n:
+            self._block(np.array([0, n - 1]), n, m)
 
     def dense(self, q_len: int, kv_len: int | None = None) -> torch.Tensor:
         """The whole mask: bool, (q_len, kv_len) or (heads, q_len, kv_len), on the CPU; True means allowed."""
@@ -358,6 +360,8 @@ class _Composed(Mask):
     sign: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if len(self.operands) < 2:
+            raise MaskError(f"`{self.sign}` combines two masks or more, got {len(self.operands)}")
         sizes = {mask.heads for mask in self.operands if mask.heads is not None}
         if len(sizes) > 1:
             raise MaskError(f"cannot combine masks with different numbers of heads: {sorted(sizes)} in {self.name}")

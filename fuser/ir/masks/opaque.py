@@ -167,23 +167,21 @@ class MaskMod(Mask):
 
     def _check_pure(self, allowed: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> None:
         """Call again on a sample: the result may depend on (head, query, key) only."""
-        pick = torch.linspace(0, len(q) - 1, _SAMPLE_ROWS if q.ndim == 2 else _SAMPLE_PAIRS).long()
-        pick = pick.to(q.device) if allowed.numel() else pick[:0]
+        size = (_SAMPLE_ROWS if q.ndim == 2 else _SAMPLE_PAIRS) if len(q) else 0
+        pick = torch.from_numpy(np.linspace(0, len(q) - 1, size, dtype=np.int64)).to(q.device)
         some_q, some_kv = q[pick], kv if q.ndim == 2 else kv[pick]
-        expected = allowed.movedim(0 if self.size is None else 1, 0)[pick].movedim(0, 0 if self.size is None else 1)
-        again = [("the rest of its arguments or chance", 0, 0, "return a function of h, q_idx and kv_idx only")]
-        again.append(("b", 1, 0, "make one mask for each batch element, or give padding at run time"))
+        expected = allowed[pick] if self.size is None else allowed[:, pick]
+        trials = [(0, 0, "gives different answers for the same pair: return a function of h, q_idx and kv_idx only")]
+        trials.append((1, 0, "depends on b: make one mask for each batch element, or give padding at run time"))
         if self.size is None and self.fixed_head is None:
-            again.append(("h", 0, 1, "pass from_mask_mod(fn, heads=...)"))
-        for what, b, h, advice in again:
+            trials.append((0, 1, "depends on h: pass from_mask_mod(fn, heads=...)"))
+        for b, h, problem in trials:
             try:
-                same = torch.equal(expected, self._call(b, (self.fixed_head or 0) + h, some_q, some_kv))
+                again = self._call(b, (self.fixed_head or 0) + h, some_q, some_kv)
             except MaskError as error:
-                if b == h == 0:
-                    raise
-                raise MaskError(f"{self.name} fails with {what} = 1, so it depends on {what}: {advice}") from error
-            if not same:
-                raise MaskError(f"{self.name} depends on {what}: {advice}")
+                raise MaskError(f"{self.name} {problem}") from error
+            if not torch.equal(expected, again):
+                raise MaskError(f"{self.name} {problem}")
 
     def _call(self, b: int, h: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Bool of q and kv broadcast, heads in front; by vmap as FlexAttention does, else on whole index tensors."""
@@ -213,8 +211,8 @@ class MaskMod(Mask):
             got = result.dtype if isinstance(result, torch.Tensor) else type(result).__name__
             raise MaskError(f"{self.name} must return a bool tensor, got {got}")
         full = (*lead, *shape)
-        if result.ndim != len(full) or any(
-            size not in (1, wanted) for size, wanted in zip(result.shape, full, strict=True)
+        if result.ndim not in (len(shape), len(full)) or any(
+            size not in (1, wanted) for size, wanted in zip(reversed(result.shape), reversed(full), strict=False)
         ):
             raise MaskError(
                 f"{self.name} must return one value for each pair: {full} for this call, got {tuple(result.shape)}"
