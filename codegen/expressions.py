@@ -1,0 +1,156 @@
+"""Row expressions as C++: the statements that templates place in their loops."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from fuser.ir.expression import REDUCTIONS, Expression, Instruction, Op
+from fuser.kernels.base import Access, DType, Operand
+
+C_TYPES = {DType.F32: "float", DType.BF16: "simd::bf16", DType.I64: "int64_t", DType.BOOL: "uint8_t"}
+
+_INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
+_IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "-__builtin_inff()"}
+_UNROLL = 4
+
+
+def literal(value: float) -> str:
+    """A float as a C++ literal that reads back as the same fp32 number."""
+    if value != value:
+        return "__builtin_nanf(\"\")"
+    if value in (float("inf"), float("-inf")):
+        return ("-" if value < 0 else "") + "__builtin_inff()"
+    return f"{value!r}f"
+
+
+def _statement(position: int, i: Instruction) -> str:
+    args = [f"v{a}" for a in i.args]
+    if i.op is Op.INPUT:
+        body = f"x{i.index}"
+    elif i.op is Op.CONSTANT:
+        body = f"simd::set1({literal(i.value)})"
+    elif i.op in _INFIX:
+        body = f" {_INFIX[i.op]} ".join(args)
+    else:
+        body = f"simd::{i.op.value}({', '.join(args)})"
+    return f"const simd::vf v{position} = {body};"
+
+
+def _needed(expression: Expression, roots: Sequence[int]) -> list[int]:
+    """Instructions that ``roots`` need in one pass; finished reductions are leaves."""
+    seen: set[int] = set()
+    todo = list(roots)
+    while todo:
+        at = todo.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if expression.instructions[at].op not in REDUCTIONS:
+            todo.extend(expression.instructions[at].args)
+    return sorted(seen)
+
+
+def statements(expression: Expression) -> list[str]:
+    """The expression on one vector, for expressions without reductions.
+
+    Reads ``x0``, ``x1``, … (``simd::vf``); output ``j`` is the variable ``v{expression.outputs[j]}``.
+    """
+    return [_statement(at, expression.instructions[at]) for at in _needed(expression, expression.outputs)]
+
+
+def row_function(name: str, expression: Expression, operands: Sequence[Operand], outputs: Sequence[DType]) -> str:
+    """A C++ function that evaluates the expression for one row.
+
+    Signature: ``name(int64_t columns, const T0* p0, …, U0* q0, …)``; a pointer for every input (for a COLUMN operand
+    to its one number), then for every output. An output may be the same row as an input.
+    """
+    depths = expression.depths()
+    reductions = [i for i, ins in enumerate(expression.instructions) if ins.op in REDUCTIONS]
+    parameters = [f"const {C_TYPES[o.dtype]}* p{i}" for i, o in enumerate(operands)]
+    parameters += [f"{C_TYPES[o]}* q{i}" for i, o in enumerate(outputs)]
+    columns = {i for i, o in enumerate(operands) if o.access is Access.COLUMN}
+    lines = [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
+    for depth in sorted({depths[r] for r in reductions}):
+        lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns)
+    lines += _map_pass(expression, columns)
+    used = {i.index for i in expression.instructions if i.op is Op.INPUT}
+    unused = [f"(void)p{i};" for i in range(len(operands)) if i not in used]
+    body = textwrap.indent("\n".join(unused + lines), "  ")
+    return f"FUSER_INLINE void {name}(int64_t columns, {', '.join(parameters)}) {{\n{body}\n}}"
+
+
+def _loads(expression: Expression, needed: Sequence[int], columns: set[int], load: str) -> list[str]:
+    inputs = sorted({expression.instructions[n].index for n in needed if expression.instructions[n].op is Op.INPUT})
+    return [f"const simd::vf x{i} = {load.format(p=f'p{i}')};" for i in inputs if i not in columns]
+
+
+def _body(expression: Expression, roots: Sequence[int], columns: set[int], load: str) -> list[str]:
+    needed = _needed(expression, roots)
+    lines = _loads(expression, needed, columns, load)
+    return lines + [
+        _statement(at, expression.instructions[at])
+        for at in needed
+        if expression.instructions[at].op not in REDUCTIONS
+    ]
+
+
+def _accumulate(op: Op, into: str, value: str) -> str:
+    return f"{into} = simd::maximum({into}, {value});" if op is Op.ROW_MAX else f"{into} += {value};"
+
+
+def _loop(header: str, body: Sequence[str]) -> list[str]:
+    return [f"{header} {{", *(f"  {line}" for line in body), "}"]
+
+
+def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]) -> list[str]:
+    lines = []
+    instructions = expression.instructions
+    sources = [instructions[r].args[0] for r in roots]
+    for r in roots:
+        identity = _IDENTITY[instructions[r].op]
+        fill = ", ".join(f"simd::set1({identity})" for _ in range(_UNROLL))
+        lines.append(f"simd::vf a{r}[{_UNROLL}] = {{{fill}}};")
+    pairs = list(zip(roots, sources, strict=True))
+    unrolled = _body(expression, sources, columns, "simd::load({p} + c + u * simd::kLanes)")
+    unrolled += [_accumulate(instructions[r].op, f"a{r}[u]", f"v{s}") for r, s in pairs]
+    single = _body(expression, sources, columns, "simd::load({p} + c)")
+    single += [_accumulate(instructions[r].op, f"a{r}[0]", f"v{s}") for r, s in pairs]
+    tail = _body(expression, sources, columns, "simd::load_n({p} + c, columns - c)")
+    tail += [
+        _accumulate(
+            instructions[r].op,
+            f"a{r}[0]",
+            f"simd::select(simd::first(columns - c), v{s}, simd::set1({_IDENTITY[instructions[r].op]}))",
+        )
+        for r, s in pairs
+    ]
+    lines.append("{")
+    inner = ["int64_t c = 0;"]
+    inner += _loop(
+        f"for (; c + {_UNROLL} * simd::kLanes <= columns; c += {_UNROLL} * simd::kLanes)",
+        _loop(f"for (int u = 0; u < {_UNROLL}; ++u)", unrolled),
+    )
+    inner += _loop("for (; c + simd::kLanes <= columns; c += simd::kLanes)", single)
+    inner += _loop("if (c < columns)", tail)
+    lines += [f"  {line}" for line in inner] + ["}"]
+    for r in roots:
+        op = instructions[r].op
+        lines += _loop(f"for (int u = 1; u < {_UNROLL}; ++u)", [_accumulate(op, f"a{r}[0]", f"a{r}[u]")])
+        total = f"simd::reduce_{'max' if op is Op.ROW_MAX else 'add'}(a{r}[0])"
+        if op is Op.ROW_MEAN:
+            total += " / float(columns)"
+        lines.append(f"const simd::vf v{r} = simd::set1({total});")
+    return lines
+
+
+def _map_pass(expression: Expression, columns: set[int]) -> list[str]:
+    full = _body(expression, expression.outputs, columns, "simd::load({p} + c)")
+    full += [f"simd::store(q{j} + c, v{o});" for j, o in enumerate(expression.outputs)]
+    tail = _body(expression, expression.outputs, columns, "simd::load_n({p} + c, columns - c)")
+    tail += [f"simd::store_n(q{j} + c, v{o}, columns - c);" for j, o in enumerate(expression.outputs)]
+    return [
+        "int64_t c = 0;",
+        *_loop("for (; c + simd::kLanes <= columns; c += simd::kLanes)", full),
+        *_loop("if (c < columns)", tail),
+    ]

@@ -1,0 +1,54 @@
+"""Kernel specs to source text, through one Jinja environment."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import jinja2
+
+import fuser.templates
+from fuser.codegen import expressions
+from fuser.kernels.base import Access, DType, KernelSpec, canonical
+from fuser.runtime.build import Source
+
+TEMPLATES = Path(fuser.templates.__file__).parent
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The one Jinja environment: undefined names are errors, blocks leave no blank lines."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - the output is C++, and no free text reaches a template
+    )
+    env.globals.update(
+        statements=expressions.statements,
+        row_function=expressions.row_function,
+        literal=expressions.literal,
+        c_type=lambda dtype: expressions.C_TYPES[dtype],
+        Access=Access,
+        DType=DType,
+    )
+    return env
+
+
+def render(spec: KernelSpec) -> Source:
+    """The source of one kernel, headed by its family, parameters and hash."""
+    template = environment().get_template(spec.template)
+    text = template.render(p=spec.parameters, symbol=spec.symbol)
+    header = f"// fuser {spec.family} kernel {spec.symbol}\n// {spec.template}: {canonical(spec.parameters)}\n"
+    # Nothing but printable ASCII may reach a compiler from a parameter.
+    if re.search(r"[^\t\n -~]", header):
+        raise ValueError(f"the parameters of {spec.symbol} are not printable")
+    return Source(spec.symbol, header + text, Path(spec.template.removesuffix(".j2")).suffix)
+
+
+def headers(spec: KernelSpec) -> Path:
+    """The folder of the headers that the template's kernels include."""
+    return (TEMPLATES / spec.template).parent

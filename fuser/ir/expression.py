@@ -1,0 +1,274 @@
+"""Row expressions: what a fused group computes for every element of a matrix, as a small immutable program.
+
+An expression reads *inputs* (matrices of shape ``(rows, columns)`` after broadcasting), applies elementwise
+instructions and reductions along a row, and yields *outputs*. It is the one language for pointwise chains, row-wise
+kernels (LayerNorm, RMSNorm, softmax) and GEMM epilogues, so that fusing two operators is composing two expressions.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Op(enum.Enum):
+    """Instructions. The value is the name that rendered sources use."""
+
+    INPUT = "input"
+    CONSTANT = "constant"
+    ADD = "add"
+    SUB = "sub"
+    MUL = "mul"
+    DIV = "div"
+    MAXIMUM = "maximum"
+    MINIMUM = "minimum"
+    NEG = "neg"
+    ABS = "abs"
+    EXP = "exp"
+    LOG = "log"
+    SQRT = "sqrt"
+    RSQRT = "rsqrt"
+    RECIPROCAL = "reciprocal"
+    TANH = "tanh"
+    ERF = "erf"
+    SIGMOID = "sigmoid"
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+    ROW_SUM = "row_sum"
+    ROW_MEAN = "row_mean"
+    ROW_MAX = "row_max"
+
+
+REDUCTIONS = frozenset({Op.ROW_SUM, Op.ROW_MEAN, Op.ROW_MAX})
+_LEAVES = frozenset({Op.INPUT, Op.CONSTANT})
+_ARITY = {
+    **{op: 1 for op in Op},
+    Op.INPUT: 0,
+    Op.CONSTANT: 0,
+    **{op: 2 for op in (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM)},
+}
+
+_TORCH: dict[Op, Callable[..., Tensor]] = {
+    Op.ADD: torch.add,
+    Op.SUB: torch.sub,
+    Op.MUL: torch.mul,
+    Op.DIV: torch.div,
+    Op.MAXIMUM: torch.maximum,
+    Op.MINIMUM: torch.minimum,
+    Op.NEG: torch.neg,
+    Op.ABS: torch.abs,
+    Op.EXP: torch.exp,
+    Op.LOG: torch.log,
+    Op.SQRT: torch.sqrt,
+    Op.RSQRT: torch.rsqrt,
+    Op.RECIPROCAL: torch.reciprocal,
+    Op.TANH: torch.tanh,
+    Op.ERF: torch.erf,
+    Op.SIGMOID: torch.sigmoid,
+    Op.RELU: torch.relu,
+    Op.GELU: torch.nn.functional.gelu,
+    Op.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    Op.SILU: torch.nn.functional.silu,
+    Op.ROW_SUM: lambda x: x.sum(-1, keepdim=True),
+    Op.ROW_MEAN: lambda x: x.mean(-1, keepdim=True),
+    Op.ROW_MAX: lambda x: x.amax(-1, keepdim=True),
+}
+
+# Rough fp32 operations an element, for the roofline: a transcendental is a polynomial of about this length.
+_FLOPS = {
+    **{op: 1 for op in Op},
+    Op.INPUT: 0,
+    Op.CONSTANT: 0,
+    **{op: 20 for op in (Op.EXP, Op.LOG, Op.SIGMOID, Op.SILU, Op.TANH, Op.GELU_TANH)},
+    **{op: 36 for op in (Op.ERF, Op.GELU)},
+    **{op: 8 for op in (Op.DIV, Op.SQRT, Op.RSQRT, Op.RECIPROCAL)},
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step: ``op`` applied to the results of earlier instructions ``args``.
+
+    ``index`` is the number of the input (``INPUT``), ``value`` the number (``CONSTANT``).
+    """
+
+    op: Op
+    args: tuple[int, ...] = ()
+    index: int = 0
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A straight-line program; ``outputs`` are indices of instructions.
+
+    Raises ValueError when an instruction refers forward, has the wrong arity, or a constant is not a number.
+    """
+
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for position, instruction in enumerate(self.instructions):
+            if len(instruction.args) != _ARITY[instruction.op]:
+                raise ValueError(f"{instruction.op.value} takes {_ARITY[instruction.op]} operands: {instruction}")
+            if any(not 0 <= arg < position for arg in instruction.args):
+                raise ValueError(f"instruction {position} uses a result that is not there yet: {instruction}")
+            if not isinstance(instruction.value, float):
+                raise ValueError(f"the constant {instruction.value!r} is not a float")
+        if any(not 0 <= output < len(self.instructions) for output in self.outputs):
+            raise ValueError(f"outputs {self.outputs} outside the program")
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, counting from zero to the highest one used."""
+        return max((i.index + 1 for i in self.instructions if i.op is Op.INPUT), default=0)
+
+    @property
+    def has_reduction(self) -> bool:
+        return any(i.op in REDUCTIONS for i in self.instructions)
+
+    @property
+    def flops(self) -> int:
+        """fp32 operations for each element of the matrix."""
+        return sum(_FLOPS[i.op] for i in self.instructions)
+
+    def stages(self) -> tuple[frozenset[int], ...]:
+        """Instructions grouped by the number of reductions that must be complete before them.
+
+        Element ``s`` holds what pass ``s`` over a row computes: its reductions consume elementwise results that need
+        only reductions of earlier passes. The last stage holds what the outputs need.
+        """
+        depth = self.depths()
+        return tuple(frozenset(i for i, d in enumerate(depth) if d == s) for s in range(max(depth, default=0) + 1))
+
+    def depths(self) -> tuple[int, ...]:
+        """For every instruction, how many passes over the row must have ended before it can be computed."""
+        depth: list[int] = []
+        for instruction in self.instructions:
+            depth.append(
+                max((depth[a] + (self.instructions[a].op in REDUCTIONS) for a in instruction.args), default=0)
+            )
+        return tuple(depth)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The plain PyTorch meaning, in the dtype of the inputs; inputs broadcast against ``(..., columns)``."""
+        results: list[Tensor] = []
+        for instruction in self.instructions:
+            if instruction.op is Op.INPUT:
+                results.append(inputs[instruction.index])
+            elif instruction.op is Op.CONSTANT:
+                results.append(torch.tensor(instruction.value, dtype=inputs[0].dtype, device=inputs[0].device))
+            else:
+                results.append(_TORCH[instruction.op](*(results[a] for a in instruction.args)))
+        return tuple(results[o] for o in self.outputs)
+
+    def __str__(self) -> str:
+        names: list[str] = []
+        for i in self.instructions:
+            if i.op is Op.INPUT:
+                names.append(f"x{i.index}")
+            elif i.op is Op.CONSTANT:
+                names.append(f"{i.value:g}")
+            else:
+                names.append(f"{i.op.value}({', '.join(names[a] for a in i.args)})")
+        return ", ".join(names[o] for o in self.outputs)
+
+
+class Builder:
+    """Builds an expression instruction by instruction; equal instructions are shared."""
+
+    def __init__(self) -> None:
+        self._instructions: list[Instruction] = []
+        self._known: dict[Instruction, int] = {}
+
+    def _add(self, instruction: Instruction) -> int:
+        if instruction not in self._known or math.isnan(instruction.value):
+            self._known[instruction] = len(self._instructions)
+            self._instructions.append(instruction)
+        return self._known[instruction]
+
+    def input(self, index: int) -> int:
+        return self._add(Instruction(Op.INPUT, index=index))
+
+    def constant(self, value: float) -> int:
+        return self._add(Instruction(Op.CONSTANT, value=float(value)))
+
+    def apply(self, op: Op, *args: int) -> int:
+        return self._add(Instruction(op, args=args))
+
+    def inline(self, expression: Expression, inputs: Sequence[int]) -> tuple[int, ...]:
+        """Copy ``expression`` in, its inputs replaced by the results ``inputs``; returns where its outputs are."""
+        at: list[int] = []
+        for i in expression.instructions:
+            if i.op is Op.INPUT:
+                at.append(inputs[i.index])
+            elif i.op is Op.CONSTANT:
+                at.append(self._add(i))
+            else:
+                at.append(self.apply(i.op, *(at[a] for a in i.args)))
+        return tuple(at[o] for o in expression.outputs)
+
+    def build(self, *outputs: int) -> Expression:
+        """The expression, without the instructions that no output needs."""
+        needed = set(outputs)
+        for position in range(len(self._instructions) - 1, -1, -1):
+            if position in needed:
+                needed.update(self._instructions[position].args)
+        kept = sorted(needed)
+        renumber = {old: new for new, old in enumerate(kept)}
+        instructions = tuple(
+            Instruction(i.op, tuple(renumber[a] for a in i.args), i.index, i.value)
+            for i in (self._instructions[k] for k in kept)
+        )
+        return Expression(instructions, tuple(renumber[o] for o in outputs))
+
+
+def unary(op: Op) -> Expression:
+    """``op(x0)``."""
+    b = Builder()
+    return b.build(b.apply(op, b.input(0)))
+
+
+def binary(op: Op) -> Expression:
+    """``op(x0, x1)``."""
+    b = Builder()
+    return b.build(b.apply(op, b.input(0), b.input(1)))
+
+
+def layer_norm(eps: float, weight: bool = True, bias: bool = True) -> Expression:
+    """LayerNorm along a row, two-pass: x0 the row, then the weight and the bias where there are any."""
+    b = Builder()
+    x = b.input(0)
+    centred = b.apply(Op.SUB, x, b.apply(Op.ROW_MEAN, x))
+    variance = b.apply(Op.ROW_MEAN, b.apply(Op.MUL, centred, centred))
+    y = b.apply(Op.MUL, centred, b.apply(Op.RSQRT, b.apply(Op.ADD, variance, b.constant(eps))))
+    if weight:
+        y = b.apply(Op.MUL, y, b.input(1))
+    if bias:
+        y = b.apply(Op.ADD, y, b.input(1 + weight))
+    return b.build(y)
+
+
+def rms_norm(eps: float, weight: bool = True) -> Expression:
+    """RMSNorm along a row: x0 / sqrt(mean(x0²) + eps) [· x1]."""
+    b = Builder()
+    x = b.input(0)
+    mean = b.apply(Op.ROW_MEAN, b.apply(Op.MUL, x, x))
+    y = b.apply(Op.MUL, x, b.apply(Op.RSQRT, b.apply(Op.ADD, mean, b.constant(eps))))
+    return b.build(b.apply(Op.MUL, y, b.input(1)) if weight else y)
+
+
+def softmax() -> Expression:
+    """Softmax along a row."""
+    b = Builder()
+    x = b.input(0)
+    e = b.apply(Op.EXP, b.apply(Op.SUB, x, b.apply(Op.ROW_MAX, x)))
+    return b.build(b.apply(Op.DIV, e, b.apply(Op.ROW_SUM, e)))

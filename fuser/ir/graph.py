@@ -1,0 +1,405 @@
+"""The operator graph: what a captured model computes, at the granularity at which operators share kernels."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from fuser.ir.expression import Expression
+
+
+class Kind(enum.Enum):
+    """Operator kinds; all but ``VIEW`` and ``EXTERN`` can share a kernel with a neighbour."""
+
+    GEMM = "gemm"
+    BIAS = "bias"
+    ACTIVATION = "activation"
+    RESIDUAL = "residual"
+    NORM = "norm"
+    QK = "qk"
+    SCALE = "scale"
+    MASK = "mask"
+    SOFTMAX = "softmax"
+    PV = "pv"
+    EMBEDDING = "embedding"
+    POINTWISE = "pointwise"
+    REDUCE = "reduce"
+    SPLIT_HEADS = "split_heads"
+    MERGE_HEADS = "merge_heads"
+    VIEW = "view"
+    EXTERN = "extern"
+
+
+VIEWS = frozenset({Kind.VIEW, Kind.SPLIT_HEADS, Kind.MERGE_HEADS})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and memory layout of a value.
+
+    ``strides`` are in elements. A value that views another's storage names it in ``base`` and starts ``offset``
+    elements into it; ``base`` is never itself a view.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    base: str | None = None
+    offset: int = 0
+
+    @classmethod
+    def contiguous(cls, shape: Iterable[int], dtype: torch.dtype) -> TensorSpec:
+        shape = tuple(int(s) for s in shape)
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.append(step)
+            step *= max(size, 1)
+        return cls(shape, dtype, tuple(reversed(strides)))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, without gaps."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first to one past the last in memory; 0 for an empty tensor."""
+        if self.numel == 0:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        return all(
+            size == 1 or stride == expected
+            for size, stride, expected in zip(
+                self.shape, self.strides, TensorSpec.contiguous(self.shape, self.dtype).strides, strict=True
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for the operator's input number ``index`` inside the arguments of a :class:`TorchCall`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    """A PyTorch function with its arguments, tensors replaced by :class:`Ref`; the meaning of an ``extern``."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run on ``inputs``; always a tuple of the results."""
+        args = [_substitute(a, inputs) for a in self.args]
+        result = self.target(*args, **{k: _substitute(v, inputs) for k, v in self.kwargs})
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    def __str__(self) -> str:
+        name = getattr(self.target, "__name__", None) or str(self.target)
+        return f"{getattr(self.target, '_name', name)}"
+
+
+def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
+    if isinstance(value, Ref):
+        return inputs[value.index]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_substitute(v, inputs) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    ``inputs`` and ``outputs`` name values. Elementwise and row-wise kinds carry their meaning as an
+    :class:`~fuser.ir.expression.Expression` over their inputs, broadcast to the output's shape; ``EXTERN`` and views
+    carry a :class:`TorchCall`. ``attributes`` by kind: GEMM ``transposed`` (the weight is (N, K), else (K, N));
+    SCALE ``scale``; MASK ``causal`` (bool), ``pattern`` (a Mask or None); SOFTMAX nothing; PV and QK nothing:
+    QK is q · kᵀ for q (B, H, Sq, D) and k (B, Hkv, Sk, D); PV is p · v with v (B, Hkv, Sk, Dv).
+    """
+
+    name: str
+    kind: Kind
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    expression: Expression | None = None
+    call: TorchCall | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    """Why an EXTERN is not fusible, for the report."""
+
+    @property
+    def output(self) -> str:
+        return self.outputs[0]
+
+    def signature(self) -> str:
+        """Kind and attributes as text, without names of values: what structural hashes are made of."""
+        attributes = ",".join(f"{k}={_attribute_text(v)}" for k, v in sorted(self.attributes.items()))
+        return f"{self.kind.value}|{attributes}|{self.expression or ''}|{self.call or ''}"
+
+
+def _attribute_text(value: Any) -> str:
+    return str(getattr(value, "hash", value))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value known when the program is built: a parameter or buffer of the model, or a function of some.
+
+    A leaf has ``call`` None and its tensor is looked up under its own name; a derived constant applies ``call`` to the
+    constants ``sources``.
+    """
+
+    name: str
+    sources: tuple[str, ...] = ()
+    call: TorchCall | None = None
+
+
+@dataclass(frozen=True)
+class OperatorGraph:
+    """Operators in topological order, the specs of all values, and which values enter, leave and are constant."""
+
+    operators: tuple[Operator, ...]
+    values: Mapping[str, TensorSpec]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Constant]
+
+    @functools.cached_property
+    def producer(self) -> Mapping[str, Operator]:
+        """The operator that makes each value; inputs and constants have none."""
+        return {value: op for op in self.operators for value in op.outputs}
+
+    @functools.cached_property
+    def consumers(self) -> Mapping[str, tuple[Operator, ...]]:
+        """The operators that read each value directly."""
+        readers: dict[str, list[Operator]] = {value: [] for value in self.values}
+        for op in self.operators:
+            for value in dict.fromkeys(op.inputs):
+                readers[value].append(op)
+        return {value: tuple(ops) for value, ops in readers.items()}
+
+    @functools.cached_property
+    def position(self) -> Mapping[str, int]:
+        """Index of every operator in the topological order, by name."""
+        return {op.name: i for i, op in enumerate(self.operators)}
+
+    def base(self, value: str) -> str:
+        """The value whose storage ``value`` lives in."""
+        return self.values[value].base or value
+
+    def is_alias(self, op: Operator) -> bool:
+        """Whether a view operator costs nothing because its output lives in its input's storage."""
+        return op.kind in VIEWS and self.values[op.output].base is not None
+
+    def source(self, value: str) -> Operator | None:
+        """The operator that computes the contents of ``value``, looking through free views."""
+        return self.producer.get(self.base(value))
+
+    def readers(self, value: str) -> tuple[Operator, ...]:
+        """The operators that compute with ``value``, looking through free views."""
+        found: dict[str, Operator] = {}
+        for op in self.consumers[value]:
+            if self.is_alias(op):
+                found.update((r.name, r) for o in op.outputs for r in self.readers(o))
+            else:
+                found[op.name] = op
+        return tuple(found.values())
+
+    def escapes(self, value: str) -> bool:
+        """Whether ``value``, or a view of it, is an output of the model."""
+        if value in self.outputs:
+            return True
+        return any(self.escapes(o) for op in self.consumers[value] if self.is_alias(op) for o in op.outputs)
+
+    @functools.cached_property
+    def digraph(self) -> nx.DiGraph:
+        """Operators as nodes (by name), an edge wherever one reads what another computed; free views contracted."""
+        graph = nx.DiGraph()
+        for op in self.operators:
+            if self.is_alias(op):
+                continue
+            graph.add_node(op.name, operator=op)
+            for value in op.inputs:
+                source = self.source(value)
+                if source is not None:
+                    graph.add_edge(source.name, op.name)
+        return graph
+
+    @functools.cached_property
+    def compute(self) -> tuple[Operator, ...]:
+        """Operators that do work: all but free views."""
+        return tuple(op for op in self.operators if not self.is_alias(op))
+
+    @functools.cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Connected fusible operators between two externs, cut before every GEMM that starts from finished rows.
+
+        Such a cut has only residual sums and their norms alive, so no kernel could keep anything on chip across it,
+        and the blocks of an encoder become equal regions.
+        """
+        return tuple(_regions(self))
+
+    def group(self, operators: Iterable[Operator]) -> OperatorGroup:
+        """The group of these operators, in topological order."""
+        return OperatorGroup(self, tuple(sorted(operators, key=lambda op: self.position[op.name])))
+
+    def __str__(self) -> str:
+        lines = [f"inputs  {', '.join(f'{v}{_shape(self.values[v])}' for v in self.inputs)}"]
+        for op in self.operators:
+            outputs = ", ".join(f"{v}{_shape(self.values[v])}" for v in op.outputs)
+            detail = f" [{op.call}]" if op.call else f" [{op.expression}]" if op.expression else ""
+            lines.append(f"{op.kind.value:<12}{outputs} = {op.name}({', '.join(op.inputs)}){detail}")
+        return "\n".join([*lines, f"outputs {', '.join(self.outputs)}"])
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"[{'×'.join(map(str, spec.shape))}]"
+
+
+@dataclass(frozen=True)
+class OperatorGroup:
+    """Operators that are to share one kernel."""
+
+    graph: OperatorGraph
+    operators: tuple[Operator, ...]
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(op.name for op in self.operators)
+
+    def __contains__(self, op: Operator | None) -> bool:
+        return op is not None and op.name in self.names
+
+    def produces(self, value: str) -> Operator | None:
+        """The operator of this group that computes ``value`` (through free views), if any."""
+        source = self.graph.source(value)
+        return source if source in self else None
+
+    @functools.cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Values read from outside, in order of first use."""
+        found = dict.fromkeys(v for op in self.operators for v in op.inputs if self.produces(v) is None)
+        return tuple(found)
+
+    @functools.cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Values computed here that something outside needs."""
+        graph = self.graph
+        return tuple(
+            value
+            for op in self.operators
+            for value in op.outputs
+            if graph.escapes(value) or any(reader not in self for reader in graph.readers(value))
+        )
+
+    @functools.cached_property
+    def is_convex(self) -> bool:
+        """No path leaves the group and comes back."""
+        return is_convex(self.graph.digraph, self.names)
+
+
+def is_convex(digraph: nx.DiGraph, names: frozenset[str]) -> bool:
+    """Whether no path between two of ``names`` runs through a node outside."""
+    outside = {s for n in names for s in digraph.successors(n) if s not in names}
+    reached = set(outside)
+    while outside:
+        outside = {s for n in outside for s in digraph.successors(n) if s not in reached}
+        if outside & names:
+            return False
+        reached |= outside
+    return not any(s in names for n in reached for s in digraph.successors(n))
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected set of fusible operators, in topological order."""
+
+    graph: OperatorGraph
+    operators: tuple[Operator, ...]
+
+    @functools.cached_property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Pairs (producer, consumer) of positions in ``operators``, sorted: what the bits of a scheme stand for."""
+        at = {op.name: i for i, op in enumerate(self.operators)}
+        digraph = self.graph.digraph
+        return tuple(
+            sorted((at[a], at[b]) for a in at for b in digraph.successors(a) if b in at)  # type: ignore[no-untyped-call]
+        )
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Merkle hash over kinds, attributes, shapes, dtypes, layouts and topology, 16 hex digits; equal for layers
+        that differ only in their weights."""
+        graph, labels = self.graph, {}
+        group = graph.group(self.operators)
+        for op in self.operators:
+            parts = [op.signature()]
+            for value in op.inputs:
+                spec = graph.values[value]
+                source = group.produces(value)
+                origin = labels[graph.base(value)] if source else ("constant" if value in graph.constants else "value")
+                parts.append(f"{origin}:{_layout(spec)}")
+            parts.extend(f"{_layout(graph.values[v])}:{v in group.outputs}" for v in op.outputs)
+            for i, value in enumerate(op.outputs):
+                labels[value] = hashlib.sha256("\0".join([*parts, str(i)]).encode()).hexdigest()
+        # Which outside value is which matters (a residual that is also the GEMM's input), so number them by first use.
+        order = {v: i for i, v in enumerate(dict.fromkeys(graph.base(v) for v in group.inputs))}
+        wiring = [str([order.get(graph.base(v), -1) for v in op.inputs]) for op in self.operators]
+        body = "\0".join([labels[op.output] for op in self.operators] + wiring)
+        return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[Operator]:
+        return iter(self.operators)
+
+
+def _layout(spec: TensorSpec) -> str:
+    return f"{spec.shape}{spec.strides}{spec.offset}{spec.dtype}"
+
+
+_ROW_ENDS = frozenset({Kind.NORM, Kind.RESIDUAL, Kind.EMBEDDING})
+
+
+def _regions(graph: OperatorGraph) -> Iterator[Region]:
+    order = graph.compute
+    last_use = {graph.base(value): i for i, op in enumerate(order) for value in op.inputs}
+    last_use.update((graph.base(value), len(order)) for value in graph.outputs)
+    run: list[Operator] = []
+    alive: dict[str, Kind] = {}
+    for i, op in enumerate(order):
+        alive = {value: kind for value, kind in alive.items() if last_use.get(value, -1) >= i}
+        fusible = op.kind is not Kind.EXTERN and op.kind not in VIEWS
+        if run and (not fusible or (op.kind is Kind.GEMM and all(kind in _ROW_ENDS for kind in alive.values()))):
+            yield from _connected(graph, run)
+            run = []
+        if fusible:
+            run.append(op)
+            alive.update((value, op.kind) for value in op.outputs)
+    if run:
+        yield from _connected(graph, run)
+
+
+def _connected(graph: OperatorGraph, run: list[Operator]) -> Iterator[Region]:
+    members = {op.name: op for op in run}
+    parts = nx.weakly_connected_components(graph.digraph.subgraph(members))
+    ordered = sorted((sorted(part, key=graph.position.__getitem__) for part in parts), key=lambda p: graph.position[p[0]])
+    for part in ordered:
+        yield Region(graph, tuple(members[name] for name in part))

@@ -1,0 +1,155 @@
+"""What every kernel family shares: storage types, operands, kernel specs, calls and the family protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fuser.ir.graph import OperatorGroup
+from fuser.ir.target import Target
+
+
+class DType(enum.Enum):
+    """Storage types of kernel operands; arithmetic is fp32 whatever the storage."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    I64 = "i64"
+    BOOL = "bool"
+
+    @property
+    def bytes(self) -> int:
+        return {"f32": 4, "bf16": 2, "i64": 8, "bool": 1}[self.value]
+
+    @property
+    def torch(self) -> torch.dtype:
+        return {"f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64, "bool": torch.bool}[self.value]
+
+
+STORAGE: Mapping[torch.dtype, DType] = {d.torch: d for d in DType}
+FLOATING = frozenset({torch.float32, torch.bfloat16})
+
+
+class Access(enum.Enum):
+    """How a matrix operand is read for row ``r`` and column ``c``.
+
+    ``MATRIX``: ``p[row(r) * stride + c]`` where ``row(r)`` is ``r`` or, for a periodic operand, ``r % period``; stride
+    zero is one row for all (a bias). ``COLUMN``: ``p[row(r) * stride]``, one number a row. ``GATHER``:
+    ``p[index[r] * stride + c]``, rows of a table.
+    """
+
+    MATRIX = "matrix"
+    COLUMN = "column"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The compile-time part of one operand of a row expression; stride and period are run-time extents."""
+
+    access: Access
+    dtype: DType
+    periodic: bool = False
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel to build: a template and its frozen, typed parameters (ints, floats, enums, booleans, tuples,
+    expressions; never free text). Equal specs are one kernel."""
+
+    family: str
+    template: str
+    parameters: Any
+
+    @property
+    def hash(self) -> str:
+        """sha256 of template name and parameters; the sources enter the cache key separately."""
+        return hashlib.sha256(f"{self.template}\0{canonical(self.parameters)}".encode()).hexdigest()
+
+    @property
+    def symbol(self) -> str:
+        """Name of the exported C function."""
+        return f"fuser_{self.family}_{self.hash[:16]}"
+
+
+def canonical(value: Any) -> str:
+    """A text that is equal exactly when the parameter values are; raises TypeError for what must not reach a template."""
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if dataclasses.is_dataclass(value):
+        fields = ",".join(f"{f.name}={canonical(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__name__}({fields})"
+    if isinstance(value, tuple):
+        return f"({','.join(canonical(v) for v in value)})"
+    if value is None or isinstance(value, (bool, int)):
+        return repr(value)
+    if isinstance(value, float):
+        return value.hex()
+    raise TypeError(f"a {type(value).__name__} may not be a kernel parameter: {value!r}")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A constant operand in a kernel's own layout, made from weights at load time and again when they change.
+
+    ``value`` names the constant in the operator graph, ``layout`` the family's packing function and its arguments.
+    """
+
+    value: str
+    layout: tuple[str, int, ...] | tuple[Any, ...]
+
+
+TensorRef = str | Packed
+"""A value of the operator graph by name, or a packed constant."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One launch: a kernel, its tensors in the template's order, its run-time extents, and the scratch it needs."""
+
+    spec: KernelSpec
+    tensors: tuple[TensorRef, ...]
+    extents: tuple[int, ...]
+    outputs: tuple[str, ...]
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one launch: fp32 operations, bytes moved to and from memory, kernels started."""
+
+    flops: float
+    bytes: float
+    launches: int = 1
+    efficiency: float = 1.0
+
+    def seconds(self, target: Target) -> float:
+        """Roofline time on ``target`` with all cores."""
+        compute = self.flops / (target.peak_flops * target.cores * self.efficiency)
+        return max(compute, self.bytes / target.bandwidth) + self.launches * target.launch_seconds
+
+
+class KernelFamily(Protocol):
+    """A kind of kernel: what it matches, with which parameters, at what predicted cost, and what the right answer is.
+
+    ``match`` returns None when the family cannot run the whole group as one kernel. ``space`` lists the legal
+    parameter choices, the default first. ``call`` binds a choice to the group's values.
+    """
+
+    name: str
+
+    def match(self, group: OperatorGroup, target: Target) -> Any | None: ...
+
+    def space(self, match: Any, target: Target) -> Sequence[Any]: ...
+
+    def cost(self, match: Any, parameters: Any, target: Target) -> Cost: ...
+
+    def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall: ...
+
+    def reference(self, match: Any) -> Callable[..., tuple[torch.Tensor, ...]]: ...

@@ -1,0 +1,167 @@
+"""Composing the operators of a group into one row expression over bound operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuser.ir.expression import Builder, Expression
+from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, TensorSpec
+from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
+from fuser.kernels.operands import Bound, bind, row_stride, rows_and_columns
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """A fused chain as one expression on a ``rows`` × ``columns`` matrix.
+
+    ``bounds`` describe the expression's inputs in order, after the ``seeds`` that the caller supplies (the accumulator
+    of a GEMM); ``gathers`` are the index values of the gathered operands, in order; ``outputs`` the values written,
+    ``output_strides`` their row strides.
+    """
+
+    expression: Expression
+    seeds: int
+    bounds: tuple[Bound, ...]
+    gathers: tuple[str, ...]
+    rows: int
+    columns: int
+    outputs: tuple[str, ...]
+    output_dtypes: tuple[DType, ...]
+    output_strides: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(b.operand for b in self.bounds)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Values in the order of the templates: operands, gather indices, outputs."""
+        return (*(b.value for b in self.bounds), *self.gathers, *self.outputs)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """(stride, period) of every operand, then the row stride of every output."""
+        return (*(e for b in self.bounds for e in (b.stride, b.period)), *self.output_strides)
+
+    def bytes(self, graph: OperatorGraph) -> int:
+        """Memory traffic of the operands and outputs, each touched once."""
+        touched = 0
+        for bound in self.bounds:
+            rows = min(self.rows, bound.period) if bound.stride else 1
+            width = 1 if bound.operand.access is Access.COLUMN else self.columns
+            touched += (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
+        return touched + sum(self.rows * self.columns * d.bytes for d in self.output_dtypes)
+
+
+def _same_matrix(spec: TensorSpec, base: TensorSpec) -> bool:
+    return (
+        spec.offset == 0
+        and spec.is_contiguous
+        and base.is_contiguous
+        and rows_and_columns(spec.shape) == rows_and_columns(base.shape)
+    )
+
+
+def compose(group: OperatorGroup, operators: Sequence[Operator], seeds: Sequence[str] = ()) -> RowProgram | None:
+    """The row program of ``operators``, which must all work on one matrix; None when they do not.
+
+    ``seeds`` are values computed before (the GEMM's accumulator); they become the expression's first inputs.
+    """
+    graph = group.graph
+    builder = Builder()
+    at: dict[str, int] = {value: builder.input(i) for i, value in enumerate(seeds)}
+    bounds: list[Bound] = []
+    known: dict[tuple[str, Bound], int] = {}
+    gathers: list[str] = []
+    shapes = {rows_and_columns(graph.values[op.output].shape) for op in operators}
+    shapes |= {rows_and_columns(graph.values[value].shape) for value in seeds}
+    if len(shapes) != 1:
+        return None
+    rows, columns = shapes.pop()
+
+    def operand(value: str, shape: tuple[int, ...]) -> int | None:
+        spec = graph.values[value]
+        base = graph.base(value)
+        if base in at:
+            return at[base] if value == base or _same_matrix(spec, graph.values[base]) else None
+        bound = bind(value, spec, shape)
+        if bound is None or spec.dtype not in FLOATING:
+            return None
+        return _input(value, bound)
+
+    def _input(value: str, bound: Bound) -> int:
+        key = (value, bound)
+        if key not in known:
+            known[key] = builder.input(len(seeds) + len(bounds))
+            bounds.append(bound)
+        return known[key]
+
+    for op in operators:
+        shape = graph.values[op.output].shape
+        if len(op.outputs) != 1 or graph.values[op.output].dtype not in FLOATING:
+            return None
+        if op.kind is Kind.EMBEDDING:
+            table, index = op.inputs
+            spec, indices = graph.values[table], graph.values[index]
+            if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in FLOATING:
+                return None
+            if indices.dtype != torch.int64 or not indices.is_contiguous:
+                return None
+            bound = Bound(Operand(Access.GATHER, STORAGE[spec.dtype]), table, spec.strides[0], spec.shape[0])
+            at[op.output] = builder.input(len(seeds) + len(bounds))
+            bounds.append(bound)
+            gathers.append(index)
+            continue
+        if op.expression is None or op.expression.inputs > len(op.inputs):
+            return None
+        arguments = [operand(value, shape) for value in op.inputs[: op.expression.inputs]]
+        if any(a is None for a in arguments):
+            return None
+        (at[op.output],) = builder.inline(op.expression, [a for a in arguments if a is not None])
+
+    outputs = tuple(value for value in group.outputs if value in at)
+    if set(outputs) != set(group.outputs):
+        return None
+    strides = tuple(row_stride(graph.values[value]) for value in outputs)
+    if not outputs or any(s is None for s in strides):
+        return None
+    return RowProgram(
+        expression=builder.build(*(at[value] for value in outputs)),
+        seeds=len(seeds),
+        bounds=tuple(bounds),
+        gathers=tuple(gathers),
+        rows=rows,
+        columns=columns,
+        outputs=outputs,
+        output_dtypes=tuple(STORAGE[graph.values[value].dtype] for value in outputs),
+        output_strides=tuple(s for s in strides if s is not None),
+    )
+
+
+def reference(group: OperatorGroup) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """What the elementwise and row-wise operators of ``group`` mean, in plain PyTorch and the dtype of the inputs."""
+
+    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = dict(values)
+        for op in group.operators:
+            shape = group.graph.values[op.output].shape
+            if op.kind is Kind.EMBEDDING:
+                known[op.output] = known[op.inputs[0]][known[op.inputs[1]]]
+            elif op.expression is not None:
+                arguments = [_look(group.graph, known, value) for value in op.inputs]
+                (result,) = op.expression.evaluate(*arguments)
+                known[op.output] = result.broadcast_to(shape)
+        return {value: known[value] for value in group.outputs}
+
+    return run
+
+
+def _look(graph: OperatorGraph, known: Mapping[str, Tensor], value: str) -> Tensor:
+    if value in known:
+        return known[value]
+    spec = graph.values[value]
+    return known[graph.base(value)].contiguous().as_strided(spec.shape, spec.strides, spec.offset)

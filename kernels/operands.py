@@ -1,0 +1,72 @@
+"""Seeing tensors as matrices: which operands a row expression can read, and with which run-time extents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuser.ir.graph import TensorSpec
+from fuser.kernels.base import STORAGE, Access, Operand
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An operand with its run-time extents: stride between rows and period of rows, in elements and rows."""
+
+    operand: Operand
+    value: str
+    stride: int
+    period: int
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor as a matrix: the last dimension is the column, all others together the row."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def row_stride(spec: TensorSpec) -> int | None:
+    """Distance between the rows of ``spec`` seen as a matrix, or None when rows are not evenly spaced with unit
+    stride along columns."""
+    bound = bind("", spec, spec.shape)
+    if bound is None or bound.operand.access is not Access.MATRIX or bound.operand.periodic:
+        return None
+    return bound.stride
+
+
+def bind(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound | None:
+    """How a row expression of output ``shape`` reads ``value``, broadcast as PyTorch does; None when it cannot.
+
+    Rows may be evenly spaced, repeat with a period, or be one row for all; columns are contiguous or one number a row.
+    """
+    dtype = STORAGE.get(spec.dtype)
+    if dtype is None or len(spec.shape) > len(shape):
+        return None
+    pad = len(shape) - len(spec.shape)
+    sizes = (1,) * pad + spec.shape
+    strides = [0 if size == 1 else stride for size, stride in zip(sizes, (0,) * pad + spec.strides, strict=True)]
+    if any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        return None
+    if not shape:
+        return Bound(Operand(Access.COLUMN, dtype), value, 0, 1)
+    rows, columns = rows_and_columns(shape)
+    if columns == 1 or strides[-1] == 0:
+        access = Access.COLUMN
+    elif strides[-1] == 1:
+        access = Access.MATRIX
+    else:
+        return None
+    # Outermost dimensions that broadcast give the period; the rest must be evenly spaced.
+    inner = [(size, stride) for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size != 1]
+    while inner and inner[0][1] == 0:
+        inner.pop(0)
+    if not inner:
+        return Bound(Operand(access, dtype), value, 0, max(rows, 1))
+    step = inner[-1][1]
+    expected = step
+    for size, stride in reversed(inner):
+        if stride != expected:
+            return None
+        expected = stride * size
+    period = math.prod(size for size, _ in inner)
+    return Bound(Operand(access, dtype, periodic=period != rows), value, step, max(period, 1))

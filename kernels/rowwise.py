@@ -1,0 +1,106 @@
+"""The `rowwise` and `pointwise` families: row expressions as one pass over memory.
+
+`rowwise` reduces along rows (norms, softmax) or gathers rows (embeddings); `pointwise` runs any chain or small DAG of
+elementwise operators, broadcasts included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fuser.ir.expression import Expression
+from fuser.ir.graph import Kind, OperatorGroup
+from fuser.ir.target import Target
+from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand
+from fuser.kernels.compose import RowProgram, compose, reference
+
+_KINDS = frozenset(
+    {
+        Kind.BIAS,
+        Kind.ACTIVATION,
+        Kind.RESIDUAL,
+        Kind.NORM,
+        Kind.SCALE,
+        Kind.MASK,
+        Kind.SOFTMAX,
+        Kind.EMBEDDING,
+        Kind.POINTWISE,
+        Kind.REDUCE,
+    }
+)
+_MAX_OPERANDS = 16
+
+
+@dataclass(frozen=True)
+class RowwiseParameters:
+    """``block``: columns a task handles when rows may be split, 0 when a row is one task."""
+
+    expression: Expression
+    operands: tuple[Operand, ...]
+    outputs: tuple[DType, ...]
+    block: int
+
+
+@dataclass(frozen=True)
+class RowwiseMatch:
+    group: OperatorGroup
+    program: RowProgram
+
+
+class RowwiseFamily:
+    """Row expressions with reductions or gathers."""
+
+    name = "rowwise"
+
+    def match(self, group: OperatorGroup, target: Target) -> RowwiseMatch | None:
+        """The group as one row expression, when all of it is elementwise or row-wise on one matrix."""
+        if any(op.kind not in _KINDS for op in group.operators):
+            return None
+        program = compose(group, group.operators)
+        if program is None or len(program.bounds) > _MAX_OPERANDS or self._is_row(program) != (self.name == "rowwise"):
+            return None
+        return RowwiseMatch(group, program)
+
+    @staticmethod
+    def _is_row(program: RowProgram) -> bool:
+        return program.expression.has_reduction or bool(program.gathers)
+
+    def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters]:
+        """One choice: the kernel is bound by memory."""
+        program = match.program
+        block = 0 if program.expression.has_reduction else 4096
+        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block)]
+
+    def cost(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target) -> Cost:
+        program = match.program
+        flops = float(program.rows * program.columns * max(program.expression.flops, 1))
+        return Cost(flops, float(program.bytes(match.group.graph)), efficiency=0.3)
+
+    def call(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target, threads: int) -> KernelCall:
+        program = match.program
+        rows, columns, extents = program.rows, program.columns, program.extents
+        flat = (
+            parameters.block > 0
+            and all(s == columns for s in program.output_strides)
+            and all(
+                b.operand.access is Access.MATRIX and not b.operand.periodic and b.stride == columns
+                for b in program.bounds
+            )
+        )
+        if flat:
+            # Rows lie end to end, so the matrix is one long row and short rows cost no tails.
+            rows, columns = 1, rows * columns
+        spec = KernelSpec(self.name, "cpu/rowwise.cpp.j2", parameters)
+        return KernelCall(spec, program.tensors, (rows, columns, *extents), program.outputs)
+
+    def reference(self, match: RowwiseMatch) -> Callable[..., dict[str, Tensor]]:
+        return reference(match.group)
+
+
+class PointwiseFamily(RowwiseFamily):
+    """Elementwise expressions."""
+
+    name = "pointwise"

@@ -1,0 +1,231 @@
+// Vectors of FUSER_VECTOR_BYTES bytes by the same names on every instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define FUSER_INLINE static inline __attribute__((always_inline))
+
+namespace simd {
+
+constexpr int64_t kLanes = FUSER_VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(FUSER_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(FUSER_VECTOR_BYTES)));
+typedef float vfu __attribute__((vector_size(FUSER_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(FUSER_VECTOR_BYTES / 2)));
+typedef uint32_t vu __attribute__((vector_size(FUSER_VECTOR_BYTES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+FUSER_INLINE float to_float(float x) { return x; }
+FUSER_INLINE float to_float(bf16 x) {
+  const uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+FUSER_INLINE void from_float(float* p, float x) { *p = x; }
+FUSER_INLINE void from_float(bf16* p, float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  // Round to nearest even; a NaN keeps its high bits and stays quiet.
+  p->bits = uint16_t(x != x ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+FUSER_INLINE vf set1(float x) { return vf{} + x; }
+
+FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
+FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
+
+FUSER_INLINE vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof(h));
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+FUSER_INLINE void store(bf16* p, vf v) {
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vu nan = (u >> 16) | 0x40;
+  const vi is_nan = (vi)(v != v);
+  const vh h = __builtin_convertvector((vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded)), vh);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+// The first n (0 < n < kLanes) elements; the others read as zero and are not touched.
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+FUSER_INLINE vf load_n(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+FUSER_INLINE void store_n(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v); }
+#else
+FUSER_INLINE vf load_n(const float* p, int64_t n) {
+  float t[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+}
+FUSER_INLINE void store_n(float* p, vf v, int64_t n) {
+  float t[kLanes];
+  store(t, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = t[i];
+}
+#endif
+FUSER_INLINE vf load_n(const bf16* p, int64_t n) {
+  bf16 t[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+}
+FUSER_INLINE void store_n(bf16* p, vf v, int64_t n) {
+  bf16 t[kLanes];
+  store(t, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = t[i];
+}
+
+// All ones in the first n lanes.
+FUSER_INLINE vi first(int64_t n) {
+  vi lane;
+  for (int64_t i = 0; i < kLanes; ++i) lane[i] = int32_t(i);
+  return (vi)(lane < int32_t(n));
+}
+
+FUSER_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+// Both keep a NaN of their first operand, as PyTorch does.
+FUSER_INLINE vf maximum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a > b), a, b)); }
+FUSER_INLINE vf minimum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a < b), a, b)); }
+// One instruction on x86; the second operand wins when either is NaN.
+FUSER_INLINE vf max_fast(vf a, vf b) { return select((vi)(a > b), a, b); }
+FUSER_INLINE vf min_fast(vf a, vf b) { return select((vi)(a < b), a, b); }
+
+FUSER_INLINE float reduce_add(vf v) {
+  float t[kLanes], s = 0;
+  store(t, v);
+  for (int64_t w = kLanes / 2; w > 0; w /= 2)
+    for (int64_t i = 0; i < w; ++i) t[i] += t[i + w];
+  s = t[0];
+  return s;
+}
+FUSER_INLINE float reduce_max(vf v) {
+  float t[kLanes];
+  store(t, v);
+  for (int64_t w = kLanes / 2; w > 0; w /= 2)
+    for (int64_t i = 0; i < w; ++i) t[i] = t[i] != t[i] || t[i] > t[i + w] ? t[i] : t[i + w];
+  return t[0];
+}
+
+FUSER_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+FUSER_INLINE vf neg(vf x) { return -x; }
+FUSER_INLINE vf copysign(vf magnitude, vf sign) {
+  return (vf)(((vi)magnitude & 0x7fffffff) | ((vi)sign & int32_t(0x80000000)));
+}
+
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+FUSER_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
+FUSER_INLINE vf round_even(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for integral n, with correct overflow and underflow.
+FUSER_INLINE vf scale_by_power(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)n); }
+#else
+#if defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+FUSER_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
+FUSER_INLINE vf round_even(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+FUSER_INLINE vf sqrt(vf x) {
+  vf r;
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = std::sqrt(x[i]);
+  return r;
+}
+FUSER_INLINE vf round_even(vf x) {
+  vf r;
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = std::nearbyint(x[i]);
+  return r;
+}
+#endif
+FUSER_INLINE vf scale_by_power(vf x, vf n) {
+  // Two steps, so that results below the normal range underflow gradually instead of wrapping.
+  const vi k = __builtin_convertvector(n, vi);
+  const vi half = k >> 1;
+  const vf a = (vf)((half + 127) << 23), b = (vf)((k - half + 127) << 23);
+  return x * a * b;
+}
+#endif
+FUSER_INLINE vf rsqrt(vf x) { return 1.0f / sqrt(x); }
+FUSER_INLINE vf reciprocal(vf x) { return 1.0f / x; }
+
+// e^x, within 2 ulp; 0 below -104, inf above 88.73, NaN stays NaN.
+FUSER_INLINE vf exp(vf x) {
+  // The order of operands keeps NaN.
+  vf c = min_fast(set1(89.0f), x);
+  c = max_fast(set1(-104.5f), c);
+  const vf n = round_even(c * 1.44269504088896341f);
+  vf r = c - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = set1(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return scale_by_power(p, n);
+}
+
+FUSER_INLINE vf log(vf x) {
+  vf r;
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = std::log(x[i]);
+  return r;
+}
+
+FUSER_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// tanh: odd polynomial near zero (no cancellation), exponential elsewhere.
+FUSER_INLINE vf tanh(vf x) {
+  const vf a = abs(x), s = x * x;
+  vf p = set1(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  p = p * s * x + x;
+  const vf e = exp(2.0f * a);
+  const vf q = copysign(1.0f - 2.0f / (e + 1.0f), x);
+  // NaN compares false and takes the exponential branch, which keeps it.
+  return select((vi)(a < 0.625f), p, select((vi)(a == a), q, x));
+}
+
+FUSER_INLINE vf relu(vf x) { return max_fast(set1(0.0f), x); }
+
+// erf: below 0.93 x + x r(x^2), above 1 - exp(q(x)); both polynomials are weighted minimax fits, error below 1e-7.
+FUSER_INLINE vf erf(vf x) {
+  const vf a = abs(x), s = x * x, t = min_fast(set1(4.0f), a);
+  vf r = set1(-0.000595373916439712f);
+  r = r * s + 0.0049859401769936085f;
+  r = r * s - 0.026761719956994057f;
+  r = r * s + 0.11281682550907135f;
+  r = r * s - 0.3761247992515564f;
+  r = r * s + 0.12837915122509003f;
+  vf q = set1(-2.1161911718081683e-05f);
+  q = q * t + 0.0004352189425844699f;
+  q = q * t - 0.004174643196165562f;
+  q = q * t + 0.025128625333309174f;
+  q = q * t - 0.10829395055770874f;
+  q = q * t - 0.6333346366882324f;
+  q = q * t - 1.1295207738876343f;
+  q = q * t + 0.0001758746220730245f;
+  const vf tail = copysign(1.0f - exp(q), x);
+  return select((vi)(a < 0.93f), x + x * r, select((vi)(a == a), tail, x));
+}
+FUSER_INLINE vf gelu(vf x) {
+  const vf h = 0.5f * x;
+  return h + h * erf(x * 0.70710678118654752f);
+}
+// x * sigmoid(2u) equals 0.5 x (1 + tanh(u)) without the cancellation.
+FUSER_INLINE vf gelu_tanh(vf x) {
+  const vf u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exp(-2.0f * u));
+}
+FUSER_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
+
+}  // namespace simd
