@@ -12,6 +12,7 @@ from fuser.ir.masks.base import Mask, chunks
 
 _CELLS = 512
 _PANELS_PER_ROW = 4
+_LARGEST_ASPECT = 8
 
 
 def block_density(mask: Mask, n: int, m: int, cells: int = _CELLS) -> npt.NDArray[np.float64]:
@@ -46,7 +47,10 @@ def draw(mask: Mask, path: Path, n: int, m: int) -> None:
         axes = figure.add_subplot(down, across, h + 1)
         shares = block_density(mask.head(h), n, m)
         # Square root: single pairs in a large block stay visible.
-        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, extent=(0, m, n, 0), interpolation="nearest")
+        aspect = "equal" if max(n, m) <= _LARGEST_ASPECT * min(n, m) else "auto"
+        axes.imshow(
+            np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, extent=(0, m, n, 0), aspect=aspect, interpolation="nearest"
+        )
         axes.set_xlabel("key")
         axes.set_ylabel("query")
         if mask.heads is not None:
