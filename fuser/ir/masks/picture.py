@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ def draw(mask: Mask, path: Path, n: int, m: int) -> None:
         axes = figure.add_subplot(down, across, h + 1)
         shares = block_density(mask.head(h), n, m)
         # Square root: single pairs in a large block stay visible.
-        aspect = "equal" if max(n, m) <= _LARGEST_ASPECT * min(n, m) else "auto"
+        aspect: Literal["equal", "auto"] = "equal" if max(n, m) <= _LARGEST_ASPECT * min(n, m) else "auto"
         axes.imshow(
             np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, extent=(0, m, n, 0), aspect=aspect, interpolation="nearest"
         )
