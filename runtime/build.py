@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Failure:
-    """A source that did not compile: the command, the compiler's output and where the source is kept."""
+    """A source that did not compile: a command that shows it again, the output, and where the source is kept."""
 
     symbol: str
     command: str
@@ -97,7 +97,7 @@ def build(
     if not unique:
         return {}
     try:
-        toolchain = find_toolchain(target)
+        toolchain = find_toolchain(target, cache)
     except ToolchainError as error:
         return _without_compiler(unique, target, headers, cache, error)
     jobs_by_symbol = {symbol: _job(source, target, toolchain, headers) for symbol, source in unique.items()}
@@ -218,7 +218,7 @@ def _compile(
     """Build ``jobs`` with one ninja run and publish what compiled. Raises :class:`CompilationError` for the rest."""
     with cache.workspace() as folder:
         try:
-            commands = _write_project(folder, jobs, toolchain)
+            _write_project(folder, jobs, toolchain)
             log = _run_ninja(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs)
             )
@@ -240,22 +240,24 @@ def _compile(
                 continue
             report = folder / f"k{index}.log"
             output = (report.read_text(errors="replace") if report.exists() else "") or log
+            if "No space left on device" in output:
+                raise CacheError(f"the disk of {folder} is full; free some space, or set FUSER_CACHE_DIR")
             source = cache.keep_failure(job.key.digest, job.source.text, job.headers, output)
-            failures.append(Failure(job.source.symbol, commands[index], output, source))
+            command = shlex.join([*toolchain.command, *toolchain.compile_flags, "-c", str(source), "-o", os.devnull])
+            failures.append(Failure(job.source.symbol, command, output, source))
     if failures:
         raise CompilationError(failures)
     return built
 
 
-def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> list[str]:
-    """Write sources, the headers that were hashed, and build.ninja; the compile command of every job.
+def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> None:
+    """Write sources, the headers that were hashed, and build.ninja.
 
     Headers of the same name have the same content for all jobs unless a file changed in between: each distinct set of
     headers gets a folder of its own.
     """
     include_folders: dict[tuple[tuple[str, bytes], ...], str] = {}
     lines = ["ninja_required_version = 1.5"]
-    commands = []
     for index, job in enumerate(jobs):
         content = tuple(sorted(job.headers.items()))
         if content not in include_folders:
@@ -276,9 +278,7 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> 
             f"  command = {command.replace('$', '$$')}",
             f"build {stem}.so: r{index} {stem}.cpp",
         ]
-        commands.append(compile_command)
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
-    return commands
 
 
 def _run_ninja(command: Sequence[str], folder: Path, count: int) -> str:
@@ -294,7 +294,7 @@ def _run_ninja(command: Sequence[str], folder: Path, count: int) -> str:
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},
         )
         try:
             while True:

@@ -35,8 +35,10 @@ from typing import Any, TypeVar
 import platformdirs
 
 from fuser.ir.errors import CacheError
+from fuser.runtime.archive import FORMAT, KERNEL_MEMBER, KEY, RECORD_MEMBER, read_archive, write_archive
 
-FORMAT = 1
+_TOOLS = frozenset({"compiler", "flags"})
+_ENTRY_FILES = ("kernel.so", "manifest.json", "source.cpp")
 DEFAULT_MAX_BYTES = 2 << 30
 _STALE_SECONDS = 86_400.0
 _FAILURES_KEPT = 32
@@ -84,10 +86,15 @@ def kernel_key(
     for name, content in sorted(headers.items()):
         identity[f"header {name}"] = _digest([name.encode(), content])
     tools = {"compiler": _digest([compiler.encode()]), "flags": _digest([flag.encode() for flag in flags])}
+    return _combine({**identity, **tools})
+
+
+def _combine(fields: Mapping[str, str]) -> KernelKey:
     source, toolchain = (
-        _digest([part.encode() for item in fields.items() for part in item]) for fields in (identity, tools)
+        _digest([part.encode() for item in sorted(fields.items()) if (item[0] in _TOOLS) is tools for part in item])
+        for tools in (False, True)
     )
-    return KernelKey(source[:32], toolchain[:16], tuple({**identity, **tools}.items()))
+    return KernelKey(source[:32], toolchain[:16], tuple(fields.items()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -135,6 +142,8 @@ class Entry:
             if not all(isinstance(getattr(entry, field), kind) for field, kind in types.items()):
                 raise TypeError("a field has the wrong type")
             entry = dataclasses.replace(entry, created=float(entry.created), fields=dict(entry.fields))
+            if _combine(entry.fields).digest != entry.key:
+                raise ValueError("its key does not follow from its fields")
         except (ValueError, TypeError) as error:
             raise CacheError(f"the manifest {name} is damaged: {error}") from error
         if entry.format != FORMAT:
@@ -150,6 +159,17 @@ class VerifyReport:
     records: int
     bytes: int
     damaged: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What :meth:`KernelCache.import_` did: keys of added kernels, how many records were added and how many items were
+    there already, and the targets (:attr:`Target.key`) of all kernels in the file."""
+
+    kernels: tuple[str, ...]
+    records: int
+    present: int
+    targets: frozenset[str]
 
 
 class KernelCache:
@@ -205,12 +225,16 @@ class KernelCache:
         Another process may publish the same key meanwhile; whichever intact entry is in place stays. Raises
         :class:`CacheError` if neither the cache nor a temporary directory can take it (disk full).
         """
-        return self._publish(key.digest, library.read_bytes(), text, symbol, compiler, target, dict(key.fields))
+        content = library.read_bytes()
+        checksum = hashlib.sha256(content).hexdigest()
+        size, fields = len(content), dict(key.fields)
+        entry = Entry(FORMAT, key.digest, symbol, checksum, size, time.time(), compiler, target, fields)
+        return self._publish(entry, content, text.encode())
 
     def entries(self) -> list[Entry]:
         """The manifests of all kernels, most recently used first; damaged ones are left out."""
         found: list[tuple[float, Entry]] = []
-        for folder in self._folders():
+        for folder in self._folders(self._roots()):
             with contextlib.suppress(OSError, CacheError):
                 manifest = folder / "manifest.json"
                 found.append((manifest.stat().st_mtime, Entry.read(manifest)))
@@ -218,19 +242,19 @@ class KernelCache:
 
     def size(self) -> int:
         """Bytes of all kernels, with their sources and manifests."""
-        return sum(_folder_bytes(folder) for folder in self._folders())
+        return sum(_folder_bytes(folder) for folder in self._folders([self.root]))
 
     def verify(self) -> VerifyReport:
         """Check every kernel and record against its checksum. Nothing is changed; damaged ones are misses anyway."""
         damaged: list[tuple[str, str]] = []
         kernels = records = total = 0
-        for folder in self._folders():
+        for folder in self._folders(self._roots()):
             try:
                 total += self._check(folder.name, folder, remember=False).size
                 kernels += 1
             except (OSError, CacheError) as error:
                 damaged.append((folder.name, str(error)))
-        for path in sorted((self.root / "records").glob("*/*.json")):
+        for path in self._record_paths():
             try:
                 _parse_record(path.read_bytes(), path.parent.name, None)
                 records += 1
@@ -245,7 +269,7 @@ class KernelCache:
         """
         limit = self.max_bytes if max_bytes is None else max_bytes
         found = []
-        for folder in self._folders():
+        for folder in self._folders([self.root]):
             with contextlib.suppress(OSError):
                 accessed = max(path.stat().st_mtime for path in (folder / "manifest.json", folder) if path.exists())
                 found.append((accessed, folder.name, _folder_bytes(folder), folder))
@@ -310,6 +334,75 @@ class KernelCache:
         content = _format_record(kind, key, value)
         self._writing(lambda root: _write_atomic(_record_path(root, kind, key), content, root / "tmp"))
 
+    # Archives
+
+    def export(self, path: Path, keys: Iterable[str] | None = None) -> int:
+        """Write kernels and records to one file that :meth:`import_` reads; how many kernels it holds.
+
+        ``keys`` chooses kernels (default: all that are intact, and all records). Raises :class:`CacheError` if a chosen
+        kernel is missing or damaged, or the file cannot be written.
+        """
+        chosen = [entry.key for entry in self.entries()] if keys is None else list(dict.fromkeys(keys))
+        members: dict[str, bytes] = {}
+        kernels = 0
+        for key in sorted(chosen):
+            library = self.get(key)
+            if library is None and keys is not None:
+                raise CacheError(f"the kernel {key} is not in the cache {self.root}, or damaged; nothing was exported")
+            if library is not None:
+                kernels += 1
+                for name in _ENTRY_FILES:
+                    members[f"kernels/{key}/{name}"] = (library.parent / name).read_bytes()
+        for record in self._record_paths() if keys is None else []:
+            with contextlib.suppress(CacheError, OSError):
+                content = record.read_bytes()
+                _parse_record(content, record.parent.name, None)
+                members[f"records/{record.parent.name}/{record.name}"] = content
+        write_archive(path, members)
+        return kernels
+
+    def import_(self, path: Path) -> ImportReport:
+        """Add the kernels and records of a file that :meth:`export` wrote; what is here already stays.
+
+        The kernels are code that will run as this user, so import only what comes from people you trust. Raises
+        :class:`CacheError`, and adds nothing, if any part of the file is damaged or out of place.
+        """
+        members = read_archive(path)
+        entries: dict[str, Entry] = {}
+        records: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, content in members.items():
+            if record := RECORD_MEMBER.fullmatch(name):
+                key, value = _parse_record(content, record[1], None)
+                if _record_path(self.root, record[1], key).name != f"{record[2]}.json":
+                    raise CacheError(f"the archive {path} is damaged: {name} holds the record of another key")
+                records[record[1], key] = value
+            elif kernel := KERNEL_MEMBER.fullmatch(name):
+                folder = f"kernels/{kernel[1]}"
+                if any(f"{folder}/{file}" not in members for file in _ENTRY_FILES):
+                    raise CacheError(f"the archive {path} is damaged: {folder} is incomplete")
+                if kernel[2] == "manifest.json":
+                    entry = Entry.parse(content, f"{path}:{name}")
+                    library = members[f"{folder}/kernel.so"]
+                    text = members[f"{folder}/source.cpp"]
+                    if (entry.key, entry.sha256, entry.fields.get("text")) != (
+                        *(kernel[1], hashlib.sha256(library).hexdigest(), _digest([text])),
+                    ):
+                        raise CacheError(f"the archive {path} is damaged: {folder} does not match its manifest")
+                    entries[entry.key] = entry
+        added = []
+        for key, entry in entries.items():
+            if self.get(key) is None:
+                library, text = (members[f"kernels/{key}/{name}"] for name in ("kernel.so", "source.cpp"))
+                self._publish(entry, library, text)
+                added.append(key)
+        new_records = 0
+        for (kind, key), value in records.items():
+            if self.read_record(kind, key) is None:
+                self.write_record(kind, key, value)
+                new_records += 1
+        present = len(entries) + len(records) - len(added) - new_records
+        return ImportReport(tuple(added), new_records, present, frozenset(entry.target for entry in entries.values()))
+
     # Work in progress
 
     @contextlib.contextmanager
@@ -349,8 +442,12 @@ class KernelCache:
     def _roots(self) -> list[Path]:
         return [self.root] if self._read_only is None else [self.root, self._read_only]
 
-    def _folders(self) -> list[Path]:
-        return sorted((self.root / "kernels").glob("??/*"))
+    def _folders(self, roots: Iterable[Path]) -> list[Path]:
+        found = {folder.name: folder for root in roots for folder in (root / "kernels").glob("??/*")}
+        return [found[name] for name in sorted(found)]
+
+    def _record_paths(self) -> list[Path]:
+        return sorted(path for root in self._roots() for path in (root / "records").glob("*/*.json"))
 
     def _check(self, key: str, folder: Path, *, remember: bool = True) -> Entry:
         """The manifest of an entry whose library matches it. Raises OSError or :class:`CacheError`."""
@@ -375,28 +472,24 @@ class KernelCache:
                 os.utime(manifest)
         return entry
 
-    def _publish(
-        self, key: str, library: bytes, text: str, symbol: str, compiler: str, target: str, fields: dict[str, str]
-    ) -> Path:
-        sha256 = hashlib.sha256(library).hexdigest()
-        entry = Entry(FORMAT, key, symbol, sha256, len(library), time.time(), compiler, target, fields)
+    def _publish(self, entry: Entry, library: bytes, text: bytes) -> Path:
         manifest = json.dumps(dataclasses.asdict(entry), indent=1).encode()
 
         def write(root: Path) -> Path:
-            folder = _entry_folder(root, key)
+            folder = _entry_folder(root, entry.key)
             stage = Path(tempfile.mkdtemp(prefix="stage-", dir=root / "tmp"))
             try:
                 (stage / "kernel.so").write_bytes(library)
-                (stage / "source.cpp").write_text(text)
+                (stage / "source.cpp").write_bytes(text)
                 (stage / "manifest.json").write_bytes(manifest)
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                self._install(key, stage, folder)
+                self._install(entry.key, stage, folder)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
             return folder / "kernel.so"
 
         path = self._writing(write)
-        self._used.add(key)
+        self._used.add(entry.key)
         return path
 
     def _install(self, key: str, stage: Path, folder: Path) -> None:
@@ -528,6 +621,8 @@ def _remove_own(path: Path, process: int) -> None:
 
 
 def _entry_folder(root: Path, key: str) -> Path:
+    if not KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is not the key of a kernel")
     return root / "kernels" / key[:2] / key
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fuser.ir.errors import ToolchainError
 from fuser.ir.target import VECTOR_BYTES, Isa, Target
+from fuser.runtime.cache import KernelCache
 from fuser.runtime.library import openmp_runtime
 
 INSTALL_COMPILER = "install g++ 10 or newer (Debian: apt install g++, conda: conda install gxx)"
@@ -99,11 +100,12 @@ def target_flags(target: Target) -> tuple[str, ...]:
     return (*flags, f"-DFUSER_VECTOR_BYTES={VECTOR_BYTES[isa]}")
 
 
-def find_toolchain(target: Target) -> Toolchain:
+def find_toolchain(target: Target, cache: KernelCache | None = None) -> Toolchain:
     """The compiler for ``target``: ``$CXX`` if it is set, else the first of g++, c++ and clang++ that works.
 
-    "Works" is tried once per compiler and flags in a process: it compiles and links C++17 with OpenMP. Raises
-    :class:`ToolchainError` that says what is missing and how to install it.
+    "Works" means that it compiles and links C++17 with OpenMP; that is tried once per compiler and flags, and
+    remembered in ``cache`` (default: for this process only). Raises :class:`ToolchainError` that says what is missing
+    and how to install it.
     """
     if target.kind != "cpu":
         raise ToolchainError(
@@ -114,13 +116,13 @@ def find_toolchain(target: Target) -> Toolchain:
         command = tuple(shlex.split(chosen))
         if shutil.which(command[0]) is None:
             raise ToolchainError(f"CXX is set to {chosen!r}, which is not an executable; correct or unset it")
-        return _toolchain(command, target)
+        return _toolchain(command, target, cache)
     failures = []
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name) is None:
             continue
         try:
-            return _toolchain((name,), target)
+            return _toolchain((name,), target, cache)
         except ToolchainError as error:
             failures.append(str(error))
     if failures:
@@ -146,15 +148,28 @@ def find_ninja() -> Path:
     raise ToolchainError(f"ninja, which builds kernels in parallel, is not installed; {INSTALL_NINJA}")
 
 
-def _toolchain(command: tuple[str, ...], target: Target) -> Toolchain:
+def _toolchain(command: tuple[str, ...], target: Target, cache: KernelCache | None) -> Toolchain:
     resolved = Path(shutil.which(command[0]) or command[0]).resolve()
     stamp = resolved.stat().st_mtime_ns if resolved.exists() else 0
-    return _probe(command, str(resolved), stamp, target_flags(target))
+    toolchain = _identify(command, str(resolved), stamp, target_flags(target))
+    memo = (toolchain, str(resolved), stamp)
+    if memo in _checked:
+        return toolchain
+    key = "\0".join([*command, str(resolved), str(stamp), toolchain.version, *toolchain.flags])
+    if cache is None or cache.read_record("toolchain", key) is None:
+        _check(toolchain)
+        if cache is not None:
+            cache.write_record("toolchain", key, {"works": True})
+    _checked.add(memo)
+    return toolchain
+
+
+_checked: set[tuple[Toolchain, str, int]] = set()
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(command: tuple[str, ...], resolved: str, stamp: int, isa_flags: tuple[str, ...]) -> Toolchain:
-    """The checked toolchain; ``resolved`` and ``stamp`` make an upgraded compiler a new one."""
+def _identify(command: tuple[str, ...], resolved: str, stamp: int, isa_flags: tuple[str, ...]) -> Toolchain:
+    """The toolchain of ``command``; ``resolved`` and ``stamp`` make an upgraded compiler a new one."""
     version = _run((*command, "--version"), command).strip()
     clang = "clang" in version.lower()
     if not clang and "gcc" not in version.lower() and "free software foundation" not in version.lower():
@@ -169,15 +184,19 @@ def _probe(command: tuple[str, ...], resolved: str, stamp: int, isa_flags: tuple
             f"{runtime.path.name}, and two runtimes in one process fight over its cores; {INSTALL_COMPILER}"
         )
     compile_flags = (*_COMMON, *(() if clang else _GCC_ONLY), *isa_flags)
-    toolchain = Toolchain(command, version, compile_flags, _LINK)
+    return Toolchain(command, version, compile_flags, _LINK)
+
+
+def _check(toolchain: Toolchain) -> None:
+    """Build a small library. Raises :class:`ToolchainError` if that fails."""
+    command = toolchain.command
     with tempfile.TemporaryDirectory(prefix="fuser-check-") as folder:
         source, objects, library = (Path(folder) / name for name in ("check.cpp", "check.o", "check.so"))
         source.write_text(_CHECK)
-        _run((*command, *compile_flags, "-c", str(source), "-o", str(objects)), command)
-        _run((*command, *_LINK, str(objects), "-o", str(library)), command)
+        _run((*command, *toolchain.compile_flags, "-c", str(source), "-o", str(objects)), command)
+        _run((*command, *toolchain.link_flags, str(objects), "-o", str(library)), command)
         if not library.exists():
             raise ToolchainError(f"{shlex.join(command)} reports success but writes no library; {INSTALL_COMPILER}")
-    return toolchain
 
 
 def _run(arguments: tuple[str, ...], command: tuple[str, ...]) -> str:
