@@ -1,0 +1,292 @@
+"""The `gemm` family: a matrix product with constant weights and everything elementwise or row-wise that follows it.
+
+The weights are packed once, in panels as wide as the microkernel's register tile. Rows of the activations are copied,
+a cache block at a time, to where their stride cannot collide in the cache. The epilogue is a row expression on the
+accumulators of a finished tile, or of finished rows where it reduces along them (a norm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuser.ir.expression import Expression
+from fuser.ir.graph import Kind, Operator, OperatorGroup
+from fuser.ir.target import Isa, Target
+from fuser.kernels.base import FLOATING, STORAGE, Access, Cost, DType, KernelCall, KernelSpec, Operand, Packed
+from fuser.kernels.compose import RowProgram, compose, reference
+from fuser.kernels.operands import row_stride, rows_and_columns
+
+_EPILOGUE = frozenset(
+    {
+        Kind.BIAS,
+        Kind.ACTIVATION,
+        Kind.RESIDUAL,
+        Kind.NORM,
+        Kind.SCALE,
+        Kind.MASK,
+        Kind.POINTWISE,
+        Kind.SOFTMAX,
+        Kind.REDUCE,
+    }
+)
+_MAX_OPERANDS = 16
+_LINE = 16  # floats in a cache line
+_DEPTH = 1024
+_MAX_BLOCK = 168
+_SHARED_ROWS = 512
+_SERIAL_BELOW = 1 << 18
+
+# (rows, vectors) of the register tile: accumulators, one row of W and a broadcast element fill the register file.
+_TILES = {
+    Isa.AVX512: ((14, 2), (8, 3), (6, 4)),
+    Isa.AVX2: ((6, 2), (4, 3)),
+    Isa.NEON: ((8, 3), (12, 2)),
+    Isa.PORTABLE: ((4, 2), (6, 1)),
+}
+
+
+@dataclass(frozen=True)
+class GemmParameters:
+    """What the template ``cpu/gemm.cpp.j2`` is rendered from.
+
+    ``n`` and ``k`` are the weight's sizes, ``a_dtype`` and ``w_dtype`` storage types. ``epilogue`` has the accumulator
+    as input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs. ``mr`` × ``nr`` is the
+    register tile, ``mc`` the rows of A that a thread works on at a time, ``kc`` the depth of one pass over registers.
+    Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
+    multiply-adds, one thread does all.
+    """
+
+    n: int
+    k: int
+    a_dtype: DType
+    w_dtype: DType
+    epilogue: Expression
+    operands: tuple[Operand, ...]
+    out_dtypes: tuple[DType, ...]
+    mr: int
+    nr: int
+    mc: int
+    kc: int
+    shared: int = _SHARED_ROWS
+    serial_below: int = _SERIAL_BELOW
+
+    @property
+    def inputs(self) -> tuple[Operand, ...]:
+        """Operands of the epilogue's inputs, the accumulator first."""
+        return (Operand(Access.MATRIX, DType.F32), *self.operands)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the epilogue needs whole rows."""
+        return self.epilogue.has_reduction
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // self.nr)
+
+    @property
+    def pitch(self) -> int:
+        """Floats between packed rows of A: an odd number of cache lines, so that rows spread over the cache's sets."""
+        return _odd_lines(self.k)
+
+    @property
+    def tile_pitch(self) -> int:
+        """Floats between accumulator rows."""
+        return _odd_lines(self.panels * self.nr) if self.reduces else self.nr
+
+    def workspace_bytes(self, rows: int, threads: int) -> int:
+        """Scratch for ``rows`` rows of A on ``threads`` threads."""
+        tiles = threads * self.mc
+        if self.reduces:
+            tiles = max(tiles, min(rows, self.shared))
+        return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
+
+
+def _odd_lines(floats: int) -> int:
+    return _LINE * (-(-floats // _LINE) | 1)
+
+
+def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None) -> Tensor:
+    """The weight of a linear layer in the microkernel's layout.
+
+    ``weight`` is (N, K) when ``transposed`` (as in ``torch.nn.Linear``), else (K, N). Returns a contiguous
+    (ceil(N / nr), K, nr) tensor of ``dtype`` (default: the weight's), zero where the last panel exceeds N.
+    """
+    columns = weight if transposed else weight.t()
+    n, k = columns.shape
+    panels = -(-n // nr)
+    packed = torch.zeros(panels, k, nr, dtype=weight.dtype if dtype is None else dtype.torch)
+    full = n // nr
+    packed[:full] = columns[: full * nr].reshape(full, nr, k).transpose(1, 2)
+    if full < panels:
+        packed[full, :, : n - full * nr] = columns[full * nr :].t()
+    return packed
+
+
+def unpack(packed: Tensor, n: int, transposed: bool = True) -> Tensor:
+    """The inverse of :func:`pack`: the (N, K) weight, or (K, N) when not ``transposed``."""
+    _, k, _ = packed.shape
+    columns = packed.transpose(1, 2).reshape(-1, k)[:n]
+    return (columns if transposed else columns.t()).contiguous()
+
+
+@dataclass(frozen=True)
+class GemmMatch:
+    """A GEMM operator and the row program of what follows it; ``row_stride`` is that of A in elements."""
+
+    group: OperatorGroup
+    gemm: Operator
+    program: RowProgram
+    n: int
+    k: int
+    row_stride: int
+
+    @property
+    def a(self) -> str:
+        return self.gemm.inputs[0]
+
+    @property
+    def weight(self) -> str:
+        return self.gemm.inputs[1]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (N, K)."""
+        return bool(self.gemm.attributes["transposed"])
+
+
+class GemmFamily:
+    """One GEMM with a constant weight, and the elementwise operators and at most one norm that read its result."""
+
+    name = "gemm"
+
+    def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
+        """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
+        graph = group.graph
+        gemms = [op for op in group.operators if op.kind is Kind.GEMM]
+        others = [op for op in group.operators if op.kind is not Kind.GEMM]
+        if target.kind != "cpu" or len(gemms) != 1 or any(op.kind not in _EPILOGUE for op in others):
+            return None
+        (gemm,) = gemms
+        if len(gemm.inputs) != 2 or gemm.inputs[1] not in graph.constants or group.produces(gemm.inputs[0]):
+            return None
+        if sum(op.expression is not None and op.expression.has_reduction for op in others) > 1:
+            return None
+        a, weight, out = (graph.values[v] for v in (*gemm.inputs, gemm.output))
+        stride = row_stride(a)
+        if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= FLOATING:
+            return None
+        n, k = weight.shape if gemm.attributes["transposed"] else weight.shape[::-1]
+        if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
+            return None
+        program = compose(group, others, seeds=(gemm.output,))
+        if program is None or program.gathers or len(program.bounds) > _MAX_OPERANDS:
+            return None
+        return GemmMatch(group, gemm, program, n, k, stride)
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters]:
+        """Register tiles of the instruction set, the one with most multiply-adds a load first, and a shallower pass."""
+        values = match.group.graph.values
+        a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
+        choices = []
+        for mr, vectors in _TILES[Isa(target.arch)]:
+            nr = min(vectors, -(-match.n // target.vector_lanes)) * target.vector_lanes
+            for depth in (_DEPTH, 384):
+                choices.append(
+                    parameters(
+                        match.n,
+                        match.k,
+                        match.program.expression,
+                        match.program.operands,
+                        match.program.output_dtypes,
+                        target,
+                        a_dtype=a_dtype,
+                        w_dtype=w_dtype,
+                        mr=mr,
+                        nr=nr,
+                        depth=depth,
+                    )
+                )
+        return list(dict.fromkeys(choices))
+
+    def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
+        """Roofline of the padded product, its epilogue, and every tensor touched once."""
+        program = match.program
+        rows, lanes = program.rows, target.vector_lanes
+        padded = parameters.panels * parameters.nr
+        flops = rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
+        # Below eight independent accumulators the latency of a multiply-add shows.
+        efficiency = 0.93 * min(1.0, max(rows, 1) * (parameters.nr // lanes) / 8)
+        moved = (
+            rows * match.k * parameters.a_dtype.bytes
+            + padded * match.k * parameters.w_dtype.bytes
+            + program.bytes(match.group.graph)
+        )
+        return Cost(flops, float(moved), efficiency=efficiency)
+
+    def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
+        program = match.program
+        packed = Packed(match.weight, (self.name, parameters.nr, match.transposed, parameters.w_dtype))
+        return KernelCall(
+            KernelSpec(self.name, "cpu/gemm.cpp.j2", parameters),
+            (match.a, packed, *program.tensors),
+            (program.rows, match.row_stride, *program.extents),
+            program.outputs,
+            parameters.workspace_bytes(program.rows, threads),
+        )
+
+    def reference(self, match: GemmMatch) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """What the group means, in plain PyTorch and the dtype of the inputs, by name of value."""
+        epilogue = reference(match.group)
+
+        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            weight = values[match.weight]
+            product = values[match.a] @ (weight.t() if match.transposed else weight)
+            return epilogue({**values, match.gemm.output: product})
+
+        return run
+
+
+def parameters(
+    n: int,
+    k: int,
+    epilogue: Expression,
+    operands: Sequence[Operand],
+    out_dtypes: Sequence[DType],
+    target: Target,
+    *,
+    a_dtype: DType = DType.F32,
+    w_dtype: DType = DType.F32,
+    mr: int | None = None,
+    nr: int | None = None,
+    depth: int = _DEPTH,
+) -> GemmParameters:
+    """Parameters with blocks that fit the caches of ``target``; the register tile defaults to its best."""
+    rows, vectors = _TILES[Isa(target.arch)][0]
+    mr = rows if mr is None else mr
+    nr = min(vectors, -(-n // target.vector_lanes)) * target.vector_lanes if nr is None else nr
+    panel_floats = target.cache_bytes[1] // 8 // 4
+    deepest = max(min(depth, panel_floats // nr), 64)
+    passes = max(-(-k // deepest), 1)
+    # The rows of A and their accumulators take half of L2; the other half streams W.
+    accumulators = -(-n // nr) * nr if epilogue.has_reduction else nr
+    fitting = target.cache_bytes[1] // 2 // (4 * (_odd_lines(k) + accumulators))
+    mc = max(min(fitting, _MAX_BLOCK) // mr, 1) * mr
+    return GemmParameters(
+        n=n,
+        k=k,
+        a_dtype=a_dtype,
+        w_dtype=w_dtype,
+        epilogue=epilogue,
+        operands=tuple(operands),
+        out_dtypes=tuple(out_dtypes),
+        mr=mr,
+        nr=nr,
+        mc=mc,
+        kc=max(math.ceil(k / passes), 1),
+    )
