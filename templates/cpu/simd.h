@@ -38,7 +38,8 @@ FUSER_INLINE void from_float(bf16* p, float x) {
   p->bits = uint16_t(x != x ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-FUSER_INLINE vf set1(float x) { return vf{} + x; }
+// Subtracting zero is free of arithmetic; adding it is not, because -0 + 0 is +0.
+FUSER_INLINE vf set1(float x) { return x - vf{}; }
 
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
@@ -170,6 +171,96 @@ FUSER_INLINE vf exp(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return scale_by_power(p, n);
+}
+
+// 2^x for x <= 0, within 2 ulp; exactly 0 below -126 and for -inf, so that no denormal is made; NaN stays NaN.
+FUSER_INLINE vf exp2_nonpositive(vf x) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  const vf n = round_even(x), r = x - n;
+#else
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const vf c = max_fast(set1(-127.0f), x), t = c + 12582912.0f, r = c - (t - 12582912.0f);
+#endif
+  vf p = set1(1.3276475e-3f);
+  p = p * r + 9.6755419e-3f;
+  p = p * r + 5.5507131e-2f;
+  p = p * r + 2.4022120e-1f;
+  p = p * r + 6.9314694e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
+  const vi scaled = ((vi)p + ((vi)t << 23)) & ~(vi)(x < -126.0f);
+  return select((vi)(x == x), (vf)scaled, x);
+#endif
+}
+
+// a in the lanes whose bit is set, b elsewhere.
+FUSER_INLINE vf select_bits(uint64_t bits, vf a, vf b) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return (vf)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b, (__m512)a);
+#else
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  return select((vi)(((vi{} + int32_t(bits & ((1 << kLanes) - 1))) & lane) != 0), a, b);
+#endif
+}
+
+// One bit for every byte that is not zero; 0 < n <= 64, no other byte is touched.
+FUSER_INLINE uint64_t load_bits(const uint8_t* p, int64_t n) {
+#if defined(__AVX512BW__)
+  const __m512i x = _mm512_maskz_loadu_epi8(~0ull >> (64 - n), p);
+  return _mm512_test_epi8_mask(x, x);
+#else
+  uint64_t r = 0;
+  for (int64_t i = 0; i < n; ++i) r |= uint64_t(p[i] != 0) << i;
+  return r;
+#endif
+}
+
+// Transposes kLanes vectors in place.
+FUSER_INLINE void transpose(vf* v) {
+#if defined(__AVX2__) && FUSER_VECTOR_BYTES >= 32
+  // 4 x 4 inside every 128-bit part, then the parts.
+  vf w[kLanes];
+#if FUSER_VECTOR_BYTES == 64
+#define FUSER_UNPACK(name, type, a, b) (vf) _mm512_unpack##name##_##type((__m512)(a), (__m512)(b))
+#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm512_unpack##name##_pd((__m512d)(a), (__m512d)(b))
+#else
+#define FUSER_UNPACK(name, type, a, b) (vf) _mm256_unpack##name##_##type((__m256)(a), (__m256)(b))
+#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm256_unpack##name##_pd((__m256d)(a), (__m256d)(b))
+#endif
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const vf a = FUSER_UNPACK(lo, ps, v[i], v[i + 1]), b = FUSER_UNPACK(hi, ps, v[i], v[i + 1]);
+    const vf c = FUSER_UNPACK(lo, ps, v[i + 2], v[i + 3]), d = FUSER_UNPACK(hi, ps, v[i + 2], v[i + 3]);
+    w[i] = FUSER_UNPACK_PAIRS(lo, a, c), w[i + 1] = FUSER_UNPACK_PAIRS(hi, a, c);
+    w[i + 2] = FUSER_UNPACK_PAIRS(lo, b, d), w[i + 3] = FUSER_UNPACK_PAIRS(hi, b, d);
+  }
+#undef FUSER_UNPACK
+#undef FUSER_UNPACK_PAIRS
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+#if FUSER_VECTOR_BYTES == 64
+    const __m512 a = _mm512_shuffle_f32x4((__m512)w[k], (__m512)w[k + 4], 0x44);
+    const __m512 b = _mm512_shuffle_f32x4((__m512)w[k], (__m512)w[k + 4], 0xee);
+    const __m512 c = _mm512_shuffle_f32x4((__m512)w[k + 8], (__m512)w[k + 12], 0x44);
+    const __m512 d = _mm512_shuffle_f32x4((__m512)w[k + 8], (__m512)w[k + 12], 0xee);
+    v[k] = (vf)_mm512_shuffle_f32x4(a, c, 0x88), v[k + 4] = (vf)_mm512_shuffle_f32x4(a, c, 0xdd);
+    v[k + 8] = (vf)_mm512_shuffle_f32x4(b, d, 0x88), v[k + 12] = (vf)_mm512_shuffle_f32x4(b, d, 0xdd);
+#else
+    v[k] = (vf)_mm256_permute2f128_ps((__m256)w[k], (__m256)w[k + 4], 0x20);
+    v[k + 4] = (vf)_mm256_permute2f128_ps((__m256)w[k], (__m256)w[k + 4], 0x31);
+#endif
+  }
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = t;
+    }
+#endif
 }
 
 FUSER_INLINE vf log(vf x) {
