@@ -1,0 +1,229 @@
+"""Attention written out: finding matmul, scale, mask, softmax and matmul in a captured graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_PASS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+
+
+@dataclass(frozen=True)
+class MaskUse:
+    """A mask operand: boolean (True = may attend, or its inverse) or additive, as the node's dtype says."""
+
+    node: fx.Node
+    inverted: bool
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """softmax(scale · q · kᵀ + masks) · v; ``k`` is the transposed key as the product reads it."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    masks: tuple[MaskUse, ...]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a node does in a pattern; only ``pv`` carries it, the others vanish."""
+
+    part: str
+    pattern: Pattern | None = None
+
+
+@dataclass
+class _Walk:
+    scale: float = 1.0
+    masks: list[MaskUse] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def find(graph: fx.Graph) -> Mapping[fx.Node, Role]:
+    """Roles of all nodes of all attentions that are written as products and a softmax.
+
+    A pattern counts only when nothing else reads its scores or probabilities: otherwise they must exist in memory.
+    """
+    roles: dict[fx.Node, Role] = {}
+    for node in graph.nodes:
+        if node.target in _SOFTMAX:
+            found = _match(node)
+            if found is not None:
+                roles.update(found)
+    return roles
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _match(softmax: fx.Node) -> dict[fx.Node, Role] | None:
+    scores = _value(softmax)
+    if scores is None or scores.dim() not in (3, 4) or softmax.args[1] % scores.dim() != scores.dim() - 1:
+        return None
+    walk = _Walk(nodes=[softmax])
+    product = _scores(softmax.args[0], walk)
+    if product is None:
+        return None
+    output = _probabilities(softmax, walk)
+    if output is None:
+        return None
+    q, k = product.args[0], product.args[1]
+    q = _prescaled(q, walk)
+    k = _prescaled(k, walk)
+    shapes = [_value(n) for n in (q, k, output.args[1])]
+    if any(s is None or s.dim() != scores.dim() for s in shapes):
+        return None
+    # Plain batched products only: PyTorch's broadcasting of batch dimensions is not attention as we know it.
+    batches = {tuple(s.shape[:-2]) for s in shapes if s is not None}
+    if len(batches) != 1:
+        return None
+    pattern = Pattern(q, k, output.args[1], walk.scale, tuple(reversed(walk.masks)))
+    roles = {node: Role("inner") for node in walk.nodes}
+    roles[product] = Role("qk")
+    roles[output] = Role("pv", pattern)
+    return roles
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _scores(node: Any, walk: _Walk) -> fx.Node | None:
+    """From the softmax's operand back to the product, collecting scales and masks."""
+    while isinstance(node, fx.Node):
+        if _only_user(node) is None:
+            return None
+        if node.target in _PRODUCTS:
+            return node
+        walk.nodes.append(node)
+        step = _score_step(node, walk)
+        if step is None:
+            return None
+        node = step
+    return None
+
+
+def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
+    target, args = node.target, node.args
+    value = _value(node)
+    if target in _PASS or (target in _CASTS and value is not None):
+        return args[0]
+    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        for this, other in ((args[0], args[1]), (args[1], args[0])):
+            number = _number(other)
+            if number is not None and isinstance(this, fx.Node) and _value(this) is not None:
+                if target in (aten.div.Tensor, aten.div.Scalar):
+                    if this is not args[0]:
+                        return None
+                    number = 1.0 / number
+                walk.scale *= number
+                return this
+        return None
+    if target is aten.add.Tensor and not node.kwargs:
+        for this, other in ((args[0], args[1]), (args[1], args[0])):
+            scores, bias = _value(this), _value(other)
+            if scores is None or bias is None or scores.shape != value.shape:  # type: ignore[union-attr]
+                continue
+            if _leads_to_product(this) and bias.is_floating_point():
+                if walk.scale != 1.0:
+                    return None
+                walk.masks.append(MaskUse(other, inverted=False))
+                return this
+        return None
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_floor(args[2], value):
+        walk.masks.append(MaskUse(args[1], inverted=True))
+        return args[0]
+    if target in (aten.where.self, aten.where.ScalarOther) and _is_floor(args[2], value):
+        walk.masks.append(MaskUse(args[0], inverted=False))
+        return args[1]
+    if target in (aten.where.self, aten.where.ScalarSelf) and _is_floor(args[1], value):
+        walk.masks.append(MaskUse(args[0], inverted=True))
+        return args[2]
+    return None
+
+
+def _leads_to_product(node: Any, depth: int = 8) -> bool:
+    while isinstance(node, fx.Node) and depth:
+        if node.target in _PRODUCTS:
+            return True
+        if not node.args:
+            return False
+        node, depth = node.args[0], depth - 1
+    return False
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    constant = _value(value)
+    if constant is not None and constant.dim() == 0:
+        return _constant_number(value)
+    return None
+
+
+def _constant_number(node: fx.Node) -> float | None:
+    """The number that a node of constants alone computes: ``torch.tensor(8.0)``, ``sqrt`` of it, ``full``."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.full.default and not node.args[0]:
+        return float(node.args[1])
+    if node.target is aten.scalar_tensor.default:
+        return float(node.args[0])
+    if node.target is aten.sqrt.default:
+        inner = _number(node.args[0])
+        return None if inner is None or inner < 0 else math.sqrt(inner)
+    return None
+
+
+def _is_floor(fill: Any, value: Tensor | None) -> bool:
+    """Whether ``fill`` is so low that its probability is exactly zero next to any ordinary score."""
+    number = _number(fill)
+    return number is not None and value is not None and number <= torch.finfo(value.dtype).min / 2
+
+
+def _probabilities(softmax: fx.Node, walk: _Walk) -> fx.Node | None:
+    """From the softmax on to the product with the values."""
+    node = softmax
+    while True:
+        user = _only_user(node)
+        if user is None:
+            return None
+        if user.target in _PRODUCTS:
+            return user if user.args[0] is node and user.args[1] is not node else None
+        evaluated = user.target is aten.dropout.default and (not user.args[2] or user.args[1] == 0)
+        if not (evaluated or user.target in _PASS or user.target in _CASTS):
+            return None
+        walk.nodes.append(user)
+        node = user
+
+
+def _prescaled(node: Any, walk: _Walk) -> Any:
+    """Move a scale on q or k alone to the scores, where it costs nothing."""
+    if (
+        isinstance(node, fx.Node)
+        and node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+        and _only_user(node) is not None
+    ):
+        number = _number(node.args[1])
+        if number is not None and number != 0 and isinstance(node.args[0], fx.Node):
+            divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+            walk.scale *= 1.0 / number if divides else number
+            walk.nodes.append(node)
+            return node.args[0]
+    return node

@@ -1,0 +1,126 @@
+"""Strided views as values: chains of reshapes and transposes composed without touching memory.
+
+Every logical dimension is a list of (size, stride) *factors*. Merging two dimensions concatenates their factors and
+splitting one divides them, so a chain that goes through a layout no strides can describe (as in
+``nn.MultiheadAttention``) still ends in the plain strided view that it means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fuser.ir.graph import TensorSpec
+
+Factor = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of the value ``base``: for every logical dimension its factors, outermost first; ``offset`` in elements."""
+
+    base: str
+    dims: tuple[tuple[Factor, ...], ...]
+    offset: int = 0
+
+    @classmethod
+    def of(cls, base: str, spec: TensorSpec) -> View:
+        """The whole of ``base``."""
+        return cls(base, tuple(((size, stride),) for size, stride in zip(spec.shape, spec.strides, strict=True)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(size for size, _ in factors) for factors in self.dims)
+
+    def strides(self) -> tuple[int, ...] | None:
+        """One stride a dimension, or None when some dimension has no single stride."""
+        found = []
+        for factors in self.dims:
+            merged = _collapse(factors)
+            if len(merged) > 1:
+                return None
+            found.append(merged[0][1] if merged else 0)
+        return tuple(found)
+
+    def reshape(self, shape: Sequence[int]) -> View | None:
+        """The view with another shape of the same number of elements; None when a factor would have to be cut where
+        its size does not divide."""
+        if 0 in shape or 0 in self.shape:
+            return None
+        pending = [f for factors in self.dims for f in _collapse(factors)]
+        dims = []
+        for size in shape:
+            taken: list[Factor] = []
+            while size > 1:
+                if not pending:
+                    return None
+                extent, stride = pending.pop(0)
+                if size % extent == 0:
+                    taken.append((extent, stride))
+                    size //= extent
+                elif extent % size == 0:
+                    taken.append((size, stride * (extent // size)))
+                    pending.insert(0, (extent // size, stride))
+                    size = 1
+                else:
+                    return None
+            dims.append(tuple(taken) or ((1, 0),))
+        return None if pending else replace(self, dims=tuple(dims))
+
+    def permute(self, order: Sequence[int]) -> View:
+        return replace(self, dims=tuple(self.dims[d] for d in order))
+
+    def select(self, dim: int, index: int) -> View | None:
+        """Index ``index`` of dimension ``dim``, which disappears."""
+        narrowed = self.slice(dim, index, 1, 1)
+        return narrowed and replace(narrowed, dims=narrowed.dims[:dim] + narrowed.dims[dim + 1 :])
+
+    def slice(self, dim: int, start: int, count: int, step: int) -> View | None:
+        """``count`` indices of ``dim`` from ``start`` in steps; None for a dimension without a single stride."""
+        factors = _collapse(self.dims[dim])
+        if len(factors) > 1:
+            return None
+        stride = factors[0][1] if factors else 0
+        dims = (*self.dims[:dim], ((count, stride * step),), *self.dims[dim + 1 :])
+        return replace(self, dims=dims, offset=self.offset + start * stride)
+
+    def expand(self, shape: Sequence[int]) -> View:
+        """Broadcast to ``shape`` with strides of zero."""
+        pad = len(shape) - len(self.dims)
+        sizes = (1,) * pad + self.shape
+        dims = (((1, 0),),) * pad + self.dims
+        return replace(
+            self,
+            dims=tuple(
+                factors if size == full else ((full, 0),)
+                for factors, size, full in zip(dims, sizes, shape, strict=True)
+            ),
+        )
+
+    def memory_order(self) -> tuple[int, ...]:
+        """Dimensions but the last, by falling stride, then the last: the order in which rows lie in memory.
+
+        The identity when the rows cannot be walked evenly anyway.
+        """
+        strides = self.strides()
+        identity = tuple(range(len(self.dims)))
+        if strides is None or len(identity) < 3:
+            return identity
+        rows = [d for d in identity[:-1] if self.shape[d] > 1]
+        if any(strides[d] == 0 for d in rows):
+            return identity
+        ordered = iter(sorted(rows, key=lambda d: -strides[d]))
+        return tuple(next(ordered) if d in rows else d for d in identity)
+
+
+def _collapse(factors: Sequence[Factor]) -> list[Factor]:
+    merged: list[Factor] = []
+    for size, stride in factors:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
