@@ -308,9 +308,31 @@ FUSER_INLINE vf erf(vf x) {
   const vf tail = copysign(1.0f - exp(q), x);
   return select((vi)(a < 0.93f), x + x * r, select((vi)(a == a), tail, x));
 }
+// gelu(x) = max(x, 0) - |x| Q(|x|), Q the upper tail of the normal distribution, 2 Q(t) = 2^P(t) with a weighted minimax
+// fit of P on [0, 9]: half the work of going through erf, and no cancellation for negative x.
 FUSER_INLINE vf gelu(vf x) {
-  const vf h = 0.5f * x;
-  return h + h * erf(x * 0.70710678118654752f);
+  const vf h = 0.5f * x, t = min_fast(set1(9.0f), abs(x));
+  vf p = set1(-1.3150684097240628e-08f);
+  p = p * t + 4.835939648728527e-07f;
+  p = p * t - 7.32170838091406e-06f;
+  p = p * t + 5.773787779617123e-05f;
+  p = p * t - 0.00022393067774828523f;
+  p = p * t - 9.909803338814527e-05f;
+  p = p * t + 0.0070506734773516655f;
+  p = p * t - 0.052501481026411057f;
+  p = p * t - 0.4592039883136749f;
+  p = p * t - 1.1511057615280151f;
+  p = p * t;
+  const vf n = round_even(p), f = p - n;
+  vf q = set1(0.00015353361959569156f);
+  q = q * f + 0.0013398873852565885f;
+  q = q * f + 0.00961843691766262f;
+  q = q * f + 0.055503323674201965f;
+  q = q * f + 0.24022647738456726f;
+  q = q * f + 0.6931471824645996f;
+  q = q * f + 1.0f;
+  // h + |h| is max(x, 0), but NaN for -inf as in PyTorch.
+  return h + abs(h) - 0.5f * t * scale_by_power(q, n);
 }
 // x * sigmoid(2u) equals 0.5 x (1 + tanh(u)) without the cancellation.
 FUSER_INLINE vf gelu_tanh(vf x) {
