@@ -576,10 +576,12 @@ class KernelCache:
 
 
 def default_root() -> Path:
-    """``$FUSER_CACHE_DIR`` if it is set, else ``fuser`` in the user's cache directory."""
-    if chosen := os.environ.get("FUSER_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
-    return platformdirs.user_cache_path("fuser")
+    """``$FUSER_CACHE_DIR`` if it is set, else ``fuser`` in the user's cache directory; relative if there is no home."""
+    chosen = os.environ.get("FUSER_CACHE_DIR")
+    try:
+        return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("fuser")
+    except RuntimeError:  # no HOME and no entry in the user database
+        return Path(chosen or "~/.cache/fuser")
 
 
 def default_cache() -> KernelCache:

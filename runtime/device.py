@@ -80,7 +80,9 @@ extern "C" int fuser_probe_copy(const FuserArgs* args, void*) {
 
 _LAUNCH_PROBE = r"""
 #include "abi.h"
-// extents[0] calls of an empty kernel through the ABI: one parallel region each.
+#include <chrono>
+// The shortest of many calls of an empty kernel through the ABI, one parallel region each, in seconds. Every call is
+// timed by itself, since on a busy machine one call can take a time slice of the scheduler. extents: calls, nanoseconds.
 static int empty(const FuserArgs* args, void*) {
     #pragma omp parallel num_threads(args->threads)
     { asm volatile("" ::: "memory"); }
@@ -89,8 +91,18 @@ static int empty(const FuserArgs* args, void*) {
 extern "C" int fuser_probe_launch(const FuserArgs* args, void* stream) {
     const FuserStep step = {empty, args};
     const volatile FuserStep* hidden = &step;
-    for (int64_t i = 0; i < args->extents[0]; ++i)
+    using clock = std::chrono::steady_clock;
+    const clock::time_point start = clock::now(), end = start + std::chrono::nanoseconds(args->extents[1]);
+    double best = 1.0;
+    clock::time_point before = start;
+    for (int64_t i = 0; i < args->extents[0] && before < end; ++i) {
         if (int status = hidden->kernel(hidden->args, stream)) return status;
+        const clock::time_point after = clock::now();
+        const double seconds = std::chrono::duration<double>(after - before).count();
+        best = seconds < best ? seconds : best;
+        before = after;
+    }
+    *static_cast<double*>(args->tensors[0]) = best;
     return 0;
 }
 """
@@ -291,14 +303,13 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _best_seconds(run: Callable[[], None], budget: float, at_least: int) -> float:
+def _best_seconds(run: Callable[[], None], budget: float) -> float:
     """The shortest of as many runs as fit into ``budget`` seconds: what disturbs a run only ever makes it longer."""
-    best, runs, end = math.inf, 0, time.perf_counter() + budget
-    while runs < at_least or time.perf_counter() < end:
+    best, end = math.inf, time.perf_counter() + budget
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
-        runs += 1
     return best
 
 
@@ -306,7 +317,7 @@ def _measure_flops(kernel: Kernel, target: Target) -> float:
     rounds = 200_000
     out = (ctypes.c_float * 2)()
     args = KernelArgs.pack([ctypes.addressof(out)], [rounds])
-    seconds = _best_seconds(lambda: kernel(args), budget=0.1, at_least=5)
+    seconds = _best_seconds(lambda: kernel(args), budget=0.1)
     return rounds * out[1] * target.vector_lanes * 2 / seconds
 
 
@@ -321,12 +332,12 @@ def _measure_copy(kernel: Kernel, target: Target, threads: int) -> float:
         back = KernelArgs.pack([address + size, address], [size // 4], threads)
         kernel(args)
         kernel(back)
-        seconds = _best_seconds(lambda: kernel(args), budget=0.2, at_least=3)
+        seconds = _best_seconds(lambda: kernel(args), budget=0.25)
         del buffer
     return 2 * size / seconds
 
 
 def _measure_launch(kernel: Kernel, threads: int) -> float:
-    calls = 100
-    args = KernelArgs.pack([0], [calls], threads)
-    return _best_seconds(lambda: kernel(args), budget=0.05, at_least=10) / calls
+    best = ctypes.c_double()
+    kernel(KernelArgs.pack([ctypes.addressof(best)], [10_000, 200_000_000], threads))
+    return best.value

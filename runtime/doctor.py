@@ -36,7 +36,7 @@ class Check:
 def diagnose() -> list[Check]:
     """All checks, in the order in which a problem in one explains the next. Raises nothing that a check can say."""
     checks = [_guard("torch", _torch), _guard("instruction set", _isa), _guard("OpenMP runtime", _openmp)]
-    checks.append(_guard("kernel cache", _cache))
+    checks.append(_guard("kernel cache", _cache, "set FUSER_CACHE_DIR to a directory that only you can write to"))
     try:
         cache: KernelCache | None = default_cache()
     except FuserError:

@@ -90,9 +90,13 @@ class Kernel:
         limit = thread_limit()
         if limit is not None:
             args.threads = min(args.threads, limit)
-        status = self._function(ctypes.byref(args), stream)
+        status = self.status(args, stream)
         if status != 0:
             raise KernelError(f"the kernel {self.symbol} failed with status {status} (library: {self.path})")
+
+    def status(self, args: KernelArgs, stream: int | None = None) -> int:
+        """Run the kernel and return what it returns: 0 for success."""
+        return int(self._function(ctypes.byref(args), stream))
 
     def __repr__(self) -> str:
         return f"Kernel({self.symbol!r}, {str(self.path)!r})"

@@ -1,0 +1,259 @@
+"""Programs: steps over one planned arena, run without Python between kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.ir.errors import KernelError
+from fuser.runtime.abi import KernelArgs, Step
+from fuser.runtime.library import Kernel
+
+RUNNER = "fuser_run_steps"
+
+
+class Memory(enum.Enum):
+    """Where a tensor lives: in the arena, in an input or constant, in storage allocated for one call (outputs), or in
+    what a PyTorch step returned."""
+
+    ARENA = "arena"
+    INPUT = "input"
+    CONSTANT = "constant"
+    OUTPUT = "output"
+    RESULT = "result"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A strided tensor: ``index`` numbers the input, constant, output or result; ``offset`` is in bytes from its
+    start (or the arena's)."""
+
+    memory: Memory
+    index: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class NativeStep:
+    """One generated kernel: addresses in the template's order and run-time extents."""
+
+    symbol: str
+    tensors: tuple[Slot, ...]
+    extents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TorchStep:
+    """What PyTorch runs: ``call(*inputs)`` gives the tensors of the RESULT slots ``results``, or, with ``out``, writes
+    its last argument."""
+
+    call: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[Slot, ...]
+    results: tuple[Slot, ...]
+    out: Slot | None = None
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """Everything about a program but its memory and its kernels' addresses.
+
+    ``inputs`` are the shapes and dtypes expected (contiguous); ``outputs`` the storages to allocate for each call;
+    ``results`` the tensors to return. ``workspace_offset`` is where the kernels' scratch starts in the arena.
+    """
+
+    steps: tuple[NativeStep | TorchStep, ...]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    returns: tuple[Slot, ...]
+    constants: tuple[Any, ...]
+    result_count: int
+    arena_bytes: int
+    workspace_offset: int
+    threads: int
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Kernels that the program needs, each once, with the step runner."""
+        names = dict.fromkeys(step.symbol for step in self.steps if isinstance(step, NativeStep))
+        return (*names, RUNNER)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """An address to write before a run: ``array[position] = start of the tensor + offset``."""
+
+    array: Any
+    position: int
+    offset: int
+
+
+class Program:
+    """A plan with its arena, its constants and its loaded kernels. Calls are serialized by a lock."""
+
+    def __init__(self, plan: ProgramPlan, kernels: Mapping[str, Kernel], constants: Sequence[Tensor]) -> None:
+        self.plan = plan
+        self._kernels = kernels
+        self._arena = torch.empty(plan.arena_bytes + 64, dtype=torch.uint8)
+        self._base = (self._arena.data_ptr() + 63) & ~63
+        self._shift = self._base - self._arena.data_ptr()
+        self._lock = threading.Lock()
+        self._patches: dict[tuple[Memory, int], list[_Patch]] = {}
+        self._keep: list[Any] = []
+        self._constants: list[Tensor] = []
+        self._segments: list[tuple[Any, int, int] | TorchStep] = []
+        self._views: dict[Slot, Tensor] = {}
+        self._runner = kernels[RUNNER]
+        self._assemble()
+        self.set_constants(constants)
+
+    def set_constants(self, constants: Sequence[Tensor]) -> None:
+        """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
+        with self._lock:
+            self._constants = list(constants)
+            self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.CONSTANT}
+            for i, tensor in enumerate(constants):
+                self._patch(Memory.CONSTANT, i, tensor)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
+        the model itself returns views of its inputs."""
+        plan = self.plan
+        with self._lock:
+            held: dict[tuple[Memory, int], Tensor] = {}
+            for i, (tensor, slot) in enumerate(zip(inputs, plan.inputs, strict=True)):
+                given = tensor.detach()
+                if not given.is_contiguous():
+                    given = given.contiguous()
+                held[Memory.INPUT, i] = given
+                self._patch(Memory.INPUT, i, given)
+            for i, slot in enumerate(plan.outputs):
+                fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype)
+                held[Memory.OUTPUT, i] = fresh
+                self._patch(Memory.OUTPUT, i, fresh)
+            for segment in self._segments:
+                if isinstance(segment, TorchStep):
+                    self._run_torch(segment, held)
+                else:
+                    self._run_native(segment)
+            return [self._returned(slot, held) for slot in plan.returns]
+
+    # ---- setting up
+
+    def _assemble(self) -> None:
+        run: list[Step] = []
+        first = 0
+        for position, step in enumerate(self.plan.steps):
+            if isinstance(step, NativeStep):
+                if not run:
+                    first = position
+                run.append(self._native(step))
+                continue
+            self._close(run, first)
+            run = []
+            self._segments.append(step)
+        self._close(run, first)
+
+    def _native(self, step: NativeStep) -> Step:
+        addresses = (ctypes.c_void_p * max(len(step.tensors), 1))()
+        for position, slot in enumerate(step.tensors):
+            if slot.memory is Memory.ARENA:
+                addresses[position] = self._base + slot.offset
+            else:
+                patch = _Patch(addresses, position, slot.offset)
+                self._patches.setdefault((slot.memory, slot.index), []).append(patch)
+        extents = (ctypes.c_int64 * max(len(step.extents), 1))(*step.extents)
+        args = KernelArgs(
+            ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
+            ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
+            self.plan.threads,
+            self._base + self.plan.workspace_offset,
+        )
+        self._keep += [addresses, extents, args]
+        return Step(self._kernels[step.symbol].address, ctypes.pointer(args))
+
+    def _close(self, run: list[Step], first: int) -> None:
+        if not run:
+            return
+        steps = (Step * len(run))(*run)
+        tensors = (ctypes.c_void_p * 1)(ctypes.addressof(steps))
+        extents = (ctypes.c_int64 * 1)(len(run))
+        args = KernelArgs(
+            ctypes.cast(tensors, ctypes.POINTER(ctypes.c_void_p)),
+            ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
+            self.plan.threads,
+            None,
+        )
+        self._keep += [steps, tensors, extents, args, *run]
+        self._segments.append((args, first, len(run)))
+
+    # ---- running
+
+    def _patch(self, memory: Memory, index: int, tensor: Tensor) -> None:
+        address = tensor.data_ptr()
+        for patch in self._patches.get((memory, index), ()):
+            patch.array[patch.position] = address + patch.offset
+
+    def _run_native(self, segment: tuple[Any, int, int]) -> None:
+        args, first, _ = segment
+        status = self._runner.status(args)
+        if status:
+            step = self.plan.steps[first + (status >> 8) - 1]
+            symbol = step.symbol if isinstance(step, NativeStep) else "?"
+            raise KernelError(_STATUS.get(status & 255, "kernel {symbol} failed").format(symbol=symbol))
+
+    def _run_torch(self, step: TorchStep, held: dict[tuple[Memory, int], Tensor]) -> None:
+        arguments = [self._tensor(slot, held) for slot in step.inputs]
+        if step.out is not None:
+            step.call(*arguments, self._tensor(step.out, held))
+            return
+        for slot, result in zip(step.results, step.call(*arguments), strict=True):
+            if tuple(result.shape) != slot.shape or result.dtype != slot.dtype:
+                raise KernelError(
+                    f"{step.call} returned {result.dtype} {tuple(result.shape)} where the captured model had "
+                    f"{slot.dtype} {slot.shape}; the model's behaviour depends on the values of its inputs"
+                )
+            result = result.contiguous()
+            held[Memory.RESULT, slot.index] = result
+            self._patch(Memory.RESULT, slot.index, result)
+
+    def _tensor(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
+        if slot.memory is Memory.ARENA:
+            if slot not in self._views:
+                start = self._shift + slot.offset
+                typed = self._arena[start : start + _bytes(slot)].view(slot.dtype)
+                self._views[slot] = typed.as_strided(slot.shape, slot.strides)
+            return self._views[slot]
+        if slot.memory is Memory.CONSTANT:
+            if slot not in self._views:
+                self._views[slot] = _strided(self._constants[slot.index], slot)
+            return self._views[slot]
+        return _strided(held[slot.memory, slot.index], slot)
+
+    def _returned(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
+        tensor = self._tensor(slot, held)
+        return tensor.clone() if slot.memory is Memory.CONSTANT else tensor
+
+
+_STATUS = {1: "an index is outside the embedding table (IndexError in eager); kernel {symbol} stopped"}
+
+
+def _bytes(slot: Slot) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(slot.shape, slot.strides, strict=True))
+    return (last + 1) * slot.dtype.itemsize if 0 not in slot.shape else 0
+
+
+def _strided(tensor: Tensor, slot: Slot) -> Tensor:
+    if slot.offset == 0 and tensor.shape == slot.shape and tensor.stride() == slot.strides:
+        return tensor
+    offset = tensor.storage_offset() + slot.offset // slot.dtype.itemsize
+    return tensor.as_strided(slot.shape, slot.strides, offset)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+from fuser.ir.target import Target
+from fuser.runtime.abi import KernelArgs, Step
+from fuser.runtime.build import Source, build
+from fuser.runtime.cache import KernelCache
+from fuser.runtime.library import load
+
+LAYOUT = """
+#include "abi.h"
+#include <cstddef>
+extern "C" int layout(const FuserArgs* args, void* stream) {
+    int64_t* out = static_cast<int64_t*>(args->tensors[1]);
+    const int64_t values[] = {
+        sizeof(FuserArgs), offsetof(FuserArgs, tensors), offsetof(FuserArgs, extents), offsetof(FuserArgs, threads),
+        offsetof(FuserArgs, workspace), sizeof(FuserStep), offsetof(FuserStep, kernel), offsetof(FuserStep, args),
+        args->extents[0], args->extents[1], args->threads, reinterpret_cast<int64_t>(args->workspace),
+        reinterpret_cast<int64_t>(args->tensors[0]), reinterpret_cast<int64_t>(stream)};
+    for (int i = 0; i < 14; ++i) out[i] = values[i];
+    return 0;
+}
+extern "C" int run(const FuserArgs* args, void* stream) {
+    const FuserStep* step = static_cast<const FuserStep*>(args->tensors[0]);
+    return step->kernel(step->args, stream);
+}
+"""
+
+
+def test_structures_have_the_layout_of_the_header(target: Target, cache: KernelCache, headers: Path) -> None:
+    path = build([Source("layout", LAYOUT)], target, headers=headers, cache=cache)["layout"]
+    out = (ctypes.c_int64 * 14)()
+    args = KernelArgs.pack([0x1234, ctypes.addressof(out)], [-5, 2**40], threads=3, workspace=0x5678)
+    gc.collect()
+    kernel = load(path, "layout")
+    kernel(args, 0x42)
+    assert list(out) == [
+        ctypes.sizeof(KernelArgs),
+        KernelArgs.tensors.offset,
+        KernelArgs.extents.offset,
+        KernelArgs.threads.offset,
+        KernelArgs.workspace.offset,
+        ctypes.sizeof(Step),
+        Step.kernel.offset,
+        Step.args.offset,
+        *(-5, 2**40, 3, 0x5678, 0x1234, 0x42),
+    ]
+    # C code can run a kernel from a step.
+    step = Step(kernel.address, ctypes.pointer(args))
+    out[0] = 0
+    load(path, "run")(KernelArgs.pack([ctypes.addressof(step)]))
+    assert out[0] == ctypes.sizeof(KernelArgs)
+
+
+def test_arguments_without_tensors_or_workspace() -> None:
+    args = KernelArgs.pack([])
+    assert args.workspace is None and args.threads == 1 and args.tensors[0] is None
