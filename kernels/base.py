@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 
 from fuser.ir.graph import OperatorGroup
@@ -105,8 +106,16 @@ class Packed:
     layout: tuple[str, int, ...] | tuple[Any, ...]
 
 
-TensorRef = str | Packed
-"""A value of the operator graph by name, or a packed constant."""
+@dataclass(frozen=True)
+class Literal:
+    """A constant operand that is not made from weights, such as the arrays of an attention plan; equal by ``key``."""
+
+    key: str
+    array: npt.NDArray[Any] = dataclasses.field(compare=False)
+
+
+TensorRef = str | Packed | Literal
+"""A value of the operator graph by name, a packed constant, or a literal array."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,21 @@ class KernelCall:
     extents: tuple[int, ...]
     outputs: tuple[str, ...]
     workspace_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LibraryCall:
+    """One call of a PyTorch library function: ``run(*tensors, out)`` writes its last argument in place."""
+
+    name: str
+    run: Callable[..., None]
+    tensors: tuple[TensorRef, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The values of the operator graph that are read."""
+        return tuple(t for t in self.tensors if isinstance(t, str))
 
 
 @dataclass(frozen=True)
@@ -150,6 +174,6 @@ class KernelFamily(Protocol):
 
     def cost(self, match: Any, parameters: Any, target: Target) -> Cost: ...
 
-    def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall: ...
+    def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall | LibraryCall: ...
 
     def reference(self, match: Any) -> Callable[..., tuple[torch.Tensor, ...]]: ...

@@ -1,0 +1,316 @@
+"""From an operator graph and its schemes to a program plan: lower, order, place in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+
+from fuser.codegen.memory import Lifetime, plan_arena
+from fuser.codegen.partition import GroupChoice
+from fuser.codegen.render import render
+from fuser.ir.errors import FuserError
+from fuser.ir.graph import VIEWS, Kind, Operator, OperatorGraph, OperatorGroup, TensorSpec
+from fuser.ir.target import Target
+from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, Packed, TensorRef
+from fuser.runtime.build import Source
+from fuser.runtime.program import RUNNER, Memory, NativeStep, ProgramPlan, Slot, TorchStep
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One kind of kernel of a program: its name, family, the operators of its first use, and how often it is called."""
+
+    name: str
+    family: str
+    operators: tuple[str, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A plan and everything it was made from: the sources to build and what to report.
+
+    ``constants`` are, in the plan's order, names of the graph's constants or packed forms of them. ``labels`` names
+    every step for profiles.
+    """
+
+    plan: ProgramPlan
+    sources: tuple[Source, ...]
+    kernels: tuple[KernelRecord, ...]
+    unfused: tuple[tuple[str, str], ...]
+    labels: tuple[str, ...]
+    choices: tuple[GroupChoice, ...]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A step before it has memory: a launch, or an operator that PyTorch runs."""
+
+    operators: tuple[Operator, ...]
+    call: KernelCall | LibraryCall | None
+    family: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        if isinstance(self.call, KernelCall):
+            return tuple(t for t in self.call.tensors if isinstance(t, str) and t not in self.call.outputs)
+        if isinstance(self.call, LibraryCall):
+            return self.call.inputs
+        return self.operators[0].inputs
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.call.outputs if self.call is not None else self.operators[0].outputs
+
+
+def assemble(
+    graph: OperatorGraph, choices: Sequence[GroupChoice], target: Target, threads: int
+) -> Assembly:
+    """Lay the chosen groups and the remaining operators out as steps over one arena.
+
+    ``choices`` hold, for every group of every region, the family, match and parameters (None: PyTorch runs it).
+    Raises FuserError when the groups cannot be ordered.
+    """
+    units = _ordered(graph, [*_group_units(choices, target, threads), *_extern_units(graph, choices)])
+    layout = _Layout(graph, units)
+    steps: list[NativeStep | TorchStep] = []
+    labels: list[str] = []
+    specs: dict[str, KernelSpec] = {}
+    uses: dict[str, list[_Unit]] = {}
+    unfused: list[tuple[str, str]] = []
+    for unit in units:
+        labels.append("+".join(op.name for op in unit.operators))
+        if isinstance(unit.call, KernelCall):
+            symbol = unit.call.spec.symbol
+            specs[symbol] = unit.call.spec
+            uses.setdefault(symbol, []).append(unit)
+            steps.append(NativeStep(symbol, tuple(layout.slot(t) for t in unit.call.tensors), unit.call.extents))
+        elif isinstance(unit.call, LibraryCall):
+            uses.setdefault(unit.call.name, []).append(unit)
+            inputs = tuple(layout.slot(t) for t in unit.call.tensors)
+            steps.append(TorchStep(unit.call.run, inputs, (), out=layout.slot(unit.call.outputs[0])))
+        else:
+            steps.append(_torch_step(graph, unit.operators[0], layout))
+            unfused.append((unit.operators[0].name, unit.operators[0].reason or _reason(unit.operators[0])))
+    runner = KernelSpec("runtime", "cpu/run_steps.cpp.j2", None)
+    sources = [render(spec) for spec in specs.values()] + [Source(RUNNER, render_runner(runner))]
+    records = tuple(
+        KernelRecord(name, units_[0].family, _with_views(graph, units_[0]), len(units_))
+        for name, units_ in uses.items()
+    )
+    plan = ProgramPlan(
+        steps=tuple(steps),
+        inputs=tuple(_contiguous_slot(Memory.INPUT, i, graph.values[v]) for i, v in enumerate(graph.inputs)),
+        outputs=layout.outputs,
+        returns=tuple(layout.slot(v) for v in graph.outputs),
+        constants=layout.constants,
+        result_count=layout.result_count,
+        arena_bytes=layout.arena_bytes + max((u.call.workspace_bytes for u in units if isinstance(u.call, KernelCall)), default=0),
+        workspace_offset=layout.arena_bytes,
+        threads=threads,
+    )
+    return Assembly(plan, tuple(sources), records, tuple(unfused), tuple(labels), tuple(choices))
+
+
+def render_runner(spec: KernelSpec) -> str:
+    """The source of the step runner."""
+    return render(spec).text.replace(spec.symbol, RUNNER)
+
+
+def _group_units(choices: Iterable[GroupChoice], target: Target, threads: int) -> Iterable[_Unit]:
+    for choice in choices:
+        if choice.family is None:
+            yield from (_Unit((op,), None, "torch") for op in choice.group.operators)
+        else:
+            call = choice.family.call(choice.match, choice.parameters, target, threads)
+            yield _Unit(choice.group.operators, call, choice.family.name)
+
+
+def _extern_units(graph: OperatorGraph, choices: Sequence[GroupChoice]) -> Iterable[_Unit]:
+    grouped = {op.name for choice in choices for op in choice.group.operators}
+    return (_Unit((op,), None, "torch") for op in graph.compute if op.name not in grouped)
+
+
+def _ordered(graph: OperatorGraph, units: Sequence[_Unit]) -> list[_Unit]:
+    owner = {op.name: i for i, unit in enumerate(units) for op in unit.operators}
+    order = nx.DiGraph()
+    order.add_nodes_from(range(len(units)))
+    for a, b in graph.digraph.edges:
+        if owner[a] != owner[b]:
+            order.add_edge(owner[a], owner[b])
+    first = [min(graph.position[op.name] for op in unit.operators) for unit in units]
+    try:
+        return [units[i] for i in nx.lexicographical_topological_sort(order, key=lambda i: first[i])]
+    except nx.NetworkXUnfeasible as error:
+        raise FuserError("the groups of the schemes wait for each other; use canonical schemes") from error
+
+
+class _Layout:
+    """Where every value lives."""
+
+    def __init__(self, graph: OperatorGraph, units: Sequence[_Unit]) -> None:
+        self.graph = graph
+        self._constant_index: dict[TensorRef, int] = {}
+        self._output_index: dict[str, int] = {}
+        self._result_index: dict[str, int] = {}
+        forever = len(units)
+        last: dict[str, int] = {}
+        first: dict[str, int] = {}
+        torch_made: set[str] = set()
+        for value in graph.outputs:
+            last[graph.base(value)] = forever
+        for i in range(len(units) - 1, -1, -1):
+            unit = units[i]
+            reads = [graph.base(v) for v in unit.reads]
+            if unit.call is None:
+                torch_made.update(unit.writes)
+                # What PyTorch returns may be a view of what it was given.
+                until = max([i, *(last.get(v, i) for v in unit.writes)])
+            else:
+                until = i
+            for value in unit.writes:
+                first[value] = i
+                last.setdefault(value, i)
+            for value in reads:
+                last[value] = max(last.get(value, i), until)
+        arena: list[Lifetime] = []
+        for i, unit in enumerate(units):
+            for value in unit.writes:
+                spec = graph.values[value]
+                if value in torch_made:
+                    self._result_index[value] = len(self._result_index)
+                elif last[value] == forever:
+                    self._output_index[value] = len(self._output_index)
+                else:
+                    arena.append(Lifetime(value, max(spec.extent, 1) * spec.dtype.itemsize, i, last[value]))
+        self._offsets, self.arena_bytes = plan_arena(arena)
+        self._input_index = {value: i for i, value in enumerate(graph.inputs)}
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        values = self.graph.values
+        return tuple(_slot(Memory.OUTPUT, i, 0, values[v]) for v, i in self._output_index.items())
+
+    @property
+    def constants(self) -> tuple[TensorRef, ...]:
+        return tuple(self._constant_index)
+
+    @property
+    def result_count(self) -> int:
+        return len(self._result_index)
+
+    def slot(self, ref: TensorRef) -> Slot:
+        """The slot of a value or packed constant."""
+        if not isinstance(ref, str):
+            return Slot(Memory.CONSTANT, self._constant(ref), 0, (0,), (1,), torch.uint8)
+        spec = self.graph.values[ref]
+        base = self.graph.base(ref)
+        offset = spec.offset * spec.dtype.itemsize
+        if base in self.graph.constants:
+            return _slot(Memory.CONSTANT, self._constant(base), offset, spec)
+        if base in self._input_index:
+            return _slot(Memory.INPUT, self._input_index[base], offset, spec)
+        if base in self._output_index:
+            return _slot(Memory.OUTPUT, self._output_index[base], offset, spec)
+        if base in self._result_index:
+            return _slot(Memory.RESULT, self._result_index[base], offset, spec)
+        return _slot(Memory.ARENA, 0, self._offsets[base] + offset, spec)
+
+    def _constant(self, ref: TensorRef) -> int:
+        return self._constant_index.setdefault(ref, len(self._constant_index))
+
+
+def _slot(memory: Memory, index: int, offset: int, spec: TensorSpec) -> Slot:
+    return Slot(memory, index, offset, spec.shape, spec.strides, spec.dtype)
+
+
+def _contiguous_slot(memory: Memory, index: int, spec: TensorSpec) -> Slot:
+    return _slot(memory, index, 0, TensorSpec.contiguous(spec.shape, spec.dtype))
+
+
+def _torch_step(graph: OperatorGraph, op: Operator, layout: _Layout) -> TorchStep:
+    inputs = tuple(layout.slot(v) for v in op.inputs)
+    results = tuple(layout.slot(v) for v in op.outputs)
+    return TorchStep(op.call or meaning(graph, op), inputs, results)
+
+
+def meaning(graph: OperatorGraph, op: Operator) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """What one fusible operator computes, for PyTorch to run when no kernel does."""
+    return OperatorMeaning(op, tuple(graph.values[v] for v in op.outputs))
+
+
+@dataclass(frozen=True)
+class OperatorMeaning:
+    """A fusible operator as a PyTorch function of its inputs."""
+
+    operator: Operator
+    outputs: tuple[TensorSpec, ...]
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        op, spec = self.operator, self.outputs[0]
+        result = _compute(op, inputs)
+        return (result.to(spec.dtype).broadcast_to(spec.shape),)
+
+    def __str__(self) -> str:
+        return self.operator.kind.value
+
+
+def _compute(op: Operator, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    if op.kind is Kind.GEMM:
+        x, weight = inputs
+        return x @ (weight.mT if op.attributes["transposed"] else weight)
+    if op.kind is Kind.QK:
+        q, k = inputs
+        return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    if op.kind is Kind.PV:
+        p, v = inputs
+        return p @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)
+    if op.kind is Kind.SOFTMAX:
+        # A row that may attend to nothing has probability zero everywhere, not NaN.
+        empty = torch.isneginf(inputs[0]).all(-1, keepdim=True)
+        return torch.softmax(inputs[0], -1).masked_fill(empty, 0.0)
+    if op.kind is Kind.MASK and op.expression is None:
+        scores = inputs[0]
+        q_len, kv_len = scores.shape[-2:]
+        if op.attributes["causal"]:
+            scores = scores.masked_fill(~torch.ones(q_len, kv_len, dtype=torch.bool).tril(), float("-inf"))
+        if op.attributes["pattern"] is not None:
+            scores = scores.masked_fill(~op.attributes["pattern"].dense(q_len, kv_len), float("-inf"))
+        if len(inputs) > 1:
+            scores = scores.masked_fill(~inputs[1], float("-inf"))
+        return scores
+    if op.kind is Kind.EMBEDDING:
+        return torch.nn.functional.embedding(inputs[1], inputs[0])
+    if op.expression is None:
+        raise FuserError(f"operator {op.name} ({op.kind.value}) has no meaning")
+    return op.expression.evaluate(*inputs)[0]
+
+
+def _reason(op: Operator) -> str:
+    if op.kind in VIEWS:
+        return "a view that must be copied"
+    return f"no kernel family takes this {op.kind.value} as it stands"
+
+
+def _with_views(graph: OperatorGraph, unit: _Unit) -> tuple[str, ...]:
+    """Names of a kernel's operators, with the split and merge of heads that it reads and writes through."""
+    names = {op.name for op in unit.operators}
+    views = [
+        op.name
+        for op in graph.operators
+        if op.kind in (Kind.SPLIT_HEADS, Kind.MERGE_HEADS)
+        and graph.is_alias(op)
+        and unit.family == "attention"
+        and (any(v in op.outputs for o in unit.operators for v in o.inputs) or graph.source(op.output) in unit.operators)
+    ]
+    ordered: list[Any] = sorted([*names, *views], key=graph.position.__getitem__)
+    return tuple(ordered)
+
+
+def pack_requests(assembly: Assembly) -> Mapping[Packed, None]:
+    """The packed constants of a plan."""
+    return {c: None for c in assembly.plan.constants if isinstance(c, Packed)}
