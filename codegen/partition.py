@@ -1,0 +1,208 @@
+"""Choosing schemes and kernels by predicted or measured times.
+
+Times of groups nearly add up, so the best scheme of a region is a shortest path: its nodes are sets of operators that
+can be complete at one moment (downsets), its edges are the groups that lead from one to another, weighted by the time
+of the best kernel for the group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from fuser.ir.graph import Kind, OperatorGroup, Region
+from fuser.ir.scheme import Legality, Precedence, Scheme, members
+from fuser.ir.target import Target
+from fuser.kernels.base import Cost, KernelFamily
+
+MAX_OPERATORS = 24
+"""Operators in one group."""
+MAX_DOWNSETS = 160
+"""Up to so many downsets the search covers every legal scheme, beyond it those along two orders of execution."""
+PYTORCH = "pytorch"
+"""Stands for a family where PyTorch runs an operator that no family matches."""
+_PYTORCH_LAUNCH_SECONDS = 5e-6
+_CONTRACTIONS = frozenset({Kind.GEMM, Kind.QK, Kind.PV})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one measurement is about: the structural hash of a group (equal for groups that differ only in their
+    weights), the family's name and its parameters."""
+
+    group: str
+    family: str
+    parameters: Any
+
+
+Measured = Callable[[Candidate], float | None]
+"""Seconds that a candidate took on the target, None when it was never measured."""
+
+
+@dataclass(frozen=True)
+class GroupChoice:
+    """The kernel of one group and its time in ``seconds``; ``family``, ``match`` and ``parameters`` are None where
+    PyTorch runs the group's one operator. ``cost`` is the prediction; ``measured`` tells where ``seconds`` is from."""
+
+    group: OperatorGroup
+    family: KernelFamily | None
+    match: Any
+    parameters: Any
+    cost: Cost
+    seconds: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A region's scheme with the kernel of every group, in a valid order of execution."""
+
+    scheme: Scheme
+    groups: tuple[GroupChoice, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time of the region under the additive model."""
+        return math.fsum(choice.seconds for choice in self.groups)
+
+
+def legality(families: Sequence[KernelFamily], target: Target) -> Legality:
+    """The rule of schemes that some family must match a group of several operators."""
+    return lambda group: any(family.match(group, target) is not None for family in families)
+
+
+def choose(
+    groups: Iterable[OperatorGroup],
+    families: Sequence[KernelFamily],
+    target: Target,
+    measured: Measured | None = None,
+) -> tuple[GroupChoice, ...]:
+    """The best kernel for each of ``groups``; of equal ones the first in the order of families and their spaces.
+
+    Predictions are bounds that kernels do not beat, so where any candidate of a group was measured, only measured ones
+    compete. Raises ValueError when no family matches a group of several operators.
+    """
+    chosen = []
+    for group in groups:
+        choice = _best(group, families, target, measured)
+        if choice is None:
+            raise ValueError(f"no kernel family runs {', '.join(op.name for op in group.operators)} as one kernel")
+        chosen.append(choice)
+    return tuple(chosen)
+
+
+def default_scheme(
+    region: Region, families: Sequence[KernelFamily], target: Target, measured: Measured | None = None
+) -> Choice:
+    """The scheme with the least time under the additive model, and its kernels; of equally fast ones with the fewest.
+
+    Exact over all schemes of groups of up to ``MAX_OPERATORS`` when ``region`` has at most ``MAX_DOWNSETS`` downsets.
+    """
+    precedence = Precedence(region)
+    choices: dict[int, GroupChoice | None] = {}
+
+    def choice(mask: int) -> GroupChoice | None:
+        if mask not in choices:
+            single = not mask & (mask - 1)
+            possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
+            choices[mask] = _best(precedence.group(mask), families, target, measured) if possible else None
+        return choices[mask]
+
+    downsets = sorted(_downsets(precedence), key=lambda done: (done.bit_count(), done))
+    paths: nx.DiGraph[int] = nx.DiGraph()
+    for number, done in enumerate(downsets):
+        for then in downsets[number + 1 :]:
+            mask = done ^ then
+            if done & ~then or mask.bit_count() > MAX_OPERATORS:
+                continue
+            found = choice(mask)
+            if found is not None:
+                # Whole femtoseconds with room for the number of kernels below: sums are exact, and ties go to fewer.
+                paths.add_edge(done, then, weight=(round(found.seconds * 1e15) << 32) + 1)
+    path = nx.dijkstra_path(paths, downsets[0], downsets[-1])
+    chosen = tuple(c for a, b in itertools.pairwise(path) if (c := choices[a ^ b]) is not None)
+    return Choice(Scheme.from_groups(region, (c.group for c in chosen)), chosen)
+
+
+def _best(
+    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, measured: Measured | None
+) -> GroupChoice | None:
+    """The fastest kernel for ``group``, None when there is none."""
+    structure = Region(group.graph, group.operators).hash if measured is not None else ""
+    best: GroupChoice | None = None
+
+    def offer(family: KernelFamily | None, match: Any, parameters: Any, cost: Cost, seconds: float) -> None:
+        nonlocal best
+        name = PYTORCH if family is None else family.name
+        time = measured(Candidate(structure, name, parameters)) if measured is not None else None
+        found = GroupChoice(group, family, match, parameters, cost, seconds if time is None else time, time is not None)
+        if math.isfinite(found.seconds) and (best is None or _rank(found) < _rank(best)):
+            best = found
+
+    matched = False
+    for family in families:
+        match = family.match(group, target)
+        if match is None:
+            continue
+        for parameters in family.space(match, target):
+            matched = True
+            cost = family.cost(match, parameters, target)
+            offer(family, match, parameters, cost, cost.seconds(target))
+    if not matched and len(group.operators) == 1:
+        cost = _pytorch_cost(group)
+        offer(None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS)
+    return best
+
+
+def _rank(choice: GroupChoice) -> tuple[bool, float]:
+    return not choice.measured, choice.seconds
+
+
+def _pytorch_cost(group: OperatorGroup) -> Cost:
+    """Inputs and outputs once through memory, and the multiplications where the operator is a matrix product."""
+    (op,) = group.operators
+    values = group.graph.values
+    moved = sum(values[value].nbytes for value in (*dict.fromkeys(op.inputs), *op.outputs))
+    depth = values[op.inputs[0]].shape[-1] if op.kind in _CONTRACTIONS else 0
+    return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0)
+
+
+def _downsets(precedence: Precedence) -> set[int]:
+    """Sets of operators that can be complete while no other operator has started."""
+    count = len(precedence.region.operators)
+    found, new = {0}, [0]
+    while new and len(found) <= MAX_DOWNSETS:
+        done = new.pop()
+        for i in range(count):
+            if not done >> i & 1 and not precedence.before[i] & ~done and (done | 1 << i) not in found:
+                found.add(done | 1 << i)
+                new.append(done | 1 << i)
+    if not new:
+        return found
+    return _prefixes(range(count)) | _prefixes(_depth_first(precedence))
+
+
+def _prefixes(order: Iterable[int]) -> set[int]:
+    prefixes, done = {0}, 0
+    for i in order:
+        done |= 1 << i
+        prefixes.add(done)
+    return prefixes
+
+
+def _depth_first(precedence: Precedence) -> list[int]:
+    """A topological order in which an operator follows its producer as soon as it can."""
+    order: list[int] = []
+    done, ready = 0, [i for i in range(len(precedence.before) - 1, -1, -1) if not precedence.before[i]]
+    while ready:
+        i = ready.pop()
+        order.append(i)
+        done |= 1 << i
+        waiting = (n for n in members(precedence.neighbours[i] & precedence.after[i]) if n not in ready)
+        ready.extend(sorted((n for n in waiting if not precedence.before[n] & ~done), reverse=True))
+    return order
