@@ -7,7 +7,6 @@ accumulators of a finished tile, or of finished rows where it reduces along them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,14 +35,14 @@ _EPILOGUE = frozenset(
 )
 _MAX_OPERANDS = 16
 _LINE = 16  # floats in a cache line
-_DEPTH = 1024
+_DEPTHS = (256, 384)  # longer passes add up more roundings than a library's GEMM does
 _MAX_BLOCK = 168
 _SHARED_ROWS = 512
 _SERIAL_BELOW = 1 << 18
 
 # (rows, vectors) of the register tile: accumulators, one row of W and a broadcast element fill the register file.
 _TILES = {
-    Isa.AVX512: ((14, 2), (8, 3), (6, 4)),
+    Isa.AVX512: ((8, 3), (14, 2), (6, 4)),
     Isa.AVX2: ((6, 2), (4, 3)),
     Isa.NEON: ((8, 3), (12, 2)),
     Isa.PORTABLE: ((4, 2), (6, 1)),
@@ -56,7 +55,8 @@ class GemmParameters:
 
     ``n`` and ``k`` are the weight's sizes, ``a_dtype`` and ``w_dtype`` storage types. ``epilogue`` has the accumulator
     as input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs. ``mr`` × ``nr`` is the
-    register tile, ``mc`` the rows of A that a thread works on at a time, ``kc`` the depth of one pass over registers.
+    register tile, ``mc`` the rows of A that a thread works on at a time, ``kc`` the steps of one pass over registers; a
+    step is one element along K, or two of bf16 where the target multiplies ``pairs`` of them in one instruction.
     Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
     multiply-adds, one thread does all.
     """
@@ -72,6 +72,7 @@ class GemmParameters:
     nr: int
     mc: int
     kc: int
+    pairs: bool = False
     shared: int = _SHARED_ROWS
     serial_below: int = _SERIAL_BELOW
 
@@ -90,9 +91,14 @@ class GemmParameters:
         return -(-self.n // self.nr)
 
     @property
+    def steps(self) -> int:
+        """32-bit words along K, and registers of W read for each of them: steps of the inner loop."""
+        return -(-self.k // 2) if self.pairs else self.k
+
+    @property
     def pitch(self) -> int:
-        """Floats between packed rows of A: an odd number of cache lines, so that rows spread over the cache's sets."""
-        return _odd_lines(self.k)
+        """Words between packed rows of A: an odd number of cache lines, so that rows spread over the cache's sets."""
+        return _odd_lines(self.steps)
 
     @property
     def tile_pitch(self) -> int:
@@ -111,27 +117,34 @@ def _odd_lines(floats: int) -> int:
     return _LINE * (-(-floats // _LINE) | 1)
 
 
-def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None) -> Tensor:
+def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None, pairs: bool = False) -> Tensor:
     """The weight of a linear layer in the microkernel's layout.
 
-    ``weight`` is (N, K) when ``transposed`` (as in ``torch.nn.Linear``), else (K, N). Returns a contiguous
-    (ceil(N / nr), K, nr) tensor of ``dtype`` (default: the weight's), zero where the last panel exceeds N.
+    ``weight`` is (N, K) when ``transposed`` (as in ``torch.nn.Linear``), else (K, N). Returns a contiguous tensor of
+    ``dtype`` (default: the weight's): (ceil(N / nr), K, nr), or with ``pairs`` (ceil(N / nr), ceil(K / 2), nr, 2), zero
+    beyond N and K.
     """
     columns = weight if transposed else weight.t()
     n, k = columns.shape
-    panels = -(-n // nr)
-    packed = torch.zeros(panels, k, nr, dtype=weight.dtype if dtype is None else dtype.torch)
-    full = n // nr
-    packed[:full] = columns[: full * nr].reshape(full, nr, k).transpose(1, 2)
-    if full < panels:
-        packed[full, :, : n - full * nr] = columns[full * nr :].t()
-    return packed
+    panels, step = -(-n // nr), 2 if pairs else 1
+    packed = torch.zeros(panels, -(-k // step), nr, step, dtype=weight.dtype if dtype is None else dtype.torch)
+    # Whole panels and the last one, whole steps and the last one: four rectangles, each copied once.
+    for rows in (slice(0, n - n % nr), slice(n - n % nr, n)):
+        for depth in (slice(0, k - k % step), slice(k - k % step, k)):
+            part = columns[rows, depth]
+            if part.numel() == 0:
+                continue
+            width, pair = min(nr, part.shape[0]), min(step, part.shape[1])
+            into = packed[rows.start // nr : -(-rows.stop // nr), depth.start // step : -(-depth.stop // step)]
+            into[:, :, :width, :pair] = part.reshape(into.shape[0], width, into.shape[1], pair).permute(0, 2, 1, 3)
+    return packed if pairs else packed.squeeze(-1)
 
 
-def unpack(packed: Tensor, n: int, transposed: bool = True) -> Tensor:
+def unpack(packed: Tensor, n: int, k: int, transposed: bool = True) -> Tensor:
     """The inverse of :func:`pack`: the (N, K) weight, or (K, N) when not ``transposed``."""
-    _, k, _ = packed.shape
-    columns = packed.transpose(1, 2).reshape(-1, k)[:n]
+    paired = packed if packed.dim() == 4 else packed.unsqueeze(-1)
+    panels, steps, nr, step = paired.shape
+    columns = paired.permute(0, 2, 1, 3).reshape(panels * nr, steps * step)[:n, :k]
     return (columns if transposed else columns.t()).contiguous()
 
 
@@ -191,27 +204,27 @@ class GemmFamily:
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters]:
         """Register tiles of the instruction set, the one with most multiply-adds a load first, and a shallower pass."""
-        values = match.group.graph.values
+        values, program = match.group.graph.values, match.program
         a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
-        choices = []
-        for mr, vectors in _TILES[Isa(target.arch)]:
-            nr = min(vectors, -(-match.n // target.vector_lanes)) * target.vector_lanes
-            for depth in (_DEPTH, 384):
-                choices.append(
-                    parameters(
-                        match.n,
-                        match.k,
-                        match.program.expression,
-                        match.program.operands,
-                        match.program.output_dtypes,
-                        target,
-                        a_dtype=a_dtype,
-                        w_dtype=w_dtype,
-                        mr=mr,
-                        nr=nr,
-                        depth=depth,
-                    )
-                )
+
+        def choice(tile: tuple[int, int], depth: int) -> GemmParameters:
+            mr, vectors = tile
+            return parameters(
+                match.n,
+                match.k,
+                program.expression,
+                program.operands,
+                program.output_dtypes,
+                target,
+                a_dtype=a_dtype,
+                w_dtype=w_dtype,
+                mr=mr,
+                vectors=vectors,
+                depth=depth,
+            )
+
+        tiles = _tiles(match.n, target)
+        choices = [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
         return list(dict.fromkeys(choices))
 
     def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
@@ -231,7 +244,9 @@ class GemmFamily:
 
     def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
-        packed = Packed(match.weight, (self.name, parameters.nr, match.transposed, parameters.w_dtype))
+        packed = Packed(
+            match.weight, (self.name, parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
+        )
         return KernelCall(
             KernelSpec(self.name, "cpu/gemm.cpp.j2", parameters),
             (match.a, packed, *program.tensors),
@@ -252,6 +267,14 @@ class GemmFamily:
         return run
 
 
+def _tiles(n: int, target: Target) -> list[tuple[int, int]]:
+    """Register tiles (rows, vectors), those with the fewest padded columns first."""
+    lanes = target.vector_lanes
+    tiles = {(rows, min(vectors, -(-n // lanes))) for rows, vectors in _TILES[Isa(target.arch)]}
+    order = [(r, min(v, -(-n // lanes))) for r, v in _TILES[Isa(target.arch)]]
+    return sorted(tiles, key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
+
+
 def parameters(
     n: int,
     k: int,
@@ -263,19 +286,21 @@ def parameters(
     a_dtype: DType = DType.F32,
     w_dtype: DType = DType.F32,
     mr: int | None = None,
-    nr: int | None = None,
-    depth: int = _DEPTH,
+    vectors: int | None = None,
+    depth: int = _DEPTHS[0],
 ) -> GemmParameters:
-    """Parameters with blocks that fit the caches of ``target``; the register tile defaults to its best."""
-    rows, vectors = _TILES[Isa(target.arch)][0]
-    mr = rows if mr is None else mr
-    nr = min(vectors, -(-n // target.vector_lanes)) * target.vector_lanes if nr is None else nr
-    panel_floats = target.cache_bytes[1] // 8 // 4
-    deepest = max(min(depth, panel_floats // nr), 64)
-    passes = max(-(-k // deepest), 1)
-    # The rows of A and their accumulators take half of L2; the other half streams W.
+    """Parameters with blocks that fit the caches of ``target``; the register tile (``mr`` rows, ``vectors`` vectors)
+    defaults to its best."""
+    best = _tiles(n, target)[0]
+    mr = best[0] if mr is None else mr
+    nr = (best[1] if vectors is None else vectors) * target.vector_lanes
+    pairs = a_dtype is w_dtype is DType.BF16 and "avx512_bf16" in target.features and Isa(target.arch) is Isa.AVX512
+    steps = -(-k // 2) if pairs else k
+    # A panel of W for one pass takes an eighth of L2, the rows of A and their accumulators half.
+    deepest = max(min(depth, target.cache_bytes[1] // 8 // (4 * nr)), 64)
+    passes = max(-(-steps // deepest), 1)
     accumulators = -(-n // nr) * nr if epilogue.has_reduction else nr
-    fitting = target.cache_bytes[1] // 2 // (4 * (_odd_lines(k) + accumulators))
+    fitting = target.cache_bytes[1] // 2 // (4 * (_odd_lines(steps) + accumulators))
     mc = max(min(fitting, _MAX_BLOCK) // mr, 1) * mr
     return GemmParameters(
         n=n,
@@ -288,5 +313,6 @@ def parameters(
         mr=mr,
         nr=nr,
         mc=mc,
-        kc=max(math.ceil(k / passes), 1),
+        kc=max(-(-steps // passes), 1),
+        pairs=pairs,
     )

@@ -41,6 +41,12 @@ FUSER_INLINE void from_float(bf16* p, float x) {
 // Subtracting zero is free of arithmetic; adding it is not, because -0 + 0 is +0.
 FUSER_INLINE vf set1(float x) { return x - vf{}; }
 
+FUSER_INLINE vi set1(int32_t x) { return vi{} + x; }
+FUSER_INLINE vi load(const int32_t* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
 
@@ -116,6 +122,11 @@ FUSER_INLINE float reduce_max(vf v) {
     for (int64_t i = 0; i < w; ++i) t[i] = t[i] != t[i] || t[i] > t[i + w] ? t[i] : t[i + w];
   return t[0];
 }
+
+#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
+// sum + the scalar product of the two bf16 numbers in every 32-bit lane of a and b.
+FUSER_INLINE vf dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#endif
 
 FUSER_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 FUSER_INLINE vf neg(vf x) { return -x; }
