@@ -67,9 +67,7 @@ class _Unit:
         return self.call.outputs if self.call is not None else self.operators[0].outputs
 
 
-def assemble(
-    graph: OperatorGraph, choices: Sequence[GroupChoice], target: Target, threads: int
-) -> Assembly:
+def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Target, threads: int) -> Assembly:
     """Lay the chosen groups and the remaining operators out as steps over one arena.
 
     ``choices`` hold, for every group of every region, the family, match and parameters (None: PyTorch runs it).
@@ -109,7 +107,8 @@ def assemble(
         returns=tuple(layout.slot(v) for v in graph.outputs),
         constants=layout.constants,
         result_count=layout.result_count,
-        arena_bytes=layout.arena_bytes + max((u.call.workspace_bytes for u in units if isinstance(u.call, KernelCall)), default=0),
+        arena_bytes=layout.arena_bytes
+        + max((u.call.workspace_bytes for u in units if isinstance(u.call, KernelCall)), default=0),
         workspace_offset=layout.arena_bytes,
         threads=threads,
     )
@@ -305,7 +304,9 @@ def _with_views(graph: OperatorGraph, unit: _Unit) -> tuple[str, ...]:
         if op.kind in (Kind.SPLIT_HEADS, Kind.MERGE_HEADS)
         and graph.is_alias(op)
         and unit.family == "attention"
-        and (any(v in op.outputs for o in unit.operators for v in o.inputs) or graph.source(op.output) in unit.operators)
+        and (
+            any(v in op.outputs for o in unit.operators for v in o.inputs) or graph.source(op.output) in unit.operators
+        )
     ]
     ordered: list[Any] = sorted([*names, *views], key=graph.position.__getitem__)
     return tuple(ordered)

@@ -18,7 +18,7 @@ _UNROLL = 4
 def literal(value: float) -> str:
     """A float as a C++ literal that reads back as the same fp32 number."""
     if value != value:
-        return "__builtin_nanf(\"\")"
+        return '__builtin_nanf("")'
     if value in (float("inf"), float("-inf")):
         return ("-" if value < 0 else "") + "__builtin_inff()"
     return f"{value!r}f"
@@ -89,9 +89,7 @@ def _body(expression: Expression, roots: Sequence[int], columns: set[int], load:
     needed = _needed(expression, roots)
     lines = _loads(expression, needed, columns, load)
     return lines + [
-        _statement(at, expression.instructions[at])
-        for at in needed
-        if expression.instructions[at].op not in REDUCTIONS
+        _statement(at, expression.instructions[at]) for at in needed if expression.instructions[at].op not in REDUCTIONS
     ]
 
 

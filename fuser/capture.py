@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,25 @@ Signature = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class FlatCall:
-    """One call of a module as flat tensors: ``tensors`` in order, and what is needed to put the arguments together."""
+    """One call of a module as flat tensors.
+
+    ``key`` holds shapes, dtypes and the other arguments: calls with equal keys run one program. ``template`` has the
+    leaves that are not tensors, ``slots`` where the tensors go.
+    """
 
     tensors: tuple[Tensor, ...]
     key: Signature
-    """Shapes, dtypes and the other arguments: calls with equal keys run one program."""
-    unflatten: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    spec: Any
+    template: tuple[Any, ...]
+    slots: tuple[int, ...]
+
+    def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments with these tensors."""
+        filled = list(self.template)
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            filled[slot] = tensor
+        result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(filled, self.spec)
+        return result
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
@@ -33,34 +47,53 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     them.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    tensors: list[Tensor] = []
+    slots: list[int] = []
     key: list[Any] = [spec]
-    for leaf in leaves:
+    for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            slots.append(i)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type))
         elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
             key.append((type(leaf), leaf))
         else:
             raise CaptureError(f"an argument is a {type(leaf).__name__}; pass tensors and plain Python values")
-    template = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def unflatten(values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        filled = list(template)
-        for slot, value in zip(slots, values, strict=True):
-            filled[slot] = value
-        result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(filled, spec)
-        return result
-
-    return FlatCall(tensors, tuple(key), unflatten)
+    template = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return FlatCall(tuple(tensors), tuple(key), spec, template, tuple(slots))
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """How to rebuild a model's output from its flat tensors; everything that is not a tensor is a constant of the
-    program."""
+    """The structure of a model's output: a pytree, or the fields of a dataclass that PyTorch has not registered.
 
-    build: Callable[[Sequence[Tensor]], Any]
+    ``leaves`` holds a marker for every tensor, a nested spec for a dataclass, and everything else as it is:
+    what is not a tensor is a constant of the program.
+    """
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    cls: type | None = None
+
+    def build(self, tensors: Sequence[Tensor]) -> Any:
+        """The output with these tensors."""
+        return self._build(iter(tensors))
+
+    def _build(self, tensors: Iterator[Tensor]) -> Any:
+        filled = [
+            next(tensors) if leaf is _TENSOR else leaf._build(tensors) if isinstance(leaf, OutputSpec) else leaf
+            for leaf in self.leaves
+        ]
+        if self.cls is not None:
+            return self.cls(**dict(zip(self.spec, filled, strict=True)))
+        return pytree.tree_unflatten(filled, self.spec)
+
+
+class _Marker(enum.Enum):
+    TENSOR = "tensor"
+
+
+_TENSOR = _Marker.TENSOR
 
 
 def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
@@ -68,46 +101,32 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
 
     Raises CaptureError for objects that hold tensors where they cannot be seen.
     """
-    if dataclasses.is_dataclass(output) and not isinstance(output, type) and pytree.tree_is_leaf(output):
-        names = [f.name for f in dataclasses.fields(output)]
-        parts = [flatten_output(getattr(output, name)) for name in names]
-        cls = type(output)
-        counts = [len(tensors) for tensors, _ in parts]
-
-        def build(values: Sequence[Tensor]) -> Any:
-            fields, at = {}, 0
-            for name, count, (_, spec) in zip(names, counts, parts, strict=True):
-                fields[name] = spec.build(values[at : at + count])
-                at += count
-            return cls(**fields)
-
-        return [t for tensors, _ in parts for t in tensors], OutputSpec(build)
-    leaves, spec = pytree.tree_flatten(output)
-    nested: dict[int, tuple[list[Tensor], OutputSpec]] = {}
+    cls = None
+    if _is_dataclass(output):
+        names = tuple(f.name for f in dataclasses.fields(output))
+        cls, spec = type(output), names
+        leaves = [getattr(output, name) for name in names]
+    else:
+        leaves, spec = pytree.tree_flatten(output)
     tensors: list[Tensor] = []
-    for i, leaf in enumerate(leaves):
+    kept: list[Any] = []
+    for leaf in leaves:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and len(leaves) > 1:
-            nested[i] = flatten_output(leaf)
-            tensors.extend(nested[i][0])
-        elif not (leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device))):
+            kept.append(_TENSOR)
+        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
+            kept.append(leaf)
+        elif _is_dataclass(leaf) or not pytree.tree_is_leaf(leaf):
+            inner, nested = flatten_output(leaf)
+            tensors.extend(inner)
+            kept.append(nested)
+        else:
             raise CaptureError(f"the model returns a {type(leaf).__name__}, which fuser cannot rebuild from tensors")
-    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    slots = {i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    return tensors, OutputSpec(spec, tuple(kept), cls)
 
-    def rebuild(values: Sequence[Tensor]) -> Any:
-        remaining = iter(values)
-        filled = list(fixed)
-        for i in range(len(filled)):
-            if i in slots:
-                filled[i] = next(remaining)
-            elif i in nested:
-                part, part_spec = nested[i]
-                filled[i] = part_spec.build([next(remaining) for _ in part])
-        return pytree.tree_unflatten(filled, spec)
 
-    return tensors, OutputSpec(rebuild)
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and pytree.tree_is_leaf(value)
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,10 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         raise CaptureError(f"the model changes {', '.join(map(str, mutated))} in place while it runs")
-    live = {**dict(wrapper.named_parameters(remove_duplicate=False)), **dict(wrapper.named_buffers(remove_duplicate=False))}
+    live = {
+        **dict(wrapper.named_parameters(remove_duplicate=False)),
+        **dict(wrapper.named_buffers(remove_duplicate=False)),
+    }
     parameters: dict[str, Tensor] = {}
     for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         parameters[name] = live[target]

@@ -152,7 +152,7 @@ class _Raiser:
         if view in self._realized:
             return self._realized[view]
         if self.is_constant(view):
-            name = self._derived(f"{view.base}_view", (view.base,), _as_strided(view), self.dtype(view))
+            name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape)
         elif strides is not None:
             spec = TensorSpec(shape, base.dtype, strides, view.base, view.offset)
             name = self.add_value(f"{view.base}_view", spec)
@@ -172,7 +172,7 @@ class _Raiser:
             constant = self.constants[name]
             if constant.call is None:
                 raise KeyError(name)
-            (self._tensors[name],) = constant.call(*(self.tensor(s) for s in constant.sources))
+            self._tensors[name] = constant.evaluate([self.tensor(s) for s in constant.sources])
         return self._tensors[name]
 
     def constant_tensor(self, view: View) -> Tensor:
@@ -180,12 +180,17 @@ class _Raiser:
         (tensor,) = _as_strided(view)(self.tensor(view.base))
         return tensor
 
-    def _derived(self, name: str, sources: tuple[str, ...], call: TorchCall, dtype: torch.dtype) -> str:
-        tensors = call(*(self.tensor(s) for s in sources))
-        tensor = tensors[0].detach().contiguous()
-        unique = self.add_value(name, TensorSpec.contiguous(tensor.shape, tensor.dtype))
-        self.constants[unique] = Constant(unique, sources, _Contiguous(call))
-        self._tensors[unique] = tensor
+    def derived(self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int] | None = None) -> str:
+        """A constant made from others; with its ``shape`` given, nothing is computed now."""
+        if shape is None:
+            tensor = Constant(name, sources, call).evaluate([self.tensor(s) for s in sources])
+            spec = TensorSpec.contiguous(tensor.shape, tensor.dtype)
+        else:
+            spec = TensorSpec.contiguous(shape, self.values[sources[0]].dtype)
+        unique = self.add_value(name, spec)
+        self.constants[unique] = Constant(unique, sources, call)
+        if shape is None:
+            self._tensors[unique] = tensor
         return unique
 
     # ---- emitting
@@ -253,7 +258,7 @@ class _Raiser:
         deterministic = torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         size = sum(r.numel() * r.element_size() for r in results)
         if deterministic and size <= _FOLD_LIMIT and len(results) == 1 and all(self.is_constant(v) for v in views):
-            name = self._derived(node.name, tuple(self.realize(v) for v in views), call, results[0].dtype)
+            name = self.derived(node.name, tuple(self.realize(v) for v in views), call)
             return View.of(name, self.values[name])
         specs = [TensorSpec.contiguous(r.shape, r.dtype) for r in results]
         suffixes = [node.name] if len(specs) == 1 else [f"{node.name}_{i}" for i in range(len(specs))]
@@ -290,9 +295,7 @@ class _Raiser:
                 return restore(out)
         return self._gemm(node, rows, weight, bias, transposed, columns).permute(inverse)
 
-    def _gemm(
-        self, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool, columns: int
-    ) -> View:
+    def _gemm(self, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool, columns: int) -> View:
         spec = TensorSpec.contiguous((*x.shape[:-1], columns), self.dtype(x))
         inputs = (self.realize(x), self.realize(weight))
         name = node.name if bias is None else f"{node.name}_gemm"
@@ -363,9 +366,7 @@ class _Raiser:
         p = self.emit(Kind.SOFTMAX, f"{name}_softmax", (s,), scores, expression=ex.softmax()).base
         # Heads lie inside a token, so that merging them afterwards moves nothing.
         width = v.shape[3]
-        spec = TensorSpec(
-            (batch, heads, q_len, width), dtype, (q_len * heads * width, width, heads * width, 1)
-        )
+        spec = TensorSpec((batch, heads, q_len, width), dtype, (q_len * heads * width, width, heads * width, 1))
         out = self.emit(Kind.PV, name, (p, self.realize(v)), spec)
         merged = out.reshape(out_shape)
         if merged is None:
@@ -391,7 +392,9 @@ class _Raiser:
             name = self.add_value(f"{view.base}_not", spec)
             call = TorchCall(torch.logical_not, (Ref(0),))
             inputs = (self.realize(view),)
-            self.operators.append(Operator(name, Kind.EXTERN, inputs, (name,), call=call, reason="a mask made at run time"))
+            self.operators.append(
+                Operator(name, Kind.EXTERN, inputs, (name,), call=call, reason="a mask made at run time")
+            )
             view = View.of(name, spec)
         return None, view.expand(shape)
 
@@ -442,21 +445,10 @@ def _as_strided(view: View) -> TorchCall:
     return TorchCall(_strided_copy, (Ref(0), sizes, strides, view.offset, view.shape))
 
 
-def _strided_copy(base: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int, shape: tuple[int, ...]) -> Tensor:
+def _strided_copy(
+    base: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int, shape: tuple[int, ...]
+) -> Tensor:
     return base.as_strided(sizes, strides, base.storage_offset() + offset).reshape(shape)
-
-
-@dataclass(frozen=True)
-class _Contiguous(TorchCall):
-    """A constant's function, with contiguous results whatever layout PyTorch would give them."""
-
-    def __init__(self, call: TorchCall) -> None:
-        object.__setattr__(self, "target", call.target)
-        object.__setattr__(self, "args", call.args)
-        object.__setattr__(self, "kwargs", call.kwargs)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.detach().contiguous() for t in super().__call__(*inputs))
 
 
 def _four_dims(view: View) -> View:
@@ -729,13 +721,13 @@ def _merged_linear(r: _Raiser, nodes: Sequence[fx.Node], x: View) -> None:
     first = nodes[0]
     weights = tuple(r.realize(r.view(n.args[1])) for n in nodes)
     sizes = [r.values[w].shape[0] for w in weights]
-    dtype = r.values[weights[0]].dtype
+    total = sum(sizes)
     join = TorchCall(torch.cat, ([Ref(i) for i in range(len(nodes))],))
-    weight = r._derived(f"{first.name}_weights", weights, join, dtype)
+    weight = r.derived(f"{first.name}_weights", weights, join, (total, r.values[weights[0]].shape[1]))
     bias = None
     if len(first.args) > 2 and first.args[2] is not None:
         biases = tuple(r.realize(r.view(n.args[2])) for n in nodes)
-        name = r._derived(f"{first.name}_biases", biases, join, dtype)
+        name = r.derived(f"{first.name}_biases", biases, join, (total,))
         bias = View.of(name, r.values[name])
     out = r.linear(first, x, View.of(weight, r.values[weight]), bias, transposed=True)
     start = 0

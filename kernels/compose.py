@@ -53,7 +53,9 @@ class RowProgram:
         for bound in self.bounds:
             rows = min(self.rows, bound.period) if bound.stride else 1
             width = 1 if bound.operand.access is Access.COLUMN else self.columns
-            touched += (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
+            touched += (
+                (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
+            )
         return touched + sum(self.rows * self.columns * d.bytes for d in self.output_dtypes)
 
 

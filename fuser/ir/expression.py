@@ -153,9 +153,7 @@ class Expression:
         """For every instruction, how many passes over the row must have ended before it can be computed."""
         depth: list[int] = []
         for instruction in self.instructions:
-            depth.append(
-                max((depth[a] + (self.instructions[a].op in REDUCTIONS) for a in instruction.args), default=0)
-            )
+            depth.append(max((depth[a] + (self.instructions[a].op in REDUCTIONS) for a in instruction.args), default=0))
         return tuple(depth)
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import enum
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +113,18 @@ class TorchCall:
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     def __str__(self) -> str:
-        name = getattr(self.target, "__name__", None) or str(self.target)
-        return f"{getattr(self.target, '_name', name)}"
+        return str(getattr(self.target, "_name", None) or getattr(self.target, "__name__", self.target))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # ATen overloads do not pickle; their names do.
+        if isinstance(self.target, torch._ops.OpOverload):
+            namespace, name = self.target._schema.name.split("::")
+            return _restore_call, (namespace, name, self.target._overloadname, self.args, self.kwargs)
+        return TorchCall, (self.target, self.args, self.kwargs)
+
+
+def _restore_call(namespace: str, name: str, overload: str, args: Any, kwargs: Any) -> TorchCall:
+    return TorchCall(getattr(getattr(getattr(torch.ops, namespace), name), overload), args, kwargs)
 
 
 def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
@@ -171,6 +181,13 @@ class Constant:
     name: str
     sources: tuple[str, ...] = ()
     call: TorchCall | None = None
+
+    def evaluate(self, sources: Sequence[Tensor]) -> Tensor:
+        """The tensor of a derived constant, contiguous whatever layout PyTorch would give it."""
+        if self.call is None:
+            raise ValueError(f"{self.name} is a parameter, not derived")
+        with torch.no_grad():
+            return self.call(*sources)[0].detach().contiguous()
 
 
 @dataclass(frozen=True)
@@ -400,6 +417,8 @@ def _regions(graph: OperatorGraph) -> Iterator[Region]:
 def _connected(graph: OperatorGraph, run: list[Operator]) -> Iterator[Region]:
     members = {op.name: op for op in run}
     parts = nx.weakly_connected_components(graph.digraph.subgraph(members))
-    ordered = sorted((sorted(part, key=graph.position.__getitem__) for part in parts), key=lambda p: graph.position[p[0]])
+    ordered = sorted(
+        (sorted(part, key=graph.position.__getitem__) for part in parts), key=lambda p: graph.position[p[0]]
+    )
     for part in ordered:
         yield Region(graph, tuple(members[name] for name in part))

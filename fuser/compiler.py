@@ -1,0 +1,162 @@
+"""The pipeline: from one call of a model to a program that can be run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuser.capture import Captured, FlatCall, OutputSpec, capture
+from fuser.codegen.assemble import Assembly, assemble
+from fuser.codegen.partition import Choice, GroupChoice, choose, default_scheme, legality
+from fuser.codegen.render import TEMPLATES
+from fuser.ir.graph import OperatorGraph, Region
+from fuser.ir.masks import Mask
+from fuser.ir.scheme import Scheme, groups
+from fuser.ir.target import Target
+from fuser.kernels.families import FAMILIES
+from fuser.raising import raise_graph
+from fuser.runtime.build import build
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.library import Kernel, load
+from fuser.runtime.program import Program
+from fuser.search.tuning import Tuner
+from fuser.weights import WeightStore
+
+logger = logging.getLogger("fuser")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program with everything that it was made from, for reports and for saving."""
+
+    captured: Captured
+    graph: OperatorGraph
+    choices: Mapping[str, Choice]
+    assembly: Assembly
+    program: Program
+    output: OutputSpec
+    seconds: Mapping[str, float]
+    """Wall time of every stage of compilation."""
+
+
+def compile_call(
+    model: nn.Module,
+    call: FlatCall,
+    store: WeightStore,
+    target: Target,
+    threads: int,
+    *,
+    attention: Mask | None = None,
+    tuner: Tuner | None = None,
+    cache: KernelCache | None = None,
+) -> Compiled:
+    """Compile ``model`` for the shapes of ``call``.
+
+    ``tuner`` supplies measured times of kernels; without it the cost model decides. Raises CaptureError when the model
+    cannot be captured, BuildError or ToolchainError when its kernels cannot be built.
+    """
+    cache = default_cache() if cache is None else cache
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[stage], clock = now - clock, now
+
+    captured = capture(model, call)
+    lap("capture")
+    graph = raise_graph(captured, attention)
+    lap("raise")
+    chosen, choices = choose_all(graph, target, tuner)
+    lap("schemes")
+    assembly = assemble(graph, chosen, target, threads)
+    lap("render")
+    kernels = load_kernels(assembly, target, cache)
+    lap("build")
+    store.register(captured.parameters)
+    constants = program_constants(assembly, graph, captured.parameters, store)
+    program = Program(assembly.plan, kernels, constants)
+    lap("pack")
+    total = sum(seconds.values())
+    logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
+    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds)
+
+
+def choose_all(
+    graph: OperatorGraph, target: Target, tuner: Tuner | None = None
+) -> tuple[list[GroupChoice], dict[str, Choice]]:
+    """Schemes and kernels for all regions; equal regions are decided once.
+
+    Returns the choices of all groups, and by region hash the choice that stands for its equals.
+    """
+    decided: dict[str, Choice] = {}
+    chosen: list[GroupChoice] = []
+    legal = legality(FAMILIES, target)
+    for region in graph.regions:
+        if region.hash not in decided:
+            choice = decide(region, target, tuner)
+            decided[region.hash] = choice
+            chosen.extend(choice.groups)
+            continue
+        first = decided[region.hash]
+        same = groups(Scheme(region.hash, first.scheme.edges, first.scheme.bits), region, legal)
+        by_position = {_positions(g.group, first_region): g for g, first_region in _located(first, region)}
+        for group in same:
+            chosen.append(_transfer(by_position[_positions(group, region)], group, target))
+    return chosen, decided
+
+
+def decide(region: Region, target: Target, tuner: Tuner | None = None) -> Choice:
+    """The scheme of one region: the shortest path over predicted times, then over measured ones where there is a
+    tuner."""
+    choice = default_scheme(region, FAMILIES, target)
+    if tuner is None:
+        return choice
+    measured = tuner.measure(choice)
+    return Choice(choice.scheme, choose((g.group for g in choice.groups), FAMILIES, target, measured))
+
+
+def _located(choice: Choice, like: Region) -> Sequence[tuple[GroupChoice, Region]]:
+    names = {op.name for g in choice.groups for op in g.group.operators}
+    graph = choice.groups[0].group.graph
+    region = Region(graph, tuple(op for op in graph.compute if op.name in names))
+    return [(g, region) for g in choice.groups]
+
+
+def _positions(group: Any, region: Region) -> tuple[int, ...]:
+    at = {op.name: i for i, op in enumerate(region.operators)}
+    return tuple(sorted(at[op.name] for op in group.operators))
+
+
+def _transfer(choice: GroupChoice, group: Any, target: Target) -> GroupChoice:
+    """The same kernel for an equal group with other values."""
+    match = None if choice.family is None else choice.family.match(group, target)
+    return GroupChoice(group, choice.family, match, choice.parameters, choice.cost, choice.seconds, choice.measured)
+
+
+def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict[str, Kernel]:
+    """Build what the cache lacks and load all kernels of a program."""
+    paths = build(assembly.sources, target, headers=TEMPLATES / target.kind, cache=cache)
+    return {symbol: load(path, symbol) for symbol, path in paths.items()}
+
+
+def program_constants(
+    assembly: Assembly, graph: OperatorGraph, parameters: Mapping[str, Tensor], store: WeightStore
+) -> list[Tensor]:
+    """The constants of a plan, in its order."""
+    return [store.get(ref, graph.constants, parameters) for ref in assembly.plan.constants]
+
+
+def threads_now() -> int:
+    """The team size of kernels: PyTorch's number of threads, or one in a forked child."""
+    from fuser.runtime.library import thread_limit
+
+    limit = thread_limit()
+    return torch.get_num_threads() if limit is None else min(limit, torch.get_num_threads())

@@ -1,0 +1,304 @@
+"""`OptimizedModule`: the user's model, faster."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuser.capture import FlatCall, Signature, flatten_call
+from fuser.codegen.assemble import KernelRecord
+from fuser.compiler import Compiled, compile_call, program_constants, threads_now
+from fuser.ir.errors import BuildError, CacheError, CaptureError, FuserError, MaskError, ToolchainError
+from fuser.ir.masks import Mask
+from fuser.ir.target import Target
+from fuser.runtime.cache import default_cache
+from fuser.runtime.device import cpu_target
+from fuser.search.tuning import Tuner, tuner_for
+from fuser.weights import WeightStore, packed_only
+
+logger = logging.getLogger("fuser")
+_FALLBACKS = (CaptureError, BuildError, ToolchainError, CacheError)
+
+
+class OptimizedModule(nn.Module):
+    """A drop-in for ``model`` that runs fused kernels.
+
+    Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled at the first
+    call for each combination of shapes, dtypes and plain arguments. The original model runs instead, with one warning
+    and a reason in :meth:`report`, in training mode, when an input requires grad, under autocast, or when the model
+    cannot be captured or built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        attention: Mask | None = None,
+        search: str | int = "cached",
+        target: Target | None = None,
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)
+        self._attention = attention
+        self._search = search
+        self._target = target
+        self._lock = threading.RLock()
+        self._programs: dict[tuple[Signature, int], Compiled] = {}
+        self._failed: dict[tuple[Signature, int], str] = {}
+        self._store = WeightStore(model)
+        self._tuner: Tuner | None = None
+        self._said: set[str] = set()
+        self.training = model.training
+
+    # ---- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call, reason = self._acceptable(args, kwargs)
+        if call is None:
+            self._say(reason)
+            return self._model(*args, **kwargs)
+        compiled = self._compiled(call)
+        if compiled is None:
+            return self._model(*args, **kwargs)
+        return compiled.output.build(compiled.program(call.tensors))
+
+    def _acceptable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[FlatCall | None, str]:
+        if self._model.training:
+            return None, "the model is in training mode; call .eval() for fused inference"
+        try:
+            call = flatten_call(args, kwargs)
+        except CaptureError as error:
+            return None, str(error)
+        for tensor in call.tensors:
+            if tensor.device.type != "cpu":
+                return None, f"an input is on {tensor.device}, and this target is the CPU"
+            if tensor.layout is not torch.strided:
+                return None, f"an input has the layout {tensor.layout}"
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return None, "an input requires grad; fused kernels have no backward"
+        if torch.is_autocast_enabled("cpu"):
+            return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
+        return call, ""
+
+    def _compiled(self, call: FlatCall) -> Compiled | None:
+        key = (call.key, threads_now())
+        compiled = self._programs.get(key)
+        if compiled is not None and not self._store.changed:
+            return compiled
+        with self._lock:
+            if self._store.changed:
+                self._refresh()
+            if key in self._programs:
+                return self._programs[key]
+            if key in self._failed:
+                return None
+            try:
+                compiled = self._compile(call, key[1])
+            except _FALLBACKS as error:
+                self._failed[key] = str(error)
+                self._say(str(error))
+                return None
+            self._programs[key] = compiled
+            self._offload()
+            return compiled
+
+    def _compile(self, call: FlatCall, threads: int) -> Compiled:
+        target = self._target = self._target or cpu_target()
+        if self._tuner is None:
+            self._tuner = tuner_for(self._search, target, threads)
+        return compile_call(
+            self._model, call, self._store, target, threads, attention=self._attention, tuner=self._tuner
+        )
+
+    def _refresh(self) -> None:
+        """Follow weights that have changed since they were packed."""
+        self._failed.clear()
+        if self._store.replaced or any(not _fits(c) for c in self._programs.values()):
+            self._programs.clear()
+            self._store = WeightStore(self._model)
+            return
+        self._store.refresh()
+        for compiled in self._programs.values():
+            parameters = compiled.captured.parameters
+            compiled.program.set_constants(
+                program_constants(compiled.assembly, compiled.graph, parameters, self._store)
+            )
+
+    def _offload(self) -> None:
+        programs = [
+            (c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in self._programs.values()
+        ]
+        self._store.offload(packed_only(programs), default_cache().root)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("the original model runs: %s", reason)
+
+    # ---- looking inside
+
+    @property
+    def programs(self) -> Sequence[Compiled]:
+        """Everything compiled so far, in order."""
+        return tuple(self._programs.values())
+
+    @property
+    def kernels(self) -> Sequence[KernelRecord]:
+        """The kernels of the program compiled last: name, family, operators of the first use, number of calls."""
+        return self.programs[-1].assembly.kernels if self._programs else ()
+
+    @property
+    def unfused(self) -> Sequence[tuple[str, str]]:
+        """(operator, reason) for every operator of the blocks of the program compiled last that no kernel runs;
+        ``("*", reason)`` when the original model runs. Operators before the first and after the last region (masks
+        made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
+        if not self._programs:
+            return tuple(("*", reason) for reason in self._failed.values())
+        return _split_unfused(self.programs[-1])[0]
+
+    @property
+    def outside(self) -> Sequence[tuple[str, str]]:
+        """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
+        return _split_unfused(self.programs[-1])[1] if self._programs else ()
+
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """Why the original model ran instead of a program, each reason once."""
+        return tuple(sorted(self._said))
+
+    def report(self, path: str | Path | None = None) -> str:
+        """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
+        from fuser.report import report
+
+        return report(self, Path(path) if path is not None else None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the compiled programs, weights and kernels to a file for :func:`fuser.load`.
+
+        Raises FuserError when nothing has been compiled.
+        """
+        from fuser.saved import save
+
+        if not self._programs:
+            raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
+        save(self, Path(path))
+
+    def restore(self) -> None:
+        """Bring the original weights, which lie in files while only packed copies are used, back into memory."""
+        with self._lock:
+            self._store.restore()
+
+    # ---- being the model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        result: dict[str, Any] = self._model.state_dict(*args, **kwargs)
+        return result
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        return self._model.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self._model.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return self._model.named_children()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        self._model._apply(fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"programs={len(self._programs)}"
+
+
+def _fits(compiled: Compiled) -> bool:
+    """Whether the live weights still have the shapes and dtypes that the program was made for."""
+    return all(
+        tuple(tensor.shape) == compiled.graph.values[name].shape and tensor.dtype == compiled.graph.values[name].dtype
+        for name, tensor in compiled.captured.parameters.items()
+        if name in compiled.graph.values
+    )
+
+
+def _split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """What PyTorch runs, inside the span of the regions and outside of it."""
+    graph = compiled.graph
+    fused = [graph.position[op.name] for region in graph.regions for op in region.operators]
+    inside, outside = [], []
+    for name, reason in compiled.assembly.unfused:
+        within = bool(fused) and min(fused) <= graph.position[name] <= max(fused)
+        (inside if within else outside).append((name, reason))
+    return tuple(inside), tuple(outside)
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    attention: Mask | None = None,
+    quantize: Any = None,
+    search: str | int = "cached",
+    target: Target | None = None,
+) -> OptimizedModule:
+    """Make ``model`` run fused kernels.
+
+    Args:
+        model: any ``nn.Module``; left as it is, apart from where its weights lie in memory.
+        example_inputs: positional arguments (tuple) or keyword arguments (dict) to compile for now; without them the
+            first call compiles.
+        attention: a mask that every self-attention is restricted to, beside the masks it has.
+        quantize: reserved for dynamic quantization of attention; must be None.
+        search: ``"cached"`` takes measured kernel choices from the cache and measures what it lacks; ``"model"``
+            trusts the cost model alone.
+        target: the device; default: this machine's CPU, calibrated once.
+
+    Raises:
+        TypeError: arguments of the wrong type.
+        MaskError: ``attention`` does not fit the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuser.optimize takes an nn.Module, not a {type(model).__name__}")
+    if attention is not None and not isinstance(attention, Mask):
+        raise MaskError(f"attention must be one of fuser.masks, not a {type(attention).__name__}")
+    if quantize is not None:
+        raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
+    if isinstance(model, OptimizedModule):
+        model = model._model
+    optimized = OptimizedModule(model, attention=attention, search=search, target=target)
+    if example_inputs is None:
+        return optimized
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        args, kwargs = (example_inputs,), {}
+    call, reason = optimized._acceptable(args, kwargs)
+    if call is None:
+        optimized._say(reason)
+    else:
+        optimized._compiled(call)
+    return optimized
