@@ -115,7 +115,7 @@ def bert_layer(batch: int = 1, sequence: int = 128, hidden: int = 768, heads: in
     width = hidden // heads
     qkv = layer.linear("0", "x", hidden, 3 * hidden)
     q, k, v = (
-        layer.view(f"{name}", qkv, (batch, heads, sequence, width), (sequence * 3 * hidden, width, 3 * hidden, 1), i)
+        layer.view(name, qkv, (batch, heads, sequence, width), (sequence * 3 * hidden, width, 3 * hidden, 1), i)
         for i, name in zip((0, hidden, 2 * hidden), "qkv", strict=True)
     )
     scores = (batch, heads, sequence, sequence)
