@@ -15,6 +15,7 @@ from typing import Any
 
 import networkx as nx
 
+from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Kind, OperatorGroup, Region
 from fuser.ir.scheme import Legality, Precedence, Scheme, members
 from fuser.ir.target import Target
@@ -85,13 +86,14 @@ def choose(
     """The best kernel for each of ``groups``; of equal ones the first in the order of families and their spaces.
 
     Predictions are bounds that kernels do not beat, so where any candidate of a group was measured, only measured ones
-    compete. Raises ValueError when no family matches a group of several operators.
+    compete. Raises SchemeError when no family matches a group of several operators.
     """
     chosen = []
     for group in groups:
         choice = _best(group, families, target, measured)
         if choice is None:
-            raise ValueError(f"no kernel family runs {', '.join(op.name for op in group.operators)} as one kernel")
+            names = ", ".join(op.name for op in group.operators)
+            raise SchemeError(f"no kernel family runs {names} as one kernel: repair the scheme with `groups` first")
         chosen.append(choice)
     return tuple(chosen)
 
