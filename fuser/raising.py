@@ -364,9 +364,13 @@ class _Raiser:
                 Kind.MASK, f"{name}_mask{i or ''}", inputs, scores, expression=expression, attributes=attributes
             ).base
         p = self.emit(Kind.SOFTMAX, f"{name}_softmax", (s,), scores, expression=ex.softmax()).base
-        # Heads lie inside a token, so that merging them afterwards moves nothing.
+        # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
         width = v.shape[3]
-        spec = TensorSpec((batch, heads, q_len, width), dtype, (q_len * heads * width, width, heads * width, 1))
+        token = heads * width
+        q_strides = q.strides()
+        time_first = q_strides is not None and batch > 1 and q_len > 1 and q_strides[2] > q_strides[0] > 0
+        batch_stride, row_stride = (token, batch * token) if time_first else (q_len * token, token)
+        spec = TensorSpec((batch, heads, q_len, width), dtype, (batch_stride, width, row_stride, 1))
         out = self.emit(Kind.PV, name, (p, self.realize(v)), spec)
         merged = out.reshape(out_shape)
         if merged is None:

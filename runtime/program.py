@@ -130,7 +130,7 @@ class Program:
         plan = self.plan
         with self._lock:
             held: dict[tuple[Memory, int], Tensor] = {}
-            for i, (tensor, slot) in enumerate(zip(inputs, plan.inputs, strict=True)):
+            for i, tensor in enumerate(inputs):
                 given = tensor.detach()
                 if not given.is_contiguous():
                     given = given.contiguous()
@@ -222,7 +222,8 @@ class Program:
                     f"{step.call} returned {result.dtype} {tuple(result.shape)} where the captured model had "
                     f"{slot.dtype} {slot.shape}; the model's behaviour depends on the values of its inputs"
                 )
-            result = result.contiguous()
+            if result.stride() != slot.strides:
+                result = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype).copy_(result)
             held[Memory.RESULT, slot.index] = result
             self._patch(Memory.RESULT, slot.index, result)
 
