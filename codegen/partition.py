@@ -23,7 +23,7 @@ from fuser.kernels.base import Cost, KernelFamily
 
 MAX_OPERATORS = 24
 """Operators in one group."""
-MAX_DOWNSETS = 160
+MAX_DOWNSETS = 96
 """Up to so many downsets the search covers every legal scheme, beyond it those along two orders of execution."""
 PYTORCH = "pytorch"
 """Stands for a family where PyTorch runs an operator that no family matches."""

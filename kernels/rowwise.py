@@ -57,16 +57,20 @@ class RowwiseFamily:
 
     def match(self, group: OperatorGroup, target: Target) -> RowwiseMatch | None:
         """The group as one row expression, when all of it is elementwise or row-wise on one matrix."""
-        if any(op.kind not in _KINDS for op in group.operators):
+        # Composing is the expensive part, and most groups that are asked about belong to one family only.
+        if any(op.kind not in _KINDS for op in group.operators) or self._is_row(group) != (self.name == "rowwise"):
             return None
         program = compose(group, group.operators)
-        if program is None or len(program.bounds) > _MAX_OPERANDS or self._is_row(program) != (self.name == "rowwise"):
+        if program is None or len(program.bounds) > _MAX_OPERANDS:
             return None
         return RowwiseMatch(group, program)
 
     @staticmethod
-    def _is_row(program: RowProgram) -> bool:
-        return program.expression.has_reduction or bool(program.gathers)
+    def _is_row(group: OperatorGroup) -> bool:
+        return any(
+            op.kind is Kind.EMBEDDING or (op.expression is not None and op.expression.has_reduction)
+            for op in group.operators
+        )
 
     def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters]:
         """One choice: the kernel is bound by memory."""
