@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fuser.kernels.base import DType, KernelSpec
+import torch
+from torch import Tensor
+
+from fuser.ir.graph import Kind, Operator, OperatorGroup
+from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.target import Target
+from fuser.kernels.base import FLOATING, STORAGE, Cost, DType, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.planner import plan
 
 TEMPLATE = "cpu/attention.cpp.j2"
 HEADS_IN_FLIGHT = 2
@@ -57,3 +67,140 @@ def workspace_bytes(
         return 0
     counters = -(-batch * heads * plan.phases // 8) * 64
     return counters + min(in_flight, batch * heads) * plan.slots * (value_dim + 2) * 4
+
+
+_KINDS = frozenset({Kind.QK, Kind.SCALE, Kind.MASK, Kind.SOFTMAX, Kind.PV})
+_LARGEST_HEAD = 256
+_EXP_FLOPS = 20
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """One attention: values q, k, v (B, H, S, D), the constant ``pattern``, the run-time ``mask`` if any, and out."""
+
+    group: OperatorGroup
+    q: str
+    k: str
+    v: str
+    out: str
+    scale: float
+    pattern: Mask
+    mask: str | None
+
+
+class AttentionFamily:
+    """Product with the keys, scale, masks, softmax and product with the values, whatever views lie around them."""
+
+    name = "attention"
+
+    def match(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
+        """The group as one attention; None when a part is missing, foreign, or needed outside."""
+        if target.kind != "cpu" or any(op.kind not in _KINDS for op in group.operators):
+            return None
+        by_kind = {kind: [op for op in group.operators if op.kind is kind] for kind in _KINDS}
+        if any(len(by_kind[kind]) != 1 for kind in (Kind.QK, Kind.SOFTMAX, Kind.PV)) or len(by_kind[Kind.SCALE]) > 1:
+            return None
+        (qk,), (pv,) = by_kind[Kind.QK], by_kind[Kind.PV]
+        if group.outputs != (pv.output,) or not _is_chain(group.operators):
+            return None
+        q, k = qk.inputs
+        v = pv.inputs[1]
+        runtime = [op.inputs[1] for op in by_kind[Kind.MASK] if len(op.inputs) > 1]
+        if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime):
+            return None
+        pattern: Mask = Dense()
+        for op in by_kind[Kind.MASK]:
+            if op.attributes["causal"]:
+                pattern = pattern & Causal()
+            if op.attributes["pattern"] is not None:
+                pattern = pattern & op.attributes["pattern"]
+        heads = group.graph.values[q].shape[1]
+        if pattern.heads not in (None, heads):
+            return None
+        scale = math.prod(op.attributes["scale"] for op in by_kind[Kind.SCALE])
+        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
+
+    @staticmethod
+    def _supported(group: OperatorGroup, operands: tuple[str, str, str], runtime: Sequence[str]) -> bool:
+        specs = [group.graph.values[value] for value in operands]
+        if len({spec.dtype for spec in specs}) != 1 or specs[0].dtype not in FLOATING:
+            return False
+        if any(spec.strides[-1] != 1 and spec.shape[-1] > 1 for spec in specs):
+            return False
+        if any(not 0 < spec.shape[-1] <= _LARGEST_HEAD for spec in specs) or specs[0].shape[1] % specs[1].shape[1]:
+            return False
+        return all(group.graph.values[m].dtype in (*FLOATING, torch.bool) for m in runtime)
+
+    def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
+        """Blocks of keys whose scores stay in the first cache."""
+        values = match.group.graph.values
+        mask = None if match.mask is None else STORAGE[values[match.mask].dtype]
+        dtype = STORAGE[values[match.q].dtype]
+        return [AttentionParameters(values[match.q].shape[-1], values[match.v].shape[-1], dtype, mask)]
+
+    def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
+        values = match.group.graph.values
+        batch, heads, q_len, _ = values[match.q].shape
+        pairs = batch * heads * _allowed(match.pattern, q_len, values[match.k].shape[2])
+        if match.pattern.heads is not None:
+            pairs //= heads
+        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
+        moved = sum(values[value].nbytes for value in (match.q, match.k, match.v, match.out))
+        return Cost(flops, float(moved), efficiency=0.7)
+
+    def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
+        values = match.group.graph.values
+        q, k = values[match.q], values[match.k]
+        batch, heads, q_len, _ = q.shape
+        tiles = cached_plan(match.pattern, q_len, k.shape[2], target)
+        strides = [values[value].strides[:3] for value in (match.q, match.k, match.v, match.out)]
+        mask = [] if match.mask is None else [match.mask]
+        return KernelCall(
+            parameters.spec,
+            (match.q, match.k, match.v, *mask, Literal(f"plan:{tiles.hash}", tiles.array), match.out),
+            extents(
+                batch,
+                heads,
+                k.shape[1],
+                tiles,
+                match.scale,
+                strides,
+                values[match.mask].strides if match.mask is not None else None,
+            ),
+            (match.out,),
+            workspace_bytes(batch, heads, parameters.value_dim, tiles),
+        )
+
+    def reference(self, match: AttentionMatch) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """Plain PyTorch; a row that may see nothing gives zeros."""
+
+        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            q, k, v = values[match.q], values[match.k], values[match.v]
+            group = q.shape[1] // k.shape[1]
+            scores = match.scale * (q @ k.repeat_interleave(group, 1).mT)
+            scores = scores.masked_fill(~match.pattern.dense(q.shape[2], k.shape[2]), -math.inf)
+            if match.mask is not None:
+                mask = values[match.mask]
+                bias = mask if mask.is_floating_point() else torch.zeros_like(scores).masked_fill(~mask, -math.inf)
+                scores = scores + bias
+            empty = torch.isneginf(scores).all(-1, keepdim=True)
+            probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
+            return {match.out: probabilities @ v.repeat_interleave(group, 1)}
+
+        return run
+
+
+def _is_chain(operators: Sequence[Operator]) -> bool:
+    """Whether each operator reads the one before as its first input."""
+    return all(after.inputs[0] == before.output for before, after in itertools.pairwise(operators))
+
+
+@functools.lru_cache(maxsize=128)
+def cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
+    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan."""
+    return plan(mask, q_len, kv_len, target)
+
+
+@functools.lru_cache(maxsize=256)
+def _allowed(mask: Mask, q_len: int, kv_len: int) -> int:
+    return mask.count(q_len, kv_len)

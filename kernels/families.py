@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fuser.kernels import gemm
-
+from fuser.kernels.attention import AttentionFamily
 from fuser.kernels.base import KernelFamily, Literal, Packed
 from fuser.kernels.gemm import GemmFamily
 from fuser.kernels.rowwise import PointwiseFamily, RowwiseFamily
 
-FAMILIES: tuple[KernelFamily, ...] = (GemmFamily(), RowwiseFamily(), PointwiseFamily())
+FAMILIES: tuple[KernelFamily, ...] = (AttentionFamily(), GemmFamily(), RowwiseFamily(), PointwiseFamily())
 
 
 def materialize(constant: Packed | Literal, value: Tensor | None) -> Tensor:
