@@ -35,7 +35,7 @@ class AttentionParameters:
     dtype: DType = DType.F32
     mask: DType | None = None
     lse: bool = False
-    key_block: int = 48
+    key_block: int = 96
 
     @property
     def spec(self) -> KernelSpec:
@@ -66,7 +66,8 @@ def workspace_bytes(
     if plan.phases == 1:
         return 0
     counters = -(-batch * heads * plan.phases // 8) * 64
-    return counters + min(in_flight, batch * heads) * plan.slots * (value_dim + 2) * 4
+    state = -(-plan.slots * (-(-value_dim // 16) * 16 + 2) // 16) * 64
+    return counters + min(in_flight, batch * heads) * state
 
 
 _KINDS = frozenset({Kind.QK, Kind.SCALE, Kind.MASK, Kind.SOFTMAX, Kind.PV})

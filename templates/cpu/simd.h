@@ -187,20 +187,24 @@ FUSER_INLINE vf exp(vf x) {
 // 2^x for x <= 0, within 2 ulp; exactly 0 below -126 and for -inf, so that no denormal is made; NaN stays NaN.
 FUSER_INLINE vf exp2_nonpositive(vf x) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-  const vf n = round_even(x), r = x - n;
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = set1(1.86713028e-3f);
+  p = p * r + 9.01702978e-3f;
+  p = p * r + 5.57999127e-2f;
+  p = p * r + 2.40164444e-1f;
+  p = p * r + 6.93151295e-1f;
+  p = p * r + 1.0f;
+  // The scaling takes the floor of its exponent itself.
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, (__m512)x);
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const vf c = max_fast(set1(-127.0f), x), t = c + 12582912.0f, r = c - (t - 12582912.0f);
-#endif
-  vf p = set1(1.3276475e-3f);
-  p = p * r + 9.6755419e-3f;
-  p = p * r + 5.5507131e-2f;
-  p = p * r + 2.4022120e-1f;
-  p = p * r + 6.9314694e-1f;
+  vf p = set1(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
-#else
   const vi scaled = ((vi)p + ((vi)t << 23)) & ~(vi)(x < -126.0f);
   return select((vi)(x == x), (vf)scaled, x);
 #endif
