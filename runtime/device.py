@@ -22,7 +22,7 @@ from fuser.ir.target import VECTOR_BYTES, Isa, Target
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
-from fuser.runtime.library import Kernel, load, thread_limit
+from fuser.runtime.library import Kernel, load
 
 PROBE_VERSION = 1
 _AVX2_FLAGS = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"})
@@ -188,11 +188,10 @@ def calibrate(target: Target, cache: KernelCache) -> Rates:
     headers = Path(__file__).parent.parent / "templates" / "cpu"
     paths = build(sources, target, headers=headers, cache=cache)
     flops, copy, launch = (load(paths[symbol], symbol) for symbol in probes)
-    threads = min(target.cores, thread_limit() or target.cores)
     return Rates(
         peak_flops=_measure_flops(flops, target),
-        bandwidth=_measure_copy(copy, target, threads),
-        launch_seconds=_measure_launch(launch, threads),
+        bandwidth=_measure_copy(copy, target),
+        launch_seconds=_measure_launch(launch, target.cores),
     )
 
 
@@ -322,15 +321,15 @@ def _measure_flops(kernel: Kernel, target: Target) -> float:
     return rounds * out[1] * target.vector_lanes * 2 / seconds
 
 
-def _measure_copy(kernel: Kernel, target: Target, threads: int) -> float:
+def _measure_copy(kernel: Kernel, target: Target) -> float:
     size = min(max(3 * target.cache_bytes[2], 32 << 20), 256 << 20)
     with mmap.mmap(-1, 2 * size) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = ctypes.c_char.from_buffer(memory)
         address = ctypes.addressof(buffer)
-        args = KernelArgs.pack([address, address + size], [size // 4], threads)
-        back = KernelArgs.pack([address + size, address], [size // 4], threads)
+        args = KernelArgs.pack([address, address + size], [size // 4], target.cores)
+        back = KernelArgs.pack([address + size, address], [size // 4], target.cores)
         kernel(args)
         kernel(back)
         seconds = _best_seconds(lambda: kernel(args), budget=0.25)

@@ -16,7 +16,7 @@ from fuser.ir.errors import FuserError
 from fuser.ir.target import Isa, Target
 from fuser.runtime.cache import KernelCache, default_cache, default_root
 from fuser.runtime.device import cpu_name, cpu_target, detect_isa
-from fuser.runtime.library import loaded_runtimes, openmp_runtime, thread_limit
+from fuser.runtime.library import loaded_runtimes, openmp_runtime
 from fuser.runtime.toolchain import INSTALL_COMPILER, INSTALL_NINJA, find_ninja, find_toolchain
 
 _LOW_DISK_BYTES = 256 << 20
@@ -84,8 +84,6 @@ def _openmp() -> Check:
     loaded = loaded_runtimes()
     others = [str(path) for path in loaded if path != runtime.path]
     detail = f"{runtime.path}" + (f"; also loaded: {', '.join(others)}" if others else "")
-    if thread_limit() is not None:
-        detail += "; this process was forked from one that used it, so kernels run on one thread"
     advice = "two OpenMP runtimes in one process fight over its cores: find the package that brings the second one"
     return Check("OpenMP runtime", not others, detail, advice)
 

@@ -7,6 +7,8 @@ import functools
 import os
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from fuser.ir.errors import CacheError, KernelError, ToolchainError
 from fuser.runtime.abi import KernelArgs, KernelFunction
 
 _RUNTIME_NAME = re.compile(r"^lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
-_forked_with_pool = False
+# The thread of a forked child that still refers to its parent's pool of threads, and the one that stands in for it.
+_stale_thread: int | None = None
+_substitute: ThreadPoolExecutor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,6 @@ def openmp_runtime() -> OpenMPRuntime:
     )
 
 
-def thread_limit() -> int | None:
-    """The largest team that kernels may use in this process, or None for no limit.
-
-    libgomp's threads do not survive ``fork``: a child that inherits the pool waits for them forever. Such a child runs
-    its kernels on one thread, which does not touch the pool. (LLVM's and Intel's runtimes start anew after a fork.)
-    """
-    return 1 if _forked_with_pool and not openmp_runtime().llvm else None
-
-
 class Kernel:
     """A loaded kernel: its ``symbol``, the ``path`` of its library and its ``address`` in this process."""
 
@@ -87,15 +82,17 @@ class Kernel:
 
     def __call__(self, args: KernelArgs, stream: int | None = None) -> None:
         """Run the kernel. Raises :class:`KernelError` if it reports failure."""
-        limit = thread_limit()
-        if limit is not None:
-            args.threads = min(args.threads, limit)
         status = self.status(args, stream)
         if status != 0:
             raise KernelError(f"the kernel {self.symbol} failed with status {status} (library: {self.path})")
 
     def status(self, args: KernelArgs, stream: int | None = None) -> int:
         """Run the kernel and return what it returns: 0 for success."""
+        if threading.get_ident() == _stale_thread and not openmp_runtime().llvm:
+            return _fresh_thread().submit(self._run, args, stream).result()
+        return self._run(args, stream)
+
+    def _run(self, args: KernelArgs, stream: int | None) -> int:
         return int(self._function(ctypes.byref(args), stream))
 
     def __repr__(self) -> str:
@@ -156,9 +153,23 @@ def _owner_of(library: ctypes.CDLL) -> Path | None:
     return next((path for start, end, path in _mappings() if start <= address < end), None)
 
 
+def _fresh_thread() -> ThreadPoolExecutor:
+    global _substitute
+    if _substitute is None:
+        _substitute = ThreadPoolExecutor(1, "fuser")
+    return _substitute
+
+
 def _note_fork() -> None:
-    global _forked_with_pool
-    _forked_with_pool = _forked_with_pool or "torch" in sys.modules
+    """In a child: libgomp's threads do not survive ``fork``, but the thread that forked would wait for them forever.
+
+    libgomp keeps one pool for each thread that starts teams, so such a child runs its kernels from a new thread.
+    (LLVM's and Intel's runtimes start anew after a fork.)
+    """
+    global _stale_thread, _substitute
+    _substitute = None
+    if _stale_thread is not None or "torch" in sys.modules:
+        _stale_thread = threading.get_ident()
 
 
 os.register_at_fork(after_in_child=_note_fork)
