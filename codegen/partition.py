@@ -28,6 +28,8 @@ MAX_DOWNSETS = 96
 PYTORCH = "pytorch"
 """Stands for a family where PyTorch runs an operator that no family matches."""
 _PYTORCH_LAUNCH_SECONDS = 5e-6
+_PYTORCH_EFFICIENCY = 0.4
+"""Of the peak, for batched products of attention's sizes in PyTorch, whose operands and results go through memory."""
 _CONTRACTIONS = frozenset({Kind.GEMM, Kind.QK, Kind.PV})
 
 
@@ -171,7 +173,7 @@ def _pytorch_cost(group: OperatorGroup) -> Cost:
     values = group.graph.values
     moved = sum(values[value].nbytes for value in (*dict.fromkeys(op.inputs), *op.outputs))
     depth = values[op.inputs[0]].shape[-1] if op.kind in _CONTRACTIONS else 0
-    return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0)
+    return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0, efficiency=_PYTORCH_EFFICIENCY)
 
 
 def _downsets(precedence: Precedence) -> set[int]:

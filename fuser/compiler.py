@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import Choice, GroupChoice, choose, default_scheme, legality
+from fuser.codegen.partition import Choice, GroupChoice, choose, default_scheme
 from fuser.codegen.render import TEMPLATES
-from fuser.ir.graph import OperatorGraph, Region
+from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
-from fuser.ir.scheme import Scheme, groups
 from fuser.ir.target import Target
 from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
@@ -96,21 +94,19 @@ def choose_all(
 
     Returns the choices of all groups, and by region hash the choice that stands for its equals.
     """
-    decided: dict[str, Choice] = {}
+    decided: dict[str, tuple[Choice, Region]] = {}
     chosen: list[GroupChoice] = []
-    legal = legality(FAMILIES, target)
     for region in graph.regions:
         if region.hash not in decided:
             choice = decide(region, target, tuner)
-            decided[region.hash] = choice
+            decided[region.hash] = (choice, region)
             chosen.extend(choice.groups)
             continue
-        first = decided[region.hash]
-        same = groups(Scheme(region.hash, first.scheme.edges, first.scheme.bits), region, legal)
-        by_position = {_positions(g.group, first_region): g for g, first_region in _located(first, region)}
-        for group in same:
-            chosen.append(_transfer(by_position[_positions(group, region)], group, target))
-    return chosen, decided
+        choice, first = decided[region.hash]
+        twin = dict(zip((op.name for op in first.operators), region.operators, strict=True))
+        for group in choice.groups:
+            chosen.append(_transfer(group, graph.group(twin[op.name] for op in group.group.operators), target))
+    return chosen, {key: choice for key, (choice, _) in decided.items()}
 
 
 def decide(region: Region, target: Target, tuner: Tuner | None = None) -> Choice:
@@ -123,19 +119,7 @@ def decide(region: Region, target: Target, tuner: Tuner | None = None) -> Choice
     return Choice(choice.scheme, choose((g.group for g in choice.groups), FAMILIES, target, measured))
 
 
-def _located(choice: Choice, like: Region) -> Sequence[tuple[GroupChoice, Region]]:
-    names = {op.name for g in choice.groups for op in g.group.operators}
-    graph = choice.groups[0].group.graph
-    region = Region(graph, tuple(op for op in graph.compute if op.name in names))
-    return [(g, region) for g in choice.groups]
-
-
-def _positions(group: Any, region: Region) -> tuple[int, ...]:
-    at = {op.name: i for i, op in enumerate(region.operators)}
-    return tuple(sorted(at[op.name] for op in group.operators))
-
-
-def _transfer(choice: GroupChoice, group: Any, target: Target) -> GroupChoice:
+def _transfer(choice: GroupChoice, group: OperatorGroup, target: Target) -> GroupChoice:
     """The same kernel for an equal group with other values."""
     match = None if choice.family is None else choice.family.match(group, target)
     return GroupChoice(group, choice.family, match, choice.parameters, choice.cost, choice.seconds, choice.measured)
@@ -155,8 +139,5 @@ def program_constants(
 
 
 def threads_now() -> int:
-    """The team size of kernels: PyTorch's number of threads, or one in a forked child."""
-    from fuser.runtime.library import thread_limit
-
-    limit = thread_limit()
-    return torch.get_num_threads() if limit is None else min(limit, torch.get_num_threads())
+    """The team size of kernels: PyTorch's number of threads."""
+    return torch.get_num_threads()
