@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,25 +129,52 @@ class Program:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
         the model itself returns views of its inputs."""
-        plan = self.plan
         with self._lock:
-            held: dict[tuple[Memory, int], Tensor] = {}
-            for i, tensor in enumerate(inputs):
-                given = tensor.detach()
-                if not given.is_contiguous():
-                    given = given.contiguous()
-                held[Memory.INPUT, i] = given
-                self._patch(Memory.INPUT, i, given)
-            for i, slot in enumerate(plan.outputs):
-                fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype)
-                held[Memory.OUTPUT, i] = fresh
-                self._patch(Memory.OUTPUT, i, fresh)
+            held = self._bind(inputs)
             for segment in self._segments:
                 if isinstance(segment, TorchStep):
                     self._run_torch(segment, held)
                 else:
                     self._run_native(segment)
-            return [self._returned(slot, held) for slot in plan.returns]
+            return [self._returned(slot, held) for slot in self.plan.returns]
+
+    @contextlib.contextmanager
+    def stepping(self, inputs: Sequence[Tensor]) -> Iterator[list[Callable[[], None]]]:
+        """The steps of ``plan.steps`` as functions that run one step each, to be called in order; for profiles.
+
+        Other calls of this program wait until the context is left.
+        """
+        with self._lock:
+            held = self._bind(inputs)
+            yield [run for segment in self._segments for run in self._singly(segment, held)]
+
+    def _singly(
+        self, segment: tuple[Any, int, int] | TorchStep, held: dict[tuple[Memory, int], Tensor]
+    ) -> list[Callable[[], None]]:
+        if isinstance(segment, TorchStep):
+            return [functools.partial(self._run_torch, segment, held)]
+        args, first, count = segment
+        single = []
+        for i in range(count):
+            address = args.tensors[0] + i * ctypes.sizeof(Step)
+            part = KernelArgs.pack((address,), (1,), self.plan.threads)
+            single.append(functools.partial(self._run_native, (part, first + i, 1)))
+        return single
+
+    def _bind(self, inputs: Sequence[Tensor]) -> dict[tuple[Memory, int], Tensor]:
+        """Point the steps at these inputs and at fresh outputs, which are returned by slot."""
+        held: dict[tuple[Memory, int], Tensor] = {}
+        for i, tensor in enumerate(inputs):
+            given = tensor.detach()
+            if not given.is_contiguous():
+                given = given.contiguous()
+            held[Memory.INPUT, i] = given
+            self._patch(Memory.INPUT, i, given)
+        for i, slot in enumerate(self.plan.outputs):
+            fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype)
+            held[Memory.OUTPUT, i] = fresh
+            self._patch(Memory.OUTPUT, i, fresh)
+        return held
 
     # ---- setting up
 
