@@ -378,9 +378,10 @@ class Region:
             parts.extend(f"{_layout(graph.values[v])}:{v in group.outputs}" for v in op.outputs)
             for i, value in enumerate(op.outputs):
                 labels[value] = hashlib.sha256("\0".join([*parts, str(i)]).encode()).hexdigest()
-        # Which outside value is which matters (a residual that is also the GEMM's input), so number them by first use.
-        order = {v: i for i, v in enumerate(dict.fromkeys(graph.base(v) for v in group.inputs))}
-        wiring = [str([order.get(graph.base(v), -1) for v in op.inputs]) for op in self.operators]
+        # Which value is which matters (a residual that is also the GEMM's input, the sides of q · kᵀ), so number them.
+        used = [[graph.base(v) for v in op.inputs] + list(op.outputs) for op in self.operators]
+        order = {v: i for i, v in enumerate(dict.fromkeys(v for values in used for v in values))}
+        wiring = [str([order[v] for v in values]) for values in used]
         body = "\0".join([labels[op.output] for op in self.operators] + wiring)
         return hashlib.sha256(body.encode()).hexdigest()[:16]
 

@@ -138,6 +138,13 @@ def test_ties_go_to_fewer_kernels() -> None:
     assert len(default_scheme(region, [additive], TARGET).groups) == 1
 
 
+def test_ties_go_to_fewer_kernels_however_the_path_is_found() -> None:
+    region = build([[], [0], [1], [2]])
+    sets = ({"op0"}, {"op1"}, {"op2", "op3"}, {"op0", "op1", "op2"}, {"op3"})
+    additive = Fake("additive", lambda group: group.names in sets, lambda group, _: 1e-6 * len(group.operators))
+    assert [len(c.group.operators) for c in default_scheme(region, [additive], TARGET).groups] == [3, 1]
+
+
 def test_ties_go_to_the_first_family_and_the_default_parameters() -> None:
     region = build([[]])
     first, second = (Fake(name, anything, lambda *_: 1e-6, (7, 8)) for name in "ab")
@@ -182,8 +189,9 @@ def test_pytorch_pays_for_multiplications() -> None:
     layer = bert_layer()
     choices = choose(groups(unfused(layer), layer, anything), [], TARGET)
     seconds = {op.name: c.seconds for c in choices for op in c.group.operators}
-    assert seconds["gemm0"] == pytest.approx(2 * 128 * 768 * 2304 / 2e11 + 5e-6)
-    assert seconds["pv"] == pytest.approx(2 * 128 * 768 * 128 / 2e11 + 5e-6)
+    # At the peak of both cores or somewhat below it, well above the time of the bytes.
+    for name, flops in (("gemm0", 2 * 128 * 768 * 2304), ("pv", 2 * 128 * 768 * 128)):
+        assert 1.0 - 1e-9 <= (seconds[name] - 5e-6) / (flops / 2e11) <= 4.0
     assert seconds["norm1"] == pytest.approx((2 * 128 * 768 + 2 * 768) * 4 / 2e10 + 5e-6)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fuser.ir.errors import SchemeError
 from fuser.ir.expression import Builder, Op
-from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, Region, TensorSpec
+from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, OperatorGroup, Region, TensorSpec
 from fuser.ir.scheme import Scheme, canonical, groups, unfused
 
 KINDS = (Kind.POINTWISE, Kind.ACTIVATION, Kind.NORM)
@@ -263,3 +263,19 @@ def test_groups_that_no_bits_can_say_are_refused() -> None:
     for wrong in ([group([a, c])], [group([a, c]), group([b, c])]):
         with pytest.raises(SchemeError, match="exactly once"):
             Scheme.from_groups(region, wrong)
+
+
+def test_schemes_do_not_carry_over_to_other_wirings() -> None:
+    # The two GEMMs look alike, but a · bᵀ and b · aᵀ are different programs.
+    spec = TensorSpec.contiguous((8, 8), torch.float32)
+    values = dict.fromkeys(("x", "wa", "wb", "a", "b", "s"), spec)
+    constants = {name: Constant(name) for name in ("wa", "wb")}
+
+    def product(left: str, right: str) -> Region:
+        gemms = [Operator(n, Kind.GEMM, ("x", f"w{n}"), (n,), attributes={"transposed": True}) for n in "ab"]
+        operators = (*gemms, Operator("s", Kind.QK, (left, right), ("s",)))
+        return Region(OperatorGraph(operators, values, ("x",), ("s",), constants), operators)
+
+    assert product("a", "b").hash == product("a", "b").hash
+    with pytest.raises(SchemeError, match="belongs to the region"):
+        groups(unfused(product("a", "b")), product("b", "a"), anything)
