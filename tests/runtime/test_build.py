@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import pytest
 
 from fuser.ir.errors import BuildError, CacheError, ToolchainError
@@ -288,7 +289,7 @@ def test_without_locks_builds_are_still_right(
     def refuse(self: object, timeout: float | None = None) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(build_module.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     assert value_of(build([team_source("a")], target, headers=headers, cache=cache)["a"], "a") == 7
 
 
@@ -297,7 +298,7 @@ def test_a_lock_that_is_held_too_long_is_ignored(
 ) -> None:
     monkeypatch.setattr(build_module, "_LOCK_SECONDS", 0.1)
     source = team_source("a")
-    with build_module.filelock.FileLock(cache.lock_path(key_of(source, target, headers=headers).digest)):
+    with filelock.FileLock(cache.lock_path(key_of(source, target, headers=headers).digest)):
         assert value_of(build([source], target, headers=headers, cache=cache)["a"], "a") == 7
     assert "building without it" in caplog.text
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import inspect
 import json
 import logging
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from fuser.ir.errors import CacheError
 from fuser.runtime import cache as cache_module
+from fuser.runtime.archive import FORMAT
 from fuser.runtime.cache import KernelCache, KernelKey, default_cache, kernel_key
 
 INGREDIENTS: dict[str, Any] = {
@@ -112,14 +114,16 @@ def test_every_ingredient_was_tried() -> None:
 
 def test_the_format_is_an_ingredient(monkeypatch: pytest.MonkeyPatch) -> None:
     before = make_key()
-    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    monkeypatch.setattr(cache_module, "FORMAT", FORMAT + 1)
     assert make_key().digest != before.digest
 
 
 def test_only_compiler_and_flags_are_unknown_without_a_compiler() -> None:
-    for changes in ({"compiler": "g++ 13"}, {"flags": ("-O2",)}):
+    tools: list[dict[str, Any]] = [{"compiler": "g++ 13"}, {"flags": ("-O2",)}]
+    for changes in tools:
         assert make_key(**changes).source == make_key().source
-    for changes in ({"text": "int y;"}, {"target": "other"}, {"symbol": "k"}, {"headers": {}}):
+    identity: list[dict[str, Any]] = [{"text": "int y;"}, {"target": "other"}, {"symbol": "k"}, {"headers": {}}]
+    for changes in identity:
         assert make_key(**changes).source != make_key().source
 
 
@@ -567,8 +571,6 @@ def test_chosen_kernels_only(cache: KernelCache, archive: Path, tmp_path: Path) 
 
 def rewrite(archive: Path, change: Callable[[dict[str, bytes]], None], *, fix_index: bool = True) -> None:
     """Change the members of an archive; with ``fix_index`` the checksums are those of the changed members."""
-    import hashlib
-
     with zipfile.ZipFile(archive) as file:
         members = {name: file.read(name) for name in file.namelist()}
     index = json.loads(members.pop("index.json"))

@@ -150,7 +150,7 @@ def test_rates_belong_to_a_machine(cache: KernelCache, counted: list[Target], mo
         {"features": frozenset({"x"})},
         {"cache_bytes": (1, 2, 3)},
     ):
-        assert calibration_key(dataclasses.replace(target, **change)) != key  # type: ignore[arg-type]
+        assert calibration_key(dataclasses.replace(target, **change)) != key
     assert calibration_key(dataclasses.replace(target, peak_flops=1.0)) == key
     monkeypatch.setattr(device, "cpu_name", lambda: "another CPU")
     assert calibration_key(target) != key
@@ -178,7 +178,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def cache_files(cpu: int, **levels: str) -> dict[str, str]:
-    files = {}
+    files: dict[str, str] = {}
     for index, (name, size) in enumerate(levels.items()):
         folder = f"cpu{cpu}/cache/index{index}"
         kind = {"i": "Instruction", "d": "Data"}.get(name[2:], "Unified")
