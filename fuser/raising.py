@@ -7,6 +7,7 @@ an ``extern`` operator that PyTorch runs.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator as python_operator
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from fuser import attention_patterns
+from fuser.attention import mask_of
 from fuser.capture import Captured
 from fuser.ir import expression as ex
-from fuser.ir.errors import CaptureError
+from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Expression, Op
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, Ref, TensorSpec, TorchCall
-from fuser.ir.masks import Mask
+from fuser.ir.graph import VIEWS, Constant, Kind, Operator, OperatorGraph, Ref, TensorSpec, TorchCall
+from fuser.ir.masks import Dense, Mask, from_dense
 from fuser.views import View
 
 aten = torch.ops.aten
@@ -323,6 +325,7 @@ class _Raiser:
         scale: float,
         masks: Sequence[attention_patterns.MaskUse],
         *,
+        pattern: Mask | None = None,
         causal: bool = False,
         transposed_key: bool = False,
     ) -> View:
@@ -343,9 +346,8 @@ class _Raiser:
             s = self.emit(
                 Kind.SCALE, f"{name}_scale", (s,), scores, expression=scaled, attributes={"scale": scale}
             ).base
-        pattern: Mask | None = None
         if self.attention is not None and q_len == kv_len:
-            pattern = self.attention
+            pattern = self.attention if pattern is None else pattern & self.attention
         runtime: list[tuple[View, torch.dtype]] = []
         for use in masks:
             constant, rest = self._split_mask(use, (batch, heads, q_len, kv_len))
@@ -353,6 +355,8 @@ class _Raiser:
                 pattern = constant if pattern is None else pattern & constant
             if rest is not None:
                 runtime.append((rest, self.dtype(rest)))
+        if pattern is not None:
+            pattern = _hashable(pattern, q_len, kv_len)
         if causal or pattern is not None:
             attributes = {"causal": causal, "pattern": pattern}
             s = self.emit(Kind.MASK, f"{name}_mask", (s,), scores, attributes=attributes).base
@@ -433,6 +437,16 @@ class _Raiser:
         return _named_mask(dense.contiguous()), True
 
 
+@functools.lru_cache(maxsize=8)
+def _hashable(mask: Mask, q_len: int, kv_len: int) -> Mask:
+    """The mask itself, or, where a function is part of it, its entries: regions are compared by the hash of masks."""
+    try:
+        mask.hash  # noqa: B018
+    except MaskError:
+        return from_dense(mask.dense(q_len, kv_len))
+    return mask
+
+
 def _named_mask(dense: Tensor) -> Mask:
     from fuser.ir import masks
 
@@ -506,7 +520,7 @@ def _finish(raiser: _Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
     first: list[Operator] = []
     rest: list[Operator] = []
     for op in kept:
-        early = op.kind in (Kind.EXTERN, Kind.VIEW) and not any(v in late for v in op.inputs)
+        early = op.kind in (Kind.EXTERN, *VIEWS) and not any(v in late for v in op.inputs)
         (first if early else rest).append(op)
         if not early:
             late.update(op.outputs)
@@ -826,6 +840,18 @@ def _sdpa(r: _Raiser, node: fx.Node) -> Value | None:
     mask = given.get("attn_mask")
     masks = [] if mask is None else [attention_patterns.MaskUse(mask, inverted=False)]
     return r.attention_from(node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
+
+
+@_handles(torch.ops.fuser.sparse_attention.default)
+def _sparse_attention(r: _Raiser, node: fx.Node) -> Value | None:
+    q, k, v = (r.view(n) for n in node.args[:3])
+    _, _, _, key, runtime, scale = node.args
+    if r.dtype(q) not in _FLOATING or any(0 in t.shape for t in (q, k, v)):
+        return None
+    pattern = mask_of(key)
+    pattern.validate(q.shape[2], k.shape[2])
+    masks = [] if runtime is None else [attention_patterns.MaskUse(runtime, inverted=False)]
+    return r.attention_from(node, q, k, v, scale, masks, pattern=None if isinstance(pattern, Dense) else pattern)
 
 
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)

@@ -1,0 +1,465 @@
+"""Exact attention under any mask, as an operator of torch: :func:`sparse_attention`.
+
+Operators take tensors, numbers and strings, and masks are Python values; so a mask enters a process-wide registry and
+the operators take its key. A key that a trace has seen stays registered for the life of the process.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+import math
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.codegen.render import TEMPLATES, render
+from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
+from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.target import Target
+from fuser.kernels.attention import AttentionParameters, cached_plan, extents, workspace_bytes
+from fuser.kernels.base import FLOATING, STORAGE
+from fuser.runtime.abi import KernelArgs
+from fuser.runtime.library import Kernel
+
+logger = logging.getLogger("fuser")
+_LARGEST_HEAD = 256
+_REGISTERED = 64
+_ALIGNMENT = 64
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q · kᵀ) · v over the pairs that ``mask`` allows.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, Hkv, Sk, D); H is a multiple of Hkv, and each of k's heads serves H / Hkv heads of q in a row.
+        v: (B, Hkv, Sk, Dv).
+        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing; or a tensor that broadcasts to
+            (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart from keys that
+            nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for all pairs.
+        scale: default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
+
+    Returns (B, H, Sq, Dv) in the dtype of ``q``, laid out in memory as ``q`` is (heads inside tokens, or tokens inside
+    heads). A row that may see nothing gives zeros, and -inf as its log-sum-exp.
+
+    It runs as ``torch.ops.fuser.sparse_attention`` (or ``sparse_attention_lse``): eager, exported, compiled, and as
+    part of a fused program under ``fuser.optimize``. The kernel takes fp32 and bf16 on the CPU and heads up to 256
+    wide; everything else, and the backward pass, is plain PyTorch with all Sq x Sk scores in memory, said once in the
+    log. Under ``torch.compile``, make the mask outside of the compiled function: one made inside breaks the graph.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
+        MaskError: the mask does not fit them.
+    """
+    if mask is None or isinstance(mask, Mask):
+        return attend(q, k, v, mask, None, scale=scale, return_lse=return_lse)
+    if not isinstance(mask, Tensor):
+        raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
+    return attend(q, k, v, None, mask, scale=scale, return_lse=return_lse)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Mask | None,
+    runtime: Tensor | None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding."""
+    _check_operands(q, k, v)
+    if runtime is not None:
+        runtime = _check_runtime(runtime, q, k)
+    key = DENSE if pattern is None else _key(pattern, q.shape[2], k.shape[2])
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    if return_lse:
+        out, lse = torch.ops.fuser.sparse_attention_lse(q, k, v, key, runtime, factor)
+        return out, lse
+    result: Tensor = torch.ops.fuser.sparse_attention(q, k, v, key, runtime, factor)
+    return result
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"attention takes q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv), got {shapes}")
+    if not (q.shape[0] == k.shape[0] == v.shape[0]):
+        raise ValueError(f"the batch sizes differ: {shapes}")
+    if k.shape[1] != v.shape[1] or (k.shape[1] == 0) != (q.shape[1] == 0) or q.shape[1] % max(k.shape[1], 1):
+        raise ValueError(f"the heads of q must be a multiple of those of k and v, which must be equal: {shapes}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have as many rows: {shapes}")
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        raise ValueError(f"q and k must have heads of one width above zero: {shapes}")
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _check_runtime(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask with four dimensions."""
+    wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if mask.dim() > 4 or any(
+        size not in (1, full) for size, full in zip(reversed(mask.shape), reversed(wanted), strict=False)
+    ):
+        raise MaskError(
+            f"a mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Sq, Sk) = {tuple(wanted)}; "
+            "padding (B, Sk) is passed as mask[:, None, None, :]"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise MaskError(f"a mask tensor is bool (True = may attend) or added to the scores, got {mask.dtype}")
+    if mask.device != q.device:
+        raise MaskError(f"the mask is on {mask.device}, q on {q.device}")
+    return mask[(None,) * (4 - mask.dim())]
+
+
+# ---- the registry
+
+_lock = threading.Lock()
+_recent: collections.OrderedDict[str, Mask] = collections.OrderedDict()
+_pinned: dict[str, Mask] = {}
+_known: weakref.WeakKeyDictionary[Mask, dict[tuple[int, int] | None, str]] = weakref.WeakKeyDictionary()
+
+
+def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> str:
+    """Make ``mask`` known to this process for good and return its key.
+
+    Call it before running a graph that another process has exported with this mask. ``q_len`` and ``kv_len`` are
+    needed for masks that contain functions (``from_mask_mod``), whose keys hold for one pair of lengths.
+    """
+    key = _enter(mask, q_len, kv_len)
+    _pin(key)
+    return key
+
+
+def mask_of(key: str) -> Mask:
+    """The mask of a key. Raises MaskError if this process does not know it."""
+    with _lock:
+        found = _pinned.get(key) or _recent.get(key)
+    if found is None:
+        raise MaskError(
+            f"this process knows no mask with the key {key}: the graph was made in another one; "
+            "call fuser.attention.register_mask with its mask first"
+        )
+    return found
+
+
+def adopt_mask(key: str, mask: Mask) -> None:
+    """Register ``mask`` under a key that another process gave it."""
+    with _lock:
+        _pinned[key] = mask
+
+
+def _enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
+    with _lock:
+        keys = _known.setdefault(mask, {})
+    key = keys.get(None)
+    if key is None:
+        try:
+            key = keys[None] = mask.hash
+        except MaskError:
+            # A function has no hash, but its entries at these lengths have.
+            if q_len is None:
+                raise
+            lengths = (int(q_len), int(q_len if kv_len is None else kv_len))
+            key = keys.get(lengths)
+            if key is None:
+                key = keys[lengths] = mask.fingerprint(*lengths)
+    with _lock:
+        _recent[key] = mask
+        _recent.move_to_end(key)
+        while len(_recent) > _REGISTERED:
+            _recent.popitem(last=False)
+    return key
+
+
+def _pin(key: str) -> None:
+    mask = mask_of(key)
+    with _lock:
+        _pinned[key] = mask
+
+
+@torch.compiler.assume_constant_result
+def _key(mask: Mask, q_len: int, kv_len: int) -> str:
+    """The key of a mask; a constant of whatever graph is traced."""
+    try:
+        return _enter(mask, q_len, kv_len)
+    except AttributeError as error:
+        if not torch.compiler.is_dynamo_compiling():
+            raise
+        # Dynamo passes objects that are made inside the traced function before their fields are set.
+        from torch._dynamo.exc import Unsupported
+
+        raise Unsupported("a fuser mask is made inside of a compiled function; make it outside") from error
+
+
+DENSE = register_mask(Dense())
+register_mask(Causal())
+
+
+# ---- the operators
+
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale)"
+# The layout of the output follows that of q.
+_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+_TAGS = (_STRIDES, torch.Tag.pt2_compliant_tag)
+torch.library.define("fuser::sparse_attention", f"{_ARGUMENTS} -> Tensor", tags=_TAGS)
+torch.library.define("fuser::sparse_attention_lse", f"{_ARGUMENTS} -> (Tensor, Tensor)", tags=_TAGS)
+
+
+@torch.library.impl("fuser::sparse_attention", "default")
+def _op(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
+    return _run(q, k, v, mask, runtime, scale, lse=False)[0]
+
+
+@torch.library.impl("fuser::sparse_attention_lse", "default")
+def _op_lse(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, mask, runtime, scale, lse=True)
+
+
+@torch.library.register_fake("fuser::sparse_attention")
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
+    _pin(mask)
+    return _empty_out(q, v)
+
+
+@torch.library.register_fake("fuser::sparse_attention_lse")
+def _fake_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    _pin(mask)
+    return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
+    return q.new_empty(batch, heads, rows, v.shape[3])
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float, *, lse: bool
+) -> tuple[Tensor, Tensor]:
+    mask = mask_of(key)
+    batch, heads, q_len, _ = q.shape
+    if mask.heads not in (None, heads):
+        raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {heads}: {tuple(q.shape)}")
+    out = _empty_out(q, v)
+    sums = q.new_empty((batch, heads, q_len) if lse else (0,), dtype=_lse_dtype(q))
+    if out.numel() == 0 and sums.numel() == 0:
+        return out, sums
+    if k.shape[2] == 0:
+        return out.zero_(), sums.fill_(-math.inf)
+    reason = _unsupported(q, v, runtime)
+    if not reason:
+        try:
+            _launch(q, k, v, mask, runtime, scale, out, sums if lse else None)
+        except (BuildError, ToolchainError, CacheError) as error:
+            reason = str(error)
+        else:
+            return out, sums
+    _say(reason)
+    exact, exact_sums = reference(q, k, v, mask, runtime, scale)
+    return out.copy_(exact), exact_sums if lse else sums
+
+
+def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
+    """Why the kernel cannot run, or an empty string."""
+    if q.device.type != "cpu" or q.layout is not torch.strided:
+        return f"there is no kernel for {q.device.type} tensors yet"
+    if q.dtype not in FLOATING:
+        return f"there is no kernel for {q.dtype}"
+    if not 0 < v.shape[3] <= _LARGEST_HEAD or q.shape[3] > _LARGEST_HEAD:
+        return f"there is no kernel for heads wider than {_LARGEST_HEAD}"
+    if runtime is not None and runtime.dtype not in (torch.bool, *FLOATING):
+        return f"there is no kernel for masks of {runtime.dtype}"
+    return ""
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    logger.warning("fuser.sparse_attention runs in plain PyTorch, with all scores in memory: %s", reason)
+
+
+# ---- the kernel
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    runtime: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    # The compiler imports the raising, which imports this module.
+    from fuser.compiler import threads_now
+    from fuser.runtime.device import cpu_target
+
+    q, k, v = (t.detach() if t.stride(3) == 1 else t.detach().contiguous() for t in (q, k, v))
+    batch, heads, q_len, width = q.shape
+    target = cpu_target()
+    tiles = cached_plan(mask, q_len, k.shape[2], target)
+    tensors = [q, k, v]
+    mask_strides: tuple[int, ...] | None = None
+    if runtime is not None:
+        runtime = runtime.detach().expand(batch, heads, q_len, k.shape[2])
+        mask_strides = runtime.stride()
+        tensors.append(runtime)
+    storage = None if runtime is None else STORAGE[runtime.dtype]
+    kernel = _kernel(AttentionParameters(width, v.shape[3], STORAGE[q.dtype], storage, lse is not None), target)
+    addresses = [t.data_ptr() for t in tensors]
+    addresses += [tiles.array.ctypes.data, out.data_ptr()]
+    if lse is not None:
+        addresses.append(lse.data_ptr())
+    sizes = extents(batch, heads, k.shape[1], tiles, scale, [t.stride()[:3] for t in (q, k, v, out)], mask_strides)
+    needed = workspace_bytes(batch, heads, v.shape[3], tiles)
+    scratch = torch.empty(needed + _ALIGNMENT, dtype=torch.uint8) if needed else None
+    workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT if scratch is not None else 0
+    kernel(KernelArgs.pack(addresses, sizes, threads_now(), workspace))
+
+
+@functools.cache
+def _kernel(parameters: AttentionParameters, target: Target) -> Kernel:
+    from fuser.runtime.build import build
+    from fuser.runtime.library import load
+
+    source = render(parameters.spec)
+    (path,) = build([source], target, headers=TEMPLATES / target.kind).values()
+    return load(path, source.symbol)
+
+
+# ---- plain PyTorch
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, runtime: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in plain PyTorch, on any device and in any floating-point dtype.
+
+    16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
+    """
+    probabilities, lse = _probabilities(q, k, mask, runtime, scale)
+    out = probabilities @ _wide(v, q.shape[1] // k.shape[1], probabilities.dtype)
+    return out.to(q.dtype), lse
+
+
+def _wide(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values with a head for every head of q."""
+    return t.to(dtype).repeat_interleave(group, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Mask, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    dtype = _lse_dtype(q)
+    scores = (q.to(dtype) * scale) @ _wide(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
+    if runtime is not None and runtime.dtype != torch.bool:
+        scores = scores + runtime.to(dtype)
+    if not isinstance(mask, Dense):
+        allowed = mask.dense(q.shape[2], k.shape[2]).to(q.device)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if runtime is not None and runtime.dtype == torch.bool:
+        scores = scores.masked_fill(~runtime, -math.inf)
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
+    return probabilities, torch.logsumexp(scores, -1)
+
+
+# ---- the backward pass
+
+torch.library.define(
+    "fuser::sparse_attention_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale, bool bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("fuser::sparse_attention_backward", "default")
+def _gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: str,
+    runtime: Tensor | None,
+    scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
+    p, _ = _probabilities(q, k, mask_of(mask), runtime, scale)
+    group = q.shape[1] // max(k.shape[1], 1)
+    grad = grad.to(p.dtype)
+    dp = grad @ _wide(v, group, p.dtype).mT
+    inner = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp - inner if grad_lse is None else dp - inner + grad_lse.to(p.dtype)[..., None])
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.unflatten(1, (k.shape[1], group)).sum(2).to(q.dtype).contiguous()
+
+    dq = (ds @ _wide(k, group, p.dtype) * scale).to(q.dtype)
+    dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
+    if runtime is None or not bias:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, ds.sum_to_size(runtime.shape).to(runtime.dtype)
+
+
+@torch.library.register_fake("fuser::sparse_attention_backward")
+def _fake_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: str,
+    runtime: Tensor | None,
+    scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = [q.new_empty(t.shape) for t in (q, k, v)]
+    if runtime is None or not bias:
+        return shapes[0], shapes[1], shapes[2], q.new_empty(0)
+    return shapes[0], shapes[1], shapes[2], runtime.new_empty(runtime.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, mask, runtime, scale = inputs
+    ctx.save_for_backward(q, k, v, runtime)
+    ctx.mask, ctx.scale = mask, scale
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    q, k, v, runtime = ctx.saved_tensors
+    bias = runtime is not None and runtime.is_floating_point() and ctx.needs_input_grad[4]
+    dq, dk, dv, db = torch.ops.fuser.sparse_attention_backward(
+        grad, grad_lse, q, k, v, ctx.mask, runtime, ctx.scale, bias
+    )
+    return dq, dk, dv, None, db if bias else None, None
+
+
+for _name in ("sparse_attention", "sparse_attention_lse"):
+    torch.library.register_autograd(f"fuser::{_name}", _backward, setup_context=_keep)
