@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms
 from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm
-from fuser.kernels.base import Access, DType, KernelSpec, Operand, Packed
-from fuser.kernels.gemm import GemmFamily, GemmParameters, pack, unpack
+from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed
+from fuser.kernels.gemm import GemmFamily, GemmParameters, LibraryParameters, pack, unpack
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
@@ -338,6 +340,7 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     assert 1 <= len(choices) <= 6 and len(set(choices)) == len(choices)
     assert all(family.cost(match, c, machine).seconds(machine) > 0 for c in choices)
     call = family.call(match, choices[0], machine, 2)
+    assert isinstance(call, KernelCall)
     assert call.outputs == tuple(outputs)
 
     g = torch.Generator().manual_seed(0)
@@ -346,7 +349,8 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     tensors = []
     for ref in call.tensors:
         if isinstance(ref, Packed):
-            name, nr, transposed, dtype, pairs = ref.layout
+            layout: tuple[Any, ...] = ref.layout
+            name, nr, transposed, dtype, pairs = layout
             assert name == "gemm"
             tensors.append(pack(values[ref.value], nr, transposed, dtype, pairs))
         else:
@@ -361,6 +365,39 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     eager = family.reference(match)(values)
     for name in outputs:
         assert error(results[name], exact[name]) <= 2 * error(eager[name], exact[name]) + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_library_is_a_choice_and_follows_its_weight(transposed: bool) -> None:
+    family, machine = GemmFamily(), target()
+    gemm_ = dataclasses.replace(GEMM, attributes={"transposed": transposed})
+    graph = _graph([gemm_, ADD_BIAS], ["biased"])
+    if not transposed:
+        graph = dataclasses.replace(
+            graph, values={**graph.values, "weight": TensorSpec.contiguous((K, N), torch.float32)}
+        )
+    match = family.match(graph.group([gemm_, ADD_BIAS]), machine)
+    assert match is not None
+    *ours, last = family.space(match, machine)
+    assert last == LibraryParameters(bias=True) and all(isinstance(c, GemmParameters) for c in ours)
+    assert family.cost(match, ours[0], machine).seconds(machine) < family.cost(match, last, machine).seconds(machine)
+    call = family.call(match, last, machine, 2)
+    assert isinstance(call, LibraryCall) and call.inputs == ("x", "weight", "bias") and call.outputs == ("biased",)
+
+    g = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(*ROWS, K, generator=g), torch.randn(N, generator=g)
+    weight = torch.randn(graph.values["weight"].shape, generator=g)
+    run = pickle.loads(pickle.dumps(call.run))
+    for other in (weight, weight.clone(), weight.mul_(2)):
+        out = torch.full((*ROWS, N), float("nan"))
+        run(x, other, bias, out)
+        columns = other if transposed else other.t()
+        exact = x.double() @ columns.double().t() + bias.double()
+        eager = torch.nn.functional.linear(x, columns, bias)
+        assert error(out, exact) <= 2 * error(eager, exact) + FLOOR[torch.float32]
+        run(x, weight, bias, out)
+    fused = family.match(_graph([GEMM, ADD_BIAS, GELU], ["active"]).group([GEMM, ADD_BIAS, GELU]), machine)
+    assert fused is not None and all(isinstance(c, GemmParameters) for c in family.space(fused, machine))
 
 
 def test_family_refuses_what_it_cannot_run() -> None:
