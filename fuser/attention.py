@@ -65,11 +65,14 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
         MaskError: the mask does not fit them.
     """
-    if mask is None or isinstance(mask, Mask):
-        return attend(q, k, v, mask, None, scale=scale, return_lse=return_lse)
-    if not isinstance(mask, Tensor):
+    if mask is not None and not isinstance(mask, (Mask, Tensor)):
         raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
-    return attend(q, k, v, None, mask, scale=scale, return_lse=return_lse)
+    pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
+    if not return_lse:
+        return attend(q, k, v, pattern, runtime, scale=scale)
+    operands = _operands(q, k, v, pattern, runtime, False, 0, scale)
+    out, lse = torch.ops.fuser.sparse_attention_lse(*operands)
+    return out, lse
 
 
 def attend(
@@ -79,20 +82,37 @@ def attend(
     pattern: Mask | None,
     runtime: Tensor | None,
     *,
+    causal: bool = False,
+    offset: int = 0,
     scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding."""
+) -> Tensor:
+    """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding.
+
+    Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
+    """
+    result: Tensor = torch.ops.fuser.sparse_attention(*_operands(q, k, v, pattern, runtime, causal, offset, scale))
+    return result
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Mask | None,
+    runtime: Tensor | None,
+    causal: bool,
+    offset: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None, float]:
+    """Checked arguments of the operators."""
     _check_operands(q, k, v)
     if runtime is not None:
         runtime = _check_runtime(runtime, q, k)
-    key = DENSE if pattern is None else _key(pattern, q.shape[2], k.shape[2])
-    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if return_lse:
-        out, lse = torch.ops.fuser.sparse_attention_lse(q, k, v, key, runtime, factor)
-        return out, lse
-    result: Tensor = torch.ops.fuser.sparse_attention(q, k, v, key, runtime, factor)
-    return result
+    if pattern is None:
+        key = CAUSAL if causal else DENSE
+    else:
+        key = _key(pattern, q.shape[2], k.shape[2], causal, offset)
+    return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -197,10 +217,11 @@ def _pin(key: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _key(mask: Mask, q_len: int, kv_len: int) -> str:
+def _key(mask: Mask, q_len: int, kv_len: int, causal: bool, offset: int) -> str:
     """The key of a mask; a constant of whatever graph is traced."""
     try:
-        return _enter(mask, q_len, kv_len)
+        mask = mask.shift(offset) if offset else mask
+        return _enter(mask & Causal() if causal else mask, q_len, kv_len)
     except AttributeError as error:
         if not torch.compiler.is_dynamo_compiling():
             raise
@@ -211,7 +232,7 @@ def _key(mask: Mask, q_len: int, kv_len: int) -> str:
 
 
 DENSE = register_mask(Dense())
-register_mask(Causal())
+CAUSAL = register_mask(Causal())
 
 
 # ---- the operators

@@ -282,7 +282,7 @@ class _Raiser:
     # ---- linear layers
 
     def linear(self, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool) -> View | None:
-        """x · Wᵀ (+ bias) with a constant weight as ``gemm`` and ``bias``; rows in the order in which x lies in memory."""
+        """x · Wᵀ (+ bias), W constant, as ``gemm`` and ``bias``; rows in the order in which x lies in memory."""
         if self.dtype(x) not in _FLOATING or self.dtype(weight) != self.dtype(x) or 0 in x.shape:
             return None
         order = x.memory_order()

@@ -17,7 +17,7 @@ FAMILIES: tuple[KernelFamily, ...] = (AttentionFamily(), GemmFamily(), RowwiseFa
 def materialize(constant: Packed | Literal, value: Tensor | None) -> Tensor:
     """The tensor of a packed constant, made from ``value``, or of a literal."""
     if isinstance(constant, Literal):
-        return torch.from_numpy(constant.array)
+        return torch.from_numpy(constant.array.copy())
     if value is None:
         raise ValueError(f"{constant.value} must be given to be packed")
     family, *arguments = constant.layout
