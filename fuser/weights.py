@@ -134,6 +134,11 @@ class WeightStore:
                 leaf = self._leaves[id(tensor)]
                 self._leaves[id(tensor)] = _Leaf.of(tensor, leaf.owner, leaf.key)
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of originals that lie in files."""
+        return sum(self._leaves[i].tensor.nbytes for i in self._offloaded if i in self._leaves)
+
     def restore(self) -> None:
         """Bring the originals back into memory."""
         for i in self._offloaded:

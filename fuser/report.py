@@ -1,0 +1,302 @@
+"""Reports: what was fused, with which kernels and predicted times, and what was not and why, as text and as HTML."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from fuser.codegen.assemble import KernelRecord
+from fuser.codegen.partition import Choice, GroupChoice
+from fuser.compiler import Compiled
+from fuser.drawing import COLOURS, draw_region, duration, family_of, shape_text
+from fuser.ir.errors import FuserError, MaskError
+from fuser.ir.graph import VIEWS, Kind, Region
+from fuser.ir.masks import Mask
+from fuser.ir.target import Target
+from fuser.kernels.base import Packed
+
+if TYPE_CHECKING:
+    from fuser.module import OptimizedModule
+
+_TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One kernel of a block: its operators and the time that the choice was made by."""
+
+    family: str
+    operators: tuple[str, ...]
+    seconds: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """Equal regions: ``count`` of them share this scheme. ``seconds`` is the time of one under the additive model."""
+
+    region: str
+    count: int
+    scheme: str
+    seconds: float
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of the program: operators of its first use, number of calls, time of one call."""
+
+    name: str
+    family: str
+    operators: tuple[str, ...]
+    calls: int
+    seconds: float | None
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the arena of all programs, packed and derived constants, originals that lie in files."""
+
+    arena: int
+    constants: int
+    offloaded: int
+    offload_error: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report says, as plain values. Lists are empty and ``target`` None when nothing was compiled."""
+
+    model: str
+    programs: tuple[str, ...]
+    threads: int
+    target: Target | None
+    blocks: tuple[Block, ...]
+    kernels: tuple[KernelRow, ...]
+    unfused: tuple[tuple[str, str], ...]
+    outside: tuple[tuple[str, str], ...]
+    fallbacks: tuple[str, ...]
+    memory: Memory
+    stages: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all blocks under the additive model."""
+        return sum(block.count * block.seconds for block in self.blocks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        values = asdict(self)
+        if self.target is not None:
+            values["target"]["features"] = sorted(self.target.features)
+        return values
+
+
+def collect(module: OptimizedModule) -> Report:
+    """The report of what ``module`` compiled last."""
+    programs = module.programs
+    last = programs[-1] if programs else None
+    return Report(
+        model=type(module._model).__name__,
+        programs=tuple(_signature(compiled) for compiled in programs),
+        threads=last.assembly.plan.threads if last else 0,
+        target=module._target,
+        blocks=tuple(_blocks(last)) if last else (),
+        kernels=tuple(_kernels(last)) if last else (),
+        unfused=tuple(module.unfused),
+        outside=tuple(module.outside),
+        fallbacks=tuple(module.fallbacks),
+        memory=_memory(module),
+        stages=dict(last.seconds) if last else {},
+    )
+
+
+def report(module: OptimizedModule, path: Path | None = None) -> str:
+    """The report as text; with ``path`` also as one HTML file that needs nothing else.
+
+    Raises FuserError when the file cannot be written.
+    """
+    found = collect(module)
+    if path is not None:
+        try:
+            path.write_text(render_html(found, module.programs[-1] if module.programs else None), encoding="utf-8")
+        except OSError as error:
+            raise FuserError(f"cannot write the report {path}: {error}") from error
+    return render_text(found)
+
+
+def choice_of(compiled: Compiled, record: KernelRecord) -> GroupChoice | None:
+    """The choice behind a kernel's first use."""
+    graph = compiled.graph
+    kinds = {op.name: op.kind for op in graph.operators}
+    names = frozenset(name for name in record.operators if kinds[name] not in VIEWS)
+    return next((c for c in compiled.assembly.choices if c.group.names == names), None)
+
+
+def regions_of(compiled: Compiled) -> list[tuple[Region, Choice, int]]:
+    """One region for every distinct hash, in order, with its choice and how many there are."""
+    counts = Counter(region.hash for region in compiled.graph.regions)
+    found: dict[str, Region] = {}
+    for region in compiled.graph.regions:
+        found.setdefault(region.hash, region)
+    return [(region, compiled.choices[key], counts[key]) for key, region in found.items()]
+
+
+# ---- collecting
+
+
+def _signature(compiled: Compiled) -> str:
+    specs = (compiled.graph.values[value] for value in compiled.graph.inputs)
+    return ", ".join(f"{shape_text(spec)} {str(spec.dtype).removeprefix('torch.')}" for spec in specs)
+
+
+def _blocks(compiled: Compiled) -> Iterator[Block]:
+    for region, choice, count in regions_of(compiled):
+        groups = tuple(
+            Group(family_of(g), tuple(op.name for op in g.group.operators), g.seconds, g.measured)
+            for g in choice.groups
+        )
+        yield Block(region.hash, count, str(choice.scheme), choice.seconds, groups)
+
+
+def _kernels(compiled: Compiled) -> Iterator[KernelRow]:
+    for record in compiled.assembly.kernels:
+        choice = choice_of(compiled, record)
+        seconds, measured = (choice.seconds, choice.measured) if choice else (None, False)
+        yield KernelRow(record.name, record.family, record.operators, record.calls, seconds, measured)
+
+
+def _memory(module: OptimizedModule) -> Memory:
+    arena = sum(compiled.assembly.plan.arena_bytes for compiled in module.programs)
+    made: dict[int, int] = {}
+    for compiled in module.programs:
+        for ref in compiled.assembly.plan.constants:
+            constants = compiled.graph.constants
+            if isinstance(ref, Packed) or (isinstance(ref, str) and constants[ref].call is not None):
+                tensor = module._store.get(ref, constants, compiled.captured.parameters)
+                made[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    store = module._store
+    return Memory(arena, sum(made.values()), store.offloaded_bytes, store.offload_error)
+
+
+# ---- text
+
+
+def render_text(found: Report) -> str:
+    """The report as plain text."""
+    lines = [f"fuser report: {found.model}"]
+    if not found.programs:
+        lines.append("nothing is compiled: the model has not been called, or the original model runs")
+    if found.target is not None:
+        lines.append(f"target    {target_text(found.target)}, {found.threads} threads")
+    for signature in found.programs:
+        lines.append(f"program   {signature}")
+    if found.stages:
+        stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found.stages.items())
+        lines.append(f"compiled  in {duration(sum(found.stages.values()))}: {stages}")
+    if found.blocks:
+        lines += ["", f"blocks    {duration(found.seconds)} in all (≈ marks predicted times)"]
+        for block in found.blocks:
+            lines.append(f"  × {block.count:<3} scheme {block.scheme}, {duration(block.seconds)} each")
+            for group in block.groups:
+                time = duration(group.seconds) if group.measured else f"≈ {duration(group.seconds)}"
+                lines.append(f"        {group.family:<10} {time:>10}  {', '.join(group.operators)}")
+        lines += ["", "kernels"]
+        lines += [
+            f"  {row.name:<36} {row.family:<10} × {row.calls:<4} {', '.join(row.operators)}" for row in found.kernels
+        ]
+    lines += ["", *_reasons("unfused inside the blocks", found.unfused, found.programs)]
+    lines += _reasons("outside the blocks, run by PyTorch", found.outside, found.programs)
+    lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
+    memory = found.memory
+    lines += [
+        "",
+        f"memory    arena {size_text(memory.arena)}, packed and derived weights {size_text(memory.constants)}, "
+        f"originals in files {size_text(memory.offloaded)}",
+    ]
+    if memory.offload_error:
+        lines.append(f"          originals stay in memory: {memory.offload_error}")
+    return "\n".join(lines)
+
+
+def _reasons(title: str, found: Sequence[tuple[str, str]], programs: Sequence[str]) -> list[str]:
+    if not found:
+        return [f"{title}: nothing"] if programs else []
+    return [title, *(f"  {name}: {reason}" for name, reason in found)]
+
+
+def target_text(target: Target) -> str:
+    """One line about a target."""
+    features = f" ({', '.join(sorted(target.features))})" if target.features else ""
+    return (
+        f"{target.kind} {target.arch}{features}, {target.cores} cores, {target.peak_flops / 1e9:.0f} Gflop/s a core, "
+        f"{target.bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+def size_text(size: int) -> str:
+    """Bytes with their unit."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+# ---- HTML
+
+
+def render_html(found: Report, compiled: Compiled | None) -> str:
+    """The report as one HTML document with its pictures inside."""
+    pictures = {}
+    masks: list[tuple[str, str, str]] = []
+    if compiled is not None:
+        for region, choice, _ in regions_of(compiled):
+            pictures[region.hash] = draw_region(region, choice)
+        masks = [(mask.name, f"{n}×{m}", _mask_picture(mask, n, m)) for mask, n, m in _masks(compiled)]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(duration=duration, size=size_text)
+    slowest = max((row.calls * (row.seconds or 0.0) for row in found.kernels), default=0.0)
+    return environment.get_template(_TEMPLATE).render(
+        report=found,
+        target=target_text(found.target) if found.target is not None else "",
+        pictures=pictures,
+        masks=masks,
+        colours=COLOURS,
+        slowest=slowest,
+    )
+
+
+def _masks(compiled: Compiled) -> list[tuple[Mask, int, int]]:
+    """Constant masks of the model's attentions, each once, with the lengths that it is used for."""
+    found: dict[tuple[str, int, int], tuple[Mask, int, int]] = {}
+    for op in compiled.graph.operators:
+        pattern = op.attributes.get("pattern") if op.kind is Kind.MASK else None
+        if pattern is not None:
+            n, m = compiled.graph.values[op.output].shape[-2:]
+            found.setdefault((pattern.hash, n, m), (pattern, n, m))
+    return list(found.values())
+
+
+def _mask_picture(mask: Mask, n: int, m: int) -> str:
+    """A data URI of the mask's picture; empty without matplotlib."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mask.png"
+        try:
+            mask.draw(path, n, m)
+        except MaskError:
+            return ""
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
