@@ -309,6 +309,8 @@ class GemmFamily:
         flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
         # Below eight independent accumulators the latency of a multiply-add shows.
         efficiency = (0.95 if mine else 0.85) * min(1.0, max(program.rows, 1) * (nr // lanes) / 8)
+        if _multiplies_pairs(STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype], target):
+            efficiency *= 2.0
         moved = values[match.a].nbytes + padded * match.k * values[match.weight].dtype.itemsize
         moved += program.bytes(match.group.graph) * (1 if mine else 2)
         return Cost(flops, float(moved), launches=1 if mine else 3, efficiency=efficiency)
@@ -352,6 +354,11 @@ def _tiles(n: int, target: Target) -> list[tuple[int, int]]:
     return sorted(tiles, key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
 
 
+def _multiplies_pairs(a_dtype: DType, w_dtype: DType, target: Target) -> bool:
+    """Whether one instruction multiplies and adds pairs of these, twice the fp32 rate."""
+    return a_dtype is w_dtype is DType.BF16 and Isa(target.arch) is Isa.AVX512 and "avx512_bf16" in target.features
+
+
 def parameters(
     n: int,
     k: int,
@@ -371,7 +378,7 @@ def parameters(
     best = _tiles(n, target)[0]
     mr = best[0] if mr is None else mr
     nr = (best[1] if vectors is None else vectors) * target.vector_lanes
-    pairs = a_dtype is w_dtype is DType.BF16 and "avx512_bf16" in target.features and Isa(target.arch) is Isa.AVX512
+    pairs = _multiplies_pairs(a_dtype, w_dtype, target)
     steps = -(-k // 2) if pairs else k
     # A panel of W for one pass takes an eighth of L2, the rows of A and their accumulators half.
     deepest = max(min(depth, target.cache_bytes[1] // 8 // (4 * nr)), 64)
