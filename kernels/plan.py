@@ -1,10 +1,10 @@
 """Attention plans: which pairs of rows and keys a kernel computes, in which groups, and in which order.
 
-A plan is a list of *groups* of at most 64 query rows. A group computes *runs* of keys, arithmetic progressions that all
-its rows may see, and *partial* keys, each with a word of lanes: bit ``r`` says whether the group's row ``r`` may see it.
-Row and key indices are arbitrary. A row may belong to groups of several *phases*, at most one a phase; its partial
-results are merged exactly (by log-sum-exp) in the order of the phases. A row without keys is in some group, too: it
-gets zeros.
+A plan is a list of *groups* of at most 64 query rows. A group computes *runs* of keys, arithmetic progressions that
+all its rows may see, and *partial* keys, each with a word of lanes: bit ``r`` says whether row ``r`` of the group may
+see it. Row and key indices are arbitrary. A row may belong to groups of several *phases*, at most one a phase; its
+partial results are merged exactly (by log-sum-exp) in the order of the phases. A row without keys is in some group,
+too: it gets zeros.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGEST = (1 << 31) - 1
 
 
 class Group(NamedTuple):
-    """One group of a plan: ``rows`` (R,), ``runs`` (N, 3) of (start, count, step), partial ``keys`` (K,) with ``lanes``.
+    """One group of a plan: ``rows`` (R,), ``runs`` (N, 3) of (start, count, step), ``keys`` (K,) with ``lanes`` (K,).
 
     ``width`` is the number of lanes that its kernel computes, of which the first R hold rows.
     """
@@ -280,7 +280,7 @@ class AttentionPlan:
                 if (wrong := np.argwhere(count != allowed)).size:
                     row, key = wrong[0]
                     raise PlanError(
-                        f"{len(wrong)} pairs of head {head} in rows {start}:{stop} are wrong; pair ({row + start}, {key}) "
+                        f"{len(wrong)} pairs of head {head} in rows {start}:{stop} are wrong; ({row + start}, {key}) "
                         f"is in {count[row, key]} tiles and {'allowed' if allowed[row, key] else 'not allowed'}"
                     )
 
@@ -314,7 +314,7 @@ class AttentionPlan:
         """Views of the parts of ``array`` by name, as the kernel sees them."""
         _, _, _, heads, phases, groups, _, members, runs, keys = map(int, self.array[: len(_HEADER)])
         words = {"lanes": keys, "resume": groups, "finish": groups}
-        halves = {name: groups + 1 for name in ("row_ptr", "run_ptr", "key_ptr")}
+        halves = dict.fromkeys(("row_ptr", "run_ptr", "key_ptr"), groups + 1)
         halves |= {"width": groups, "head": groups, "phase": groups, "sizes": (heads or 1) * phases}
         halves |= {"row": members, "slot": members, "run": 3 * runs, "key": keys}
         at, views = len(_HEADER), {}
@@ -342,52 +342,47 @@ class AttentionPlan:
         if (self.array[1:10] < 0).any() or (self.array[1:10] > _LARGEST).any() or self.array[4] < 1:
             raise PlanError(f"the header of the plan is damaged: {self.array[:10].tolist()}")
         a, n, m = self._arrays, self.q_len, self.kv_len
-        run, rows = a["run"].reshape(-1, 3).astype(np.int64), np.diff(a["row_ptr"])
+        run = a["run"].reshape(-1, 3).astype(np.int64)
+        for name, size in (("row_ptr", len(a["row"])), ("run_ptr", len(run)), ("key_ptr", len(a["key"]))):
+            pointer = a[name]
+            _require(pointer[0] == 0 and pointer[-1] == size and (np.diff(pointer) >= 0).all(), "pointers must ascend")
+        rows = np.diff(a["row_ptr"])
+        _require(np.isin(a["width"], WIDTHS).all(), f"widths must be of {WIDTHS}")
+        _require(((rows > 0) & (rows <= a["width"])).all(), "a group must have from one row to as many as it has lanes")
+        _require(_within(a["row"], n), f"rows must lie in [0, {n})")
         last = run[:, 0] + (run[:, 1] - 1) * run[:, 2]
+        inside = (run[:, 1] > 0).all() and _within(run[:, 0], m) and _within(last, m)
+        _require(inside and _within(a["key"], m), f"keys must lie in [0, {m})")
+        _require(
+            _within(a["head"], self.heads or 1) and _within(a["phase"], self.phases), "heads and phases must exist"
+        )
         head_phase = a["head"].astype(np.int64) * self.phases + a["phase"]
-        rules = {
-            "pointers must ascend": all(
-                a[name][0] == 0 and a[name][-1] == size and (np.diff(a[name]) >= 0).all()
-                for name, size in (("row_ptr", len(a["row"])), ("run_ptr", len(run)), ("key_ptr", len(a["key"])))
-            ),
-            f"widths must be of {WIDTHS}": np.isin(a["width"], WIDTHS).all(),
-            "a group must have from one row to as many as it has lanes": ((rows > 0) & (rows <= a["width"])).all(),
-            f"rows must lie in [0, {n})": _within(a["row"], n),
-            f"keys must lie in [0, {m})": _within(a["key"], m)
-            and (run[:, 1] > 0).all()
-            and _within(run[:, 0], m)
-            and _within(last, m),
-            "groups must be sorted by head and phase": (np.diff(head_phase) >= 0).all(),
-            "heads and phases must be in range": _within(a["head"], self.heads or 1)
-            and _within(a["phase"], self.phases),
-            "the sizes of phases must be right": np.array_equal(
-                np.bincount(head_phase, minlength=len(a["sizes"])), a["sizes"]
-            ),
-            "lanes without a row must not be set": self._lanes_fit(rows),
-        }
-        for rule, kept in rules.items():
-            if not kept:
-                raise PlanError(f"not a plan: {rule}")
+        _require((np.diff(head_phase) >= 0).all(), "groups must be sorted by head and phase")
+        sizes = np.bincount(head_phase, minlength=len(a["sizes"]))
+        _require(np.array_equal(sizes, a["sizes"]), "the sizes of phases must be right")
+        unused = np.repeat(~_low_bits(rows), np.diff(a["key_ptr"]))
+        _require(not (a["lanes"].view(np.uint64) & unused).any(), "lanes without a row must not be set")
         slot, resume, finish = _merges(
             a["row"].astype(np.int64), np.repeat(np.arange(len(self)), rows), ramp(rows), a["head"], a["phase"], n
         )
-        if not (
+        _require(
             np.array_equal(slot, a["slot"])
             and np.array_equal(resume.view(np.int64), a["resume"])
             and np.array_equal(finish.view(np.int64), a["finish"])
-            and self.slots == (int(slot.max()) + 1 if len(slot) else 0)
-        ):
-            raise PlanError("not a plan: its merge order is damaged")
+            and self.slots == (int(slot.max()) + 1 if len(slot) else 0),
+            "rows must resume where they left off",
+        )
+        _require((self.heads or 1) * n <= len(a["row"]), "every row must be in a group")
         covered = np.zeros((self.heads or 1, n), np.bool_)
         covered[np.repeat(a["head"], rows), a["row"]] = True
         if not covered.all():
             head, row = np.argwhere(~covered)[0]
             raise PlanError(f"not a plan: row {row} of head {head} is in no group")
 
-    def _lanes_fit(self, rows: npt.NDArray[Any]) -> bool:
-        unused = ~_low_bits(rows)
-        lanes = self._arrays["lanes"].view(np.uint64)
-        return not (lanes & np.repeat(unused, np.diff(self._arrays["key_ptr"]))).any()
+
+def _require(kept: bool | np.bool_, rule: str) -> None:
+    if not kept:
+        raise PlanError(f"not a plan: {rule}")
 
 
 def _within(values: npt.NDArray[Any], stop: int) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fuser.ir.masks import Mask, PerHead, Progressions
+from fuser.ir.masks import Mask, Progressions
 from fuser.ir.target import Target
 from fuser.kernels.plan import WIDTHS, AttentionPlan, Int64s, Words, pointers, ramp
 
@@ -227,6 +227,3 @@ def _runs(group: Int64s, key: Int64s, groups: int) -> tuple[Int64s, Int64s]:
     count = np.diff(pointers(np.diff(np.append(head, len(key))))) if len(head) else np.zeros(0, np.int64)
     runs = np.stack([key[head], count, np.ones_like(count)], axis=1)
     return runs, np.bincount(group[head], minlength=groups)
-
-
-__all__ = ["GroupCost", "PerHead", "plan"]

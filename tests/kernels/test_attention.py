@@ -1,0 +1,430 @@
+"""The attention kernel against float64: plans, run-time masks, storage, instruction sets, threads, poison."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fuser import masks
+from fuser.codegen.render import headers, render
+from fuser.ir.errors import KernelError
+from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.target import Isa, Target
+from fuser.kernels.attention import AttentionFamily, AttentionParameters, extents, workspace_bytes
+from fuser.kernels.base import STORAGE, DType, Literal
+from fuser.kernels.plan import AttentionPlan, Group
+from fuser.kernels.planner import plan
+from fuser.runtime.abi import KernelArgs
+from fuser.runtime.build import build
+from fuser.runtime.cache import KernelCache
+from fuser.runtime.device import detect_isa
+from fuser.runtime.library import Kernel, load
+
+NATIVE = detect_isa()
+ISAS = {Isa.AVX512: (Isa.AVX512, Isa.AVX2, Isa.PORTABLE), Isa.AVX2: (Isa.AVX2, Isa.PORTABLE)}.get(NATIVE, (NATIVE,))
+# Twice what eager PyTorch has for these sizes (3 to 4e-7).
+FP32 = 8e-7
+PLAIN = AttentionParameters(59, 16, lse=True)
+BOOLEAN = AttentionParameters(32, 32, mask=DType.BOOL, lse=True)
+ADDITIVE = AttentionParameters(32, 32, mask=DType.F32, lse=True)
+SPECIAL = [
+    AttentionParameters(24, 80, DType.BF16),
+    AttentionParameters(256, 256, DType.BF16, mask=DType.BOOL),
+    AttentionParameters(32, 32, mask=DType.BF16, lse=True),
+    AttentionParameters(64, 64),
+]
+
+
+def target(isa: Isa = NATIVE) -> Target:
+    return Target("cpu", isa.value, frozenset(), 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 1e-6)
+
+
+@functools.cache
+def libraries(isa: Isa) -> dict[str, Path]:
+    """All kernels of this file for one instruction set, built side by side."""
+    wanted = [PLAIN, BOOLEAN, ADDITIVE, *(SPECIAL if isa is NATIVE else ())]
+    cache = KernelCache(Path(tempfile.mkdtemp(prefix="fuser-test-")))
+    return build([render(p.spec) for p in wanted], target(isa), headers=headers(PLAIN.spec), cache=cache)
+
+
+def kernel(parameters: AttentionParameters, isa: Isa) -> Kernel:
+    symbol = parameters.spec.symbol
+    return load(libraries(isa)[symbol], symbol)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: AttentionPlan,
+    mask: Tensor | None = None,
+    *,
+    lse: bool = True,
+    scale: float | None = None,
+    threads: int = 2,
+    isa: Isa = NATIVE,
+    out: Tensor | None = None,
+    in_flight: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given."""
+    (batch, heads, q_len, dim), (_, key_heads, kv_len, value_dim) = q.shape, v.shape
+    kind = None if mask is None else STORAGE[mask.dtype]
+    run = kernel(AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse), isa)
+    if out is None:
+        out = torch.full((batch, q_len, heads, value_dim), 777.0, dtype=q.dtype).transpose(1, 2)
+    sums = torch.full((batch, heads, q_len), 777.0)
+    whole = None if mask is None else mask.expand(batch, heads, q_len, kv_len)
+    array = torch.from_numpy(tiles.array.copy())
+    tensors = [q, k, v, *([] if whole is None else [whole]), array, out, *([sums] if lse else [])]
+    sizes = extents(
+        batch,
+        heads,
+        key_heads,
+        tiles,
+        1 / math.sqrt(dim) if scale is None else scale,
+        [t.stride()[:3] for t in (q, k, v, out)],
+        None if whole is None else whole.stride(),
+        in_flight,
+    )
+    scratch = torch.empty(workspace_bytes(batch, heads, value_dim, tiles, in_flight) + 64, dtype=torch.uint8)
+    aligned = -(-scratch.data_ptr() // 64) * 64
+    run(KernelArgs.pack([t.data_ptr() for t in tensors], sizes, threads, aligned))
+    return out, sums
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64; rows without keys give zeros and -inf."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.double()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -math.inf)
+    lse = scores.logsumexp(-1)
+    return torch.softmax(scores, -1).masked_fill(lse.isneginf()[..., None], 0.0) @ v, lse
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def check(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = FP32) -> None:
+    assert error(result[0], expected[0]) <= tolerance
+    assert torch.equal(result[0].double()[expected[1].isneginf()], expected[0][expected[1].isneginf()])
+    assert torch.allclose(result[1].double(), expected[1], rtol=1e-6, atol=3e-6)
+
+
+def heads(seed: int, batch: int, count: int, length: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, H, S, D), a view of rows that hold all heads, as projections give them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, count, dim, generator=generator).to(dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Dense(), masks.Causal(), masks.SlidingWindow(9, 4), masks.Strided(), masks.Longformer(8, 3), ~masks.Dense()],
+    ids=str,
+)
+def test_odd_sizes_with_shared_key_heads(mask: masks.Mask, isa: Isa) -> None:
+    for q_len, kv_len in [(1, 1), (1, 200), (7, 65), (63, 7), (65, 63), (200, 65), (200, 201)]:
+        q, k, v = heads(1, 2, 4, q_len, 59), heads(2, 2, 2, kv_len, 59), heads(3, 2, 2, kv_len, 16)
+        result = attend(q, k, v, plan(mask, q_len, kv_len), isa=isa, scale=0.2)
+        check(result, reference(q, k, v, mask.dense(q_len, kv_len), scale=0.2))
+
+
+def test_views_of_one_projection_and_untouched_neighbours() -> None:
+    """Strided operands from one (B, S, 3HD) tensor, and an output inside a larger one."""
+    batch, count, length, dim = 2, 3, 70, 64
+    packed = torch.randn(batch, length, 3 * count * dim + 5, generator=torch.Generator().manual_seed(0))
+    q, k, v = packed[..., 2:-3].unflatten(-1, (3, count, dim)).permute(2, 0, 3, 1, 4)
+    memory = torch.full((batch, length + 2, count, dim + 3), 5.0)
+    out = memory[:, 1:-1, :, 1:-2].transpose(1, 2)
+    attend(q, k, v, plan(masks.Causal(), length), out=out, lse=False)
+    assert error(out, reference(q, k, v, masks.Causal().dense(length))[0]) <= FP32
+    memory[:, 1:-1, :, 1:-2] = 5.0
+    assert (memory == 5.0).all()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sequences(q_len: int, kv_len: int) -> None:
+    q, k, v = heads(1, 2, 4, q_len, 59), heads(2, 2, 4, kv_len, 59), heads(3, 2, 4, kv_len, 16)
+    out, lse = attend(q, k, v, plan(masks.Dense(), q_len, kv_len))
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_heads_with_masks_of_their_own() -> None:
+    mask = masks.per_head([masks.Causal(), masks.Strided(4), ~masks.Dense(), masks.Dense()])
+    q, k, v = heads(1, 2, 4, 90, 59), heads(2, 2, 2, 80, 59), heads(3, 2, 2, 80, 16)
+    check(attend(q, k, v, plan(mask, 90, 80)), reference(q, k, v, mask.dense(90, 80)))
+
+
+MASK_SHAPES = [(1, 1, 1, 200), (2, 1, 1, 200), (2, 4, 1, 200), (1, 1, 130, 200), (2, 4, 130, 200), (1, 4, 130, 1)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_runtime_masks_compose_with_plans(shape: tuple[int, ...], isa: Isa) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    q, k, v = heads(1, 2, 4, 130, 32), heads(2, 2, 2, 200, 32), heads(3, 2, 2, 200, 32)
+    allowed = torch.rand(shape, generator=generator) > 0.6
+    allowed[..., : shape[-1] // 3] = False
+    noise = torch.randn(shape, generator=generator)
+    for mask in (masks.Dense(), masks.Causal(5), masks.Strided(9)):
+        tiles, pattern = plan(mask, 130, 200), mask.dense(130, 200)
+        check(attend(q, k, v, tiles, allowed, isa=isa), reference(q, k, v, pattern & allowed))
+        transposed = allowed.expand(2, 4, 130, 200).mT.contiguous().mT
+        check(attend(q, k, v, tiles, transposed, isa=isa), reference(q, k, v, pattern & allowed))
+        for low in (-math.inf, torch.finfo(torch.float32).min):
+            bias = torch.where(allowed, noise, low)
+            check(attend(q, k, v, tiles, bias, isa=isa), reference(q, k, v, pattern, bias))
+        bias = torch.where(allowed, noise, -math.inf).expand(2, 4, 130, 200).mT.contiguous().mT
+        check(attend(q, k, v, tiles, bias, isa=isa), reference(q, k, v, pattern, bias))
+
+
+def test_half_precision_masks() -> None:
+    q, k, v = (heads(i, 1, 2, 90, 32) for i in range(3))
+    bias = torch.randn(90, 90, generator=torch.Generator().manual_seed(4)).bfloat16()
+    bias[:, 50:] = torch.finfo(torch.bfloat16).min
+    check(attend(q, k, v, plan(masks.Dense(), 90), bias[None, None]), reference(q, k, v, bias=bias))
+
+
+def test_rows_that_see_only_the_lowest_bias_are_uniform() -> None:
+    """As in eager PyTorch: the lowest float is a bias, and only -inf excludes."""
+    q, k, v = (heads(i, 1, 2, 40, 32) for i in range(3))
+    bias = torch.zeros(1, 1, 40, 40)
+    bias[:, :, 3] = torch.finfo(torch.float32).min
+    bias[:, :, 4] = -math.inf
+    out, lse = attend(q, k, v, plan(masks.Dense(), 40), bias)
+    assert torch.allclose(out[:, :, 3], v.mean(2), atol=1e-6)
+    assert (out[:, :, 4] == 0).all()
+    assert (lse[:, :, 4] == -math.inf).all()
+    padding = torch.full((1, 1, 1, 40), torch.finfo(torch.float32).min)
+    assert torch.allclose(attend(q, k, v, plan(masks.Dense(), 40), padding)[0][:, :, 7], v.mean(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("given", ["plan", "rows", "keys", "bias"])
+def test_poison_reaches_only_rows_that_may_see_it(given: str, where: str, poison: float, isa: Isa) -> None:
+    n = 110
+    q, k, v = (heads(i, 1, 2, n, 32) for i in range(3))
+    pattern = masks.Strided(7).dense(n)
+    if given == "keys":
+        pattern = torch.arange(n)[None, :].ne(21) & masks.Causal().dense(n)
+    tiles = plan(masks.from_dense(pattern), n) if given == "plan" else plan(masks.Dense(), n)
+    mask = pattern[None, None]
+    if given == "plan":
+        mask = torch.ones(1, 1, 1, n, dtype=torch.bool)
+    elif given == "keys":
+        tiles, mask = plan(masks.Causal(), n), torch.arange(n).ne(21)[None, None, None]
+    elif given == "bias":
+        mask = torch.where(mask, 0.0, -math.inf)
+    clean = attend(q, k, v, tiles, mask, isa=isa)[0].clone()
+    (k if where == "key" else v)[:, :, 21] = poison
+    out = attend(q, k, v, tiles, mask, isa=isa)[0]
+    sees = pattern[:, 21]
+    # Probabilities of other keys do not change, so what is not touched is equal to rounding, and mostly to the bit.
+    assert torch.allclose(out[:, :, ~sees], clean[:, :, ~sees], rtol=1e-4, atol=1e-6)
+    # A product of zero and NaN is NaN, so the reference leaves out what a row may not see.
+    probabilities = torch.softmax((q.double() @ k.double().mT / math.sqrt(32)).masked_fill(~pattern, -math.inf), -1)
+    terms = torch.where(pattern[..., None], probabilities[..., None] * v.double()[:, :, None], 0.0)
+    expected = terms.sum(-2)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = heads(1, 1, 2, 100, 64) * 1e3, heads(2, 1, 2, 100, 64) * 1e2, heads(3, 1, 2, 100, 64)
+    out, _ = attend(q, k, v, plan(masks.Causal(), 100), lse=False)
+    expected = reference(q, k, v, masks.Causal().dense(100))
+    # Scores near 1e6 carry errors near 0.1 whoever computes them, so compare with what eager does.
+    eager = torch.softmax((q @ k.mT / 8).masked_fill(~masks.Causal().dense(100), -math.inf), -1) @ v
+    assert out.isfinite().all()
+    assert error(out, expected[0]) <= 2 * error(eager, expected[0]) + FP32
+
+
+def test_half_precision_storage() -> None:
+    q, k, v = (heads(i, 2, h, 130, d, torch.bfloat16) for i, h, d in ((1, 4, 24), (2, 2, 24), (3, 2, 80)))
+    mask = masks.Strided(9)
+    out, _ = attend(q, k, v, plan(mask, 130), lse=False)
+    expected, _ = reference(q, k, v, mask.dense(130))
+    scores = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(24)).masked_fill(~mask.dense(130), -math.inf)
+    eager = torch.softmax(scores, -1) @ v.repeat_interleave(2, 1)
+    assert error(out, expected) <= 2 * error(eager, expected)
+    # Only the result is rounded, to eight bits.
+    assert error(out, expected) <= 2.0**-9
+
+
+def test_largest_heads() -> None:
+    q, k, v = (heads(i, 1, 2, 90, 256, torch.bfloat16) for i in range(3))
+    allowed = torch.rand(1, 1, 90, 90, generator=torch.Generator().manual_seed(1)) > 0.5
+    out, _ = attend(q, k, v, plan(masks.Dense(), 90), allowed, lse=False)
+    assert error(out, reference(q, k, v, allowed)[0]) <= 2.0**-9
+
+
+def two_phases(length: int, step: int, width: int) -> AttentionPlan:
+    """The strided mask as a band, then residue classes modulo the step."""
+    groups = list(plan(masks.SlidingWindow(step - 1, 0), length))
+    for residue in range(step):
+        rows = np.arange(residue, length, step)
+        for start in range(0, len(rows), width):
+            part = rows[start : start + width]
+            every = (1 << len(part)) - 1
+            before = np.array([[residue, start, step]] if start else [], np.int32).reshape(-1, 3)
+            lanes = np.array([every & ~((2 << i) - 1) for i in range(len(part) - 1)], np.uint64)
+            if start or len(lanes):
+                groups.append(Group(part.astype(np.int32), before, part[:-1].astype(np.int32), lanes, width, 1))
+    return AttentionPlan.of(length, length, groups)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_phases_of_gathered_rows_merge_exactly(width: int, isa: Isa) -> None:
+    length, step = 400, 10
+    tiles, mask = two_phases(length, step, width), masks.Strided(step)
+    tiles.validate(mask)
+    assert tiles.phases == 2
+    q, k, v = heads(1, 2, 4, length, 59), heads(2, 2, 2, length, 59), heads(3, 2, 2, length, 16)
+    expected = reference(q, k, v, mask.dense(length))
+    results = [attend(q, k, v, tiles, threads=t, in_flight=f, isa=isa) for t, f in ((1, 1), (2, 1), (3, 2), (2, 8))]
+    check(results[0], expected)
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+def random_plan(rng: np.random.Generator, allowed: np.ndarray, phases: int) -> AttentionPlan:
+    """The allowed pairs, thrown into phases, rows shuffled into groups, keys in any order."""
+    q_len, kv_len = allowed.shape
+    phase_of = rng.integers(0, phases, allowed.shape)
+    groups, plans = [], []
+    for phase in range(phases):
+        rows = rng.permutation(q_len)
+        if phase:
+            # Rows need not take part in every phase; those that still have pairs in this one must.
+            rows = rows[rng.random(q_len) < 0.5]
+            rest = np.setdiff1d(np.arange(q_len), rows)
+            phase_of[rest] = np.where(phase_of[rest] == phase, 0, phase_of[rest])
+        plans.append(rows)
+    for phase, rows in enumerate(plans):
+        while len(rows):
+            width = int(rng.choice([16, 32, 64]))
+            size = rng.integers(1, width + 1)
+            part, rows = rows[:size], rows[size:]
+            mine = allowed[part] & (phase_of[part] == phase)
+            full, some = np.flatnonzero(mine.all(0)), np.flatnonzero(mine.any(0) & ~mine.all(0))
+            full, some = rng.permutation(full), rng.permutation(some)
+            lanes = (mine[:, some].astype(np.uint64) << np.arange(len(part), dtype=np.uint64)[:, None]).sum(
+                0, np.uint64
+            )
+            runs = np.stack([full, np.ones_like(full), rng.integers(-3, 4, len(full))], 1)
+            groups.append(
+                Group(part.astype(np.int32), runs.astype(np.int32), some.astype(np.int32), lanes, width, phase)
+            )
+    return AttentionPlan.of(q_len, kv_len, groups)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 150), st.integers(1, 150), st.integers(1, 4), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_any_partition_gives_the_same(seed: int, q_len: int, kv_len: int, phases: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    allowed = rng.random((q_len, kv_len)) < density
+    tiles = random_plan(rng, allowed, phases)
+    pattern = torch.from_numpy(allowed)
+    tiles.validate(masks.from_dense(pattern))
+    q, k, v = heads(seed, 1, 2, q_len, 59), heads(seed + 1, 1, 2, kv_len, 59), heads(seed + 2, 1, 2, kv_len, 16)
+    results = [attend(q, k, v, tiles, threads=t) for t in (1, 2, 3)]
+    check(results[0], reference(q, k, v, pattern), 1e-6)
+    assert all(torch.equal(results[0][0], out) and torch.equal(results[0][1], lse) for out, lse in results[1:])
+
+
+def test_plans_for_other_heads_are_refused() -> None:
+    q, k, v = heads(1, 1, 3, 20, 59), heads(2, 1, 3, 20, 59), heads(3, 1, 3, 20, 16)
+    with pytest.raises(KernelError):
+        attend(q, k, v, plan(masks.per_head([masks.Causal()] * 2), 20))
+
+
+def operators(*kinds: tuple[Kind, Sequence[str], dict[str, object]]) -> tuple[Operator, ...]:
+    return tuple(
+        Operator(f"op{i}", kind, tuple(inputs), (f"t{i}",), attributes=attributes)
+        for i, (kind, inputs, attributes) in enumerate(kinds)
+    )
+
+
+def graph(ops: tuple[Operator, ...], outputs: tuple[str, ...], mask: torch.dtype | None) -> OperatorGraph:
+    def spec(*shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
+        return TensorSpec.contiguous(shape, dtype)
+
+    values = {"q": spec(2, 4, 50, 64), "k": spec(2, 2, 50, 64), "v": spec(2, 2, 50, 64)}
+    if mask is not None:
+        values["mask"] = TensorSpec((2, 4, 50, 50), mask, (50, 0, 0, 1))
+    for op in ops:
+        values[op.output] = spec(2, 4, 50, 64 if op.kind is Kind.PV else 50)
+    inputs = tuple(name for name in ("q", "k", "v", "mask") if name in values)
+    return OperatorGraph(ops, values, inputs, outputs, {})
+
+
+def test_family_matches_attention_and_calls_its_kernel() -> None:
+    pattern = masks.Longformer(6, 2)
+    ops = operators(
+        (Kind.QK, ("q", "k"), {}),
+        (Kind.SCALE, ("t0",), {"scale": 0.125}),
+        (Kind.MASK, ("t1",), {"causal": True, "pattern": pattern}),
+        (Kind.SOFTMAX, ("t2",), {}),
+        (Kind.PV, ("t3", "v"), {}),
+    )
+    family, made = AttentionFamily(), graph(ops, ("t4",), None)
+    match = family.match(made.group(ops), target())
+    assert match is not None
+    (parameters,) = family.space(match, target())
+    call = family.call(match, parameters, target(), 2)
+    assert parameters == AttentionParameters(64, 64)
+    assert call.outputs == ("t4",)
+    literal = next(t for t in call.tensors if isinstance(t, Literal))
+    allowed = (pattern & masks.Causal()).dense(50)
+    AttentionPlan(literal.array.copy()).validate(masks.from_dense(allowed))
+    tensors = {"q": torch.randn(2, 4, 50, 64), "k": torch.randn(2, 2, 50, 64), "v": torch.randn(2, 2, 50, 64)}
+    tensors["t4"] = torch.zeros(2, 4, 50, 64)
+    array = torch.from_numpy(literal.array.copy())
+    addresses = [(tensors[t] if isinstance(t, str) else array).data_ptr() for t in call.tensors]
+    kernel(parameters, NATIVE)(KernelArgs.pack(addresses, call.extents, 2))
+    expected = reference(tensors["q"], tensors["k"], tensors["v"], allowed)[0]
+    assert error(tensors["t4"], expected) <= FP32
+    meaning = family.reference(match)({n: t.double() for n, t in tensors.items() if n != "t4"})
+    assert error(meaning["t4"], expected) <= 1e-14
+    assert family.cost(match, parameters, target()).flops < 8 * 50 * 50 * 4 * 64
+    # Nothing that escapes or is left over can be one kernel.
+    escaping = graph(ops, ("t3", "t4"), None)
+    assert family.match(escaping.group(ops), target()) is None
+    assert family.match(made.group(ops[:-1]), target()) is None
+
+
+def test_matches_scaled_dot_product_attention() -> None:
+    q, k, v = (heads(i, 2, 4, 97, 64) for i in range(3))
+    out, _ = attend(q, k, v, plan(masks.Causal(), 97), lse=False)
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=2e-6)
