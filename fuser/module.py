@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ class OptimizedModule(nn.Module):
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Another compiler or an export traces: kernels behind ctypes are nothing it could look into.
+            return self._model(*args, **kwargs)
         call, reason = self._acceptable(args, kwargs)
         if call is None:
             self._say(reason)
@@ -160,12 +164,12 @@ class OptimizedModule(nn.Module):
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
             return tuple(("*", reason) for reason in self._failed.values())
-        return _split_unfused(self.programs[-1])[0]
+        return split_unfused(self.programs[-1])[0]
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
         """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
-        return _split_unfused(self.programs[-1])[1] if self._programs else ()
+        return split_unfused(self.programs[-1])[1] if self._programs else ()
 
     @property
     def fallbacks(self) -> Sequence[str]:
@@ -188,6 +192,16 @@ class OptimizedModule(nn.Module):
         if not self._programs:
             raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
         save(self, Path(path))
+
+    def snapshot(self) -> list[tuple[Signature, Compiled, list[Tensor]]]:
+        """All programs with their signatures and constants, which follow the weights as they are now."""
+        with self._lock:
+            if self._store.changed:
+                self._refresh()
+            return [
+                (key, c, program_constants(c.assembly, c.graph, c.captured.parameters, self._store))
+                for (key, _), c in self._programs.items()
+            ]
 
     def restore(self) -> None:
         """Bring the original weights, which lie in files while only packed copies are used, back into memory."""
@@ -230,8 +244,22 @@ class OptimizedModule(nn.Module):
         self._model._apply(fn, recurse)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        # Programs point into memory and compile again.
+        make, arguments = self.__reduce__()
+        copied: OptimizedModule = make(*copy.deepcopy(arguments, memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self._model, self._attention, self._search, self._target)
+
     def extra_repr(self) -> str:
         return f"programs={len(self._programs)}"
+
+
+def _remake(model: nn.Module, attention: Mask | None, search: str | int, target: Target | None) -> OptimizedModule:
+    return OptimizedModule(model, attention=attention, search=search, target=target)
 
 
 def _fits(compiled: Compiled) -> bool:
@@ -243,7 +271,7 @@ def _fits(compiled: Compiled) -> bool:
     )
 
 
-def _split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+def split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
     """What PyTorch runs, inside the span of the regions and outside of it."""
     graph = compiled.graph
     fused = [graph.position[op.name] for region in graph.regions for op in region.operators]

@@ -138,6 +138,16 @@ def detect_isa() -> Isa:
     return _isa_of(cpu_flags(), platform.machine())
 
 
+def lacking(target: Target) -> str:
+    """What keeps this CPU from running kernels built for ``target``, as the end of "this CPU …"; empty if nothing."""
+    best, isa = detect_isa(), Isa(target.arch)
+    if isa is not best and isa not in _LOWER[best]:
+        return f"({cpu_name()}) has no {isa.value}; its best is {best.value}"
+    if missing := sorted(target.features - cpu_flags()):
+        return f"({cpu_name()}) has no {', '.join(missing)}"
+    return ""
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """Names of this CPU's extensions as Linux spells them, and the operating system allows them."""

@@ -118,6 +118,11 @@ class Program:
         self._assemble()
         self.set_constants(constants)
 
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The loaded kernels by symbol."""
+        return self._kernels
+
     def set_constants(self, constants: Sequence[Tensor]) -> None:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
         with self._lock:
