@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import Choice, GroupChoice, choose, default_scheme
+from fuser.codegen.partition import Choice, GroupChoice, default_scheme
 from fuser.codegen.render import TEMPLATES
 from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
@@ -90,33 +90,27 @@ def compile_call(
 def choose_all(
     graph: OperatorGraph, target: Target, tuner: Tuner | None = None
 ) -> tuple[list[GroupChoice], dict[str, Choice]]:
-    """Schemes and kernels for all regions; equal regions are decided once.
+    """Schemes and kernels for all regions: the shortest path over predicted times, refined by measurement where there
+    is a tuner. Equal regions are decided once.
 
     Returns the choices of all groups, and by region hash the choice that stands for its equals.
     """
-    decided: dict[str, tuple[Choice, Region]] = {}
+    distinct: dict[str, Region] = {}
+    for region in graph.regions:
+        distinct.setdefault(region.hash, region)
+    choices = [(default_scheme(region, FAMILIES, target), region) for region in distinct.values()]
+    best = [choice for choice, _ in choices] if tuner is None else tuner.refine(choices)
+    decided = dict(zip(distinct, best, strict=True))
     chosen: list[GroupChoice] = []
     for region in graph.regions:
-        if region.hash not in decided:
-            choice = decide(region, target, tuner)
-            decided[region.hash] = (choice, region)
+        first, choice = distinct[region.hash], decided[region.hash]
+        if region is first:
             chosen.extend(choice.groups)
             continue
-        choice, first = decided[region.hash]
         twin = dict(zip((op.name for op in first.operators), region.operators, strict=True))
         for group in choice.groups:
             chosen.append(_transfer(group, graph.group(twin[op.name] for op in group.group.operators), target))
-    return chosen, {key: choice for key, (choice, _) in decided.items()}
-
-
-def decide(region: Region, target: Target, tuner: Tuner | None = None) -> Choice:
-    """The scheme of one region: the shortest path over predicted times, then over measured ones where there is a
-    tuner."""
-    choice = default_scheme(region, FAMILIES, target)
-    if tuner is None:
-        return choice
-    measured = tuner.measure(choice)
-    return Choice(choice.scheme, choose((g.group for g in choice.groups), FAMILIES, target, measured))
+    return chosen, decided
 
 
 def _transfer(choice: GroupChoice, group: OperatorGroup, target: Target) -> GroupChoice:

@@ -1,21 +1,171 @@
-"""Kernel-level tuning: the choices of a group measured where the cost model cannot tell, and remembered."""
+"""Kernel-level tuning: what the cost model cannot tell is measured once and remembered.
+
+For every GEMM of a scheme the fused kernel is compared with the library's GEMM followed by the rest of the group, and,
+when asked for more, with the other parameters of its family. Results are records of the kernel cache, so they are
+reused by later programs and travel with ``fuserc cache export``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any
 
-from fuser.codegen.partition import Choice, Measured
+import torch
+
+from fuser.codegen.partition import Choice, GroupChoice, choose
+from fuser.codegen.render import render
+from fuser.ir.errors import BuildError, SchemeError
+from fuser.ir.graph import Kind, Region
+from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
+from fuser.kernels.base import KernelCall, canonical
+from fuser.kernels.families import FAMILIES
+from fuser.kernels.gemm import GemmFamily, LibraryParameters
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.search.measure import measure, prepare
+
+logger = logging.getLogger("fuser")
+RECORD = "kernel_time"
+_MARGIN = 0.03
+"""The library must win by this much: its results take another pass through memory that a lone kernel does not show."""
 
 
-@dataclass
 class Tuner:
-    target: Target
-    threads: int
+    """Refines choices by measurement on one target with one number of threads.
 
-    def measure(self, choice: Choice) -> Measured:
-        return lambda candidate: None
+    ``trials`` bounds how many parameter sets a group may have measured beside the default and the library's GEMM.
+    """
+
+    def __init__(self, target: Target, threads: int, trials: int = 0, cache: KernelCache | None = None) -> None:
+        self.target = target
+        self.threads = threads
+        self.trials = trials
+        self.cache = cache
+        self.measured = 0
+        """Kernels measured by this tuner, not counting those remembered."""
+
+    def refine(self, choices: Sequence[tuple[Choice, Region]]) -> list[Choice]:
+        """The choices with the fastest measured way to run each of their GEMM groups; kernels that lack a measurement
+        are built together first."""
+        candidates = [[self._candidates(group) for group in choice.groups] for choice, _ in choices]
+        self._prepare([c for groups in candidates for c in groups if len(c) > 1])
+        refined = []
+        for (choice, region), groups in zip(choices, candidates, strict=True):
+            found = [way for c in groups for way in (self._fastest(c) if len(c) > 1 else c[0])]
+            try:
+                refined.append(Choice(Scheme.from_groups(region, (g.group for g in found)), tuple(found)))
+            except SchemeError:
+                refined.append(choice)
+        return refined
+
+    def _prepare(self, groups: Sequence[Sequence[list[GroupChoice]]]) -> None:
+        """Build what is about to be measured, in parallel."""
+        missing = [c for c in groups if any(self._record(candidate) is None for candidate in c)]
+        try:
+            prepare([candidate for c in missing for candidate in c], self.target, self.threads, self._store)
+        except BuildError as error:
+            logger.warning("a candidate kernel did not build and is not considered: %s", error)
+
+    @property
+    def _store(self) -> KernelCache:
+        return self.cache or default_cache()
+
+    def _record(self, candidate: Sequence[GroupChoice]) -> dict[str, Any] | None:
+        return self._store.read_record(RECORD, self._key(candidate))
+
+    def _candidates(self, choice: GroupChoice) -> list[list[GroupChoice]]:
+        """Ways to run a group, the given one first."""
+        if choice.family is None or choice.family.name != GemmFamily.name:
+            return [[choice]]
+        found = [[choice]]
+        others = [p for p in choice.family.space(choice.match, self.target) if p != choice.parameters]
+        generated = [p for p in others if not isinstance(p, LibraryParameters)][: self.trials]
+        for parameters in [*generated, *(p for p in others if isinstance(p, LibraryParameters))]:
+            found.append([_with(choice, parameters, self.target)])
+        split = self._library(choice)
+        return [*found, split] if split is not None else found
+
+    def _library(self, choice: GroupChoice) -> list[GroupChoice] | None:
+        """The library's GEMM (with the bias) and the rest of the group as a kernel of its own."""
+        group = choice.group
+        head = [op for op in group.operators if op.kind is Kind.GEMM]
+        head += [op for op in group.operators if op.kind is Kind.BIAS and op.inputs[0] == head[0].output]
+        rest = [op for op in group.operators if op not in head]
+        if not rest or not group.graph.group(rest).is_convex:
+            return None
+        first = group.graph.group(head)
+        match = GemmFamily().match(first, self.target)
+        if match is None or match.library is None:
+            return None
+        cost = GemmFamily().cost(match, match.library, self.target)
+        library = GroupChoice(first, GemmFamily(), match, match.library, cost, cost.seconds(self.target), False)
+        try:
+            return [library, *choose([group.graph.group(rest)], FAMILIES, self.target)]
+        except ValueError:
+            return None
+
+    def _fastest(self, candidates: Sequence[list[GroupChoice]]) -> list[GroupChoice]:
+        cache = self._store
+        records = [self._record(candidate) for candidate in candidates]
+        if any(record is None for record in records):
+            # All together: only times of one run may be compared.
+            try:
+                times = measure(candidates, self.target, self.threads, cache)
+            except BuildError as error:
+                logger.warning("a candidate kernel did not build and is not considered: %s", error)
+                return candidates[0]
+            self.measured += len(candidates)
+            if times[0] is None or any(t is None for t in times):
+                return candidates[0]
+            seconds = [t.seconds for t in times if t is not None]
+            for candidate, time in zip(candidates, times, strict=True):
+                if time is not None:
+                    value = {
+                        "seconds": time.seconds,
+                        "spread": time.spread,
+                        "runs": time.runs,
+                        "operators": [op.kind.value for c in candidate for op in c.group.operators],
+                        "families": [c.family.name if c.family else "pytorch" for c in candidate],
+                        "torch": torch.__version__,
+                    }
+                    cache.write_record(RECORD, self._key(candidate), value)
+        else:
+            seconds = [float(record["seconds"]) for record in records if record is not None]
+        best = min(range(1, len(seconds)), key=seconds.__getitem__)
+        at = best if seconds[best] < seconds[0] * (1 - _MARGIN) else 0
+        share = seconds[at] / len(candidates[at])
+        return [GroupChoice(c.group, c.family, c.match, c.parameters, c.cost, share, True) for c in candidates[at]]
+
+    def _key(self, candidate: Sequence[GroupChoice]) -> str:
+        """What a time depends on: the groups, their kernels' sources, the machine, the threads and the libraries."""
+        parts = [self.target.key, str(self.target.cores), str(self.threads), torch.__version__]
+        for choice in candidate:
+            parts.append(Region(choice.group.graph, choice.group.operators).hash)
+            if choice.family is not None:
+                call = choice.family.call(choice.match, choice.parameters, self.target, self.threads)
+                parts += [choice.family.name, canonical(choice.parameters)]
+                parts.append(render(call.spec).text if isinstance(call, KernelCall) else call.name)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _with(choice: GroupChoice, parameters: object, target: Target) -> GroupChoice:
+    if choice.family is None:
+        raise ValueError("PyTorch's operators have no parameters")
+    cost = choice.family.cost(choice.match, parameters, target)
+    return GroupChoice(choice.group, choice.family, choice.match, parameters, cost, cost.seconds(target), False)
 
 
 def tuner_for(search: str | int, target: Target, threads: int) -> Tuner | None:
-    return None
+    """The tuner that ``optimize(search=…)`` asks for: None for ``"model"``, which trusts the cost model.
+
+    Raises ValueError for anything but ``"cached"``, ``"model"`` or a number of trials.
+    """
+    if search == "model":
+        return None
+    if search == "cached":
+        return Tuner(target, threads)
+    if isinstance(search, int) and not isinstance(search, bool) and search >= 0:
+        return Tuner(target, threads, trials=search)
+    raise ValueError(f'search must be "cached", "model" or a number of trials, not {search!r}')
