@@ -53,7 +53,8 @@ class Group(NamedTuple):
     def run_keys(self) -> Int64s:
         """The keys that all rows see, in the order of the runs."""
         start, count, step = self.runs.T.astype(np.int64)
-        return np.repeat(start, count) + ramp(count) * np.repeat(step, count)
+        keys: Int64s = np.repeat(start, count) + ramp(count) * np.repeat(step, count)
+        return keys
 
     @property
     def allowed(self) -> Bools:
@@ -317,7 +318,8 @@ class AttentionPlan:
         halves = dict.fromkeys(("row_ptr", "run_ptr", "key_ptr"), groups + 1)
         halves |= {"width": groups, "head": groups, "phase": groups, "sizes": (heads or 1) * phases}
         halves |= {"row": members, "slot": members, "run": 3 * runs, "key": keys}
-        at, views = len(_HEADER), {}
+        at = len(_HEADER)
+        views: dict[str, npt.NDArray[Any]] = {}
         for name, size in words.items():
             views[name] = self.array[at : at + size]
             at += size
@@ -333,7 +335,8 @@ class AttentionPlan:
         """For every group, the number of keys in its runs."""
         a = self._arrays
         ends = np.concatenate([[0], np.cumsum(a["run"].reshape(-1, 3)[:, 1], dtype=np.int64)])
-        return ends[a["run_ptr"][1:]] - ends[a["run_ptr"][:-1]]
+        totals: Int64s = ends[a["run_ptr"][1:]] - ends[a["run_ptr"][:-1]]
+        return totals
 
     def _check(self) -> None:
         """Raise PlanError unless a kernel can run this plan without reading or writing out of bounds."""
@@ -397,7 +400,8 @@ def _low_bits(counts: npt.NDArray[Any]) -> Words:
 def ramp(counts: npt.NDArray[Any]) -> Int64s:
     """0, 1, … counts[0] - 1, 0, 1, … counts[1] - 1, …"""
     ends = np.cumsum(counts, dtype=np.int64)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - counts, counts)
+    steps: Int64s = np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - counts, counts)
+    return steps
 
 
 def pointers(counts: npt.NDArray[Any]) -> Int64s:
