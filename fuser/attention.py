@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fuser.codegen.render import TEMPLATES, render
 from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
@@ -201,7 +202,9 @@ def _enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
             lengths = (int(q_len), int(q_len if kv_len is None else kv_len))
             key = keys.get(lengths)
             if key is None:
-                key = keys[lengths] = mask.fingerprint(*lengths)
+                # An export traces everything that runs, and this is not part of the model.
+                with _disable_current_modes():
+                    key = keys[lengths] = mask.fingerprint(*lengths)
     with _lock:
         _recent[key] = mask
         _recent.move_to_end(key)
@@ -223,7 +226,7 @@ def _key(mask: Mask, q_len: int, kv_len: int, causal: bool, offset: int) -> str:
         mask = mask.shift(offset) if offset else mask
         return _enter(mask & Causal() if causal else mask, q_len, kv_len)
     except AttributeError as error:
-        if not torch.compiler.is_dynamo_compiling():
+        if torch._guards.TracingContext.try_get() is None:
             raise
         # Dynamo passes objects that are made inside the traced function before their fields are set.
         from torch._dynamo.exc import Unsupported
