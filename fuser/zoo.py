@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ _PATCH = 16
 
 def _patches(sizes: Sizes) -> int:
     """Patches along one side of the image."""
-    side = round(sizes.seq**0.5)
+    side = math.isqrt(sizes.seq)
     if side * side != sizes.seq:
         raise FuserError(f"vit-b16: {sizes.seq} patches do not make a square image; choose 196, 256, 576, …")
     return side

@@ -159,7 +159,7 @@ class Program:
         if isinstance(segment, TorchStep):
             return [functools.partial(self._run_torch, segment, held)]
         args, first, count = segment
-        single = []
+        single: list[Callable[[], None]] = []
         for i in range(count):
             address = args.tensors[0] + i * ctypes.sizeof(Step)
             part = KernelArgs.pack((address,), (1,), self.plan.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +13,6 @@ import typer
 from fuser.cli.output import Json, console, print_json, table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fuser.demo import Batch, Encoder, Timing
     from fuser.module import OptimizedModule
 
@@ -190,9 +189,7 @@ def _race(
         else:
             say.line(f"torch.compile took {time.perf_counter() - start:.1f} s")
             runners["torch.compile"] = compiled
-    calls: dict[str, Callable[[], Any]] = {
-        name: (lambda encode=encode: encode(batch.input_ids, batch.attention_mask)) for name, encode in runners.items()
-    }
+    calls = {name: functools.partial(encode, batch.input_ids, batch.attention_mask) for name, encode in runners.items()}
     with torch.inference_mode():
         return parts.race(calls, "eager", seconds)
 

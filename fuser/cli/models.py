@@ -112,7 +112,7 @@ def _imported(name: str, sizes: Mapping[str, int], seed: int, padding: bool) -> 
 
 
 def _guess(name: str, model: nn.Module, batch: int, seq: int, padding: bool) -> dict[str, Tensor]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     if hasattr(config, "vocab_size"):
         call = {"input_ids": torch.randint(0, config.vocab_size, (batch, seq), generator=generator)}

@@ -257,7 +257,7 @@ def _show_plan(compiled: Compiled, json: bool) -> None:
         else:
             to = where(step.results if step.out is None else (step.out,))
             steps.append((label, str(step.call), where(step.inputs), to))
-    memory = {
+    sizes = {
         "arena_bytes": plan.arena_bytes,
         "workspace_offset": plan.workspace_offset,
         "constants": len(plan.constants),
@@ -265,8 +265,8 @@ def _show_plan(compiled: Compiled, json: bool) -> None:
     }
     if json:
         named = [dict(zip(("operators", "runs", "tensors", "results"), step, strict=True)) for step in steps]
-        guards = [{"shape": slot.shape, "dtype": str(slot.dtype)} for slot in plan.inputs]
-        print_json({"guards": guards, "steps": named, **memory})
+        expected = [{"shape": slot.shape, "dtype": str(slot.dtype)} for slot in plan.inputs]
+        print_json({"guards": expected, "steps": named, **sizes})
         return
     out = console()
     for i, (label, runs, tensors, results) in enumerate(steps):

@@ -1,0 +1,16 @@
+"""All tests build kernels into one cache below build/, which processes share and later runs find warm."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_cache = ROOT / "build" / "test-cache"
+_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+# Before anything imports fuser, and for the processes that tests start.
+os.environ["FUSER_CACHE_DIR"] = str(_cache)
+# No test may wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
