@@ -7,6 +7,7 @@ the operators take its key. A key that a trace has seen stays registered for the
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import functools
 import logging
 import math
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fuser.codegen.render import TEMPLATES, render
 from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
@@ -112,7 +112,8 @@ def _operands(
     if pattern is None:
         key = CAUSAL if causal else DENSE
     else:
-        key = _key(pattern, q.shape[2], k.shape[2], causal, offset)
+        # Lengths are not asked for where they do not matter, since they may be symbols of a trace.
+        key = _key(pattern, causal, offset) or _key(pattern, causal, offset, q.shape[2], k.shape[2])
     return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
 
 
@@ -202,9 +203,9 @@ def _enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
             lengths = (int(q_len), int(q_len if kv_len is None else kv_len))
             key = keys.get(lengths)
             if key is None:
-                # An export traces everything that runs, and this is not part of the model.
-                with _disable_current_modes():
-                    key = keys[lengths] = mask.fingerprint(*lengths)
+                # An export traces all that its thread runs, and this is not part of the model.
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    key = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
     with _lock:
         _recent[key] = mask
         _recent.move_to_end(key)
@@ -220,11 +221,15 @@ def _pin(key: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _key(mask: Mask, q_len: int, kv_len: int, causal: bool, offset: int) -> str:
-    """The key of a mask; a constant of whatever graph is traced."""
+def _key(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_len: int | None = None) -> str:
+    """The key of a mask, a constant of whatever graph is traced; empty if it depends on lengths that are not given."""
     try:
         mask = mask.shift(offset) if offset else mask
         return _enter(mask & Causal() if causal else mask, q_len, kv_len)
+    except MaskError:
+        if q_len is not None:
+            raise
+        return ""
     except AttributeError as error:
         if torch._guards.TracingContext.try_get() is None:
             raise
