@@ -33,7 +33,8 @@ lint: $(VENV)/.dev
 	cd build/lint && ../../$(BIN)/python -m mypy --strict --config-file ../../pyproject.toml -p fuser
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/encoders.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/table.py
 
 format: $(VENV)/.dev

@@ -1,0 +1,128 @@
+"""The tables of results in README.md, from benchmarks/results/*.json, so that text and results cannot drift apart.
+
+python benchmarks/table.py            print the tables
+python benchmarks/table.py --write    put them between the markers in README.md
+python benchmarks/table.py --check    exit with 1 if README.md has other ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """All tables as Markdown; says so when there are no results."""
+    parts = []
+    for name, make in (("encoders", encoders), ("attention", attention)):
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts.append(make(json.loads(path.read_text())))
+    return "\n\n".join(parts) or "No results are stored yet: `make bench` makes them for your machine."
+
+
+def encoders(report: Mapping[str, Any]) -> str:
+    """Whole models: milliseconds of every arm, the speedup over the fastest other one, and the share of the floor."""
+    rows, memory = [], []
+    arms = _union(result["timings"] for result in report["results"] if "timings" in result)
+    for result in report["results"]:
+        if "memory" in result:
+            memory.append(result["memory"])
+            continue
+        times = [_ms(result["timings"].get(arm, {}).get("median_ms")) for arm in arms]
+        rows.append(
+            [result["case"], *times, f"**{result['speedup_over_best']:.2f}×**", f"{result['fraction_of_floor']:.0%}"]
+        )
+    title = "Whole encoders, milliseconds a call (medians, all arms interleaved in one run)"
+    text = _table(title, ["model: batch × tokens", *arms, "over the fastest other", "of the floor"], rows)
+    for found in memory:
+        ours, eager = found["fuser"]["forward_peak_mb"], found["eager"]["forward_peak_mb"]
+        text += f"\n\nPeak resident memory of {found['case']}: {ours:.0f} MB, eager {eager:.0f} MB."
+    machine = report["machine"]
+    where = {**machine, "cpu": f"{machine['cpu']} ({machine['arch']})", "peak": machine["peak_gflops_a_core"]}
+    return f"{text}\n\n{_machine(where)}"
+
+
+def attention(report: Mapping[str, Any]) -> str:
+    """Attention alone, by mask and length."""
+    results = report["results"]
+    arms = [arm for arm in _union(result["milliseconds"] for result in results) if arm not in ("by_hand", "kernel")]
+    rows = [
+        [
+            f"{result['mask']} {result['length']}",
+            *(_ms(result["milliseconds"].get(arm)) for arm in arms),
+            f"{result['work_ratio']:.2f}",
+            f"{result['share_of_floor']:.0%}",
+        ]
+        for result in results
+    ]
+    shape = report["shape"]
+    title = (
+        f"Attention alone, milliseconds a call ({shape['dtype']}, batch {shape['batch']}, {shape['heads']} heads "
+        f"of {shape['dim']}; medians, interleaved)"
+    )
+    text = _table(title, ["mask, tokens", *arms, "pairs computed / allowed", "of the floor"], rows)
+    where = {**report, "cpu": report["machine"], "peak": report["peak_gflops_per_core"]}
+    return f"{text}\n\n{_machine(where)}"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"Machine: {machine['cpu']}, {machine['threads']} threads, {machine['peak']:.0f} Gflop/s a core measured. "
+        f"{versions}; {machine['date'][:10]}, commit {machine['commit'][:9]}."
+    )
+
+
+def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    found: dict[str, None] = {}
+    for mapping in mappings:
+        found.update(dict.fromkeys(mapping))
+    return list(found)
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def replaced(text: str, made: str) -> str:
+    """``text`` with ``made`` between the markers. Raises ValueError when they are not there."""
+    before, found, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise ValueError(f"{README.name} lacks the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    made = tables()
+    if options.write or options.check:
+        old = README.read_text(encoding="utf-8")
+        new = replaced(old, made)
+        if options.check and new != old:
+            raise SystemExit("README.md does not show the stored results: run `python benchmarks/table.py --write`")
+        if options.write:
+            README.write_text(new, encoding="utf-8")
+    else:
+        print(made)
+
+
+if __name__ == "__main__":
+    main()
