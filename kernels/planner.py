@@ -30,9 +30,9 @@ class GroupCost:
     fetching a key, whatever the width, and ``partial`` of applying a word of lanes to a vector.
     """
 
-    group: float = 4.0
-    setup: float = 8.0
-    key: float = 0.15
+    group: float = 1.0
+    setup: float = 13.0
+    key: float = 0.1
     partial: float = 0.03
 
     def __call__(self, width: int, full: Int64s, partial: Int64s) -> npt.NDArray[np.float64]:

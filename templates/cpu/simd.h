@@ -221,6 +221,19 @@ FUSER_INLINE vf select_bits(uint64_t bits, vf a, vf b) {
 #endif
 }
 
+// Whether any lane of a comparison is set.
+FUSER_INLINE bool any(vi mask) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= mask[i];
+  return r != 0;
+#endif
+}
+
 // One bit for every byte that is not zero; 0 < n <= 64, no other byte is touched.
 FUSER_INLINE uint64_t load_bits(const uint8_t* p, int64_t n) {
 #if defined(__AVX512BW__)
