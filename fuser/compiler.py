@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme
 from fuser.codegen.render import TEMPLATES
-from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
+from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.families import FAMILIES
@@ -79,7 +80,7 @@ def compile_call(
     kernels = load_kernels(assembly, target, cache)
     lap("build")
     store.register(captured.parameters)
-    constants = program_constants(assembly, graph, captured.parameters, store)
+    constants = program_constants(assembly, graph, captured.parameters, store, cache.root)
     program = Program(assembly.plan, kernels, constants)
     lap("pack")
     total = sum(seconds.values())
@@ -126,10 +127,15 @@ def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict
 
 
 def program_constants(
-    assembly: Assembly, graph: OperatorGraph, parameters: Mapping[str, Tensor], store: WeightStore
+    assembly: Assembly,
+    graph: OperatorGraph,
+    parameters: Mapping[str, Tensor],
+    store: WeightStore,
+    folder: Path | None = None,
 ) -> list[Tensor]:
-    """The constants of a plan, in its order."""
-    return [store.get(ref, graph.constants, parameters) for ref in assembly.plan.constants]
+    """The constants of a plan, in its order; with ``folder``, originals that only take memory move to files there."""
+    tables = [op.inputs[0] for op in graph.operators if op.kind is Kind.EMBEDDING]
+    return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder)
 
 
 def threads_now() -> int:

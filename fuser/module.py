@@ -18,10 +18,9 @@ from fuser.compiler import Compiled, compile_call, program_constants, threads_no
 from fuser.ir.errors import BuildError, CacheError, CaptureError, FuserError, MaskError, ToolchainError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
-from fuser.runtime.cache import default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search.tuning import Tuner, tuner_for
-from fuser.weights import WeightStore, packed_only
+from fuser.weights import WeightStore
 
 logger = logging.getLogger("fuser")
 _FALLBACKS = (CaptureError, BuildError, ToolchainError, CacheError)
@@ -109,7 +108,6 @@ class OptimizedModule(nn.Module):
                 self._say(str(error))
                 return None
             self._programs[key] = compiled
-            self._offload()
             return compiled
 
     def _compile(self, call: FlatCall, threads: int) -> Compiled:
@@ -133,12 +131,6 @@ class OptimizedModule(nn.Module):
             compiled.program.set_constants(
                 program_constants(compiled.assembly, compiled.graph, parameters, self._store)
             )
-
-    def _offload(self) -> None:
-        programs = [
-            (c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in self._programs.values()
-        ]
-        self._store.offload(packed_only(programs), default_cache().root)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:

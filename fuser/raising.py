@@ -149,7 +149,7 @@ class _Raiser:
         """The name of a value that is this view: its base, an alias, or, where no strides can say it, a copy."""
         base = self.values[view.base]
         shape, strides = view.shape, view.strides()
-        if view.offset == 0 and shape == base.shape and strides == base.strides:
+        if view.offset == 0 and shape == base.shape and strides is not None and base.has_strides(strides):
             return view.base
         if view in self._realized:
             return self._realized[view]
@@ -818,7 +818,7 @@ def _embedding(r: _Raiser, node: fx.Node) -> Value | None:
     if r.is_constant(index) or not r.is_constant(table) or spec.dtype not in _FLOATING or spec.numel == 0:
         return None
     strides = index.strides()
-    if strides is None or index.offset or strides != TensorSpec.contiguous(index.shape, torch.int64).strides:
+    if strides is None or not TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides):
         return None
     return r.emit(Kind.EMBEDDING, node.name, (r.realize(table), r.realize(index)), spec)
 

@@ -35,13 +35,17 @@ class View:
 
     def strides(self) -> tuple[int, ...] | None:
         """One stride a dimension, or None when some dimension has no single stride."""
-        found = []
-        for factors in self.dims:
+        found: list[int] = []
+        following = 1
+        for factors in reversed(self.dims):
             merged = _collapse(factors)
             if len(merged) > 1:
                 return None
-            found.append(merged[0][1] if merged else 0)
-        return tuple(found)
+            # A dimension of size one may have any stride; this one looks contiguous.
+            size, stride = merged[0] if merged else (1, following)
+            found.append(stride)
+            following = size * stride
+        return tuple(reversed(found))
 
     def reshape(self, shape: Sequence[int]) -> View | None:
         """The view with another shape of the same number of elements; None when a factor would have to be cut where

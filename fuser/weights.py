@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.kernels.families import materialize
 
 _OFFLOAD_BYTES = 1 << 16
+_WRITE_BYTES = 1 << 16
 
 
 @dataclass
@@ -58,6 +60,7 @@ class WeightStore:
         self._leaves: dict[int, _Leaf] = {}
         self._made: dict[str, Tensor] = {}
         self._offloaded: set[int] = set()
+        self._direct: set[int] = set()
         self.offload_error = ""
         """Why originals stay in memory beside their packed forms, if they do."""
 
@@ -86,8 +89,33 @@ class WeightStore:
         self._made = {key: tensor for key, tensor in self._made.items() if key.startswith("literal:")}
         self._leaves = {i: _Leaf.of(leaf.tensor, leaf.owner, leaf.key) for i, leaf in self._leaves.items()}
 
-    def get(self, ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
-        """The tensor of a constant, a packed constant or a literal of one program."""
+    def load(
+        self,
+        refs: Sequence[TensorRef],
+        constants: Mapping[str, Constant],
+        parameters: Mapping[str, Tensor],
+        tables: Iterable[str] = (),
+        folder: Path | None = None,
+    ) -> list[Tensor]:
+        """The tensors of a program's constants, packed constants and literals.
+
+        With ``folder``, originals of which only packed forms are used, and ``tables`` that rows are gathered from, move
+        to files there as soon as they are packed, so that the weights are never in memory twice.
+        """
+        tables = set(tables)
+        for ref in refs:
+            if isinstance(ref, str) and ref not in tables:
+                self._direct.update(id(t) for t in _sources(ref, constants, parameters))
+        for ref in refs if folder is not None else ():
+            if isinstance(ref, Packed):
+                self._get(ref, constants, parameters)
+            if isinstance(ref, Packed) or ref in tables:
+                self._offload(_sources(ref if isinstance(ref, str) else ref.value, constants, parameters), folder)
+        loaded = [self._get(ref, constants, parameters) for ref in refs]
+        _trim_heap()
+        return loaded
+
+    def _get(self, ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
         if isinstance(ref, Literal):
             return self._memo(f"literal:{ref.key}", lambda: materialize(ref, None))
         if isinstance(ref, Packed):
@@ -112,14 +140,14 @@ class WeightStore:
 
     # ---- memory
 
-    def offload(self, weights: Iterable[Tensor], folder: Path) -> None:
-        """Back originals that only packed forms of are used by files, so that they take no memory until touched.
+    def _offload(self, weights: Iterable[Tensor], folder: Path) -> None:
+        """Back originals by files, so that they take no memory until touched.
 
         The parameters stay what they are, tensors with their values: ``state_dict``, in-place updates and the original
         model keep working, and read the file when they need to. The files have no names and go with the process.
         """
         for tensor in weights:
-            if id(tensor) in self._offloaded or not isinstance(tensor, nn.Parameter):
+            if id(tensor) in self._offloaded | self._direct or not isinstance(tensor, nn.Parameter):
                 continue
             if tensor.nbytes < _OFFLOAD_BYTES or not tensor.is_contiguous() or tensor.is_inference():
                 continue
@@ -135,6 +163,11 @@ class WeightStore:
                 self._leaves[id(tensor)] = _Leaf.of(tensor, leaf.owner, leaf.key)
 
     @property
+    def made_bytes(self) -> int:
+        """Bytes of packed and derived constants and of literals."""
+        return sum(tensor.nbytes for tensor in self._made.values())
+
+    @property
     def offloaded_bytes(self) -> int:
         """Bytes of originals that lie in files."""
         return sum(self._leaves[i].tensor.nbytes for i in self._offloaded if i in self._leaves)
@@ -146,21 +179,6 @@ class WeightStore:
             leaf.tensor.data = leaf.tensor.detach().clone()
             self._leaves[i] = _Leaf.of(leaf.tensor, leaf.owner, leaf.key)
         self._offloaded.clear()
-
-
-def packed_only(
-    programs: Iterable[tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]],
-) -> list[Tensor]:
-    """Live tensors that programs use only through packed constants."""
-    packed: dict[int, Tensor] = {}
-    direct: set[int] = set()
-    for refs, constants, parameters in programs:
-        for ref in refs:
-            if isinstance(ref, Packed):
-                packed.update((id(t), t) for t in _sources(ref.value, constants, parameters))
-            elif isinstance(ref, str):
-                direct.update(id(t) for t in _sources(ref, constants, parameters))
-    return [tensor for i, tensor in packed.items() if i not in direct]
 
 
 def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> list[Tensor]:
@@ -186,13 +204,22 @@ def _owned(model: nn.Module | None) -> Iterable[tuple[dict[str, Any], str, Tenso
                     yield owner, key, tensor
 
 
+def _trim_heap() -> None:
+    """Give the pages of freed originals back to the system, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _file_backed(tensor: Tensor, folder: Path) -> Tensor:
     """A private copy-on-write mapping of a nameless file with the tensor's contents."""
-    handle = tempfile.NamedTemporaryFile(dir=folder, prefix="weights-", delete=False)  # noqa: SIM115
+    handle = tempfile.NamedTemporaryFile(dir=folder, prefix="weights-", delete=False, buffering=0)  # noqa: SIM115
     path = Path(handle.name)
     try:
         with handle:
-            tensor.reshape(-1).view(torch.uint8).numpy().tofile(handle)
+            content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            # Small writes make small pages in the cache, so that a touched row brings in little around it.
+            for start in range(0, len(content), _WRITE_BYTES):
+                handle.write(content[start : start + _WRITE_BYTES])
         mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -83,11 +83,12 @@ class TensorSpec:
 
     @property
     def is_contiguous(self) -> bool:
+        return self.has_strides(TensorSpec.contiguous(self.shape, self.dtype).strides)
+
+    def has_strides(self, strides: Sequence[int]) -> bool:
+        """Whether these strides address the same elements; the stride of a dimension of size one does not matter."""
         return all(
-            size == 1 or stride == expected
-            for size, stride, expected in zip(
-                self.shape, self.strides, TensorSpec.contiguous(self.shape, self.dtype).strides, strict=True
-            )
+            size == 1 or mine == other for size, mine, other in zip(self.shape, self.strides, strides, strict=True)
         )
 
 

@@ -1,0 +1,95 @@
+"""What benchmarks share: interleaved timing, agreement of the arms, and results with the machine they were made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuser.ir.target import Target
+from fuser.runtime.device import cpu_name
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy", "sparse-fuser")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: median, and the quartiles around it."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+    """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all."""
+    for run in arms.values():
+        for _ in range(warmup):
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _timing(s) for name, s in samples.items()}
+
+
+def _timing(samples: list[float]) -> Timing:
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return Timing(statistics.median(samples), quartiles[0], quartiles[2], len(samples))
+
+
+def machine(target: Target) -> dict[str, Any]:
+    """The machine and the versions that a result belongs to."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpu": cpu_name(),
+        "arch": target.arch,
+        "features": sorted(target.features),
+        "threads": torch.get_num_threads(),
+        "peak_gflops_a_core": round(target.peak_flops / 1e9, 1),
+        "bandwidth_gb_s": round(target.bandwidth / 1e9, 1),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def save(name: str, target: Target, results: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """Write results with their machine to ``benchmarks/results/NAME.json`` (or ``path``)."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": name, "machine": machine(target), "results": results}, indent=1) + "\n")
+    return path
+
+
+def as_record(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """Timings as plain values."""
+    return {name: {k: round(v, 4) for k, v in asdict(t).items()} for name, t in timings.items()}
+
+
+def ratios(timings: Mapping[str, Timing], ours: str) -> dict[str, float]:
+    """How many times faster ``ours`` is than each other arm, by medians."""
+    mine = timings[ours].median_ms
+    return {name: round(t.median_ms / mine, 3) for name, t in timings.items() if name != ours}
