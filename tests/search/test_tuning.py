@@ -1,0 +1,169 @@
+"""Tuning: measured choices are remembered, respected and right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fuser
+from fuser.capture import capture, flatten_call
+from fuser.codegen.partition import Choice, default_scheme
+from fuser.compiler import choose_all
+from fuser.ir.graph import OperatorGraph
+from fuser.kernels.families import FAMILIES
+from fuser.kernels.gemm import LibraryParameters
+from fuser.raising import raise_graph
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.device import cpu_target
+from fuser.search import tuning
+from fuser.search.measure import subgraph
+from fuser.search.tuning import RECORD, Tuner, tuner_for
+
+TARGET = cpu_target()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 72), nn.GELU(), nn.Linear(72, 24)).eval()
+
+
+def graph_of(model: nn.Module, rows: int = 9) -> OperatorGraph:
+    return raise_graph(capture(model, flatten_call((torch.randn(rows, 40),), {})))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
+    """The session's kernels with records of this test's own."""
+    records = KernelCache(tmp_path / "records")
+    shared = default_cache()
+    monkeypatch.setattr(shared, "read_record", records.read_record)
+    monkeypatch.setattr(shared, "write_record", records.write_record)
+    return shared
+
+
+def chosen(graph: OperatorGraph, tuner: Tuner) -> list[Choice]:
+    regions = list({r.hash: r for r in graph.regions}.values())
+    return tuner.refine([(default_scheme(r, FAMILIES, TARGET), r) for r in regions])
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, library_seconds: float) -> list[int]:
+    """Replace measurement: whatever uses the library takes ``library_seconds``, anything else one second."""
+    calls: list[int] = []
+
+    def measure(candidates, target, threads, cache):  # type: ignore[no-untyped-def]
+        calls.append(len(candidates))
+        return [
+            tuning_measurement(
+                library_seconds if any(isinstance(c.parameters, LibraryParameters) for c in candidate) else 1.0
+            )
+            for candidate in candidates
+        ]
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    return calls
+
+
+def tuning_measurement(seconds: float):  # type: ignore[no-untyped-def]
+    from fuser.search.measure import Measurement
+
+    return Measurement(seconds, 0.0, 5)
+
+
+def test_measurements_are_made_once_and_remembered(cache: KernelCache) -> None:
+    graph = graph_of(mlp())
+    first, second = Tuner(TARGET, 2, cache=cache), Tuner(TARGET, 2, cache=cache)
+    before = chosen(graph, first)
+    after = chosen(graph, second)
+    assert first.measured >= 4
+    assert second.measured == 0
+    assert [str(c.scheme) for c in before] == [str(c.scheme) for c in after]
+    assert [g.parameters for c in before for g in c.groups] == [g.parameters for c in after for g in c.groups]
+
+
+def test_other_threads_or_shapes_are_measured_anew(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend(monkeypatch, 2.0)
+    chosen(graph_of(mlp()), Tuner(TARGET, 2, cache=cache))
+    once = len(calls)
+    chosen(graph_of(mlp()), Tuner(TARGET, 2, cache=cache))
+    assert len(calls) == once
+    chosen(graph_of(mlp()), Tuner(TARGET, 1, cache=cache))
+    assert len(calls) == 2 * once
+    chosen(graph_of(mlp(), rows=11), Tuner(TARGET, 2, cache=cache))
+    assert len(calls) == 3 * once
+
+
+def test_the_library_is_taken_only_where_it_is_faster(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(mlp())
+    pretend(monkeypatch, 0.99)
+    close = chosen(graph, Tuner(TARGET, 2, cache=cache))
+    assert not any(isinstance(g.parameters, LibraryParameters) for c in close for g in c.groups)
+    monkeypatch.setattr(cache, "read_record", lambda kind, key: None)
+    pretend(monkeypatch, 0.5)
+    won = chosen(graph, Tuner(TARGET, 2, cache=cache))
+    assert sum(isinstance(g.parameters, LibraryParameters) for c in won for g in c.groups) == 2
+    names = [op.name for c in won for g in c.groups for op in g.group.operators]
+    assert sorted(names) == sorted(op.name for r in graph.regions for op in r.operators)
+
+
+def test_programs_with_the_library_are_right(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 0.5)
+    model, x = mlp(), torch.randn(9, 40)
+    fast = fuser.optimize(model, (x,))
+    assert "onednn_linear" in {k.name for k in fast.kernels}
+    assert fast.unfused == ()
+    with torch.no_grad():
+        eager = model(x)
+        exact = mlp().double()(x.double())
+        ours = fast(x)
+        assert float((ours - exact).norm() / exact.norm()) <= 2 * float((eager - exact).norm() / exact.norm()) + 1e-7
+        model[0].weight.mul_(2)
+        changed = model(x)
+        assert float((fast(x) - changed).norm() / changed.norm()) < 1e-6
+
+
+def test_a_damaged_record_is_measured_again(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(mlp())
+    calls = pretend(monkeypatch, 2.0)
+    tuner = Tuner(TARGET, 2, cache=cache)
+    chosen(graph, tuner)
+    once = len(calls)
+    root = Path(cache.read_record.__self__.root)  # type: ignore[attr-defined]
+    records = [p for p in root.rglob("*") if p.is_file() and RECORD in str(p)]
+    assert records
+    for path in records:
+        path.write_text("{")
+    chosen(graph, Tuner(TARGET, 2, cache=cache))
+    assert len(calls) == 2 * once
+
+
+def test_trials_add_candidates(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend(monkeypatch, 2.0)
+    graph = graph_of(mlp())
+    chosen(graph, Tuner(TARGET, 2, trials=0, cache=cache))
+    few = list(calls)
+    calls.clear()
+    chosen(graph, Tuner(TARGET, 2, trials=8, cache=cache))
+    assert all(more > less for more, less in zip(calls, few, strict=True))
+
+
+def test_subgraph_is_the_work_of_its_groups() -> None:
+    graph = graph_of(mlp())
+    choices, _ = choose_all(graph, TARGET)
+    part = subgraph(choices)
+    assert part is not None
+    assert part.inputs == graph.inputs
+    assert part.outputs == graph.outputs
+    assert {op.name for op in part.compute} == {op.name for op in graph.compute}
+
+
+def test_what_search_may_be() -> None:
+    assert tuner_for("model", TARGET, 2) is None
+    cached, more = tuner_for("cached", TARGET, 2), tuner_for(7, TARGET, 2)
+    assert cached is not None and cached.trials == 0
+    assert more is not None and more.trials == 7
+    for wrong in ("best", -1, True, 1.5):
+        with pytest.raises(ValueError, match="search must be"):
+            tuner_for(wrong, TARGET, 2)  # type: ignore[arg-type]
