@@ -8,6 +8,7 @@ when the graph runs, so a graph with dynamic shapes gets one program for each sh
 from __future__ import annotations
 
 import collections
+import copy
 import logging
 import threading
 import weakref
@@ -15,8 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fuser.compiler import program_constants
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
 from fuser.module import OptimizedModule
@@ -71,6 +74,83 @@ def _is_weight(node: fx.Node, example: Any) -> bool:
     return isinstance(example, Tensor) and "._buffers[" in (name() if callable(name) else str(name))
 
 
+def _returns_views(graph: fx.GraphModule) -> bool:
+    """Whether an output shares memory with an input."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    inputs = {_storage(node) for node in graph.graph.nodes if node.op == "placeholder"} - {None}
+    return any(_storage(node) in inputs for node in output.all_input_nodes)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) and value.layout is torch.strided else None
+
+
+def _written_out(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with nn.TransformerEncoder's fast path, one opaque operator a layer, as what it computes."""
+    nodes = [node for node in graph.graph.nodes if node.target is torch._transformer_encoder_layer_fwd]
+    if not nodes:
+        return graph
+    written = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in written.graph.nodes:
+        if node.target is torch._transformer_encoder_layer_fwd:
+            node.target = _encoder_layer
+    written.recompile()
+    return written
+
+
+def _encoder_layer(
+    src: Tensor,
+    width: int,
+    heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor,
+    second_weight: Tensor,
+    second_bias: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """``torch._transformer_encoder_layer_fwd``: src (B, L, E); mask nonzero = forbidden, of type 0 (L, L), 1 (B, L) or
+    2 (B, H, L, L)."""
+    allowed = None
+    if mask is not None:
+        allowed = ~mask.to(torch.bool)
+        allowed = allowed[:, None, None, :] if mask_type == 1 else allowed
+
+    def attention(x: Tensor) -> Tensor:
+        parts = F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, width // heads)).transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
+        return F.linear(out, out_weight, out_bias)
+
+    def perceptron(x: Tensor) -> Tensor:
+        hidden = F.linear(x, first_weight, first_bias)
+        return F.linear(F.gelu(hidden) if gelu else F.relu(hidden), second_weight, second_bias)
+
+    def norm1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), norm1_weight, norm1_bias, eps)
+
+    def norm2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), norm2_weight, norm2_bias, eps)
+
+    if norm_first:
+        x = src + attention(norm1(src))
+        return x + perceptron(norm2(x))
+    x = norm1(src + attention(src))
+    return norm2(x + perceptron(x))
+
+
 class _Bound(nn.Module):
     """A graph with its weights in place."""
 
@@ -93,6 +173,41 @@ class _Bound(nn.Module):
         return self.graph(*(next(weights) if constant else next(given) for constant in self._constant))
 
 
+class _Graph(OptimizedModule):
+    """A bound graph that shares packed weights with the other graphs over the same weights.
+
+    Dynamo makes several graphs of one model: for one shape, then for all others, or for another mode.
+    """
+
+    def __init__(self, model: _Bound, weights: Sequence[Tensor], **settings: Any) -> None:
+        super().__init__(model, **settings)
+        with _groups_lock:
+            self._siblings = _groups.setdefault(tuple(map(id, weights)), weakref.WeakSet())
+            first = next(iter(self._siblings), None)
+            if first is not None:
+                self._store, self._lock = first._store, first._lock
+            self._siblings.add(self)
+
+    def _refresh(self) -> None:
+        store = self._store
+        super()._refresh()
+        if self._store is not store:
+            return
+        for sibling in self._siblings:
+            if sibling is not self and sibling._store is store:
+                sibling._failed.clear()
+                for compiled in sibling.programs:
+                    constants = program_constants(
+                        compiled.assembly, compiled.graph, compiled.captured.parameters, store
+                    )
+                    compiled.program.set_constants(constants)
+
+
+# Identities are those of the graphs' weights, which live as long as the graphs.
+_groups: weakref.WeakValueDictionary[tuple[int, ...], weakref.WeakSet[_Graph]] = weakref.WeakValueDictionary()
+_groups_lock = threading.Lock()
+
+
 class _Runner:
     """What Dynamo calls.
 
@@ -102,10 +217,12 @@ class _Runner:
 
     def __init__(self, graph: fx.GraphModule, constant: tuple[bool, ...], settings: Mapping[str, Any]) -> None:
         self._graph = graph
+        self._compiled = _written_out(graph)
+        self._aliases = _returns_views(graph)
         self._constant = constant
         self._settings = settings
         self._lock = threading.Lock()
-        self._bound: collections.OrderedDict[tuple[int, ...], OptimizedModule] = collections.OrderedDict()
+        self._bound: collections.OrderedDict[tuple[int, ...], _Graph] = collections.OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -114,6 +231,9 @@ class _Runner:
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
             return self._graph(*inputs)
+        if self._aliases and any(isinstance(x, Tensor) and not x.is_contiguous() for x in inputs):
+            # Programs read contiguous copies, and a view of a copy is not a view of the input.
+            return self._graph(*inputs)
         weights = [x for x, constant in zip(inputs, self._constant, strict=True) if constant]
         module = self._module(weights)
         if module.programs and not any(compiled.assembly.kernels for compiled in module.programs):
@@ -121,13 +241,13 @@ class _Runner:
             return self._graph(*inputs)
         return module(*(x for x, constant in zip(inputs, self._constant, strict=True) if not constant))
 
-    def _module(self, weights: Sequence[Tensor]) -> OptimizedModule:
+    def _module(self, weights: Sequence[Tensor]) -> _Graph:
         key = tuple(map(id, weights))
         with self._lock:
             module = self._bound.get(key)
             if module is None:
                 # The module keeps its weights alive, so that their identities stay theirs.
-                module = OptimizedModule(_Bound(self._graph, self._constant, weights), **self._settings)
+                module = _Graph(_Bound(self._compiled, self._constant, weights), weights, **self._settings)
                 _modules.add(module)
                 self._bound[key] = module
                 while len(self._bound) > _SETS_OF_WEIGHTS:
