@@ -20,7 +20,6 @@ from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import VIEWS, Kind, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
-from fuser.kernels.base import Packed
 
 if TYPE_CHECKING:
     from fuser.module import OptimizedModule
@@ -63,7 +62,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the arena of all programs, packed and derived constants, originals that lie in files."""
+    """Bytes: the largest arena of a program, what was made from weights (packed and derived), originals in files."""
 
     arena: int
     constants: int
@@ -175,16 +174,9 @@ def _kernels(compiled: Compiled) -> Iterator[KernelRow]:
 
 
 def _memory(module: OptimizedModule) -> Memory:
-    arena = sum(compiled.assembly.plan.arena_bytes for compiled in module.programs)
-    made: dict[int, int] = {}
-    for compiled in module.programs:
-        for ref in compiled.assembly.plan.constants:
-            constants = compiled.graph.constants
-            if isinstance(ref, Packed) or (isinstance(ref, str) and constants[ref].call is not None):
-                tensor = module._store.get(ref, constants, compiled.captured.parameters)
-                made[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    arena = max((compiled.assembly.plan.arena_bytes for compiled in module.programs), default=0)
     store = module._store
-    return Memory(arena, sum(made.values()), store.offloaded_bytes, store.offload_error)
+    return Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error)
 
 
 # ---- text

@@ -38,7 +38,7 @@ def profile(program: Program, inputs: Sequence[Tensor], rounds: int = 20) -> Pro
         start = time.perf_counter()
         program(inputs)
         call = time.perf_counter() - start
-        with program.stepping(inputs) as runs:
+        with program.stepping(inputs) as (runs, _):
             times = [_seconds(run) for run in runs]
         if number:  # the first round touches memory for the first time
             calls.append(call)

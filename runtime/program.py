@@ -141,17 +141,22 @@ class Program:
                     self._run_torch(segment, held)
                 else:
                     self._run_native(segment)
-            return [self._returned(slot, held) for slot in self.plan.returns]
+            return self._results(held)
 
     @contextlib.contextmanager
-    def stepping(self, inputs: Sequence[Tensor]) -> Iterator[list[Callable[[], None]]]:
-        """The steps of ``plan.steps`` as functions that run one step each, to be called in order; for profiles.
-
-        Other calls of this program wait until the context is left.
+    def stepping(
+        self, inputs: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Callable[[], None]], Callable[[], list[Tensor]]]]:
+        """The steps of ``plan.steps`` as functions that run one step each, to be called in order, and a function that
+        then gives the results; for profiles. Other calls of this program wait until the context is left.
         """
         with self._lock:
             held = self._bind(inputs)
-            yield [run for segment in self._segments for run in self._singly(segment, held)]
+            runs = [run for segment in self._segments for run in self._singly(segment, held)]
+            yield runs, lambda: self._results(held)
+
+    def _results(self, held: dict[tuple[Memory, int], Tensor]) -> list[Tensor]:
+        return [self._returned(slot, held) for slot in self.plan.returns]
 
     def _singly(
         self, segment: tuple[Any, int, int] | TorchStep, held: dict[tuple[Memory, int], Tensor]
