@@ -8,13 +8,16 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fuser.ir.errors import CacheError, KernelError, ToolchainError
 from fuser.runtime.abi import KernelArgs, KernelFunction
 
+Result = TypeVar("Result")
 _RUNTIME_NAME = re.compile(r"^lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 # The thread of a forked child that still refers to its parent's pool of threads, and the one that stands in for it.
 _stale_thread: int | None = None
@@ -88,9 +91,7 @@ class Kernel:
 
     def status(self, args: KernelArgs, stream: int | None = None) -> int:
         """Run the kernel and return what it returns: 0 for success."""
-        if threading.get_ident() == _stale_thread and not openmp_runtime().llvm:
-            return _fresh_thread().submit(self._run, args, stream).result()
-        return self._run(args, stream)
+        return run_after_fork(self._run, args, stream)
 
     def _run(self, args: KernelArgs, stream: int | None) -> int:
         return int(self._function(ctypes.byref(args), stream))
@@ -153,11 +154,17 @@ def _owner_of(library: ctypes.CDLL) -> Path | None:
     return next((path for start, end, path in _mappings() if start <= address < end), None)
 
 
-def _fresh_thread() -> ThreadPoolExecutor:
+def run_after_fork(function: Callable[..., Result], *args: Any) -> Result:
+    """``function(*args)``; in a forked child, where a team of threads would never come, from a thread of its own.
+
+    That thread has PyTorch's default modes: gradients are recorded unless ``function`` says otherwise.
+    """
     global _substitute
+    if threading.get_ident() != _stale_thread or openmp_runtime().llvm:
+        return function(*args)
     if _substitute is None:
         _substitute = ThreadPoolExecutor(1, "fuser")
-    return _substitute
+    return _substitute.submit(function, *args).result()
 
 
 def _note_fork() -> None:

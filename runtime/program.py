@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import enum
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuser.ir.errors import KernelError
+from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.runtime.abi import KernelArgs, Step
-from fuser.runtime.library import Kernel
+from fuser.runtime.library import Kernel, run_after_fork
 
 RUNNER = "fuser_run_steps"
+_INDEX_STATUS = 1
+"""What templates return for an index outside its table."""
 
 
 class Memory(enum.Enum):
@@ -99,17 +103,52 @@ class _Patch:
     offset: int
 
 
-class Program:
-    """A plan with its arena, its constants and its loaded kernels. Calls are serialized by a lock."""
+class Arena:
+    """The memory that programs of one model compute in, one program at a time; it grows to the largest's need."""
 
-    def __init__(self, plan: ProgramPlan, kernels: Mapping[str, Kernel], constants: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        _arenas.add(self)
+
+    def require(self, size: int) -> Tensor:
+        """At least ``size`` bytes from a multiple of 64; call with the lock held."""
+        if self.buffer.numel() < size:
+            # Made outside of inference mode, whose tensors PyTorch refuses to write to later.
+            with torch.inference_mode(False):
+                room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8)
+            self.buffer = room[-room.data_ptr() % _CACHE_LINE :]
+        return self.buffer
+
+
+_CACHE_LINE = 64
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    # The thread that held a lock does not exist in a forked child, so nobody would release it.
+    for arena in _arenas:
+        arena.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_locks)
+
+
+class Program:
+    """A plan with its arena, its constants and its loaded kernels.
+
+    Calls of programs that share an ``arena`` (default: one of its own) run one after the other.
+    """
+
+    def __init__(
+        self, plan: ProgramPlan, kernels: Mapping[str, Kernel], constants: Sequence[Tensor], arena: Arena | None = None
+    ) -> None:
         self.plan = plan
         self._kernels = kernels
-        self._arena = torch.empty(plan.arena_bytes + 64, dtype=torch.uint8)
-        self._base = (self._arena.data_ptr() + 63) & ~63
-        self._shift = self._base - self._arena.data_ptr()
-        self._lock = threading.Lock()
+        self._arena = arena or Arena()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._patches: dict[tuple[Memory, int], list[_Patch]] = {}
+        self._arguments: list[KernelArgs] = []
         self._keep: list[Any] = []
         self._constants: list[Tensor] = []
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
@@ -125,7 +164,7 @@ class Program:
 
     def set_constants(self, constants: Sequence[Tensor]) -> None:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
-        with self._lock:
+        with self._arena.lock:
             self._constants = list(constants)
             self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.CONSTANT}
             for i, tensor in enumerate(constants):
@@ -133,8 +172,15 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
-        the model itself returns views of its inputs."""
-        with self._lock:
+        the model itself returns views of its inputs.
+
+        Raises IndexRangeError for an index outside its table, and KernelError for other failures of kernels.
+        """
+        # A PyTorch step would wait for threads that a fork has ended, just as a kernel would.
+        return run_after_fork(self._run, inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with self._arena.lock:
             held = self._bind(inputs)
             for segment in self._segments:
                 if isinstance(segment, TorchStep):
@@ -150,7 +196,7 @@ class Program:
         """The steps of ``plan.steps`` as functions that run one step each, to be called in order, and a function that
         then gives the results; for profiles. Other calls of this program wait until the context is left.
         """
-        with self._lock:
+        with self._arena.lock:
             held = self._bind(inputs)
             runs = [run for segment in self._segments for run in self._singly(segment, held)]
             yield runs, lambda: self._results(held)
@@ -174,10 +220,12 @@ class Program:
     def _bind(self, inputs: Sequence[Tensor]) -> dict[tuple[Memory, int], Tensor]:
         """Point the steps at these inputs and at fresh outputs, which are returned by slot."""
         held: dict[tuple[Memory, int], Tensor] = {}
+        buffer = self._arena.require(self.plan.arena_bytes)
+        if buffer is not self._buffer:
+            self._settle(buffer)
         for i, tensor in enumerate(inputs):
-            given = tensor.detach()
-            if not given.is_contiguous():
-                given = given.contiguous()
+            # Kernels read memory as it lies: without the negation that PyTorch keeps as a flag.
+            given = tensor.detach().resolve_neg().contiguous()
             held[Memory.INPUT, i] = given
             self._patch(Memory.INPUT, i, given)
         for i, slot in enumerate(self.plan.outputs):
@@ -185,6 +233,14 @@ class Program:
             held[Memory.OUTPUT, i] = fresh
             self._patch(Memory.OUTPUT, i, fresh)
         return held
+
+    def _settle(self, buffer: Tensor) -> None:
+        """Move into this arena."""
+        self._buffer = buffer
+        self._patch(Memory.ARENA, 0, buffer)
+        for args in self._arguments:
+            args.workspace = buffer.data_ptr() + self.plan.workspace_offset
+        self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.ARENA}
 
     # ---- setting up
 
@@ -205,19 +261,17 @@ class Program:
     def _native(self, step: NativeStep) -> Step:
         addresses = (ctypes.c_void_p * max(len(step.tensors), 1))()
         for position, slot in enumerate(step.tensors):
-            if slot.memory is Memory.ARENA:
-                addresses[position] = self._base + slot.offset
-            else:
-                patch = _Patch(addresses, position, slot.offset)
-                self._patches.setdefault((slot.memory, slot.index), []).append(patch)
+            patch = _Patch(addresses, position, slot.offset)
+            self._patches.setdefault((slot.memory, slot.index), []).append(patch)
         extents = (ctypes.c_int64 * max(len(step.extents), 1))(*step.extents)
         args = KernelArgs(
             ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
             ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
             self.plan.threads,
-            self._base + self.plan.workspace_offset,
+            None,
         )
-        self._keep += [addresses, extents, args]
+        self._arguments.append(args)
+        self._keep += [addresses, extents]
         return Step(self._kernels[step.symbol].address, ctypes.pointer(args))
 
     def _close(self, run: list[Step], first: int) -> None:
@@ -248,7 +302,9 @@ class Program:
         if status:
             step = self.plan.steps[first + (status >> 8) - 1]
             symbol = step.symbol if isinstance(step, NativeStep) else "?"
-            raise KernelError(_STATUS.get(status & 255, "kernel {symbol} failed").format(symbol=symbol))
+            if status & 255 == _INDEX_STATUS:
+                raise IndexRangeError(f"an index is outside the table that it looks up (kernel {symbol})")
+            raise KernelError(f"the kernel {symbol} failed with status {status & 255}")
 
     def _run_torch(self, step: TorchStep, held: dict[tuple[Memory, int], Tensor]) -> None:
         arguments = [self._tensor(slot, held) for slot in step.inputs]
@@ -269,9 +325,9 @@ class Program:
     def _tensor(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
         if slot.memory is Memory.ARENA:
             if slot not in self._views:
-                start = self._shift + slot.offset
-                typed = self._arena[start : start + _bytes(slot)].view(slot.dtype)
-                self._views[slot] = typed.as_strided(slot.shape, slot.strides)
+                with torch.inference_mode(False):
+                    typed = self._buffer[slot.offset : slot.offset + _bytes(slot)].view(slot.dtype)
+                    self._views[slot] = typed.as_strided(slot.shape, slot.strides)
             return self._views[slot]
         if slot.memory is Memory.CONSTANT:
             if slot not in self._views:
@@ -282,9 +338,6 @@ class Program:
     def _returned(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
         tensor = self._tensor(slot, held)
         return tensor.clone() if slot.memory is Memory.CONSTANT else tensor
-
-
-_STATUS = {1: "an index is outside the embedding table (IndexError in eager); kernel {symbol} stopped"}
 
 
 def _bytes(slot: Slot) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FuserError(Exception):
-    """Base of fuser's errors. The message says what was wrong with the user's model, mask or machine, and what to do."""
+    """Base of fuser's errors. A message says what was wrong with the user's model, mask or machine, and what to do."""
 
 
 class CaptureError(FuserError):
@@ -37,3 +37,7 @@ class CacheError(FuserError):
 
 class KernelError(FuserError):
     """A kernel reported failure at run time, or was called with tensors that it was not built for."""
+
+
+class IndexRangeError(KernelError, IndexError):
+    """An index, such as a token id, is outside the table that it looks up: an IndexError, as in eager PyTorch."""
