@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,14 +140,21 @@ class Tuner:
         return [GroupChoice(c.group, c.family, c.match, c.parameters, c.cost, share, True) for c in candidates[at]]
 
     def _key(self, candidate: Sequence[GroupChoice]) -> str:
-        """What a time depends on: the groups, their kernels' sources, the machine, the threads and the libraries."""
+        """What a time depends on: the kernels' sources and sizes, the machine, the threads and the libraries.
+
+        Rows count by their nearest power of two, so that a new length of a sequence reuses what its neighbour found.
+        """
         parts = [self.target.key, str(self.target.cores), str(self.threads), torch.__version__]
         for choice in candidate:
-            parts.append(Region(choice.group.graph, choice.group.operators).hash)
-            if choice.family is not None:
-                call = choice.family.call(choice.match, choice.parameters, self.target, self.threads)
-                parts += [choice.family.name, canonical(choice.parameters)]
-                parts.append(render(call.spec).text if isinstance(call, KernelCall) else call.name)
+            if choice.family is None:
+                parts.append(Region(choice.group.graph, choice.group.operators).hash)
+                continue
+            call = choice.family.call(choice.match, choice.parameters, self.target, self.threads)
+            program = choice.match.program
+            rows = 1 << round(math.log2(max(program.rows, 1)))
+            parts += [choice.family.name, canonical(choice.parameters)]
+            parts.append(f"{rows}x{program.columns}x{getattr(choice.match, 'k', 0)}")
+            parts.append(render(call.spec).text if isinstance(call, KernelCall) else call.name)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

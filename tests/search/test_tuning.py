@@ -91,7 +91,9 @@ def test_other_threads_or_shapes_are_measured_anew(cache: KernelCache, monkeypat
     assert len(calls) == once
     chosen(graph_of(mlp()), Tuner(TARGET, 1, cache=cache))
     assert len(calls) == 2 * once
-    chosen(graph_of(mlp(), rows=11), Tuner(TARGET, 2, cache=cache))
+    chosen(graph_of(mlp(), rows=7), Tuner(TARGET, 2, cache=cache))
+    assert len(calls) == 2 * once, "a neighbouring length reuses what was measured"
+    chosen(graph_of(mlp(), rows=40), Tuner(TARGET, 2, cache=cache))
     assert len(calls) == 3 * once
 
 
