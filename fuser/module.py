@@ -35,6 +35,8 @@ class OptimizedModule(nn.Module):
     cannot be captured or built.
     """
 
+    _model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -45,6 +47,9 @@ class OptimizedModule(nn.Module):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)
+        # Whoever sets, swaps or looks up a parameter or submodule here does so in the model.
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            object.__setattr__(self, name, getattr(model, name))
         self._attention = attention
         self._search = search
         self._target = target
@@ -213,7 +218,7 @@ class OptimizedModule(nn.Module):
         self.training = mode
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         result: dict[str, Any] = self._model.state_dict(*args, **kwargs)
         return result
 
@@ -267,7 +272,8 @@ def split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tupl
     """What PyTorch runs, inside the span of the regions and outside of it."""
     graph = compiled.graph
     fused = [graph.position[op.name] for region in graph.regions for op in region.operators]
-    inside, outside = [], []
+    inside: list[tuple[str, str]] = []
+    outside: list[tuple[str, str]] = []
     for name, reason in compiled.assembly.unfused:
         within = bool(fused) and min(fused) <= graph.position[name] <= max(fused)
         (inside if within else outside).append((name, reason))

@@ -210,7 +210,7 @@ class _Weights:
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
         for _, span in spans:
-            yield memoryview(span.view(torch.uint8).numpy())
+            yield span.view(torch.uint8).numpy().data
 
 
 def _storable(span: Tensor) -> Tensor:
@@ -234,8 +234,10 @@ def _masks_of(programs: Iterable[SavedProgram]) -> dict[str, Mask]:
     found: dict[str, Mask] = {}
     for program in programs:
         for step in program.plan.steps:
-            call = step.call if isinstance(step, TorchStep) else None
-            if isinstance(call, TorchCall) and getattr(call.target, "namespace", "") == "fuser":
+            if not isinstance(step, TorchStep) or not isinstance(step.call, TorchCall):
+                continue
+            call = step.call
+            if getattr(call.target, "namespace", "") == "fuser":
                 q_len, kv_len = (step.inputs[i].shape[2] for i in (0, 1))
                 key = next(a for a in call.args if isinstance(a, str))
                 found[key] = _picklable(mask_of(key), q_len, kv_len)
@@ -265,8 +267,14 @@ def _leaf() -> pytree.TreeSpec:
     return pytree.tree_structure(None)
 
 
+def _type_of_none() -> type:
+    return type(None)
+
+
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
+        if value is type(None):
+            return _type_of_none, ()
         # The class of leaves is going away in torch, and says so whenever it is used.
         if isinstance(value, pytree.TreeSpec) and value.is_leaf():
             return _leaf, ()
@@ -282,17 +290,18 @@ _MODULES = (
     "fuser.kernels.",
     "fuser.raising",
     "fuser.runtime.program",
-    "fuser.saved",
 )
 _NAMES = frozenset(
     {
-        *(("builtins", name) for name in ("complex", "dict", "frozenset", "list", "range", "set", "slice", "tuple")),
-        *(("collections", name) for name in ("OrderedDict", "defaultdict", "deque")),
+        *(("builtins", name) for name in ("bool", "bytes", "complex", "float", "int", "str")),
+        *(("builtins", name) for name in ("dict", "frozenset", "list", "range", "set", "slice", "tuple")),
+        *(("collections", name) for name in ("OrderedDict", "defaultdict", "deque", "namedtuple")),
         *(("torch", name) for name in ("Size", "device")),
         ("torch.serialization", "_get_layout"),
         ("torch.fx.immutable_collections", "immutable_list"),
         ("torch.fx.immutable_collections", "immutable_dict"),
         ("torch.utils._pytree", "TreeSpec"),
+        *(("fuser.saved", name) for name in ("SavedProgram", "SavedTensor", "_function", "_leaf", "_type_of_none")),
         *(("numpy", name) for name in ("dtype", "ndarray")),
         *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
         *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
@@ -422,7 +431,7 @@ def _read_weights(archive: zipfile.ZipFile, checksum: str, path: Path) -> dict[s
             if start != at or end - start != size * dtype.itemsize or end > archive.getinfo(_WEIGHTS).file_size:
                 raise FuserError(f"{path} is damaged: its weights do not follow each other")
             tensor = torch.empty(size, dtype=dtype)
-            view = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if size else memoryview(b"")
+            view = tensor.view(torch.uint8).numpy().data.cast("B") if size else memoryview(b"")
             for low in range(0, end - start, _CHUNK):
                 part = view[low : low + _CHUNK]
                 part[:] = _exactly(file, len(part), digest.update)
