@@ -130,7 +130,8 @@ def _encoder_layer(
 
     def attention(x: Tensor) -> Tensor:
         parts = F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (heads, width // heads)).transpose(1, 2) for part in parts)
+        split = (heads, width // heads)
+        q, k, v = (part.unflatten(-1, split).transpose(1, 2) for part in parts)  # type: ignore[no-untyped-call]
         out = F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
         return F.linear(out, out_weight, out_bias)
 

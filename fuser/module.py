@@ -232,13 +232,14 @@ class OptimizedModule(nn.Module):
         return self._model.named_buffers(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        return self._model.named_modules(*args, **kwargs)
+        found: Iterator[tuple[str, nn.Module]] = self._model.named_modules(*args, **kwargs)
+        return found
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         return self._model.named_children()
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
-        self._model._apply(fn, recurse)
+        self._model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:

@@ -278,8 +278,9 @@ class _Pickler(pickle.Pickler):
         # The class of leaves is going away in torch, and says so whenever it is used.
         if isinstance(value, pytree.TreeSpec) and value.is_leaf():
             return _leaf, ()
-        if isinstance(value, types.BuiltinFunctionType) and getattr(torch, value.__name__, None) is value:
-            return _function, (value.__name__,)
+        name = getattr(value, "__name__", "")
+        if isinstance(value, types.BuiltinFunctionType) and getattr(torch, name, None) is value:
+            return _function, (name,)
         return NotImplemented
 
 

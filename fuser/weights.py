@@ -106,7 +106,9 @@ class WeightStore:
         for ref in refs:
             if isinstance(ref, str) and ref not in tables:
                 self._direct.update(id(t) for t in _sources(ref, constants, parameters))
-        for ref in refs if folder is not None else ():
+        for ref in refs:
+            if folder is None:
+                break
             if isinstance(ref, Packed):
                 self._get(ref, constants, parameters)
             if isinstance(ref, Packed) or ref in tables:
@@ -216,7 +218,7 @@ def _file_backed(tensor: Tensor, folder: Path) -> Tensor:
     path = Path(handle.name)
     try:
         with handle:
-            content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
             # Small writes make small pages in the cache, so that a touched row brings in little around it.
             for start in range(0, len(content), _WRITE_BYTES):
                 handle.write(content[start : start + _WRITE_BYTES])

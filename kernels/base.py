@@ -80,7 +80,7 @@ class KernelSpec:
 
 
 def canonical(value: Any) -> str:
-    """A text that is equal exactly when the parameter values are; raises TypeError for what must not reach a template."""
+    """A text that is equal exactly when the values are; raises TypeError for what must not reach a template."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
     if dataclasses.is_dataclass(value):
@@ -103,7 +103,7 @@ class Packed:
     """
 
     value: str
-    layout: tuple[str, int, ...] | tuple[Any, ...]
+    layout: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -176,4 +176,4 @@ class KernelFamily(Protocol):
 
     def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall | LibraryCall: ...
 
-    def reference(self, match: Any) -> Callable[..., tuple[torch.Tensor, ...]]: ...
+    def reference(self, match: Any) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]: ...

@@ -63,7 +63,7 @@ class TorchStep:
     """What PyTorch runs: ``call(*inputs)`` gives the tensors of the RESULT slots ``results``, or, with ``out``, writes
     its last argument."""
 
-    call: Callable[..., tuple[Tensor, ...]]
+    call: Callable[..., Any]
     inputs: tuple[Slot, ...]
     results: tuple[Slot, ...]
     out: Slot | None = None
