@@ -158,6 +158,8 @@ class _Bound(nn.Module):
     def __init__(self, graph: fx.GraphModule, constant: Sequence[bool], weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph = graph
+        # A graph compiles its code when it is first asked for, which a capture would take for a change of state.
+        graph.code  # noqa: B018
         self._constant = constant
         self._names = [f"weight_{i}" for i in range(len(weights))]
         for name, weight in zip(self._names, weights, strict=True):
