@@ -1,5 +1,4 @@
-# Every target sets up .venv by itself. TORCH chooses what is installed as PyTorch, with any options of pip, e.g.
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Every target sets up .venv by itself. TORCH chooses what is installed as PyTorch, with any options of pip.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv

@@ -1,0 +1,92 @@
+"""The tables of results are what the stored results say, and the README shows them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_table", ROOT / "benchmarks" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MACHINE = {"cpu": "Some CPU", "arch": "avx512", "threads": 2, "peak_gflops_a_core": 99.6, "commit": "abcdef0123456"}
+MACHINE |= {"versions": {"torch": "2.13.0"}, "date": "2026-01-02T03:04:05"}
+
+ENCODERS: dict[str, Any] = {
+    "machine": MACHINE,
+    "results": [
+        {
+            "case": "bert-base:1x128",
+            "timings": {"fuser": {"median_ms": 50.04}, "eager": {"median_ms": 123.4}},
+            "speedup_over_best": 1.256,
+            "fraction_of_floor": 0.876,
+        },
+        {"case": "minilm:1x7", "timings": {"fuser": {"median_ms": 2}}, "speedup_over_best": 2, "fraction_of_floor": 1},
+        {"memory": {"case": "bert-base:1x128", "eager": {"forward_peak_mb": 900}, "fuser": {"forward_peak_mb": 700.4}}},
+    ],
+}
+ATTENTION: dict[str, Any] = {
+    "machine": "Some CPU",
+    "peak_gflops_per_core": 99.6,
+    "threads": 2,
+    "versions": {"torch": "2.13.0"},
+    "commit": "abcdef0123456",
+    "date": "2026-01-02T03:04:05",
+    "shape": {"dtype": "fp32", "batch": 1, "heads": 12, "dim": 64},
+    "results": [
+        {
+            "mask": "strided",
+            "length": 1024,
+            "milliseconds": {"kernel": 1.0, "sdpa": 9.5, "fuser": 1.23},
+            "work_ratio": 1.5,
+            "share_of_floor": 0.5,
+        }
+    ],
+}
+
+
+def test_encoders(table: ModuleType) -> None:
+    lines = table.encoders(ENCODERS).splitlines()
+    assert "| model: batch × tokens | fuser | eager | over the fastest other | of the floor |" in lines
+    assert "| bert-base:1x128 | 50 | 123 | **1.26×** | 88% |" in lines
+    assert "| minilm:1x7 | 2 | – | **2.00×** | 100% |" in lines
+    assert "Peak resident memory of bert-base:1x128: 700 MB, eager 900 MB." in lines
+    assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
+
+
+def test_attention(table: ModuleType) -> None:
+    lines = table.attention(ATTENTION).splitlines()
+    assert "| strided 1024 | 9.5 | 1.23 | 1.50 | 50% |" in lines
+
+
+def test_all_files_of_a_folder(table: ModuleType, tmp_path: Path) -> None:
+    assert "No results" in table.tables(tmp_path)
+    (tmp_path / "encoders.json").write_text(json.dumps(ENCODERS))
+    (tmp_path / "attention.json").write_text(json.dumps(ATTENTION))
+    made = table.tables(tmp_path)
+    assert made.index("bert-base:1x128") < made.index("strided 1024")
+
+
+def test_only_what_is_between_the_markers_changes(table: ModuleType) -> None:
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.replaced(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    with pytest.raises(ValueError, match="markers"):
+        table.replaced("no markers", "new")
+
+
+def test_the_readme_shows_the_stored_results(table: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.replaced(readme, table.tables()) == readme, "run `python benchmarks/table.py --write`"
