@@ -268,6 +268,7 @@ def render_html(found: Report, compiled: Compiled | None) -> str:
         pictures=pictures,
         masks=masks,
         colours=COLOURS,
+        families=sorted({group.family for block in found.blocks for group in block.groups}),
         slowest=slowest,
     )
 
