@@ -18,6 +18,7 @@ _EXPORTS = {
     "sparse_attention": ("fuser.attention", "sparse_attention"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
+    "cqs": ("fuser.cqs", None),
     "schemes": ("fuser.schemes", None),
     "integrations": ("fuser.integrations", None),
     "FuserError": ("fuser.ir.errors", "FuserError"),

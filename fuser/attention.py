@@ -24,6 +24,7 @@ from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
 from fuser.kernels.attention import AttentionParameters, cached_plan, extents, workspace_bytes
 from fuser.kernels.base import FLOATING, STORAGE
+from fuser.kernels.plan import AttentionPlan
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.library import Kernel
 
@@ -220,7 +221,7 @@ def _pin(key: str) -> None:
         _pinned[key] = mask
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_len: int | None = None) -> str:
     """The key of a mask, a constant of whatever graph is traced; empty if it depends on lengths that are not given."""
     try:
@@ -263,13 +264,13 @@ def _op_lse(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, 
     return _run(q, k, v, mask, runtime, scale, lse=True)
 
 
-@torch.library.register_fake("fuser::sparse_attention")
+@torch.library.register_fake("fuser::sparse_attention")  # type: ignore[untyped-decorator]
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
     _pin(mask)
     return _empty_out(q, v)
 
 
-@torch.library.register_fake("fuser::sparse_attention_lse")
+@torch.library.register_fake("fuser::sparse_attention_lse")  # type: ignore[untyped-decorator]
 def _fake_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -345,6 +346,25 @@ def _launch(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
+    from fuser.runtime.device import cpu_target
+
+    run_plan(q, k, v, cached_plan(mask, q.shape[2], k.shape[2], cpu_target()), runtime, scale, out, lse)
+
+
+def run_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: AttentionPlan,
+    runtime: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Run the kernel for ``tiles`` on checked tensors, into ``out`` and, where it is given, ``lse``.
+
+    Raises BuildError, ToolchainError or CacheError when there is no kernel.
+    """
     # The compiler imports the raising, which imports this module.
     from fuser.compiler import threads_now
     from fuser.runtime.device import cpu_target
@@ -352,7 +372,6 @@ def _launch(
     q, k, v = (t.detach() if t.stride(3) == 1 else t.detach().contiguous() for t in (q, k, v))
     batch, heads, q_len, width = q.shape
     target = cpu_target()
-    tiles = cached_plan(mask, q_len, k.shape[2], target)
     tensors = [q, k, v]
     mask_strides: tuple[int, ...] | None = None
     if runtime is not None:
@@ -448,7 +467,8 @@ def _gradients(
     ds = p * (dp - inner if grad_lse is None else dp - inner + grad_lse.to(p.dtype)[..., None])
 
     def narrow(t: Tensor) -> Tensor:
-        return t.unflatten(1, (k.shape[1], group)).sum(2).to(q.dtype).contiguous()
+        grouped: Tensor = t.unflatten(1, (k.shape[1], group))  # type: ignore[no-untyped-call]
+        return grouped.sum(2).to(q.dtype).contiguous()
 
     dq = (ds @ _wide(k, group, p.dtype) * scale).to(q.dtype)
     dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
@@ -457,7 +477,7 @@ def _gradients(
     return dq, dk, dv, ds.sum_to_size(runtime.shape).to(runtime.dtype)
 
 
-@torch.library.register_fake("fuser::sparse_attention_backward")
+@torch.library.register_fake("fuser::sparse_attention_backward")  # type: ignore[untyped-decorator]
 def _fake_gradients(
     grad: Tensor,
     grad_lse: Tensor | None,

@@ -20,6 +20,7 @@ import numpy as np
 from fuser.ir.errors import PlanError
 from fuser.ir.masks import Columns, Dense, Mask, Progressions
 from fuser.ir.masks.base import Bools, Ints, integer
+from fuser.ir.target import Target
 from fuser.kernels.plan import AttentionPlan, Group
 from fuser.kernels.planner import plan as plan_mask
 
@@ -541,9 +542,9 @@ def pieces(partition: Partition, worker: int, mask: Mask | None = None) -> Itera
         yield Gathered(mask or Dense(), partition.seq_len, (row,), columns, (tuple(range(len(columns))),))
 
 
-def plan(partition: Partition, mask: Mask | None = None) -> AttentionPlan:
-    """All workers as one plan. Phase p holds, for every query group, the blocks of the worker in whose quorum it is the
-    p-th: as many phases as the base set has members, in each of which a row has one worker.
+def plan(partition: Partition, mask: Mask | None = None, target: Target | None = None) -> AttentionPlan:
+    """All workers as one plan. For every query group, the p-th member of the base set has one worker, in whose quorum
+    the group is the p-th; the blocks of each such role share phases, so there are about as many as members.
 
     Raises MaskError if ``mask`` does not fit the length.
     """
@@ -552,10 +553,12 @@ def plan(partition: Partition, mask: Mask | None = None) -> AttentionPlan:
     mask.validate(n)
     every = tuple(itertools.pairwise(bounds))
     groups: list[Group] = []
-    for phase, role in enumerate(partition.roles):
+    phases = 0
+    for role in partition.roles:
         if role:
             visible = tuple(tuple(sorted((i + b - a) % w for a, b in role)) for i in range(w))
-            part = plan_mask(Gathered(mask, n, every, every, visible), n)
-            # Rows that see nothing are in the first phase, which has the diagonal blocks.
-            groups += [g._replace(phase=phase) for g in part if phase == 0 or len(g.runs) or len(g.keys)]
+            part = plan_mask(Gathered(mask, n, every, every, visible), n, n, target)
+            # The first role has the diagonal blocks and keeps the rows that see nothing at all.
+            groups += [g._replace(phase=phases + g.phase) for g in part if phases == 0 or len(g.runs) or len(g.keys)]
+            phases += part.phases
     return AttentionPlan.of(n, n, groups, mask.heads)
