@@ -1,0 +1,145 @@
+"""The structure of masks that follows from their definition: rows as disjoint arithmetic progressions of keys.
+
+Closed under ``&``, ``|``, ``~`` and shifts as long as few progressions a row suffice. Everything is in time and memory
+proportional to rows, whatever the number of allowed pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from fuser.ir.masks import And, Mask, Not, Or, Shifted
+from fuser.kernels.plan import Int64s
+
+_MOST_PARTS = 96
+"""Progressions a row above which a mask is treated as one without closed form."""
+
+
+class Part(NamedTuple):
+    """For each row one progression of keys: ``start + t * step`` for ``0 <= t < count``; ``start``, ``count`` (N,).
+
+    Rows that agree modulo ``period`` have their keys in the same residue class, or close: they suit one group.
+    """
+
+    start: Int64s
+    count: Int64s
+    step: int
+    period: int
+
+
+class _IrregularError(Exception):
+    """No closed form of reasonable size."""
+
+
+def progressions(mask: Mask, q_len: int, kv_len: int) -> list[Part] | None:
+    """Disjoint parts that together allow what ``mask`` allows, or None where no short closed form is known."""
+    try:
+        return _parts(mask, np.arange(q_len), q_len, kv_len)
+    except _IrregularError:
+        return None
+
+
+def _parts(mask: Mask, rows: Int64s, n: int, m: int) -> list[Part]:
+    if isinstance(mask, Or):
+        operands = [_parts(part, rows, n, m) for part in mask.operands]
+        return _union([part for parts in operands for part in parts])
+    if isinstance(mask, Not):
+        whole = Part(np.zeros(len(rows), np.int64), np.full(len(rows), m), 1, 1)
+        return _minus([whole], _parts(mask.operand, rows, n, m))
+    if isinstance(mask, And):
+        kept = [_parts(part, rows, n, m) for part in mask.operands if not isinstance(part, Not)]
+        holes = [_parts(part.operand, rows, n, m) for part in mask.operands if isinstance(part, Not)]
+        result = kept[0] if kept else [Part(np.zeros(len(rows), np.int64), np.full(len(rows), m), 1, 1)]
+        for other in kept[1:]:
+            result = _short([_meet(a, b) for a in result for b in other])
+        for hole in holes:
+            result = _minus(result, hole)
+        return result
+    if isinstance(mask, Shifted) and isinstance(mask.operand, (And, Or, Not)):
+        # The operand at these rows may reach beyond the keys that exist here, but is cut to them like any mask.
+        return _parts(mask.operand, rows + mask.offset, n + mask.offset, m)
+    closed = mask.progressions(rows, n, m)
+    if closed is None:
+        raise _IrregularError
+    parts = []
+    for start, count, step in zip(closed.start.T, closed.count.T, closed.step.T, strict=True):
+        for value in np.unique(step[count > 0]).tolist():
+            parts.append(Part(start, np.where(step == value, count, 0), value, value))
+    return _short(parts)
+
+
+def _short(parts: list[Part]) -> list[Part]:
+    parts = [part for part in parts if part.count.any()]
+    if len(parts) > _MOST_PARTS:
+        raise _IrregularError
+    return parts
+
+
+def _union(parts: list[Part]) -> list[Part]:
+    intervals = [part for part in parts if part.step == 1]
+    result: list[Part] = []
+    if intervals:
+        start = np.stack([part.start for part in intervals], axis=1)
+        end = start + np.stack([part.count for part in intervals], axis=1)
+        order = np.argsort(np.where(end > start, start, np.iinfo(np.int64).max), axis=1, kind="stable")
+        start, end = np.take_along_axis(start, order, 1), np.take_along_axis(end, order, 1)
+        end = np.where(end > start, end, 0)
+        reached = np.maximum.accumulate(end, axis=1)
+        start[:, 1:] = np.maximum(start[:, 1:], reached[:, :-1])
+        result = _short([Part(a, np.maximum(0, b - a), 1, 1) for a, b in zip(start.T, end.T, strict=True)])
+    for part in sorted((part for part in parts if part.step > 1), key=lambda part: part.step):
+        result = _short([*result, *_minus([part], result)])
+    return result
+
+
+def _minus(parts: list[Part], holes: list[Part]) -> list[Part]:
+    for hole in holes:
+        parts = _short([piece for part in parts for piece in _without(part, hole)])
+    return parts
+
+
+def _without(part: Part, hole: Part) -> list[Part]:
+    """The pieces of ``part`` that are not in ``hole``."""
+    if not _meet(part, hole).count.any():
+        return [part]
+    if part.step % hole.step:
+        # On the common multiple of both steps each class lies in the hole's lattice or does not touch it.
+        fold = math.lcm(part.step, hole.step) // part.step
+        if fold > _MOST_PARTS:
+            raise _IrregularError
+        classes = [
+            Part(
+                part.start + t * part.step,
+                np.maximum(0, -((t - part.count) // fold)),
+                part.step * fold,
+                part.period,
+            )
+            for t in range(fold)
+        ]
+        return [piece for one in classes for piece in _without(one, hole)]
+    hit = (hole.count > 0) & ((part.start - hole.start) % hole.step == 0)
+    end = hole.start + (hole.count - 1) * hole.step + 1
+    before = np.clip(-((part.start - hole.start) // part.step), 0, part.count)
+    after = np.clip(-((part.start - end) // part.step), 0, part.count)
+    before, after = np.where(hit, before, part.count), np.where(hit, after, part.count)
+    pieces = [part._replace(count=before)]
+    pieces.append(part._replace(start=part.start + after * part.step, count=part.count - after))
+    return [piece for piece in pieces if piece.count.any()]
+
+
+def _meet(a: Part, b: Part) -> Part:
+    """Keys in both, by the Chinese remainder theorem."""
+    divisor = math.gcd(a.step, b.step)
+    step = a.step // divisor * b.step
+    inverse = pow(a.step // divisor, -1, b.step // divisor) if b.step > divisor else 0
+    gap = b.start - a.start
+    first = a.start + a.step * (gap // divisor % (b.step // divisor) * inverse % (b.step // divisor))
+    low = np.maximum(a.start, b.start)
+    first = first + np.maximum(0, -((first - low) // step)) * step
+    last = np.minimum(a.start + (a.count - 1) * a.step, b.start + (b.count - 1) * b.step)
+    fits = (a.count > 0) & (b.count > 0) & (gap % divisor == 0)
+    count = np.where(fits, np.maximum(0, (last - first) // step + 1), 0)
+    return Part(first, count, step, math.lcm(a.period, b.period))
