@@ -25,7 +25,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - the output is C++, and no free text reaches a template
+        autoescape=False,
     )
     env.globals.update(
         statements=expressions.statements,

@@ -49,10 +49,10 @@ class Op(enum.Enum):
 REDUCTIONS = frozenset({Op.ROW_SUM, Op.ROW_MEAN, Op.ROW_MAX})
 _LEAVES = frozenset({Op.INPUT, Op.CONSTANT})
 _ARITY = {
-    **{op: 1 for op in Op},
+    **dict.fromkeys(Op, 1),
     Op.INPUT: 0,
     Op.CONSTANT: 0,
-    **{op: 2 for op in (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM)},
+    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM), 2),
 }
 
 _TORCH: dict[Op, Callable[..., Tensor]] = {
@@ -83,12 +83,12 @@ _TORCH: dict[Op, Callable[..., Tensor]] = {
 
 # Rough fp32 operations an element, for the roofline: a transcendental is a polynomial of about this length.
 _FLOPS = {
-    **{op: 1 for op in Op},
+    **dict.fromkeys(Op, 1),
     Op.INPUT: 0,
     Op.CONSTANT: 0,
-    **{op: 20 for op in (Op.EXP, Op.LOG, Op.SIGMOID, Op.SILU, Op.TANH, Op.GELU_TANH)},
-    **{op: 36 for op in (Op.ERF, Op.GELU)},
-    **{op: 8 for op in (Op.DIV, Op.SQRT, Op.RSQRT, Op.RECIPROCAL)},
+    **dict.fromkeys((Op.EXP, Op.LOG, Op.SIGMOID, Op.SILU, Op.TANH, Op.GELU_TANH), 20),
+    **dict.fromkeys((Op.ERF, Op.GELU), 36),
+    **dict.fromkeys((Op.DIV, Op.SQRT, Op.RSQRT, Op.RECIPROCAL), 8),
 }
 
 
@@ -265,8 +265,22 @@ def rms_norm(eps: float, weight: bool = True) -> Expression:
 
 
 def softmax() -> Expression:
-    """Softmax along a row."""
+    """Softmax along a row; a row of -inf alone gives NaN."""
     b = Builder()
     x = b.input(0)
     e = b.apply(Op.EXP, b.apply(Op.SUB, x, b.apply(Op.ROW_MAX, x)))
     return b.build(b.apply(Op.DIV, e, b.apply(Op.ROW_SUM, e)))
+
+
+def masked_softmax() -> Expression:
+    """Softmax along a row of scores; a row of -inf alone, which may attend to nothing, gives zeros."""
+    b = Builder()
+    x = b.input(0)
+    highest = b.apply(Op.MAXIMUM, b.apply(Op.ROW_MAX, x), b.constant(_LOWEST))
+    e = b.apply(Op.EXP, b.apply(Op.SUB, x, highest))
+    # The largest term of every other row is one.
+    return b.build(b.apply(Op.DIV, e, b.apply(Op.MAXIMUM, b.apply(Op.ROW_SUM, e), b.constant(0.5))))
+
+
+_LOWEST = -3.4028234663852886e38
+"""The lowest finite number of fp32, so below every score but -inf."""
