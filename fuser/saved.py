@@ -43,7 +43,7 @@ from fuser.runtime.cache import default_cache
 from fuser.runtime.device import lacking
 from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
-from fuser.runtime.program import Program, ProgramPlan, TorchStep
+from fuser.runtime.program import Arena, Program, ProgramPlan, TorchStep
 
 FORMAT = 1
 _MANIFEST, _PROGRAMS, _WEIGHTS = "manifest.json", "programs.pickle", "weights.safetensors"
@@ -466,6 +466,7 @@ class LoadedModule(nn.Module):
         super().__init__()
         self._content = content
         self._lock = threading.Lock()
+        self._arena = Arena()
         self._running: dict[tuple[int, int], Program] = {}
         self._by_key: dict[Signature, list[int]] = {}
         for i, saved in enumerate(content.programs):
@@ -502,7 +503,7 @@ class LoadedModule(nn.Module):
                 saved = programs[index]
                 plan = dataclasses.replace(saved.plan, threads=team)
                 constants = [self._tensor(t) for t in saved.constants]
-                self._running[index, team] = Program(plan, self._content.kernels, constants)
+                self._running[index, team] = Program(plan, self._content.kernels, constants, self._arena)
             return index, self._running[index, team]
 
     def _tensor(self, saved: SavedTensor) -> Tensor:

@@ -86,9 +86,10 @@ def test_a_shape_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("masked", ["", "padding", "causal", "both"])
+@pytest.mark.parametrize(
+    ("norm_first", "activation", "masked"),
+    [(False, "relu", ""), (True, "gelu", "padding"), (False, "gelu", "causal"), (True, "relu", "both")],
+)
 def test_transformer_encoder(norm_first: bool, activation: str, masked: str) -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, activation=activation, norm_first=norm_first, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
