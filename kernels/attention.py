@@ -142,7 +142,7 @@ class AttentionFamily:
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
         values = match.group.graph.values
         batch, heads, q_len, _ = values[match.q].shape
-        pairs = batch * heads * _allowed(match.pattern, q_len, values[match.k].shape[2])
+        pairs = batch * heads * cached_plan(match.pattern, q_len, values[match.k].shape[2], target).pairs_allowed
         if match.pattern.heads is not None:
             pairs //= heads
         flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
@@ -200,8 +200,3 @@ def _is_chain(operators: Sequence[Operator]) -> bool:
 def cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
     """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan."""
     return plan(mask, q_len, kv_len, target)
-
-
-@functools.lru_cache(maxsize=256)
-def _allowed(mask: Mask, q_len: int, kv_len: int) -> int:
-    return mask.count(q_len, kv_len)

@@ -7,7 +7,7 @@ proportional to rows, whatever the number of allowed pairs.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,8 @@ _MOST_PARTS = 96
 """Progressions a row above which a mask is treated as one without closed form."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Part:
     """For each row one progression of keys: ``start + t * step`` for ``0 <= t < count``; ``start``, ``count`` (N,).
 
     Rows that agree modulo ``period`` have their keys in the same residue class, or close: they suit one group.
@@ -125,8 +126,8 @@ def _without(part: Part, hole: Part) -> list[Part]:
     before = np.clip(-((part.start - hole.start) // part.step), 0, part.count)
     after = np.clip(-((part.start - end) // part.step), 0, part.count)
     before, after = np.where(hit, before, part.count), np.where(hit, after, part.count)
-    pieces = [part._replace(count=before)]
-    pieces.append(part._replace(start=part.start + after * part.step, count=part.count - after))
+    pieces = [replace(part, count=before)]
+    pieces.append(replace(part, start=part.start + after * part.step, count=part.count - after))
     return [piece for piece in pieces if piece.count.any()]
 
 

@@ -1,0 +1,162 @@
+"""The planner: any mask becomes an exact partition, named masks one with little waste, from their definition alone."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fuser
+from fuser import masks
+from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.planner import plan
+from fuser.kernels.structure import progressions
+
+NAMED = {
+    "causal": masks.Causal(),
+    "window": masks.SlidingWindow(128, 128),
+    "longformer": masks.Longformer(128, 16),
+    "bigbird": masks.BigBird(64, 3, 2, 3),
+    "dilated": masks.Dilated(64, 4),
+    "strided": masks.Strided(),
+    "fixed": masks.Fixed(),
+}
+UNIONS = {f"{a} | {b}": NAMED[a] | NAMED[b] for a, b in itertools.combinations(NAMED, 2)}
+
+SMALL = st.integers(0, 12)
+STEP = st.integers(1, 12)
+LEAVES = st.one_of(
+    st.builds(masks.Causal, st.integers(-20, 20)),
+    st.builds(masks.SlidingWindow, SMALL, SMALL),
+    st.builds(masks.Longformer, SMALL, SMALL),
+    st.builds(masks.BigBird, STEP, st.integers(0, 3), st.integers(0, 2), st.integers(0, 2)),
+    st.builds(masks.Dilated, SMALL, STEP),
+    st.builds(masks.Strided, st.none() | STEP),
+    st.builds(masks.Fixed, st.none() | STEP),
+    st.just(masks.Dense()),
+)
+COMBINED = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
+        st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
+        inner.map(lambda mask: ~mask),
+        st.tuples(inner, st.integers(0, 30)).map(lambda pair: pair[0].shift(pair[1])),
+    ),
+    max_leaves=4,
+)
+LENGTH = st.integers(1, 150)
+
+
+def covered(made: AttentionPlan, head: int = 0) -> np.ndarray:
+    """How many tiles hold each pair, counted apart from ``validate``."""
+    count = np.zeros((made.q_len, made.kv_len), np.int64)
+    for rows, keys, bits in made.tiles(head):
+        np.add.at(count, np.ix_(rows, keys), 1 if bits is None else bits)
+    return count
+
+
+@given(COMBINED, LENGTH, LENGTH)
+@settings(max_examples=150, deadline=None)
+def test_combined_masks_are_partitioned(mask: masks.Mask, q_len: int, kv_len: int) -> None:
+    made = plan(mask, q_len, kv_len)
+    assert np.array_equal(covered(made), mask.dense(q_len, kv_len).numpy())
+    made.validate(mask)
+
+
+@given(COMBINED, LENGTH, LENGTH)
+@settings(max_examples=60, deadline=None)
+def test_entries_alone_are_partitioned(mask: masks.Mask, q_len: int, kv_len: int) -> None:
+    allowed = mask.dense(q_len, kv_len)
+    assert np.array_equal(covered(plan(masks.from_dense(allowed), q_len, kv_len)), allowed.numpy())
+
+
+@given(COMBINED, COMBINED, LENGTH)
+@settings(max_examples=20, deadline=None)
+def test_heads_and_functions_are_partitioned(first: masks.Mask, second: masks.Mask, length: int) -> None:
+    table = first.dense(length) ^ second.dense(length)
+    function = masks.from_mask_mod(lambda b, h, i, j: table[i, j])
+    mask = masks.per_head([first, function, second & function])
+    made = plan(mask, length)
+    for head, expected in enumerate((first.dense(length), table, second.dense(length) & table)):
+        assert np.array_equal(covered(made, head), expected.numpy())
+
+
+@given(COMBINED, LENGTH, LENGTH)
+@settings(max_examples=100, deadline=None)
+def test_progressions_are_the_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
+    parts = progressions(mask, q_len, kv_len)
+    if parts is None:
+        return
+    count = np.zeros((q_len, kv_len), np.int64)
+    for part in parts:
+        for row in range(q_len):
+            last = part.start[row] + part.count[row] * part.step
+            count[row, part.start[row] : last : part.step] += part.count[row] > 0
+    assert np.array_equal(count, mask.dense(q_len, kv_len).numpy())
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+@pytest.mark.parametrize("name", [*NAMED, *UNIONS])
+def test_little_is_computed_in_vain(name: str, length: int) -> None:
+    mask = (NAMED | UNIONS)[name]
+    made = plan(mask, length)
+    assert made.work_ratio < 1.6
+    if length == 1024:
+        made.validate(mask)
+
+
+@pytest.mark.parametrize("name", ["dilated", "strided", "fixed", "dilated | strided", "longformer | strided"])
+def test_structure_is_found_in_entries(name: str) -> None:
+    mask = masks.from_dense((NAMED | UNIONS)[name].dense(1024))
+    made = plan(mask, 1024)
+    assert made.work_ratio < 1.8
+    made.validate(mask)
+
+
+def test_rows_with_like_keys_meet_wherever_they_are() -> None:
+    """Rows of 40 kinds in any order, each kind with random keys: neighbours share nothing."""
+    rng = np.random.default_rng(0)
+    kinds = rng.random((40, 1024)) < 0.05
+    mask = masks.from_dense(torch.from_numpy(kinds[rng.integers(0, 40, 1024)]))
+    made = plan(mask, 1024)
+    made.validate(mask)
+    assert made.work_ratio < 4
+    # Rows as they are would take almost every key for each 16 rows.
+    assert made.pairs_computed < 0.4 * 1024**2
+
+
+def test_lengths_that_steps_do_not_divide() -> None:
+    for mask in (masks.Strided(), masks.Dilated(64, 5), masks.Fixed(37), masks.Strided(29) | masks.Dilated(30, 7)):
+        made = plan(mask, 1000, 1100)
+        made.validate(mask)
+        assert made.work_ratio < 2.5
+
+
+@pytest.mark.parametrize("name", ["strided", "dilated", "dilated | strided", "longformer | fixed"])
+def test_planning_memory_is_far_below_the_matrix(name: str) -> None:
+    length = 16384
+    tracemalloc.start()
+    try:
+        made = plan((NAMED | UNIONS)[name], length)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < length**2 / 4
+    assert made.work_ratio < 1.6
+
+
+def test_rows_without_keys_add_no_phase() -> None:
+    mask = masks.Dilated(40, 16) & ~masks.Longformer(0, 200)
+    made = plan(mask, 1024)
+    made.validate(mask)
+    assert made.phases == 1
+
+
+def test_plan_is_public() -> None:
+    assert fuser.plan(masks.Strided(), 100) == plan(masks.Strided(), 100, 100)
