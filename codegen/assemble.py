@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from fuser.codegen.memory import Lifetime, plan_arena
 from fuser.codegen.partition import GroupChoice
 from fuser.codegen.render import render
+from fuser.ir import expression
 from fuser.ir.errors import FuserError
-from fuser.ir.graph import VIEWS, Kind, Operator, OperatorGraph, OperatorGroup, TensorSpec
+from fuser.ir.graph import VIEWS, Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, Packed, TensorRef
 from fuser.runtime.build import Source
@@ -141,6 +143,8 @@ def _ordered(graph: OperatorGraph, units: Sequence[_Unit]) -> list[_Unit]:
     for a, b in graph.digraph.edges:
         if owner[a] != owner[b]:
             order.add_edge(owner[a], owner[b])
+    # Operators that draw random numbers draw them in the order of the model.
+    order.add_edges_from(itertools.pairwise(i for i, unit in enumerate(units) if unit.operators[0].is_random))
     first = [min(graph.position[op.name] for op in unit.operators) for unit in units]
     try:
         return [units[i] for i in nx.lexicographical_topological_sort(order, key=lambda i: first[i])]
@@ -269,9 +273,10 @@ def _compute(op: Operator, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         p, v = inputs
         return p @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)
     if op.kind is Kind.SOFTMAX:
-        # A row that may attend to nothing has probability zero everywhere, not NaN.
-        empty = torch.isneginf(inputs[0]).all(-1, keepdim=True)
-        return torch.softmax(inputs[0], -1).masked_fill(empty, 0.0)
+        probabilities = torch.softmax(inputs[0], -1)
+        if op.expression == expression.softmax():
+            return probabilities
+        return probabilities.masked_fill(torch.isneginf(inputs[0]).all(-1, keepdim=True), 0.0)
     if op.kind is Kind.MASK and op.expression is None:
         scores = inputs[0]
         q_len, kv_len = scores.shape[-2:]

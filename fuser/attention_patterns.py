@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _PASS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+# Scores pass through these without more loss than the kernel's own.
+_PRECISE = (torch.bfloat16, torch.float32, torch.float64)
+_FLOOR = -1e30
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,20 @@ class Role:
     pattern: Pattern | None = None
 
 
+Numbers = Callable[[fx.Node], float | None]
+"""Gives the number that a placeholder without dimensions holds, if it is known."""
+
+
 @dataclass
 class _Walk:
+    numbers: Numbers
+    shape: torch.Size
     scale: float = 1.0
     masks: list[MaskUse] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def find(graph: fx.Graph) -> Mapping[fx.Node, Role]:
+def find(graph: fx.Graph, numbers: Numbers = lambda _: None) -> Mapping[fx.Node, Role]:
     """Roles of all nodes of all attentions that are written as products and a softmax.
 
     A pattern counts only when nothing else reads its scores or probabilities: otherwise they must exist in memory.
@@ -60,7 +68,7 @@ def find(graph: fx.Graph) -> Mapping[fx.Node, Role]:
     roles: dict[fx.Node, Role] = {}
     for node in graph.nodes:
         if node.target in _SOFTMAX:
-            found = _match(node)
+            found = _match(node, numbers)
             if found is not None:
                 roles.update(found)
     return roles
@@ -71,11 +79,11 @@ def _value(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _match(softmax: fx.Node) -> dict[fx.Node, Role] | None:
+def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     scores = _value(softmax)
     if scores is None or scores.dim() not in (3, 4) or softmax.args[1] % scores.dim() != scores.dim() - 1:
         return None
-    walk = _Walk(nodes=[softmax])
+    walk = _Walk(numbers, scores.shape, nodes=[softmax])
     product = _scores(softmax.args[0], walk)
     if product is None:
         return None
@@ -90,7 +98,8 @@ def _match(softmax: fx.Node) -> dict[fx.Node, Role] | None:
         return None
     # Plain batched products only: PyTorch's broadcasting of batch dimensions is not attention as we know it.
     batches = {tuple(s.shape[:-2]) for s in shapes if s is not None}
-    if len(batches) != 1:
+    dtypes = {s.dtype for s in (*shapes, _value(output)) if s is not None}
+    if len(batches) != 1 or len(dtypes) != 1:
         return None
     pattern = Pattern(q, k, output.args[1], walk.scale, tuple(reversed(walk.masks)))
     roles = {node: Role("inner") for node in walk.nodes}
@@ -100,14 +109,15 @@ def _match(softmax: fx.Node) -> dict[fx.Node, Role] | None:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
+    users = [user for user in node.users if user.target is not aten._assert_tensor_metadata.default]
     return users[0] if len(users) == 1 else None
 
 
 def _scores(node: Any, walk: _Walk) -> fx.Node | None:
     """From the softmax's operand back to the product, collecting scales and masks."""
     while isinstance(node, fx.Node):
-        if _only_user(node) is None:
+        value = _value(node)
+        if _only_user(node) is None or value is None or value.shape != walk.shape or value.dtype not in _PRECISE:
             return None
         if node.target in _PRODUCTS:
             return node
@@ -126,7 +136,7 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
         return args[0]
     if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         for this, other in ((args[0], args[1]), (args[1], args[0])):
-            number = _number(other)
+            number = _number(other, walk.numbers)
             if number is not None and isinstance(this, fx.Node) and _value(this) is not None:
                 if target in (aten.div.Tensor, aten.div.Scalar):
                     if this is not args[0]:
@@ -146,13 +156,13 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
                 walk.masks.append(MaskUse(other, inverted=False))
                 return this
         return None
-    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_floor(args[2], value):
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_floor(args[2], walk):
         walk.masks.append(MaskUse(args[1], inverted=True))
         return args[0]
-    if target in (aten.where.self, aten.where.ScalarOther) and _is_floor(args[2], value):
+    if target in (aten.where.self, aten.where.ScalarOther) and _is_floor(args[2], walk):
         walk.masks.append(MaskUse(args[0], inverted=False))
         return args[1]
-    if target in (aten.where.self, aten.where.ScalarSelf) and _is_floor(args[1], value):
+    if target in (aten.where.self, aten.where.ScalarSelf) and _is_floor(args[1], walk):
         walk.masks.append(MaskUse(args[0], inverted=True))
         return args[2]
     return None
@@ -168,17 +178,19 @@ def _leads_to_product(node: Any, depth: int = 8) -> bool:
     return False
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, numbers: Numbers) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     constant = _value(value)
     if constant is not None and constant.dim() == 0:
-        return _constant_number(value)
+        return _constant_number(value, numbers)
     return None
 
 
-def _constant_number(node: fx.Node) -> float | None:
+def _constant_number(node: fx.Node, numbers: Numbers) -> float | None:
     """The number that a node of constants alone computes: ``torch.tensor(8.0)``, ``sqrt`` of it, ``full``."""
+    if node.op == "placeholder":
+        return numbers(node)
     if node.op != "call_function":
         return None
     if node.target is aten.full.default and not node.args[0]:
@@ -186,15 +198,18 @@ def _constant_number(node: fx.Node) -> float | None:
     if node.target is aten.scalar_tensor.default:
         return float(node.args[0])
     if node.target is aten.sqrt.default:
-        inner = _number(node.args[0])
+        inner = _number(node.args[0], numbers)
         return None if inner is None or inner < 0 else math.sqrt(inner)
+    if node.target in (*_PASS, aten.lift_fresh_copy.default):
+        return _number(node.args[0], numbers)
     return None
 
 
-def _is_floor(fill: Any, value: Tensor | None) -> bool:
-    """Whether ``fill`` is so low that its probability is exactly zero next to any ordinary score."""
-    number = _number(fill)
-    return number is not None and value is not None and number <= torch.finfo(value.dtype).min / 2
+def _is_floor(fill: Any, walk: _Walk) -> bool:
+    """Whether ``fill``, scaled as the scores are afterwards, is so low that its probability is exactly zero next to
+    any ordinary score."""
+    number = _number(fill, walk.numbers)
+    return number is not None and walk.scale > 0 and number * walk.scale <= _FLOOR
 
 
 def _probabilities(softmax: fx.Node, walk: _Walk) -> fx.Node | None:
@@ -207,7 +222,8 @@ def _probabilities(softmax: fx.Node, walk: _Walk) -> fx.Node | None:
         if user.target in _PRODUCTS:
             return user if user.args[0] is node and user.args[1] is not node else None
         evaluated = user.target is aten.dropout.default and (not user.args[2] or user.args[1] == 0)
-        if not (evaluated or user.target in _PASS or user.target in _CASTS):
+        cast = _value(user) if user.target in _CASTS else None
+        if not (evaluated or user.target in _PASS or (cast is not None and cast.dtype in _PRECISE)):
             return None
         walk.nodes.append(user)
         node = user
@@ -220,7 +236,7 @@ def _prescaled(node: Any, walk: _Walk) -> Any:
         and node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
         and _only_user(node) is not None
     ):
-        number = _number(node.args[1])
+        number = _number(node.args[1], walk.numbers)
         if number is not None and number != 0 and isinstance(node.args[0], fx.Node):
             divides = node.target in (aten.div.Tensor, aten.div.Scalar)
             walk.scale *= 1.0 / number if divides else number

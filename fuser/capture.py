@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import logging
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +19,14 @@ from torch import Tensor, nn
 from fuser.ir.errors import CaptureError
 
 Signature = tuple[Any, ...]
+# torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.
+_EXPORTING = threading.RLock()
+_LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+class StateError(CaptureError):
+    """A model changed its own attributes while it ran; it may have filled a cache, so a second call may do better."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,10 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
             tensors.append(leaf)
             slots.append(i)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type))
-        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
+        elif isinstance(leaf, float):
+            # Zeros of both signs are equal, and a NaN is not even equal to itself.
+            key.append((float, leaf.hex()))
+        elif leaf is None or isinstance(leaf, (bool, int, str, torch.dtype, torch.device)):
             key.append((type(leaf), leaf))
         else:
             raise CaptureError(f"an argument is a {type(leaf).__name__}; pass tensors and plain Python values")
@@ -102,6 +117,7 @@ def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
     Raises CaptureError for objects that hold tensors where they cannot be seen.
     """
     cls = None
+    spec: Any
     if _is_dataclass(output):
         names = tuple(f.name for f in dataclasses.fields(output))
         cls, spec = type(output), names
@@ -154,38 +170,63 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self._call.unflatten(tensors)
+        before = _attributes(self.model)
         flat, output = flatten_output(self.model(*args, **kwargs))
+        changed = _difference(before, _attributes(self.model))
+        if changed:
+            raise StateError(f"the model changes its attribute {changed} while it runs")
         self._record(output)
         return tuple(flat)
+
+
+def _attributes(model: nn.Module) -> dict[str, list[Any]]:
+    """The plain attributes of all modules, containers as their leaves."""
+    return {
+        f"{name}.{key}" if name else key: [value, *pytree.tree_leaves(value)]
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key not in _INTERNAL
+    }
+
+
+def _difference(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> str:
+    """The name of an attribute that was set, changed or removed; empty if none was."""
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None or len(old) != len(new) or not all(map(_same, old, new)):
+            return name
+    return ""
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and bool(a == b))
 
 
 def capture(model: nn.Module, call: FlatCall) -> Captured:
     """Export ``model`` for one call with ``torch.export``.
 
-    Raises CaptureError, with PyTorch's reason, for a model that depends on the values of its tensors, mutates its
-    inputs or state, or uses what export does not support.
+    The model must not run in another thread meanwhile. Raises CaptureError, with PyTorch's reason, for a model that
+    depends on the values of its tensors, mutates its inputs or state, or uses what export does not support.
     """
     outputs: list[OutputSpec] = []
     wrapper = _Flat(model, call, outputs.append)
-    # Fresh tensors: an example that aliases another, or requires grad, would be specialized on.
-    examples = tuple(_example(t) for t in call.tensors)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with _exporting():
+            # Fresh tensors: an example that aliases another, or requires grad, would be specialized on.
+            examples = tuple(_example(t) for t in call.tensors)
             program = torch.export.export(wrapper, examples, strict=False)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 # Operators that change an intermediate in place become functions.
                 program = program.run_decompositions({})
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
     signature = program.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    mutated = [str(s.target or s.arg.name) for s in signature.output_specs if s.kind.name != "USER_OUTPUT"]
     if mutated:
-        raise CaptureError(f"the model changes {', '.join(map(str, mutated))} in place while it runs")
+        raise CaptureError(f"the model changes {', '.join(mutated)} in place while it runs")
+    _check_nodes(program.graph)
     live = {
         **dict(wrapper.named_parameters(remove_duplicate=False)),
         **dict(wrapper.named_buffers(remove_duplicate=False)),
@@ -199,6 +240,49 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
         raise CaptureError("the model returned nothing")
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
     return Captured(program.graph_module, parameters, inputs, outputs[-1])
+
+
+@contextlib.contextmanager
+def _exporting() -> Iterator[None]:
+    """The modes in which models are traced: one at a time, without gradients, and quietly, as the reasons for failures
+    are reported."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    with _EXPORTING, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        disabled = [loud.disabled for loud in loggers]
+        # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            for loud in loggers:
+                loud.disabled = True
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for loud, was in zip(loggers, disabled, strict=True):
+                loud.disabled = was
+
+
+def _check_nodes(graph: torch.fx.Graph) -> None:
+    """Refuse what a program of fixed shapes over dense tensors cannot run."""
+    for node in graph.nodes:
+        if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"the model uses {node.target}, whose parts fuser cannot look into")
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                raise CaptureError(f"{node.target} makes a number from the values of tensors")
+            if not isinstance(value, Tensor):
+                continue
+            if any(not isinstance(size, int) for size in value.shape):
+                raise CaptureError(f"the shape of the result of {node.target} depends on the values of tensors")
+            if value.layout is not torch.strided or value.device.type != "cpu":
+                raise CaptureError(f"{node.target} makes a tensor of layout {value.layout} on {value.device}")
+        if node.op == "call_function" and node.meta.get("val") is None and node.target not in _METADATA:
+            raise CaptureError(f"{node.target} checks or changes something while the model runs")
+
+
+_METADATA = (torch.ops.aten._assert_tensor_metadata.default,)
+"""Operators without a result that only repeat what the signature of a program says."""
 
 
 def _is_mutable(node: torch.fx.Node) -> bool:

@@ -67,12 +67,14 @@ class _Raiser:
         self.roles: Mapping[fx.Node, attention_patterns.Role] = {}
         self._tensors: dict[str, Tensor] = {}
         self._realized: dict[View, str] = {}
+        self._inspected: set[str] = set()
+        self._returned: dict[str, int] = {}
 
     # ---- the walk
 
     def run(self) -> OperatorGraph:
         graph = self.captured.graph.graph
-        self.roles = attention_patterns.find(graph)
+        self.roles = attention_patterns.find(graph, self._known_number)
         outputs: tuple[str, ...] = ()
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -98,22 +100,38 @@ class _Raiser:
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the model takes a {type(value).__name__} that fuser cannot guard on")
             spec = TensorSpec.contiguous(value.shape, value.dtype)
+            self._returned[name] = value.untyped_storage()._cdata
         self.values[name] = spec
         self.env[node] = View.of(name, spec)
 
-    def _output(self, leaf: Any) -> str:
-        return self.realize(self.view(leaf))
+    def _output(self, leaf: fx.Node) -> str:
+        """A value to return: in memory of its own unless the model returns tensors that share theirs."""
+        view = self.view(leaf)
+        storage = leaf.meta["val"].untyped_storage()._cdata
+        if self._returned.setdefault(view.base, storage) == storage or self.is_constant(view):
+            return self.realize(view)
+        source = self.realize(view)
+        name = self.add_value(f"{leaf.name}_copy", TensorSpec.contiguous(view.shape, self.dtype(view)))
+        call = TorchCall(torch.clone, (Ref(0),))
+        self.operators.append(Operator(name, Kind.EXTERN, (source,), (name,), call=call, reason="a copy to return"))
+        return name
+
+    def _known_number(self, node: fx.Node) -> float | None:
+        """The number that a constant without dimensions holds; the graph is then made for it."""
+        tensor = self.captured.parameters.get(node.name)
+        if tensor is None or tensor.dim() or not tensor.is_floating_point():
+            return None
+        self._inspected.add(node.name)
+        return float(tensor)
 
     def _call(self, node: fx.Node) -> None:
         role = self.roles.get(node)
         if role is not None:
-            value = self._attention(node, role)
-        else:
-            handler = _HANDLERS.get(node.target)
-            value = handler(self, node) if handler else None
-            if value is None:
-                value = self._extern(node)
-        self.env[node] = value
+            self.env[node] = self._attention(node, role)
+            return
+        handler = _HANDLERS.get(node.target)
+        value = handler(self, node) if handler else None
+        self.env[node] = value if value is not None else self._extern(node)
 
     # ---- values
 
@@ -178,9 +196,17 @@ class _Raiser:
         return self._tensors[name]
 
     def constant_tensor(self, view: View) -> Tensor:
-        """The value of a constant view."""
+        """The value of a constant view, which the graph is then made for."""
+        self._inspect(view.base)
         (tensor,) = _as_strided(view)(self.tensor(view.base))
         return tensor
+
+    def _inspect(self, name: str) -> None:
+        constant = self.constants[name]
+        if constant.call is None:
+            self._inspected.add(name)
+        for source in constant.sources:
+            self._inspect(source)
 
     def derived(self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int] | None = None) -> str:
         """A constant made from others; with its ``shape`` given, nothing is computed now."""
@@ -236,7 +262,7 @@ class _Raiser:
         out = self.emit(kind, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype), expression=expression)
         return out.permute(inverse)
 
-    def _extern(self, node: fx.Node) -> Value | None:
+    def _extern(self, node: fx.Node) -> Value:
         """Run the ATen operator as it is; fold it when all it reads is constant."""
         views: list[View] = []
 
@@ -333,6 +359,7 @@ class _Raiser:
         if transposed_key:
             k = k.permute((*range(len(k.dims) - 2), len(k.dims) - 1, len(k.dims) - 2))
         out_shape = self.spec(node).shape
+        rank = len(q.dims)
         q, k, v = (_four_dims(t) for t in (q, k, v))
         batch, heads, q_len, _ = q.shape
         kv_len = k.shape[2]
@@ -350,7 +377,7 @@ class _Raiser:
             pattern = self.attention if pattern is None else pattern & self.attention
         runtime: list[tuple[View, torch.dtype]] = []
         for use in masks:
-            constant, rest = self._split_mask(use, (batch, heads, q_len, kv_len))
+            constant, rest = self._split_mask(use, (batch, heads, q_len, kv_len), rank)
             if constant is not None:
                 pattern = constant if pattern is None else pattern & constant
             if rest is not None:
@@ -367,7 +394,7 @@ class _Raiser:
             s = self.emit(
                 Kind.MASK, f"{name}_mask{i or ''}", inputs, scores, expression=expression, attributes=attributes
             ).base
-        p = self.emit(Kind.SOFTMAX, f"{name}_softmax", (s,), scores, expression=ex.softmax()).base
+        p = self.emit(Kind.SOFTMAX, f"{name}_softmax", (s,), scores, expression=ex.masked_softmax()).base
         # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
         width = v.shape[3]
         token = heads * width
@@ -382,17 +409,21 @@ class _Raiser:
         return merged
 
     def _split_mask(
-        self, use: attention_patterns.MaskUse, shape: tuple[int, int, int, int]
+        self, use: attention_patterns.MaskUse, shape: tuple[int, int, int, int], rank: int
     ) -> tuple[Mask | None, View | None]:
-        """A mask operand as a constant pattern, a run-time tensor (expanded to ``shape``), or both."""
+        """A mask operand as a constant pattern, a run-time tensor (expanded to ``shape``), or both.
+
+        It broadcasts against scores of ``rank`` dimensions.
+        """
+        full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
         value = self.env[use.node]
         if isinstance(value, Conjunction) and not use.inverted:
-            constant, _ = self._constant_mask(value.constant, shape, use)
+            constant, _ = self._constant_mask(_four_dims(value.constant.expand(full)), use)
             if constant is not None:
-                return constant, value.runtime.expand(shape)
+                return constant, _four_dims(value.runtime.expand(full))
         view = self.view(use.node)
         if self.is_constant(view):
-            constant, known = self._constant_mask(view, shape, use)
+            constant, known = self._constant_mask(_four_dims(view.expand(full)), use)
             if known:
                 return constant, None
         if use.inverted:
@@ -404,11 +435,9 @@ class _Raiser:
                 Operator(name, Kind.EXTERN, inputs, (name,), call=call, reason="a mask made at run time")
             )
             view = View.of(name, spec)
-        return None, view.expand(shape)
+        return None, _four_dims(view.expand(full))
 
-    def _constant_mask(
-        self, view: View, shape: tuple[int, int, int, int], use: attention_patterns.MaskUse
-    ) -> tuple[Mask | None, bool]:
+    def _constant_mask(self, view: View, use: attention_patterns.MaskUse) -> tuple[Mask | None, bool]:
         """A constant mask as a pattern; (None, True) when it allows everything, (None, False) when it is no pattern
         (a bias, or different for each sample)."""
         tensor = self.constant_tensor(view).detach()
@@ -425,12 +454,9 @@ class _Raiser:
             tensor = ~tensor
         if bool(tensor.all()):
             return None, True
-        tensor = tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
-        if tensor.shape[0] > 1:
-            if not bool((tensor == tensor[:1]).all()):
-                return None, False
-            tensor = tensor[:1]
-        tensor = tensor[0].expand(tensor.shape[1], *shape[2:])
+        if not bool((tensor == tensor[:1]).all()):
+            return None, False
+        tensor = tensor[0]
         if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
             tensor = tensor[:1]
         dense = tensor[0] if tensor.shape[0] == 1 else tensor
@@ -512,18 +538,21 @@ def _finish(raiser: _Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
     needed = set(outputs)
     kept: list[Operator] = []
     for op in reversed(raiser.operators):
-        if any(o in needed for o in op.outputs):
+        if op.is_random or any(o in needed for o in op.outputs):
             kept.append(op)
             needed.update(op.inputs)
     kept.reverse()
     late: set[str] = set()
+    random_late = False
     first: list[Operator] = []
     rest: list[Operator] = []
     for op in kept:
         early = op.kind in (Kind.EXTERN, *VIEWS) and not any(v in late for v in op.inputs)
+        early = early and not (op.is_random and random_late)
         (first if early else rest).append(op)
         if not early:
             late.update(op.outputs)
+            random_late |= op.is_random
     used = needed | {v for op in kept for v in op.outputs}
     stack = [v for v in used if v in raiser.constants]
     while stack:
@@ -539,6 +568,7 @@ def _finish(raiser: _Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
         inputs=raiser.captured.inputs,
         outputs=outputs,
         constants={name: constant for name, constant in raiser.constants.items() if name in keep},
+        inspected=frozenset(raiser._inspected),
     )
 
 
@@ -615,13 +645,13 @@ def _named(r: _Raiser, name: str) -> tuple[str, TensorSpec]:
     return name, r.values[name]
 
 
-@_handles(aten.transpose.int)
+@_handles(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.mT.default)
 def _transpose(r: _Raiser, node: fx.Node) -> Value:
     view = r.view(node.args[0])
     n = len(view.dims)
     if n == 0:
         return view
-    a, b = (d % n for d in node.args[1:3])
+    a, b = (d % n for d in (node.args[1:3] or (-2, -1)))
     order = list(range(n))
     order[a], order[b] = b, a
     return view.permute(order)
@@ -698,7 +728,8 @@ def _getitem(r: _Raiser, node: fx.Node) -> Value:
     value = r.env[node.args[0]]
     if not isinstance(value, tuple):
         raise CaptureError(f"{node.args[0]} is indexed but is not a tuple")
-    return value[node.args[1]]
+    part: View = value[node.args[1]]
+    return part
 
 
 @_handles(aten.linear.default)
@@ -832,12 +863,16 @@ def _sdpa(r: _Raiser, node: fx.Node) -> Value | None:
         return None
     if 0 in k.shape or 0 in v.shape:
         return None
+    mask = given.get("attn_mask")
+    if not len(q.dims) == len(k.dims) == len(v.dims) or (mask is not None and mask.meta["val"].dim() > len(q.dims)):
+        return None
+    if len(q.dims) > 2 and not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:-2] == v.shape[1:-2]):
+        return None
     grouped = len(q.dims) == 4 and q.shape[1] != k.shape[1]
     if grouped and not (given.get("enable_gqa") and q.shape[1] % k.shape[1] == 0):
         return None
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    mask = given.get("attn_mask")
     masks = [] if mask is None else [attention_patterns.MaskUse(mask, inverted=False)]
     return r.attention_from(node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
 

@@ -18,7 +18,8 @@ Factor = tuple[int, int]
 
 @dataclass(frozen=True)
 class View:
-    """A view of the value ``base``: for every logical dimension its factors, outermost first; ``offset`` in elements."""
+    """A view of the value ``base``: for every logical dimension its factors, outermost first; ``offset`` in
+    elements."""
 
     base: str
     dims: tuple[tuple[Factor, ...], ...]
@@ -90,8 +91,10 @@ class View:
         return replace(self, dims=dims, offset=self.offset + start * stride)
 
     def expand(self, shape: Sequence[int]) -> View:
-        """Broadcast to ``shape`` with strides of zero."""
+        """Broadcast to ``shape`` with strides of zero. Raises ValueError for shapes that do not broadcast."""
         pad = len(shape) - len(self.dims)
+        if pad < 0 or any(size not in (1, full) for size, full in zip(self.shape, shape[pad:], strict=True)):
+            raise ValueError(f"{self.shape} does not broadcast to {tuple(shape)}")
         sizes = (1,) * pad + self.shape
         dims = (((1, 0),),) * pad + self.dims
         return replace(

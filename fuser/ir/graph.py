@@ -161,6 +161,11 @@ class Operator:
     def output(self) -> str:
         return self.outputs[0]
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, whose order matters."""
+        return self.call is not None and torch.Tag.nondeterministic_seeded in getattr(self.call.target, "tags", ())
+
     def signature(self) -> str:
         """Kind and attributes as text, without names of values: what structural hashes are made of."""
         attributes = ",".join(f"{k}={_attribute_text(v)}" for k, v in sorted(self.attributes.items()))
@@ -200,6 +205,8 @@ class OperatorGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, Constant]
+    inspected: frozenset[str] = frozenset()
+    """Parameters whose values, not only shapes, made the graph what it is: if one changes, another graph is needed."""
 
     @functools.cached_property
     def producer(self) -> Mapping[str, Operator]:
@@ -359,15 +366,14 @@ class Region:
         """Pairs (producer, consumer) of positions in ``operators``, sorted: what the bits of a scheme stand for."""
         at = {op.name: i for i, op in enumerate(self.operators)}
         digraph = self.graph.digraph
-        return tuple(
-            sorted((at[a], at[b]) for a in at for b in digraph.successors(a) if b in at)  # type: ignore[no-untyped-call]
-        )
+        return tuple(sorted((at[a], at[b]) for a in at for b in digraph.successors(a) if b in at))
 
     @functools.cached_property
     def hash(self) -> str:
         """Merkle hash over kinds, attributes, shapes, dtypes, layouts and topology, 16 hex digits; equal for layers
         that differ only in their weights."""
-        graph, labels = self.graph, {}
+        graph = self.graph
+        labels: dict[str, str] = {}
         group = graph.group(self.operators)
         for op in self.operators:
             parts = [op.signature()]
