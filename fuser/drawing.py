@@ -319,7 +319,7 @@ def _node(node: _Node, block: _Block) -> str:
         f'<text x="{node.middle:.1f}" y="{node.y + 16:.1f}" text-anchor="middle" fill="#0f172a" font-weight="600">'
         f"{escape(_cut(node.title, 26))}</text>"
         f'<text x="{node.middle:.1f}" y="{node.y + 31:.1f}" text-anchor="middle" fill="#475569" font-size="11">'
-        f"{escape(_cut(node.detail, 29))}</text></g>"
+        f"{escape(_cut(node.detail, 27))}</text></g>"
     )
 
 

@@ -205,7 +205,8 @@ def _write(optimized: OptimizedModule, out: Path) -> list[Path]:
         report = out / "report.html"
         optimized.report(report)
         files = [report]
-        for number, (region, choice, count) in enumerate(regions_of(optimized.programs[-1])):
+        regions = regions_of(optimized.programs[-1]) if optimized.programs else []
+        for number, (region, choice, count) in enumerate(regions):
             path = out / f"block{number}_times{count}.svg"
             path.write_text(draw_region(region, choice), encoding="utf-8")
             files.append(path)

@@ -147,6 +147,24 @@ def test_the_package_of_the_model_is_named_when_it_is_missing(monkeypatch: pytes
         demo.model_folder()
 
 
+def test_the_demo_without_a_compiler_says_so_and_is_right(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("FUSER_CACHE_DIR", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXT))
+    arguments = ["demo", "--model", folder, "--text", text, "--out", tmp_path / "out", "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["fuserc", *map(str, arguments), "--no-torch-compile", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        fuser.cli.main()
+    assert stop.value.code in (0, None)
+    found = json.loads(capsys.readouterr().out)
+    assert any("g++" in reason for reason in found["fallbacks"])
+    assert found["agreement"]["max_error"] == 0.0
+    assert found["files"] == [str(tmp_path / "out" / "report.html")]
+
+
 def test_the_whole_demo(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
