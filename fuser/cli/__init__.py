@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fuser.cli import cache, demo, doctor, show
+from fuser.cli import cache, cqs, demo, doctor, show
 from fuser.ir.errors import FuserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
+app.command("cqs")(cqs.cqs)
 
 
 def _version(wanted: bool) -> None:
