@@ -318,6 +318,19 @@ def test_phases_of_gathered_rows_merge_exactly(width: int, isa: Isa) -> None:
         assert torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize(
+    ("mask", "phases"), [(masks.Strided(24), 2), (masks.Dilated(20, 8) | masks.Strided(25), 3)], ids=str
+)
+def test_planned_phases_merge_exactly(mask: masks.Mask, phases: int) -> None:
+    length = 601
+    q, k, v = heads(1, 2, 4, length, 59), heads(2, 2, 2, length, 59), heads(3, 2, 2, length, 16)
+    expected = reference(q, k, v, mask.dense(length))
+    tiles = plan(mask, length)
+    assert tiles.phases == phases
+    check(attend(q, k, v, tiles), expected)
+    check(attend(q, k, v, plan(masks.from_dense(mask.dense(length)), length)), expected)
+
+
 def random_plan(rng: np.random.Generator, allowed: np.ndarray, phases: int) -> AttentionPlan:
     """The allowed pairs, thrown into phases, rows shuffled into groups, keys in any order."""
     q_len, kv_len = allowed.shape
