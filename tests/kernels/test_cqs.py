@@ -1,0 +1,69 @@
+"""CQS partitions: base sets, ownership, and plans of all workers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fuser import masks
+from fuser.ir.errors import PlanError
+from fuser.ir.masks import Mask
+from fuser.kernels import cqs
+
+
+@pytest.mark.parametrize("workers", range(1, 65))
+def test_every_block_has_one_owner(workers: int) -> None:
+    part = cqs.partition(workers, 3 * workers + workers // 2)
+    count = np.zeros((workers, workers), np.int64)
+    for worker in range(workers):
+        blocks = part.blocks(worker)
+        assert len(blocks) == workers
+        assert {g for block in blocks for g in block} <= set(part.quorums[worker])
+        for block in blocks:
+            count[block] += 1
+    assert (count == 1).all()
+    assert sum(share.pairs for share in part.shares()) == part.seq_len**2
+    distances = {(a - b) % workers for a, b in itertools.product(part.base, repeat=2)}
+    assert distances == set(range(workers))
+
+
+@pytest.mark.parametrize(("workers", "share"), [(4, 0.75), (7, 0.4287), (8, 0.5), (31, 0.1937)])
+def test_shares_of_the_paper(workers: int, share: float) -> None:
+    assert max(s.fraction for s in cqs.partition(workers, 10_000).shares()) == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5, 7, 8, 9])
+def test_singer_sets_are_perfect(order: int) -> None:
+    found = cqs.singer_set(order)
+    workers = order * order + order + 1
+    differences = sorted((a - b) % workers for a, b in itertools.permutations(found, 2))
+    assert differences == list(range(1, workers))
+
+
+def test_search_finds_the_table() -> None:
+    for workers in range(3, 20):
+        assert cqs.search(workers, len(cqs.TABLE[workers - 1])) == cqs.TABLE[workers - 1]
+
+
+@pytest.mark.parametrize("workers", [65, 80])
+def test_sets_beyond_the_table(workers: int) -> None:
+    assert len(cqs.check_base(workers, cqs.base_set(workers))) <= 1.5 * workers**0.5
+
+
+def test_bad_input() -> None:
+    with pytest.raises(PlanError, match="8 workers cannot share 7 tokens"):
+        cqs.partition(8, 7)
+    with pytest.raises(PlanError, match="no base set for 7 workers"):
+        cqs.partition(7, 70, base=(0, 1, 2))
+    with pytest.raises(PlanError, match="at least 1"):
+        cqs.partition(0, 7)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize(
+    "mask", [masks.Dense(), masks.Causal(), masks.Strided(7), masks.Longformer(9, 3), ~masks.Causal()], ids=str
+)
+def test_plans_are_exact(mask: Mask, workers: int) -> None:
+    cqs.plan(cqs.partition(workers, 150), mask).validate(mask)
