@@ -211,7 +211,7 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     outputs: list[OutputSpec] = []
     wrapper = _Flat(model, call, outputs.append)
     try:
-        with _exporting():
+        with _exporting(any(parameter.is_inference() for parameter in model.parameters())):
             # Fresh tensors: an example that aliases another, or requires grad, would be specialized on.
             examples = tuple(_example(t) for t in call.tensors)
             program = torch.export.export(wrapper, examples, strict=False)
@@ -243,11 +243,11 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
 
 
 @contextlib.contextmanager
-def _exporting() -> Iterator[None]:
-    """The modes in which models are traced: one at a time, without gradients, and quietly, as the reasons for failures
-    are reported."""
+def _exporting(inference: bool) -> Iterator[None]:
+    """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
+    were made in it, and quietly, as the reasons for failures are reported."""
     loggers = [logging.getLogger(name) for name in _LOUD]
-    with _EXPORTING, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    with _EXPORTING, warnings.catch_warnings(), torch.inference_mode(inference), torch.no_grad():
         warnings.simplefilter("ignore")
         fastpath = torch.backends.mha.get_fastpath_enabled()
         disabled = [loud.disabled for loud in loggers]

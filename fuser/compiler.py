@@ -23,7 +23,7 @@ from fuser.raising import raise_graph
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.library import Kernel, load
-from fuser.runtime.program import Program
+from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
 from fuser.weights import WeightStore
 
@@ -54,11 +54,15 @@ def compile_call(
     attention: Mask | None = None,
     tuner: Tuner | None = None,
     cache: KernelCache | None = None,
+    arena: Arena | None = None,
+    like: Compiled | None = None,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
-    ``tuner`` supplies measured times of kernels; without it the cost model decides. Raises CaptureError when the model
-    cannot be captured, BuildError or ToolchainError when its kernels cannot be built.
+    ``tuner`` supplies measured times of kernels; without it the cost model decides. ``arena`` is the memory to compute
+    in, shared with other programs; ``like`` a program of the same model and call, for another number of threads, that
+    need not be captured again. Raises CaptureError when the model cannot be captured, BuildError, ToolchainError or
+    CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
     seconds: dict[str, float] = {}
@@ -69,9 +73,10 @@ def compile_call(
         now = time.perf_counter()
         seconds[stage], clock = now - clock, now
 
-    captured = capture(model, call)
+    captured = capture(model, call) if like is None else like.captured
+    store.register(captured.parameters)
     lap("capture")
-    graph = raise_graph(captured, attention)
+    graph = raise_graph(captured, attention) if like is None else like.graph
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")
@@ -79,9 +84,8 @@ def compile_call(
     lap("render")
     kernels = load_kernels(assembly, target, cache)
     lap("build")
-    store.register(captured.parameters)
     constants = program_constants(assembly, graph, captured.parameters, store, cache.root)
-    program = Program(assembly.plan, kernels, constants)
+    program = Program(assembly.plan, kernels, constants, arena)
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)

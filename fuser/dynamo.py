@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fuser.compiler import program_constants
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
 from fuser.module import OptimizedModule
@@ -191,19 +190,8 @@ class _Graph(OptimizedModule):
                 self._store, self._lock = first._store, first._lock
             self._siblings.add(self)
 
-    def _refresh(self) -> None:
-        store = self._store
-        super()._refresh()
-        if self._store is not store:
-            return
-        for sibling in self._siblings:
-            if sibling is not self and sibling._store is store:
-                sibling._failed.clear()
-                for compiled in sibling.programs:
-                    constants = program_constants(
-                        compiled.assembly, compiled.graph, compiled.captured.parameters, store
-                    )
-                    compiled.program.set_constants(constants)
+    def _sharing(self) -> list[OptimizedModule]:
+        return [sibling for sibling in self._siblings if sibling._store is self._store]
 
 
 # Identities are those of the graphs' weights, which live as long as the graphs.

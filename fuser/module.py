@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fuser.capture import FlatCall, Signature, flatten_call
+from fuser.capture import FlatCall, Signature, StateError, flatten_call
 from fuser.codegen.assemble import KernelRecord
 from fuser.compiler import Compiled, compile_call, program_constants, threads_now
-from fuser.ir.errors import BuildError, CacheError, CaptureError, FuserError, MaskError, ToolchainError
+from fuser.ir.errors import CaptureError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.runtime.device import cpu_target
+from fuser.runtime.library import run_after_fork
+from fuser.runtime.program import Arena
 from fuser.search.tuning import Tuner, tuner_for
 from fuser.weights import WeightStore
 
 logger = logging.getLogger("fuser")
-_FALLBACKS = (CaptureError, BuildError, ToolchainError, CacheError)
+_PROGRAMS = 64
+"""Programs that a module keeps; the one that has not run for longest goes first."""
+Key = tuple[Signature, int]
 
 
 class OptimizedModule(nn.Module):
     """A drop-in for ``model`` that runs fused kernels.
 
     Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled at the first
-    call for each combination of shapes, dtypes and plain arguments. The original model runs instead, with one warning
-    and a reason in :meth:`report`, in training mode, when an input requires grad, under autocast, or when the model
-    cannot be captured or built.
+    call for each combination of shapes, dtypes and plain arguments, and the last 64 are kept. The original model runs
+    instead, with one warning and a reason in :meth:`report`, in training mode, when an input requires grad, under
+    autocast and function transforms, or when the model cannot be captured or built.
+
+    New weights, parameters, submodules and modes are followed. What PyTorch keeps no record of is not seen: writes
+    through ``tensor.data`` or NumPy, and plain attributes (``model.scale = 2.0``); call :meth:`refresh` after those.
+
+    Any thread may call it, also while another compiles; the programs of one module run one after the other. The model
+    itself must not be run beside its compilation other than through this module. After a fork, a child may call it and
+    compile; what runs in the original model hangs or not as it would without fuser.
     """
 
     _model: nn.Module
@@ -54,12 +69,17 @@ class OptimizedModule(nn.Module):
         self._search = search
         self._target = target
         self._lock = threading.RLock()
-        self._programs: dict[tuple[Signature, int], Compiled] = {}
-        self._failed: dict[tuple[Signature, int], str] = {}
+        self._programs: dict[Key, Compiled] = {}
+        self._used: dict[Key, int] = {}
+        self._clock = itertools.count()
+        self._failed: dict[Key, str] = {}
+        self._excused: set[Key] = set()
+        self._arena = Arena()
         self._store = WeightStore(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
         self.training = model.training
+        _modules.add(self)
 
     # ---- running
 
@@ -70,11 +90,18 @@ class OptimizedModule(nn.Module):
         call, reason = self._acceptable(args, kwargs)
         if call is None:
             self._say(reason)
-            return self._model(*args, **kwargs)
+            return self._original(args, kwargs)
         compiled = self._compiled(call)
         if compiled is None:
-            return self._model(*args, **kwargs)
+            return self._original(args, kwargs)
         return compiled.output.build(compiled.program(call.tensors))
+
+    def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._model.training:
+            return self._model(*args, **kwargs)
+        # A capture in another thread puts stand-ins in the place of the parameters.
+        with self._lock:
+            return self._model(*args, **kwargs)
 
     def _acceptable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[FlatCall | None, str]:
         if self._model.training:
@@ -84,6 +111,8 @@ class OptimizedModule(nn.Module):
         except CaptureError as error:
             return None, str(error)
         for tensor in call.tensors:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or _is_wrapped(tensor):
+                return None, f"an input is a {type(tensor).__name__} that fuser cannot look into"
             if tensor.device.type != "cpu":
                 return None, f"an input is on {tensor.device}, and this target is the CPU"
             if tensor.layout is not torch.strided:
@@ -92,50 +121,106 @@ class OptimizedModule(nn.Module):
                 return None, "an input requires grad; fused kernels have no backward"
         if torch.is_autocast_enabled("cpu"):
             return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
+        if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+            return None, "the call is traced or differentiated"
         return call, ""
 
     def _compiled(self, call: FlatCall) -> Compiled | None:
         key = (call.key, threads_now())
         compiled = self._programs.get(key)
         if compiled is not None and not self._store.changed:
+            self._used[key] = next(self._clock)
             return compiled
         with self._lock:
             if self._store.changed:
                 self._refresh()
             if key in self._programs:
+                self._used[key] = next(self._clock)
                 return self._programs[key]
             if key in self._failed:
                 return None
             try:
-                compiled = self._compile(call, key[1])
-            except _FALLBACKS as error:
-                self._failed[key] = str(error)
-                self._say(str(error))
+                compiled = run_after_fork(self._compile, call, key[1])
+            except (MaskError, PlanError):
+                raise
+            except FuserError as error:
+                self._fail(key, error)
                 return None
             self._programs[key] = compiled
+            self._used[key] = next(self._clock)
+            self._evict()
             return compiled
 
     def _compile(self, call: FlatCall, threads: int) -> Compiled:
         target = self._target = self._target or cpu_target()
         if self._tuner is None:
             self._tuner = tuner_for(self._search, target, threads)
-        return compile_call(
-            self._model, call, self._store, target, threads, attention=self._attention, tuner=self._tuner
-        )
+        like = next((c for (key, _), c in self._programs.items() if key == call.key), None)
+        # Tensors made in inference mode cannot be trained or written to later.
+        with torch.inference_mode(False), torch.no_grad():
+            return compile_call(
+                self._model,
+                call,
+                self._store,
+                target,
+                threads,
+                attention=self._attention,
+                tuner=self._tuner,
+                arena=self._arena,
+                like=like,
+            )
+
+    def _fail(self, key: Key, error: FuserError) -> None:
+        self._say(str(error))
+        if isinstance(error, StateError) and key not in self._excused:
+            # It may have filled a cache, which the next capture finds.
+            self._excused.add(key)
+            return
+        self._failed[key] = str(error)
+        while len(self._failed) > _PROGRAMS:
+            del self._failed[next(iter(self._failed))]
+
+    def _evict(self) -> None:
+        """Keep the programs that have run last, and the constants that they use."""
+        if len(self._programs) <= _PROGRAMS:
+            return
+        while len(self._programs) > _PROGRAMS:
+            key = min(self._programs, key=lambda k: self._used.get(k, -1))
+            del self._programs[key]
+        self._used = {key: self._used[key] for key in self._programs}
+        programs = [c for module in self._sharing() for c in module.programs]
+        self._store.retain((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)
+
+    def _sharing(self) -> list[OptimizedModule]:
+        """The modules whose programs use this store of weights."""
+        return [self]
 
     def _refresh(self) -> None:
         """Follow weights that have changed since they were packed."""
-        self._failed.clear()
-        if self._store.replaced or any(not _fits(c) for c in self._programs.values()):
-            self._programs.clear()
-            self._store = WeightStore(self._model)
+        changed = self._store.changes()
+        programs = [c for module in self._sharing() for c in module.programs]
+        if self._store.restructured or any(not _follows(c, changed) for c in programs):
+            self.refresh()
             return
-        self._store.refresh()
-        for compiled in self._programs.values():
-            parameters = compiled.captured.parameters
-            compiled.program.set_constants(
-                program_constants(compiled.assembly, compiled.graph, parameters, self._store)
-            )
+        self._failed.clear()
+        with self._store.refreshing():
+            for compiled in programs:
+                parameters = compiled.captured.parameters
+                compiled.program.set_constants(
+                    program_constants(compiled.assembly, compiled.graph, parameters, self._store)
+                )
+
+    def refresh(self) -> None:
+        """Forget all programs and packed weights, and compile anew when called.
+
+        For changes that PyTorch keeps no record of: ``tensor.data``, NumPy views, plain attributes of modules.
+        """
+        with self._lock:
+            self._failed.clear()
+            self._excused.clear()
+            self._programs.clear()
+            self._used.clear()
+            self._store = WeightStore(self._model)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
@@ -260,13 +345,39 @@ def _remake(model: nn.Module, attention: Mask | None, search: str | int, target:
     return OptimizedModule(model, attention=attention, search=search, target=target)
 
 
-def _fits(compiled: Compiled) -> bool:
-    """Whether the live weights still have the shapes and dtypes that the program was made for."""
-    return all(
-        tuple(tensor.shape) == compiled.graph.values[name].shape and tensor.dtype == compiled.graph.values[name].dtype
-        for name, tensor in compiled.captured.parameters.items()
-        if name in compiled.graph.values
-    )
+_modules: weakref.WeakSet[OptimizedModule] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    # The thread that held a lock does not exist in a forked child, so nobody would release it.
+    for module in _modules:
+        module._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_free_locks)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a function transform (``torch.func``) stands behind the tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
+    """Whether a program can take the new contents of weights: same shapes, dtypes and device as it was made for, and
+    nothing in its graph was decided by the old ones."""
+    values = compiled.graph.values
+    for name, tensor in compiled.captured.parameters.items():
+        if id(tensor) not in changed:
+            continue
+        if name in compiled.graph.inspected or tensor.device.type != "cpu":
+            return False
+        if name not in values:
+            continue
+        if tuple(tensor.shape) != values[name].shape or tensor.dtype != values[name].dtype:
+            return False
+        if tuple(tensor.stride()) != values[name].strides:
+            return False
+    return True
 
 
 def split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import operator
 import tempfile
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +18,144 @@ from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.kernels.families import materialize
 
+Use = tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
+"""The constants that a program refers to, what they are, and the live tensors that they are made from."""
 _OFFLOAD_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 16
 
 
-@dataclass
-class _Leaf:
-    """A live tensor of the model, and what it was when the constants were made from it."""
+_VERSION = operator.attrgetter("_version")
+_TRAINING = operator.itemgetter("training")
 
-    tensor: Tensor
-    owner: dict[str, Any] | None
-    key: str
-    version: int | None
-    address: int
 
-    @classmethod
-    def of(cls, tensor: Tensor, owner: dict[str, Any] | None, key: str) -> _Leaf:
-        return cls(tensor, owner, key, _version(tensor), tensor.data_ptr())
+class _Structure:
+    """Of which modules, in which modes, and of which tensors a model consists, compared by identity.
+
+    It is looked at in every call, so its loops are all the interpreter's own.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._modules = list(model.modules()) if model is not None else []
+        self._attributes = list(map(vars, self._modules))
+        # A member of a module that had none is nothing to its code, unless its class changes too.
+        self._members = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers) if d]
+        plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
+        self._plain = [(vars(m), key) for m, key in plain]
+        # Kept alive, so that no other tensor gets the identity of a former one.
+        self._kept = [*itertools.chain.from_iterable(map(dict.values, self._members)), *self._values()]
+        self._state = self._look()
+
+    def _values(self) -> list[Any]:
+        return [attributes.get(key) for attributes, key in self._plain]
+
+    def _look(self) -> tuple[list[int], list[type], list[bool]]:
+        members = itertools.chain.from_iterable(map(dict.values, self._members))
+        return (
+            list(map(id, itertools.chain(members, self._values()))),
+            list(map(type, self._modules)),
+            list(map(_TRAINING, self._attributes)),
+        )
 
     @property
     def changed(self) -> bool:
-        if self.owner is not None and self.owner.get(self.key) is not self.tensor:
-            return True
-        return self.tensor.data_ptr() != self.address or _version(self.tensor) != self.version
+        return self._look() != self._state
 
 
-def _version(tensor: Tensor) -> int | None:
-    # Tensors made in inference mode have no version.
-    return None if tensor.is_inference() else tensor._version
+class _Contents:
+    """Tensors with where they lie and how often they have been written."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self.tensors = {id(tensor): tensor for tensor in tensors}
+        # Tensors made in inference mode have no version.
+        self._versioned = [tensor for tensor in self.tensors.values() if not tensor.is_inference()]
+        self._state = self._look()
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self.tensors.values())), list(map(_VERSION, self._versioned))
+
+    @property
+    def changed(self) -> bool:
+        return self._look() != self._state
+
+    def changes(self) -> set[int]:
+        """Identities of the tensors that lie elsewhere or have been written."""
+        (addresses, versions), (old_addresses, old_versions) = self._look(), self._state
+        pairs = zip(self.tensors, addresses, old_addresses, strict=True)
+        found = {i for i, now, before in pairs if now != before}
+        versioned = zip(self._versioned, versions, old_versions, strict=True)
+        return found | {id(tensor) for tensor, now, before in versioned if now != before}
+
+    def changed_to(self, tensors: Iterable[Tensor], moved: Iterable[Tensor] = ()) -> _Contents:
+        """What to watch from now on; what is known already stays as it was seen, but for ``moved``."""
+        (addresses, versions) = self._state
+        old = dict(zip(self.tensors, addresses, strict=True))
+        old_versions = dict(zip(map(id, self._versioned), versions, strict=True))
+        for tensor in moved:
+            old.pop(id(tensor), None)
+            old_versions.pop(id(tensor), None)
+        fresh = _Contents(tensors)
+        addresses, versions = fresh._state
+        fresh._state = (
+            [old.get(i, now) for i, now in zip(fresh.tensors, addresses, strict=True)],
+            [old_versions.get(id(t), now) for t, now in zip(fresh._versioned, versions, strict=True)],
+        )
+        return fresh
 
 
 class WeightStore:
     """Constants of all programs of one model.
 
     A constant is identified by the live tensors and functions that it is made from, so programs for different shapes
-    share packed weights.
+    share packed weights. Changes are seen through PyTorch's version counters, which every operator that writes a
+    tensor advances, and through identities. What goes around both (``tensor.data``, NumPy) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self._leaves: dict[int, _Leaf] = {}
+        self._structure = _Structure(model)
+        self._contents = _Contents()
         self._made: dict[str, Tensor] = {}
-        self._offloaded: set[int] = set()
+        self._offloaded: dict[int, Tensor] = {}
         self._direct: set[int] = set()
         self.offload_error = ""
         """Why originals stay in memory beside their packed forms, if they do."""
 
     def register(self, parameters: Mapping[str, Tensor]) -> None:
-        """Watch the live tensors of a captured model."""
-        owners = {id(t): (owner, key) for owner, key, t in _owned(self._model())}
-        for tensor in parameters.values():
-            if id(tensor) not in self._leaves:
-                owner, key = owners.get(id(tensor), (None, ""))
-                self._leaves[id(tensor)] = _Leaf.of(tensor, owner, key)
+        """Watch the live tensors of a captured model; call before their values are used."""
+        self._contents = self._contents.changed_to([*self._contents.tensors.values(), *parameters.values()])
 
     @property
     def changed(self) -> bool:
-        """Whether any weight is another tensor or has other contents than when the constants were made."""
-        return any(leaf.changed for leaf in self._leaves.values())
+        """Whether the model consists of other modules or tensors, or has other values, than the constants were made
+        from."""
+        return self._contents.changed or self._structure.changed
 
     @property
-    def replaced(self) -> bool:
-        """Whether a weight has become another tensor object, shape, dtype or device: programs must be made anew."""
-        return any(
-            leaf.owner is not None and leaf.owner.get(leaf.key) is not leaf.tensor for leaf in self._leaves.values()
-        )
+    def restructured(self) -> bool:
+        """Whether the model consists of other modules or tensors, or runs in another mode: programs must be made
+        anew."""
+        return self._structure.changed
 
-    def refresh(self) -> None:
-        """Forget what was made from the old weights."""
+    def changes(self) -> set[int]:
+        """Identities of the tensors with new contents."""
+        return self._contents.changes()
+
+    @contextlib.contextmanager
+    def refreshing(self) -> Iterator[None]:
+        """Inside, constants are made anew; on leaving, they are what the weights were on entering."""
+        seen = _Contents(self._contents.tensors.values())
         self._made = {key: tensor for key, tensor in self._made.items() if key.startswith("literal:")}
-        self._leaves = {i: _Leaf.of(leaf.tensor, leaf.owner, leaf.key) for i, leaf in self._leaves.items()}
+        yield
+        self._contents = seen
+
+    def retain(self, uses: Iterable[Use]) -> None:
+        """Forget everything but what these programs use."""
+        keys: set[str] = set()
+        watched: dict[int, Tensor] = dict(self._offloaded)
+        for refs, constants, parameters in uses:
+            keys.update(_key(ref, constants, parameters) for ref in refs)
+            watched.update((id(tensor), tensor) for tensor in parameters.values())
+        self._made = {key: tensor for key, tensor in self._made.items() if key in keys}
+        self._contents = self._contents.changed_to(watched.values())
 
     def load(
         self,
@@ -118,14 +186,13 @@ class WeightStore:
         return loaded
 
     def _get(self, ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
+        key = _key(ref, constants, parameters)
         if isinstance(ref, Literal):
-            return self._memo(f"literal:{ref.key}", lambda: materialize(ref, None))
+            return self._memo(key, lambda: materialize(ref, None))
         if isinstance(ref, Packed):
-            key = f"packed:{ref.layout}:{_identity(ref.value, constants, parameters)}"
             return self._memo(key, lambda: materialize(ref, self._value(ref.value, constants, parameters)))
         if constants[ref].call is None:
             return parameters[ref].detach()
-        key = _identity(ref, constants, parameters)
         return self._memo(key, lambda: self._value(ref, constants, parameters))
 
     def _memo(self, key: str, make: Any) -> Tensor:
@@ -149,9 +216,9 @@ class WeightStore:
         model keep working, and read the file when they need to. The files have no names and go with the process.
         """
         for tensor in weights:
-            if id(tensor) in self._offloaded | self._direct or not isinstance(tensor, nn.Parameter):
+            if id(tensor) in self._offloaded or id(tensor) in self._direct or not isinstance(tensor, nn.Parameter):
                 continue
-            if tensor.nbytes < _OFFLOAD_BYTES or not tensor.is_contiguous() or tensor.is_inference():
+            if tensor.nbytes < _OFFLOAD_BYTES or not tensor.is_contiguous() or not _is_exclusive(tensor):
                 continue
             try:
                 mapped = _file_backed(tensor.detach(), folder)
@@ -159,10 +226,8 @@ class WeightStore:
                 self.offload_error = str(error)
                 return
             tensor.data = mapped
-            self._offloaded.add(id(tensor))
-            if id(tensor) in self._leaves:
-                leaf = self._leaves[id(tensor)]
-                self._leaves[id(tensor)] = _Leaf.of(tensor, leaf.owner, leaf.key)
+            self._offloaded[id(tensor)] = tensor
+            self._contents = self._contents.changed_to(self._contents.tensors.values(), [tensor])
 
     @property
     def made_bytes(self) -> int:
@@ -172,14 +237,15 @@ class WeightStore:
     @property
     def offloaded_bytes(self) -> int:
         """Bytes of originals that lie in files."""
-        return sum(self._leaves[i].tensor.nbytes for i in self._offloaded if i in self._leaves)
+        return sum(tensor.nbytes for tensor in self._offloaded.values())
 
     def restore(self) -> None:
         """Bring the originals back into memory."""
-        for i in self._offloaded:
-            leaf = self._leaves[i]
-            leaf.tensor.data = leaf.tensor.detach().clone()
-            self._leaves[i] = _Leaf.of(leaf.tensor, leaf.owner, leaf.key)
+        back = list(self._offloaded.values())
+        self._direct.update(self._offloaded)
+        for tensor in back:
+            tensor.data = tensor.detach().clone()
+        self._contents = self._contents.changed_to(self._contents.tensors.values(), back)
         self._offloaded.clear()
 
 
@@ -190,20 +256,28 @@ def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[s
     return [t for s in constant.sources for t in _sources(s, constants, parameters)]
 
 
+def _is_exclusive(tensor: Tensor) -> bool:
+    """Whether nothing but ``tensor`` refers to its memory, so that it can move without leaving a view behind."""
+    storage = tensor.untyped_storage()
+    # One reference is the tensor's, one that of the object in our hands.
+    alone: bool = torch._C._storage_Use_Count(storage._cdata) <= 2
+    return alone and not tensor.is_inference() and not tensor.is_shared() and storage.nbytes() == tensor.nbytes
+
+
+def _key(ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> str:
+    if isinstance(ref, Literal):
+        return f"literal:{ref.key}"
+    if isinstance(ref, Packed):
+        return f"packed:{ref.layout}:{_identity(ref.value, constants, parameters)}"
+    return _identity(ref, constants, parameters)
+
+
 def _identity(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> str:
     constant = constants[name]
     if constant.call is None:
         return f"leaf:{id(parameters[name])}"
     sources = ",".join(_identity(s, constants, parameters) for s in constant.sources)
     return f"{constant.call}:{constant.call.args}:{constant.call.kwargs}({sources})"
-
-
-def _owned(model: nn.Module | None) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
-    for module in model.modules() if model is not None else ():
-        for owner in (module._parameters, module._buffers):
-            for key, tensor in owner.items():
-                if tensor is not None:
-                    yield owner, key, tensor
 
 
 def _trim_heap() -> None:
@@ -220,8 +294,9 @@ def _file_backed(tensor: Tensor, folder: Path) -> Tensor:
         with handle:
             content = tensor.reshape(-1).view(torch.uint8).numpy().data
             # Small writes make small pages in the cache, so that a touched row brings in little around it.
-            for start in range(0, len(content), _WRITE_BYTES):
-                handle.write(content[start : start + _WRITE_BYTES])
+            start = 0
+            while start < len(content):
+                start += handle.write(content[start : start + _WRITE_BYTES])
         mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
     finally:
         with contextlib.suppress(FileNotFoundError):
