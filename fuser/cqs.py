@@ -369,11 +369,11 @@ def _planning_bytes(part: Partition, mask: Mask) -> int:
         rows = np.unique(np.linspace(0, step.q_len - 1, 64).astype(np.int64))
         total = 0
         for one in {step.head(h) for h in range(step.heads)} if step.heads else {step}:
-            closed = one.progressions(rows, one.q_len, one.kv_len)
+            closed = one.progressions(rows, step.q_len, step.kv_len)
             if closed is not None and (closed.step[closed.count > 1] == 1).all():
                 total += step.q_len * closed.start.shape[1] * _INTERVAL
             else:
-                listed = one.columns(rows, one.q_len, one.kv_len).indptr
+                listed = one.columns(rows, step.q_len, step.kv_len).indptr
                 pairs = int(1.5 * listed[-1] / len(rows) * step.q_len)
                 looked = pairs if closed is not None else min(pairs, _SLICE_PAIRS)
                 total += pairs * _PAIR + looked * _SLICE + step.q_len * 64
@@ -408,10 +408,10 @@ def _stream(q: Tensor, k: Tensor, v: Tensor, how: Streaming, mask: Mask, scale: 
                 visible = per_head([mask.head(i) for i in range(mask.heads)][mine])
             for worker in range(part.workers):
                 for piece in kernel.pieces(part, worker, visible):
-                    step = (
+                    rows, columns, contents = (
                         _gather(t, r) for t, r in ((queries, piece.queries), (keys, piece.keys), (values, piece.keys))
                     )
-                    tiler.add(piece.queries, *_attend(*step, piece, scale))
+                    tiler.add(piece.queries, *_attend(rows, columns, contents, piece, scale))
             if total is not result:
                 result.copy_(total)
     return out
@@ -460,7 +460,8 @@ def _distributed(
     failure: Exception | None = None
     result: tuple[Tensor, Tensor] | None = None
     try:
-        result = work(Scheduler(part, mask).task(ranks.rank), *mine, scale)
+        own_q, own_k, own_v = mine
+        result = work(Scheduler(part, mask).task(ranks.rank), own_q, own_k, own_v, scale)
     except (FuserError, ValueError, RuntimeError, MemoryError) as caught:
         failure = caught
     try:

@@ -380,9 +380,8 @@ class Partition:
         if w <= 31:
             centres = (edges[1:] + edges[:-1]) / 2
             for i, j in np.ndindex(w, w):
-                axes.text(
-                    centres[j], centres[i], str(owners[i, j]), ha="center", va="center", fontsize=max(4, 11 - w / 4)
-                )
+                x, y, size = float(centres[j]), float(centres[i]), max(4, 11 - w / 4)
+                axes.text(x, y, str(owners[i, j]), ha="center", va="center", fontsize=size)
         figure.savefig(Path(path), format="png", dpi=150)
 
     def _worker(self, worker: int) -> int:
@@ -461,9 +460,9 @@ class Gathered(Mask):
         ends = np.zeros((len(self.queries), width, 3), np.int64)
         local = 0
         offsets = []
-        for start, stop in self.keys:
-            offsets.append(local - start)
-            local += stop - start
+        for low, high in self.keys:
+            offsets.append(local - low)
+            local += high - low
         for r, seen in enumerate(self.visible):
             for at, column in enumerate(seen):
                 ends[r, at] = (*self.keys[column], offsets[column])
