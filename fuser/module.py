@@ -121,7 +121,7 @@ class OptimizedModule(nn.Module):
                 return None, "an input requires grad; fused kernels have no backward"
         if torch.is_autocast_enabled("cpu"):
             return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
-        if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        if torch._C._is_tracing() or forward_ad._current_level >= 0:
             return None, "the call is traced or differentiated"
         return call, ""
 

@@ -38,7 +38,9 @@ class _Structure:
         self._modules = list(model.modules()) if model is not None else []
         self._attributes = list(map(vars, self._modules))
         # A member of a module that had none is nothing to its code, unless its class changes too.
-        self._members = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self._members: list[dict[str, Any]] = [
+            d for m in self._modules for d in (m._modules, m._parameters, m._buffers) if d
+        ]
         plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
         self._plain = [(vars(m), key) for m, key in plain]
         # Kept alive, so that no other tensor gets the identity of a former one.
@@ -261,7 +263,8 @@ def _is_exclusive(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     # One reference is the tensor's, one that of the object in our hands.
     alone: bool = torch._C._storage_Use_Count(storage._cdata) <= 2
-    return alone and not tensor.is_inference() and not tensor.is_shared() and storage.nbytes() == tensor.nbytes
+    shared = tensor.is_shared()  # type: ignore[no-untyped-call]
+    return alone and not tensor.is_inference() and not shared and storage.nbytes() == tensor.nbytes
 
 
 def _key(ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> str:
