@@ -131,3 +131,17 @@ def _collapse(factors: Sequence[Factor]) -> list[Factor]:
         else:
             merged.append((size, stride))
     return merged
+
+
+@dataclass(frozen=True)
+class Conjunction:
+    """A boolean mask that is the conjunction of a constant and a run-time one, kept apart until somebody needs it."""
+
+    constant: View
+    runtime: View
+
+    def expand(self, shape: Sequence[int]) -> Conjunction:
+        return Conjunction(self.constant.expand(shape), self.runtime.expand(shape))
+
+
+Value = View | Conjunction | tuple[View, ...]

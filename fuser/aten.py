@@ -1,0 +1,468 @@
+"""What every ATen operator that fuser understands becomes; a handler that returns None leaves its node an extern."""
+
+from __future__ import annotations
+
+import math
+import operator as python_operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fuser import attention_patterns
+from fuser.attention import mask_of
+from fuser.ir import expression as ex
+from fuser.ir.errors import CaptureError
+from fuser.ir.expression import Builder, Op
+from fuser.ir.graph import Kind, Ref, TensorSpec, TorchCall
+from fuser.ir.masks import Dense
+from fuser.views import Conjunction, Value, View
+
+if TYPE_CHECKING:
+    from fuser.raising import Raiser
+
+aten = torch.ops.aten
+_FLOATING = (torch.float32, torch.bfloat16)
+_MERGE_LIMIT = 3
+
+
+Handler = Callable[["Raiser", fx.Node], "Value | None"]
+HANDLERS: dict[Any, Handler] = {}
+
+
+def _handles(*targets: Any) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for target in targets:
+            HANDLERS[target] = handler
+        return handler
+
+    return register
+
+
+@_handles(aten._assert_tensor_metadata.default)
+def _nothing(r: Raiser, node: fx.Node) -> Value:
+    return ()
+
+
+@_handles(
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+)
+def _same(r: Raiser, node: fx.Node) -> Value | None:
+    value = r.env[node.args[0]]
+    source, result = node.args[0].meta["val"], node.meta["val"]
+    if isinstance(value, Conjunction):
+        return value if source.dtype == result.dtype else None
+    if source.dtype == result.dtype:
+        return value
+    b = Builder()
+    return r.elementwise(node, Kind.POINTWISE, b.build(b.input(0)), [r.view(node.args[0])])
+
+
+@_handles(aten.dropout.default)
+def _dropout(r: Raiser, node: fx.Node) -> Value | None:
+    return r.env[node.args[0]] if not node.args[2] or node.args[1] == 0 else None
+
+
+@_handles(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def _reshape(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    shape = tuple(node.meta["val"].shape)
+    reshaped = view.reshape(shape)
+    if reshaped is None and view.shape and 0 not in shape and 0 not in view.shape and not r.is_constant(view):
+        copied = View.of(*_named(r, r.realize(View(view.base, view.dims, view.offset))))
+        reshaped = copied.reshape(shape)
+    return reshaped
+
+
+def _named(r: Raiser, name: str) -> tuple[str, TensorSpec]:
+    return name, r.values[name]
+
+
+@_handles(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.mT.default)
+def _transpose(r: Raiser, node: fx.Node) -> Value:
+    view = r.view(node.args[0])
+    n = len(view.dims)
+    if n == 0:
+        return view
+    a, b = (d % n for d in (node.args[1:3] or (-2, -1)))
+    order = list(range(n))
+    order[a], order[b] = b, a
+    return view.permute(order)
+
+
+@_handles(aten.t.default, aten.numpy_T.default)
+def _reverse(r: Raiser, node: fx.Node) -> Value:
+    view = r.view(node.args[0])
+    return view.permute(tuple(reversed(range(len(view.dims)))))
+
+
+@_handles(aten.permute.default)
+def _permute(r: Raiser, node: fx.Node) -> Value:
+    view = r.view(node.args[0])
+    return view.permute([d % len(view.dims) for d in node.args[1]])
+
+
+@_handles(aten.select.int)
+def _select(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = node.args[1] % len(view.dims)
+    return view.select(dim, node.args[2] % view.shape[dim])
+
+
+@_handles(aten.slice.Tensor)
+def _slice(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(view.dims)
+    size = view.shape[dim]
+    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+    start = min(max(start + size if start < 0 else start, 0), size)
+    step = node.args[4] if len(node.args) > 4 else 1
+    count = node.meta["val"].shape[dim]
+    return view.slice(dim, start, count, step) if count else None
+
+
+@_handles(aten.expand.default)
+def _expand(r: Raiser, node: fx.Node) -> Value:
+    shape = tuple(node.meta["val"].shape)
+    value = r.env[node.args[0]]
+    return value.expand(shape) if isinstance(value, Conjunction) else r.view(node.args[0]).expand(shape)
+
+
+@_handles(
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+)
+def _split(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(view.dims)
+    parts: list[View] = []
+    start = 0
+    for result in node.meta["val"]:
+        part = view.slice(dim, start, result.shape[dim], 1)
+        if part is None:
+            return None
+        parts.append(part)
+        start += result.shape[dim]
+    return tuple(parts)
+
+
+@_handles(aten.unbind.int)
+def _unbind(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(view.dims)
+    parts = [view.select(dim, i) for i in range(view.shape[dim])]
+    return None if any(p is None for p in parts) else tuple(p for p in parts if p is not None)
+
+
+@_handles(python_operator.getitem)
+def _getitem(r: Raiser, node: fx.Node) -> Value:
+    value = r.env[node.args[0]]
+    if not isinstance(value, tuple):
+        raise CaptureError(f"{node.args[0]} is indexed but is not a tuple")
+    part: View = value[node.args[1]]
+    return part
+
+
+@_handles(aten.linear.default)
+def _linear(r: Raiser, node: fx.Node) -> Value | None:
+    x, weight = r.view(node.args[0]), r.view(node.args[1])
+    if not r.is_constant(weight) or len(weight.dims) != 2:
+        return None
+    siblings = _siblings(r, node)
+    if len(siblings) > 1:
+        _merged_linear(r, siblings, x)
+        return r.env[node]
+    bias = r.view(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
+    if bias is not None and not r.is_constant(bias):
+        return None
+    return r.linear(node, x, weight, bias, transposed=True)
+
+
+def _siblings(r: Raiser, node: fx.Node) -> list[fx.Node]:
+    """This and the next linear layers that read the same value with constant weights of one width and dtype."""
+
+    def signature(n: fx.Node) -> tuple[Any, ...] | None:
+        if n.target is not aten.linear.default or n.args[0] is not node.args[0]:
+            return None
+        bias = n.args[2] if len(n.args) > 2 else None
+        operands = [n.args[1], *([bias] if bias is not None else [])]
+        if any(o not in r.env or not isinstance(r.env[o], View) or not r.is_constant(r.view(o)) for o in operands):
+            return None
+        return (bias is None, r.dtype(r.view(n.args[1])))
+
+    mine = signature(node)
+    if mine is None:
+        return [node]
+    return [n for n in node.args[0].users if n not in r.env and signature(n) == mine][:_MERGE_LIMIT]
+
+
+def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
+    """One GEMM for several: weights concatenated, results its slices."""
+    first = nodes[0]
+    weights = tuple(r.realize(r.view(n.args[1])) for n in nodes)
+    sizes = [r.values[w].shape[0] for w in weights]
+    total = sum(sizes)
+    join = TorchCall(torch.cat, ([Ref(i) for i in range(len(nodes))],))
+    weight = r.derived(f"{first.name}_weights", weights, join, (total, r.values[weights[0]].shape[1]))
+    bias = None
+    if len(first.args) > 2 and first.args[2] is not None:
+        biases = tuple(r.realize(r.view(n.args[2])) for n in nodes)
+        name = r.derived(f"{first.name}_biases", biases, join, (total,))
+        bias = View.of(name, r.values[name])
+    out = r.linear(first, x, View.of(weight, r.values[weight]), bias, transposed=True)
+    start = 0
+    for n, size in zip(nodes, sizes, strict=True):
+        part = out.slice(len(out.dims) - 1, start, size, 1) if out is not None else None
+        r.env[n] = part if part is not None else r._extern(n) or ()
+        start += size
+
+
+@_handles(aten.addmm.default)
+def _addmm(r: Raiser, node: fx.Node) -> Value | None:
+    bias, x, weight = (r.view(a) for a in node.args[:3])
+    if node.kwargs or not r.is_constant(weight) or not r.is_constant(bias) or len(bias.dims) != 1:
+        return None
+    return _matrix_product(r, node, x, weight, bias)
+
+
+@_handles(aten.mm.default, aten.matmul.default)
+def _matmul(r: Raiser, node: fx.Node) -> Value | None:
+    x, weight = r.view(node.args[0]), r.view(node.args[1])
+    if not r.is_constant(weight) or len(weight.dims) != 2 or len(x.dims) < 2 or r.is_constant(x):
+        return None
+    return _matrix_product(r, node, x, weight, None)
+
+
+def _matrix_product(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None) -> Value | None:
+    strides = weight.strides()
+    if strides is not None and strides[0] == 1 and weight.shape[0] > 1:
+        # x · Wᵀ written out: use the weight as it is stored.
+        return r.linear(node, x, weight.permute((1, 0)), bias, transposed=True)
+    return r.linear(node, x, weight, bias, transposed=False)
+
+
+@_handles(aten.layer_norm.default)
+def _layer_norm(r: Raiser, node: fx.Node) -> Value | None:
+    x = r.view(node.args[0])
+    if len(node.args[1]) != 1:
+        return None
+    weight = node.args[2] if len(node.args) > 2 else None
+    bias = node.args[3] if len(node.args) > 3 else None
+    eps = node.args[4] if len(node.args) > 4 else 1e-5
+    operands = [x] + [r.view(a) for a in (weight, bias) if a is not None]
+    expression = ex.layer_norm(eps, weight is not None, bias is not None)
+    return r.elementwise(node, Kind.NORM, expression, operands)
+
+
+@_handles(aten.rms_norm.default)
+def _rms_norm(r: Raiser, node: fx.Node) -> Value | None:
+    x = r.view(node.args[0])
+    if len(node.args[1]) != 1:
+        return None
+    weight = node.args[2] if len(node.args) > 2 else None
+    eps = node.args[3] if len(node.args) > 3 and node.args[3] is not None else torch.finfo(r.dtype(x)).eps
+    operands = [x] + ([r.view(weight)] if weight is not None else [])
+    return r.elementwise(node, Kind.NORM, ex.rms_norm(eps, weight is not None), operands)
+
+
+@_handles(aten.softmax.int, aten._softmax.default)
+def _softmax(r: Raiser, node: fx.Node) -> Value | None:
+    x = r.view(node.args[0])
+    if not x.dims or node.args[1] % len(x.dims) != len(x.dims) - 1:
+        return None
+    return r.elementwise(node, Kind.SOFTMAX, ex.softmax(), [x])
+
+
+@_handles(aten.embedding.default)
+def _embedding(r: Raiser, node: fx.Node) -> Value | None:
+    table, index = r.view(node.args[0]), r.view(node.args[1])
+    spec = r.spec(node)
+    if r.is_constant(index) or not r.is_constant(table) or spec.dtype not in _FLOATING or spec.numel == 0:
+        return None
+    strides = index.strides()
+    if strides is None or not TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides):
+        return None
+    return r.emit(Kind.EMBEDDING, node.name, (r.realize(table), r.realize(index)), spec)
+
+
+@_handles(aten.scaled_dot_product_attention.default)
+def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    q, k, v = (r.view(given[n]) for n in names[:3])
+    if given.get("dropout_p", 0.0) or not 2 <= len(q.dims) <= 4 or r.dtype(q) not in _FLOATING or 0 in q.shape:
+        return None
+    if 0 in k.shape or 0 in v.shape:
+        return None
+    mask = given.get("attn_mask")
+    if not len(q.dims) == len(k.dims) == len(v.dims) or (mask is not None and mask.meta["val"].dim() > len(q.dims)):
+        return None
+    if len(q.dims) > 2 and not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:-2] == v.shape[1:-2]):
+        return None
+    grouped = len(q.dims) == 4 and q.shape[1] != k.shape[1]
+    if grouped and not (given.get("enable_gqa") and q.shape[1] % k.shape[1] == 0):
+        return None
+    scale = given.get("scale")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    masks = [] if mask is None else [attention_patterns.MaskUse(mask, inverted=False)]
+    return r.attention_from(node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
+
+
+@_handles(torch.ops.fuser.sparse_attention.default)
+def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
+    q, k, v = (r.view(n) for n in node.args[:3])
+    _, _, _, key, runtime, scale = node.args
+    if r.dtype(q) not in _FLOATING or any(0 in t.shape for t in (q, k, v)):
+        return None
+    pattern = mask_of(key)
+    pattern.validate(q.shape[2], k.shape[2])
+    masks = [] if runtime is None else [attention_patterns.MaskUse(runtime, inverted=False)]
+    return r.attention_from(node, q, k, v, scale, masks, pattern=None if isinstance(pattern, Dense) else pattern)
+
+
+@_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+def _and(r: Raiser, node: fx.Node) -> Value | None:
+    """Masks: a constant that allows everything vanishes, another is kept apart from the run-time part."""
+    if node.meta["val"].dtype != torch.bool:
+        return None
+    shape = tuple(node.meta["val"].shape)
+    values = [r.env[a] for a in node.args if isinstance(a, fx.Node)]
+    if len(values) != 2 or any(isinstance(v, tuple) for v in values):
+        return None
+    views = [v for v in values if isinstance(v, View)]
+    if any(r.dtype(v) != torch.bool for v in views):
+        return None
+    for i, value in enumerate(values):
+        other = values[1 - i]
+        if isinstance(value, View) and r.is_constant(value):
+            if bool(r.constant_tensor(value).all()):
+                return other.expand(shape) if not isinstance(other, tuple) else None
+            if isinstance(other, View) and not r.is_constant(other):
+                return Conjunction(value.expand(shape), other.expand(shape))
+    return None
+
+
+# ---- elementwise operators
+
+_UNARY = {
+    aten.relu.default: Op.RELU,
+    aten.silu.default: Op.SILU,
+    aten.tanh.default: Op.TANH,
+    aten.sigmoid.default: Op.SIGMOID,
+    aten.exp.default: Op.EXP,
+    aten.log.default: Op.LOG,
+    aten.erf.default: Op.ERF,
+    aten.sqrt.default: Op.SQRT,
+    aten.rsqrt.default: Op.RSQRT,
+    aten.reciprocal.default: Op.RECIPROCAL,
+    aten.neg.default: Op.NEG,
+    aten.abs.default: Op.ABS,
+}
+_ACTIVATIONS = frozenset({Op.RELU, Op.SILU, Op.TANH, Op.SIGMOID, Op.GELU, Op.GELU_TANH})
+
+
+@_handles(*_UNARY)
+def _unary(r: Raiser, node: fx.Node) -> Value | None:
+    op = _UNARY[node.target]
+    kind = Kind.ACTIVATION if op in _ACTIVATIONS else Kind.POINTWISE
+    return r.elementwise(node, kind, ex.unary(op), [r.view(node.args[0])])
+
+
+@_handles(aten.gelu.default)
+def _gelu(r: Raiser, node: fx.Node) -> Value | None:
+    op = Op.GELU_TANH if node.kwargs.get("approximate", "none") == "tanh" else Op.GELU
+    return r.elementwise(node, Kind.ACTIVATION, ex.unary(op), [r.view(node.args[0])])
+
+
+_BINARY = {
+    aten.add.Tensor: Op.ADD,
+    aten.add.Scalar: Op.ADD,
+    aten.sub.Tensor: Op.SUB,
+    aten.sub.Scalar: Op.SUB,
+    aten.mul.Tensor: Op.MUL,
+    aten.mul.Scalar: Op.MUL,
+    aten.div.Tensor: Op.DIV,
+    aten.div.Scalar: Op.DIV,
+    aten.maximum.default: Op.MAXIMUM,
+    aten.minimum.default: Op.MINIMUM,
+}
+
+
+@_handles(*_BINARY)
+def _binary(r: Raiser, node: fx.Node) -> Value | None:
+    op = _BINARY[node.target]
+    if set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+        return None
+    b = Builder()
+    operands: list[View] = []
+    at: list[int] = []
+    for argument in node.args[:2]:
+        if isinstance(argument, fx.Node):
+            scalar = _scalar(r, argument)
+            if scalar is not None:
+                at.append(b.constant(scalar))
+                continue
+            operands.append(r.view(argument))
+            at.append(b.input(len(operands) - 1))
+        elif isinstance(argument, (int, float)) and not isinstance(argument, bool):
+            at.append(b.constant(float(argument)))
+        else:
+            return None
+    if not operands:
+        return None
+    kind = Kind.POINTWISE
+    running = [v for v in operands if not r.is_constant(v)]
+    if op is Op.ADD and len(operands) == 2:
+        bias = len(running) == 1 and any(len(v.dims) == 1 and r.is_constant(v) for v in operands)
+        kind = Kind.BIAS if bias else Kind.RESIDUAL
+    return r.elementwise(node, kind, b.build(b.apply(op, *at)), operands)
+
+
+def _scalar(r: Raiser, node: fx.Node) -> float | None:
+    """The number that a constant of no dimensions holds."""
+    value = r.env[node]
+    if isinstance(value, View) and not value.dims and r.is_constant(value) and r.dtype(value).is_floating_point:
+        return float(r.constant_tensor(value))
+    return None
+
+
+@_handles(aten.pow.Tensor_Scalar)
+def _pow(r: Raiser, node: fx.Node) -> Value | None:
+    exponent = node.args[1]
+    b = Builder()
+    x = b.input(0)
+    if exponent in (1, 2, 3, 4):
+        y = x
+        for _ in range(int(exponent) - 1):
+            y = b.apply(Op.MUL, y, x)
+    elif exponent == 0.5:
+        y = b.apply(Op.SQRT, x)
+    elif exponent == -0.5:
+        y = b.apply(Op.RSQRT, x)
+    elif exponent == -1:
+        y = b.apply(Op.RECIPROCAL, x)
+    else:
+        return None
+    return r.elementwise(node, Kind.POINTWISE, b.build(y), [r.view(node.args[0])])
