@@ -20,6 +20,7 @@ from fuser.ir.target import Target
 from fuser.runtime.device import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
+_SETTLE_SECONDS = 0.05
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy", "sparse-fuser")
 
 
@@ -34,13 +35,19 @@ class Timing:
 
 
 def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all."""
+    """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all.
+
+    Before an arm's turn the threads of the one before get time to stop spinning, and one call is not counted, so that
+    no arm pays for its neighbour.
+    """
     for run in arms.values():
         for _ in range(warmup):
             run()
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, run in arms.items():
+            time.sleep(_SETTLE_SECONDS)
+            run()
             start = time.perf_counter()
             run()
             samples[name].append(1e3 * (time.perf_counter() - start))

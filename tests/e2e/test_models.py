@@ -64,9 +64,7 @@ def padding(batch: int, length: int) -> Tensor:
 
 
 def bert(attention: str, **config: Any) -> nn.Module:
-    configuration = transformers.BertConfig(
-        vocab_size=100, attn_implementation=attention, **{**SMALL, **config}
-    )
+    configuration = transformers.BertConfig(vocab_size=100, attn_implementation=attention, **{**SMALL, **config})
     return transformers.BertModel(configuration)
 
 
