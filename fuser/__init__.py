@@ -19,6 +19,7 @@ _EXPORTS = {
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
     "cqs": ("fuser.cqs", None),
+    "flat": ("fuser.flat", None),
     "schemes": ("fuser.schemes", None),
     "integrations": ("fuser.integrations", None),
     "FuserError": ("fuser.ir.errors", "FuserError"),
