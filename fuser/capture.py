@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 
 from fuser.ir.errors import CaptureError
 
@@ -210,11 +213,14 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     """
     outputs: list[OutputSpec] = []
     wrapper = _Flat(model, call, outputs.append)
+    plain = [leaf for leaves in _attributes(model).values() for leaf in leaves if isinstance(leaf, Tensor)]
+    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in plain if not tensor.is_inference()]
     try:
         with _exporting(any(parameter.is_inference() for parameter in model.parameters())):
             # Fresh tensors: an example that aliases another, or requires grad, would be specialized on.
             examples = tuple(_example(t) for t in call.tensors)
             program = torch.export.export(wrapper, examples, strict=False)
+            _check_writes(program.graph)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 # Operators that change an intermediate in place become functions.
                 program = program.run_decompositions({})
@@ -222,7 +228,14 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
         raise
     except Exception as error:
         raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
+    finally:
+        # Writes to tensors that are neither parameters nor buffers happen for good even while tracing.
+        with torch.no_grad():
+            for tensor, copy, version in copies:
+                if tensor._version != version:
+                    tensor.copy_(copy)
     signature = program.graph_signature
+    # What is written within another operator's arguments.
     mutated = [str(s.target or s.arg.name) for s in signature.output_specs if s.kind.name != "USER_OUTPUT"]
     if mutated:
         raise CaptureError(f"the model changes {', '.join(mutated)} in place while it runs")
@@ -242,12 +255,43 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     return Captured(program.graph_module, parameters, inputs, outputs[-1])
 
 
+@functools.cache
+def _thread_tracer() -> type:
+    """PyTorch's tracer of module calls, restricted to the thread that traces.
+
+    It patches ``nn.Module`` itself, so other threads would be drawn in with whatever module they call.
+    """
+
+    class ThreadTracer(proxy_tensor._ModuleStackTracer):
+        def __init__(self, scope_root: Any) -> None:
+            self._thread = threading.get_ident()
+            super().__init__(scope_root)
+
+        def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return forward(*args, **kwargs)
+            return super().call_module(m, forward, args, kwargs)
+
+        def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+            if threading.get_ident() != self._thread:
+                return attr_val
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    return ThreadTracer
+
+
 @contextlib.contextmanager
 def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
     loggers = [logging.getLogger(name) for name in _LOUD]
-    with _EXPORTING, warnings.catch_warnings(), torch.inference_mode(inference), torch.no_grad():
+    with (
+        _EXPORTING,
+        warnings.catch_warnings(),
+        torch.inference_mode(inference),
+        torch.no_grad(),
+        mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer()),
+    ):
         warnings.simplefilter("ignore")
         fastpath = torch.backends.mha.get_fastpath_enabled()
         disabled = [loud.disabled for loud in loggers]
@@ -261,6 +305,23 @@ def _exporting(inference: bool) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for loud, was in zip(loggers, disabled, strict=True):
                 loud.disabled = was
+
+
+def _check_writes(graph: torch.fx.Graph) -> None:
+    """Refuse writes to what outlives a call; a signature does not mention those to plain tensors."""
+    lasting = {_storage(node): node for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        if not _is_mutable(node):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, torch.fx.Node) and _storage(value) in lasting:
+                raise CaptureError(f"the model changes {lasting[_storage(value)]} in place while it runs")
+
+
+def _storage(node: torch.fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) and value.layout is torch.strided else None
 
 
 def _check_nodes(graph: torch.fx.Graph) -> None:

@@ -84,8 +84,8 @@ class OptimizedModule(nn.Module):
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            # Another compiler or an export traces: kernels behind ctypes are nothing it could look into.
+        if torch.compiler.is_dynamo_compiling():
+            # Kernels behind ctypes are nothing another compiler could look into. (Exports are known by their tensors.)
             return self._model(*args, **kwargs)
         call, reason = self._acceptable(args, kwargs)
         if call is None:

@@ -42,6 +42,7 @@ _TYPICAL_CACHES = (32 << 10, 1 << 20, 16 << 20)
 _ASSUMED_CLOCK = 2.5e9
 _ASSUMED_BANDWIDTH = 10e9
 _ASSUMED_LAUNCH = 5e-6
+_SLOWEST_LAUNCH = 2e-5
 _SLICE_SECONDS = 1e-4
 
 logger = logging.getLogger("fuser")
@@ -252,7 +253,9 @@ def _measured_target(isa: Isa, cache: KernelCache, recalibrate: bool) -> Target:
             cache.write_record("calibration", key, dataclasses.asdict(rates))
         except CacheError as error:
             logger.warning("the measured rates of this CPU are not remembered: %s", error)
-    return dataclasses.replace(target, **dataclasses.asdict(rates))
+    # More is the delay of a machine busy with something else, by which nothing should be decided.
+    launch = min(rates.launch_seconds, _SLOWEST_LAUNCH)
+    return dataclasses.replace(target, **{**dataclasses.asdict(rates), "launch_seconds": launch})
 
 
 def calibration_key(target: Target) -> str:

@@ -185,13 +185,15 @@ class Builder:
 
     def __init__(self) -> None:
         self._instructions: list[Instruction] = []
-        self._known: dict[Instruction, int] = {}
+        self._known: dict[tuple[Instruction, float], int] = {}
 
     def _add(self, instruction: Instruction) -> int:
-        if instruction not in self._known or math.isnan(instruction.value):
-            self._known[instruction] = len(self._instructions)
+        # Zeros of both signs are equal, but not the same constant.
+        key = (instruction, math.copysign(1.0, instruction.value))
+        if key not in self._known or math.isnan(instruction.value):
+            self._known[key] = len(self._instructions)
             self._instructions.append(instruction)
-        return self._known[instruction]
+        return self._known[key]
 
     def input(self, index: int) -> int:
         return self._add(Instruction(Op.INPUT, index=index))
