@@ -262,7 +262,7 @@ def _thread_tracer() -> type:
     It patches ``nn.Module`` itself, so other threads would be drawn in with whatever module they call.
     """
 
-    class ThreadTracer(proxy_tensor._ModuleStackTracer):
+    class ThreadTracer(proxy_tensor._ModuleStackTracer):  # type: ignore[misc]
         def __init__(self, scope_root: Any) -> None:
             self._thread = threading.get_ident()
             super().__init__(scope_root)

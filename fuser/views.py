@@ -53,7 +53,7 @@ class View:
         its size does not divide."""
         if 0 in shape or 0 in self.shape:
             return None
-        pending = [f for factors in self.dims for f in _collapse(factors)]
+        pending = _collapse([f for factors in self.dims for f in factors])
         dims = []
         for size in shape:
             taken: list[Factor] = []

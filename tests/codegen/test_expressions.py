@@ -1,0 +1,222 @@
+"""Rendered row expressions against what they mean in float64."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fuser.codegen.expressions import literal, row_function, statements
+from fuser.codegen.render import TEMPLATES, render
+from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax
+from fuser.kernels.base import Access, DType, KernelSpec, Operand
+from fuser.kernels.rowwise import RowwiseParameters
+from fuser.runtime.abi import KernelArgs
+from fuser.runtime.build import build
+from fuser.runtime.device import cpu_target
+from fuser.runtime.library import Kernel, load
+
+
+@given(st.floats(width=32))
+def test_literals_read_back_as_the_same_number(value: float) -> None:
+    text = literal(value)
+    if math.isnan(value):
+        assert text == '__builtin_nanf("")'
+    elif math.isinf(value):
+        assert text == ("-" if value < 0 else "") + "__builtin_inff()"
+    else:
+        assert text.endswith("f")
+        assert np.float32(text[:-1]) == np.float32(value)
+        assert math.copysign(1, float(text[:-1])) == math.copysign(1, value)
+        # A C++ literal needs a point or an exponent before its suffix.
+        assert any(c in text for c in ".e")
+
+
+def test_statements_refer_to_inputs_and_earlier_results_only() -> None:
+    b = Builder()
+    y = b.apply(Op.MUL, b.apply(Op.ADD, b.input(0), b.input(1)), b.constant(0.5))
+    assert statements(b.build(y)) == [
+        "const simd::vf v0 = x0;",
+        "const simd::vf v1 = x1;",
+        "const simd::vf v2 = v0 + v1;",
+        "const simd::vf v3 = simd::set1(0.5f);",
+        "const simd::vf v4 = v2 * v3;",
+    ]
+
+
+def test_zeros_of_both_signs_are_different_constants() -> None:
+    b = Builder()
+    expression = b.build(b.apply(Op.ADD, b.apply(Op.MUL, b.input(0), b.constant(-0.0)), b.constant(0.0)))
+    (y,) = expression.evaluate(torch.ones(3))
+    assert not bool(y.signbit().any())
+
+
+def test_unused_operands_compile_without_warnings() -> None:
+    b = Builder()
+    text = row_function("row", b.build(b.input(1)), (Operand(Access.MATRIX, DType.F32),) * 2, (DType.F32,))
+    assert "(void)p0;" in text and "(void)p1;" not in text
+
+
+# ---- rendered and run
+
+UNARY = (Op.NEG, Op.ABS, Op.TANH, Op.ERF, Op.SIGMOID, Op.RELU, Op.GELU, Op.GELU_TANH, Op.SILU)
+BINARY = (Op.ADD, Op.SUB, Op.MUL, Op.MAXIMUM, Op.MINIMUM)
+REDUCE = (Op.ROW_SUM, Op.ROW_MEAN, Op.ROW_MAX)
+ACCESSES = (Access.MATRIX, Access.MATRIX, Access.COLUMN)
+
+
+@dataclass(frozen=True)
+class Case:
+    expression: Expression
+    operands: tuple[Operand, ...]
+    outputs: tuple[DType, ...]
+
+    @property
+    def spec(self) -> KernelSpec:
+        block = 0 if self.expression.has_reduction else 64
+        parameters = RowwiseParameters(self.expression, self.operands, self.outputs, block)
+        return KernelSpec("rowwise", "cpu/rowwise.cpp.j2", parameters)
+
+
+def randomized(seed: int) -> Case:
+    """An expression of about twelve well-conditioned instructions over three operands, some bf16, with two outputs."""
+    pick = random.Random(seed)
+    b = Builder()
+    values = [b.input(i) for i in range(3)] + [b.constant(pick.choice([0.5, -1.25, 2.0, 1e-3]))]
+    for _ in range(9):
+        choice = pick.random()
+        if choice < 0.45:
+            values.append(b.apply(pick.choice(UNARY), pick.choice(values)))
+        elif choice < 0.85:
+            values.append(b.apply(pick.choice(BINARY), pick.choice(values), pick.choice(values)))
+        else:
+            # Squashed first, so that sums stay small; of something that has columns.
+            row = b.apply(Op.ADD, pick.choice(values), b.input(0))
+            values.append(b.apply(pick.choice(REDUCE), b.apply(Op.TANH, row)))
+    operands = tuple(
+        Operand(access, pick.choice([DType.F32, DType.F32, DType.BF16]), periodic=pick.random() < 0.4)
+        for access in ACCESSES
+    )
+    outputs = (DType.F32, pick.choice([DType.F32, DType.BF16]))
+    return Case(b.build(values[-1], values[-2]), operands, outputs)
+
+
+def fixed(expression: Expression, inputs: int = 1) -> Case:
+    return Case(expression, (Operand(Access.MATRIX, DType.F32),) * inputs, (DType.F32,))
+
+
+CASES: dict[str, Case] = {
+    **{f"random{seed}": randomized(seed) for seed in range(8)},
+    "softmax": fixed(softmax()),
+    "masked softmax": fixed(masked_softmax()),
+    "layer norm": fixed(layer_norm(1e-5), 3),
+    "rms norm": fixed(rms_norm(1e-6), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Mapping[str, Kernel]]:
+    specs = {name: case.spec for name, case in CASES.items()}
+    paths = build([render(spec) for spec in dict.fromkeys(specs.values())], cpu_target(), headers=TEMPLATES / "cpu")
+    yield {name: load(paths[spec.symbol], spec.symbol) for name, spec in specs.items()}
+
+
+def run(
+    kernel: Kernel, case: Case, inputs: Sequence[Tensor], rows: int, columns: int, threads: int = 2
+) -> list[Tensor]:
+    """Call the kernel on operands whose rows are ``stride(0)`` apart, or repeat."""
+    extents = [rows, columns]
+    for operand, tensor in zip(case.operands, inputs, strict=True):
+        extents += [tensor.stride(0), tensor.shape[0] if operand.periodic else rows]
+    outputs = [torch.full((rows, columns + 3), 7.0, dtype=dtype.torch)[:, :columns] for dtype in case.outputs]
+    extents += [out.stride(0) for out in outputs]
+    kernel(KernelArgs.pack([t.data_ptr() for t in (*inputs, *outputs)], extents, threads))
+    for out in outputs:
+        beyond = out.as_strided((rows, 3), (out.stride(0), 1), out.storage_offset() + columns)
+        assert bool((beyond == 7.0).all()), "wrote beyond its rows"
+    return outputs
+
+
+def operands_of(case: Case, rows: int, columns: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    found = []
+    for operand in case.operands:
+        period = next(p for p in (3, 2, 1) if rows % p == 0) if operand.periodic else rows
+        width = 1 if operand.access is Access.COLUMN else columns
+        # Rows with gaps between them.
+        found.append(torch.randn(period, width + 2, generator=generator).to(operand.dtype.torch)[:, :width])
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (6, 7), (6, 16), (4, 17), (3, 64), (2, 79), (12, 300)])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("random")])
+def test_random_expressions(kernels: Mapping[str, Kernel], name: str, rows: int, columns: int) -> None:
+    case = CASES[name]
+    inputs = operands_of(case, rows, columns)
+    wide = [t.repeat(rows // t.shape[0], 1).expand(rows, columns) for t in inputs]
+    exact = case.expression.evaluate(*(t.double() for t in wide))
+    eager = case.expression.evaluate(*(t.float() for t in wide))
+    for mine, theirs, truth, dtype in zip(
+        run(kernels[name], case, inputs, rows, columns), eager, exact, case.outputs, strict=True
+    ):
+        truth = truth.broadcast_to(rows, columns)
+        scale = float(truth.norm())
+        rounding = 2**-8 if dtype is DType.BF16 else 2e-6
+        error, reference = float((mine.double() - truth).norm()), float((theirs.double() - truth).norm())
+        assert error <= 2 * reference + rounding * scale + 1e-12
+
+
+@pytest.mark.parametrize("columns", [1, 16, 33])
+def test_rows_of_nothing(kernels: Mapping[str, Kernel], columns: int) -> None:
+    x = torch.randn(3, columns)
+    x[1] = -math.inf
+    (plain,) = run(kernels["softmax"], CASES["softmax"], [x], 3, columns)
+    (masked,) = run(kernels["masked softmax"], CASES["masked softmax"], [x], 3, columns)
+    assert bool(plain[1].isnan().all())
+    assert torch.equal(masked[1], torch.zeros(columns))
+    assert torch.equal(plain[::2], masked[::2])
+    lowest = torch.full((1, columns), torch.finfo(torch.float32).min)
+    (uniform,) = run(kernels["masked softmax"], CASES["masked softmax"], [lowest], 1, columns)
+    assert torch.allclose(uniform, torch.full((1, columns), 1 / columns))
+
+
+@pytest.mark.parametrize("name", ["softmax", "layer norm", "rms norm"])
+@pytest.mark.parametrize("columns", [1, 15, 64, 1000])
+def test_norms_and_softmax(kernels: Mapping[str, Kernel], name: str, columns: int) -> None:
+    case = CASES[name]
+    generator = torch.Generator().manual_seed(columns)
+    x = 5 + torch.randn(7, columns, generator=generator)
+    rest = [torch.randn(1, columns, generator=generator).expand(7, columns) for _ in case.operands[1:]]
+    exact = case.expression.evaluate(x.double(), *(t.double() for t in rest))[0]
+    eager = case.expression.evaluate(x, *rest)[0]
+    (mine,) = run(kernels[name], case, [x, *rest], 7, columns)
+    assert float((mine - exact).norm()) <= 2 * float((eager - exact).norm()) + 1e-6 * float(exact.norm())
+
+
+def test_results_do_not_depend_on_the_number_of_threads(kernels: Mapping[str, Kernel]) -> None:
+    case = CASES["random0"]
+    inputs = operands_of(case, 60, 300)
+    one = run(kernels["random0"], case, inputs, 60, 300, threads=1)
+    for threads in (2, 3):
+        for a, b in zip(one, run(kernels["random0"], case, inputs, 60, 300, threads=threads), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nothing_to_do(kernels: Mapping[str, Kernel]) -> None:
+    case = CASES["softmax"]
+    run(kernels["softmax"], case, [torch.empty(0, 4)], 0, 4)
+
+
+def test_sources_name_their_parameters(tmp_path: Path) -> None:
+    source = render(CASES["softmax"].spec)
+    assert source.text.startswith(f"// fuser rowwise kernel {source.symbol}\n")
+    assert "RowwiseParameters(" in source.text.splitlines()[1]
