@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import subprocess
 import sys
@@ -12,9 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
+from typer.testing import CliRunner
 
 import fuser
+import fuser.cli
 from fuser import flat, masks
+from fuser.cli import bench
 from fuser.ir.errors import MaskError, PlanError
 
 TILES: list[tuple[str, tuple[int, int, int] | None]] = [
@@ -187,3 +192,31 @@ def test_no_keys() -> None:
     q, k, v = inputs()
     out, lse = flat.attention(q, k[:, :, :0], v[:, :, :0], return_lse=True)
     assert not out.any() and bool(torch.isneginf(lse).all()) and fuser.flat is flat
+
+
+def test_bench_writes_table_and_plot(tmp_path: Path) -> None:
+    arguments = ["bench", "flat", "--from", "32", "--to", "64", "--heads", "2", "--head-dim", "16", "--rounds", "1"]
+    result = CliRunner().invoke(fuser.cli.app, [*arguments, "--rows", "8", "--out", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "flat.json").read_text())
+    assert report["benchmark"] == "flat" and report["machine"]["threads"] == torch.get_num_threads()
+    found = {(r["granularity"], r["length"]): r for r in report["results"]}
+    assert set(found) == {(name, n) for name in ("batch", "head", "row", "flash") for n in (32, 64)}
+    assert all(r["median_ms"] > 0 for r in found.values())
+    for name, logits in (("batch", 2 * 64 * 64), ("head", 64 * 64), ("row", 8 * 64)):
+        assert found[name, 64]["predicted_bytes"] == found[name, 64]["extra_bytes"] == 4 * logits
+    assert found["row", 64]["tile"] == [1, 1, 8]
+    with (tmp_path / "flat.csv").open() as file:
+        assert [row["granularity"] for row in csv.DictReader(file)] == ["batch", "head", "row", "flash"] * 2
+    assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_skips_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_available_bytes", lambda: 40_000)
+    arguments = ["bench", "flat", "--from", "64", "--to", "64", "--heads", "2", "--head-dim", "16", "--rounds", "1"]
+    result = CliRunner().invoke(fuser.cli.app, [*arguments, "--rows", "8", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "skipped batch at 64: needs 0.0 GB" in result.output and "skipped row" not in result.output
+    result = CliRunner().invoke(fuser.cli.app, [*arguments, "--max-seconds", "0", "--out", str(tmp_path)])
+    assert "above --max-seconds 0" in result.output
+    assert all("median_ms" not in r for r in json.loads((tmp_path / "flat.json").read_text())["results"])
