@@ -177,6 +177,7 @@ class _Flat(nn.Module):
         flat, output = flatten_output(self.model(*args, **kwargs))
         changed = _difference(before, _attributes(self.model))
         if changed:
+            _restore(self.model, before)
             raise StateError(f"the model changes its attribute {changed} while it runs")
         self._record(output)
         return tuple(flat)
@@ -190,6 +191,18 @@ def _attributes(model: nn.Module) -> dict[str, list[Any]]:
         for key, value in vars(module).items()
         if key not in _INTERNAL
     }
+
+
+def _restore(model: nn.Module, before: Mapping[str, list[Any]]) -> None:
+    """Set attributes back, so that nothing of a trace stays behind."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        attributes = vars(module)
+        for key in [key for key in attributes if key not in _INTERNAL and prefix + key not in before]:
+            del attributes[key]
+        for full, (value, *_) in before.items():
+            if full.startswith(prefix) and "." not in full[len(prefix) :]:
+                attributes[full[len(prefix) :]] = value
 
 
 def _difference(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> str:

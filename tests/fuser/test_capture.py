@@ -1,0 +1,231 @@
+"""From calls to flat tensors and back, and from models to graphs."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fuser.capture import StateError, capture, flatten_call, flatten_output
+from fuser.ir.errors import CaptureError
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclasses.dataclass
+class Pair:
+    first: Any
+    second: Any
+
+
+Named = collections.namedtuple("Named", "a b")
+
+LEAVES = st.one_of(
+    st.builds(lambda n: torch.full((n,), float(n)), st.integers(0, 3)),
+    st.sampled_from([None, 1, 2.5, "text", True, torch.float32, 1j]),
+)
+OUTPUTS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.tuples(inner, inner),
+        st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        st.builds(Named, inner, inner),
+        st.builds(Pair, inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+def alike(a: Any, b: Any) -> bool:
+    if isinstance(b, Tensor):
+        return a is b
+    if isinstance(b, Pair):
+        return isinstance(a, Pair) and alike(a.first, b.first) and alike(a.second, b.second)
+    if isinstance(b, dict):
+        return list(a) == list(b) and all(alike(a[k], b[k]) for k in b)
+    if isinstance(b, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and a == b
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(OUTPUTS)
+def test_outputs_are_rebuilt_from_their_tensors(output: Any) -> None:
+    tensors, spec = flatten_output(output)
+    assert all(isinstance(t, Tensor) for t in tensors)
+    assert alike(spec.build(tensors), output)
+
+
+def test_outputs_that_hide_tensors_are_refused() -> None:
+    with pytest.raises(CaptureError, match="returns a object"):
+        flatten_output([X, object()])
+
+
+def key(*args: Any, **kwargs: Any) -> Any:
+    return flatten_call(args, kwargs).key
+
+
+def test_calls_are_taken_apart_and_put_together() -> None:
+    call = flatten_call((X, [1, X[0]]), {"mask": None, "named": Named(X[1], 2.0)})
+    assert [tuple(t.shape) for t in call.tensors] == [(2, 8), (8,), (8,)]
+    args, kwargs = call.unflatten([10, 20, 30])
+    assert args == (10, [1, 20])
+    assert kwargs == {"mask": None, "named": Named(30, 2.0)}
+
+
+def test_calls_that_may_share_a_program_have_one_key() -> None:
+    assert key(X) == key(X + 1) == key(torch.randn(8, 2).t()) == key(X.clone().requires_grad_())
+    assert hash(key(X, a=1.5)) == hash(key(X, a=1.5))
+    assert key(X, float("nan")) == key(X, float("nan"))
+    different = [
+        key(X),
+        key(X[:1]),
+        key(X[0]),
+        key(X.double()),
+        key(x=X),
+        key(X, 1),
+        key(X, 1.0),
+        key(X, True),
+        key(X, None),
+        key(X, 0.0),
+        key(X, -0.0),
+        key(X, "1"),
+        key(X, X),
+        key([X]),
+        key((X,)),
+        key({"x": X}),
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_arguments_that_nothing_is_known_about_are_refused() -> None:
+    with pytest.raises(CaptureError, match="an argument is a object"):
+        flatten_call((X, object()), {})
+
+
+# ---- capture
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("shift", torch.ones(8))
+        self.factor = torch.tensor(2.0)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        y = self.linear(x)
+        y.add_(self.shift)
+        return {"y": y * self.factor * scale, "scale": scale}
+
+
+def test_a_graph_is_over_the_live_tensors_and_the_flat_inputs() -> None:
+    model = Layer().eval()
+    captured = capture(model, flatten_call((X,), {"scale": 3.0}))
+    live = {id(model.linear.weight), id(model.linear.bias), id(model.shift), id(model.factor)}
+    assert {id(t) for t in captured.parameters.values()} == live
+    assert len(captured.inputs) == 1
+    flat = captured.graph(*captured.parameters.values(), X)
+    assert pytree.tree_all(lambda t: isinstance(t, Tensor), list(flat))
+    built = captured.output.build(flat)
+    expected = model(X, 3.0)
+    assert built["scale"] == 3.0
+    assert torch.allclose(built["y"], expected["y"])
+    assert not any(n.target is torch.ops.aten.add_.Tensor for n in captured.graph.graph.nodes)
+
+
+class Changing(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("buffer", torch.zeros(8))
+        self.plain, self.number, self.items = torch.zeros(8), 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "buffer":
+            self.buffer.add_(1)
+        elif self.what == "plain":
+            self.plain.add_(1)
+        elif self.what == "input":
+            x[0] = 0
+        elif self.what == "number":
+            self.number += 1
+        elif self.what == "items":
+            self.items.append(x)
+        elif self.what == "new":
+            self.attribute = x
+        return self.linear(x) + self.buffer + self.plain
+
+
+@pytest.mark.parametrize("what", ["buffer", "plain", "input", "number", "items", "new"])
+def test_models_that_change_something_are_refused_and_left_as_they_were(what: str) -> None:
+    model = Changing(what).eval()
+    x = X.clone()
+    before, attributes = copy.deepcopy(model.state_dict()), set(vars(model))
+    with pytest.raises(CaptureError, match=r"changes (its attribute )?.*while it runs") as caught:
+        capture(model, flatten_call((x,), {}))
+    assert isinstance(caught.value, StateError) == (what in ("number", "items", "new"))
+    assert torch.equal(x, X)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.plain, torch.zeros(8))
+    assert model.number == 0 and model.items == [] and set(vars(model)) == attributes
+    # Nothing of the trace is left in the model.
+    assert type(model(X.clone())) is Tensor
+
+
+def test_nothing_of_the_process_changes(caplog: pytest.LogCaptureFixture) -> None:
+    call, getattribute = nn.Module.__call__, nn.Module.__getattr__
+    loud = logging.getLogger("torch._subclasses.fake_tensor")
+    with caplog.at_level(logging.WARNING), pytest.raises(CaptureError, match="RuntimeError"):
+        capture(nn.Linear(3, 3), flatten_call((X,), {}))
+    assert not any(record.name.startswith("torch._subclasses") for record in caplog.records)
+    assert nn.Module.__call__ is call and nn.Module.__getattr__ is getattribute
+    assert torch.backends.mha.get_fastpath_enabled() and torch.is_grad_enabled() and not loud.disabled
+
+
+def test_models_without_an_output_are_empty_programs() -> None:
+    assert capture(nn.Identity(), flatten_call((), {"input": X})).output.build([X]) is X
+
+
+def test_other_threads_may_run_other_modules_meanwhile() -> None:
+    torch.manual_seed(0)
+    deep = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(20)]).eval()
+    other = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)]).eval()
+    with torch.no_grad():
+        expected = other(X)
+    done = threading.Event()
+    wrong: list[object] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                try:
+                    if not torch.equal(other(X), expected):
+                        wrong.append("different")
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        graphs = [capture(deep, flatten_call((X,), {})).graph for _ in range(5)]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    # Nor do their operators get into the graph.
+    assert all(sum(n.target is torch.ops.aten.linear.default for n in g.graph.nodes) == 20 for g in graphs)
