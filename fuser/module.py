@@ -298,6 +298,19 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_model"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Public names are the model's.
+        if name.startswith("_") or name == "training":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            super().__delattr__(name)
+        else:
+            delattr(self._model, name)
+
     def train(self, mode: bool = True) -> OptimizedModule:
         self._model.train(mode)
         self.training = mode

@@ -142,6 +142,23 @@ def test_a_change_through_the_optimized_module_is_one_of_the_model(
     assert agree(model, fast)
 
 
+def test_attributes_are_those_of_the_model() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True), 1).eval()
+    fast = fuser.optimize(model, search="model")
+    assert fast.norm is None
+    # An attribute that was no module becomes one.
+    fast.norm = nn.LayerNorm(WIDTH).eval()
+    assert isinstance(model.norm, nn.LayerNorm)
+    assert agree(model, fast)
+    fast.register_buffer("extra", torch.ones(3))
+    fast.label = "mine"
+    assert model.extra is fast.extra and model.label == fast.label == "mine"
+    del fast.label
+    assert not hasattr(model, "label") and not hasattr(fast, "label")
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert fast.fallbacks == ()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_another_dtype_is_followed_there_and_back(block: tuple[Block, OptimizedModule], dtype: torch.dtype) -> None:
     model, fast = block
