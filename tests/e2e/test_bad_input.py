@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 import fuser
 from fuser.ir.errors import FuserError, IndexRangeError
 from fuser.module import OptimizedModule
+from fuser.runtime import cache as runtime_cache
 from fuser.runtime.device import cpu_target
 
 WIDTH = 32
@@ -1078,6 +1080,15 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
     fast = broken_machine(monkeypatch, Path("/proc/fuser"), os.environ.get("CXX", "g++"))
     assert_same(fast(X), fast._model(X))
     assert len(fast.programs) == 1 or "/proc/fuser" in fast.fallbacks[0]
+
+
+def test_no_place_to_write_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = broken_machine(monkeypatch, Path("/proc/fuser"), os.environ.get("CXX", "g++"))
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/fuser-temporary")
+    # What another test found out about this directory.
+    runtime_cache._open.cache_clear()
+    assert_same(fast(X), fast._model(X))
+    assert fast.programs == () and len(fast.fallbacks) == 1
 
 
 def test_a_cache_that_others_can_write_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
