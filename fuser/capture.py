@@ -293,6 +293,13 @@ def _thread_tracer() -> type:
     return ThreadTracer
 
 
+def _tracing_this_thread() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads out of a trace; a PyTorch without this tracer has nothing to narrow."""
+    if not hasattr(proxy_tensor, "_ModuleStackTracer"):
+        return contextlib.nullcontext()
+    return mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer())
+
+
 @contextlib.contextmanager
 def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
@@ -303,7 +310,7 @@ def _exporting(inference: bool) -> Iterator[None]:
         warnings.catch_warnings(),
         torch.inference_mode(inference),
         torch.no_grad(),
-        mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer()),
+        _tracing_this_thread(),
     ):
         warnings.simplefilter("ignore")
         fastpath = torch.backends.mha.get_fastpath_enabled()
