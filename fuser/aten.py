@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fuser.raising import Raiser
 
 aten = torch.ops.aten
-_FLOATING = (torch.float32, torch.bfloat16)
 _MERGE_LIMIT = 3
 
 
@@ -299,7 +298,7 @@ def _softmax(r: Raiser, node: fx.Node) -> Value | None:
 def _embedding(r: Raiser, node: fx.Node) -> Value | None:
     table, index = r.view(node.args[0]), r.view(node.args[1])
     spec = r.spec(node)
-    if r.is_constant(index) or not r.is_constant(table) or spec.dtype not in _FLOATING or spec.numel == 0:
+    if r.is_constant(index) or not r.is_constant(table) or spec.dtype not in r.floating or spec.numel == 0:
         return None
     strides = index.strides()
     if strides is None or not TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides):
@@ -312,7 +311,7 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = (r.view(given[n]) for n in names[:3])
-    if given.get("dropout_p", 0.0) or not 2 <= len(q.dims) <= 4 or r.dtype(q) not in _FLOATING or 0 in q.shape:
+    if given.get("dropout_p", 0.0) or not 2 <= len(q.dims) <= 4 or r.dtype(q) not in r.floating or 0 in q.shape:
         return None
     if 0 in k.shape or 0 in v.shape:
         return None
@@ -334,7 +333,7 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
 def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     q, k, v = (r.view(n) for n in node.args[:3])
     _, _, _, key, runtime, scale = node.args
-    if r.dtype(q) not in _FLOATING or any(0 in t.shape for t in (q, k, v)):
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
     pattern = mask_of(key)
     pattern.validate(q.shape[2], k.shape[2])

@@ -22,26 +22,30 @@ from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.graph import VIEWS, Constant, Kind, Operator, OperatorGraph, Ref, TensorSpec, TorchCall
 from fuser.ir.masks import Mask, from_dense
+from fuser.kernels.base import FLOATING
 from fuser.views import Conjunction, Value, View
 
 aten = torch.ops.aten
-_FLOATING = (torch.float32, torch.bfloat16)
 _FOLD_LIMIT = 1 << 28
 
 
-def raise_graph(captured: Captured, attention: Mask | None = None) -> OperatorGraph:
+def raise_graph(
+    captured: Captured, attention: Mask | None = None, floating: frozenset[torch.dtype] = FLOATING
+) -> OperatorGraph:
     """The operator graph of a captured model.
 
-    ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to. Raises CaptureError
-    for graphs that mutate tensors.
+    ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to; ``floating`` holds the
+    dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
+    mutate tensors.
     """
-    return Raiser(captured, attention).run()
+    return Raiser(captured, attention, floating).run()
 
 
 class Raiser:
-    def __init__(self, captured: Captured, attention: Mask | None) -> None:
+    def __init__(self, captured: Captured, attention: Mask | None, floating: frozenset[torch.dtype]) -> None:
         self.captured = captured
         self.attention = attention
+        self.floating = floating
         self.values: dict[str, TensorSpec] = {}
         self.operators: list[Operator] = []
         self.constants: dict[str, Constant] = {}
@@ -225,9 +229,9 @@ class Raiser:
     def elementwise(self, node: fx.Node, kind: Kind, expression: Expression, operands: Sequence[View]) -> View | None:
         """An elementwise or row-wise operator, in the order in which its largest operand lies in memory."""
         spec = self.spec(node)
-        if spec.dtype not in _FLOATING or not spec.shape or spec.numel == 0:
+        if spec.dtype not in self.floating or not spec.shape or spec.numel == 0:
             return None
-        if any(self.dtype(v) not in _FLOATING for v in operands):
+        if any(self.dtype(v) not in self.floating for v in operands):
             return None
         full = next((v for v in operands if v.shape == spec.shape and not self.is_constant(v)), None)
         if full is None:
@@ -291,7 +295,7 @@ class Raiser:
 
     def linear(self, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool) -> View | None:
         """x · Wᵀ (+ bias), W constant, as ``gemm`` and ``bias``; rows in the order in which x lies in memory."""
-        if self.dtype(x) not in _FLOATING or self.dtype(weight) != self.dtype(x) or 0 in x.shape:
+        if self.dtype(x) not in self.floating or self.dtype(weight) != self.dtype(x) or 0 in x.shape:
             return None
         order = x.memory_order()
         inverse = tuple(order.index(d) for d in range(len(order)))

@@ -15,26 +15,42 @@ import torch
 from fuser.ir.graph import OperatorGroup
 from fuser.ir.target import Target
 
+_TORCH = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "bool": torch.bool,
+}
+
 
 class DType(enum.Enum):
     """Storage types of kernel operands; arithmetic is fp32 whatever the storage."""
 
     F32 = "f32"
+    F16 = "f16"
     BF16 = "bf16"
     I64 = "i64"
     BOOL = "bool"
 
     @property
     def bytes(self) -> int:
-        return {"f32": 4, "bf16": 2, "i64": 8, "bool": 1}[self.value]
+        return {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "bool": 1}[self.value]
 
     @property
     def torch(self) -> torch.dtype:
-        return {"f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64, "bool": torch.bool}[self.value]
+        return _TORCH[self.value]
 
 
 STORAGE: Mapping[torch.dtype, DType] = {d.torch: d for d in DType}
 FLOATING = frozenset({torch.float32, torch.bfloat16})
+"""Floating storage types of the CPU's kernels."""
+_CUDA_FLOATING = FLOATING | {torch.float16}
+
+
+def floating(target: Target) -> frozenset[torch.dtype]:
+    """Floating storage types of the kernels of ``target``."""
+    return _CUDA_FLOATING if target.kind == "cuda" else FLOATING
 
 
 class Access(enum.Enum):

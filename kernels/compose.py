@@ -68,10 +68,16 @@ def _same_matrix(spec: TensorSpec, base: TensorSpec) -> bool:
     )
 
 
-def compose(group: OperatorGroup, operators: Sequence[Operator], seeds: Sequence[str] = ()) -> RowProgram | None:
+def compose(
+    group: OperatorGroup,
+    operators: Sequence[Operator],
+    seeds: Sequence[str] = (),
+    storage: frozenset[torch.dtype] = FLOATING,
+) -> RowProgram | None:
     """The row program of ``operators``, which must all work on one matrix; None when they do not.
 
     ``seeds`` are values computed before (the GEMM's accumulator); they become the expression's first inputs.
+    ``storage`` holds the dtypes that operands and results may have (:func:`fuser.kernels.base.floating`).
     """
     graph = group.graph
     builder = Builder()
@@ -91,7 +97,7 @@ def compose(group: OperatorGroup, operators: Sequence[Operator], seeds: Sequence
         if base in at:
             return at[base] if value == base or _same_matrix(spec, graph.values[base]) else None
         bound = bind(value, spec, shape)
-        if bound is None or spec.dtype not in FLOATING:
+        if bound is None or spec.dtype not in storage:
             return None
         return _input(value, bound)
 
@@ -104,12 +110,12 @@ def compose(group: OperatorGroup, operators: Sequence[Operator], seeds: Sequence
 
     for op in operators:
         shape = graph.values[op.output].shape
-        if len(op.outputs) != 1 or graph.values[op.output].dtype not in FLOATING:
+        if len(op.outputs) != 1 or graph.values[op.output].dtype not in storage:
             return None
         if op.kind is Kind.EMBEDDING:
             table, index = op.inputs
             spec, indices = graph.values[table], graph.values[index]
-            if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in FLOATING:
+            if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in storage:
                 return None
             if indices.dtype != torch.int64 or not indices.is_contiguous:
                 return None

@@ -6,6 +6,8 @@ import enum
 import hashlib
 from dataclasses import dataclass
 
+from fuser.ir.errors import FuserError
+
 
 class Isa(enum.Enum):
     """CPU instruction sets that the templates know; the value is the name that templates and cache keys use."""
@@ -19,14 +21,61 @@ class Isa(enum.Enum):
 VECTOR_BYTES = {Isa.AVX512: 64, Isa.AVX2: 32, Isa.NEON: 16, Isa.PORTABLE: 16}
 
 
+EMULATED = "emulated"
+"""The feature of targets whose CUDA kernels run on the CPU."""
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """A GPU by its data sheet: rates of the whole device in flop/s and bytes/s, memories in bytes."""
+
+    cores: int
+    l1: int
+    l2: int
+    shared: int
+    flops: float
+    tensor: float
+    bandwidth: float
+
+
+# The reference GPU of every architecture that has templates, and the shared memory of a block and of an SM
+# (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+_A100 = _Gpu(108, 192 << 10, 40 << 20, 163 << 10, 19.5e12, 312e12, 1.9e12)
+_RTX_3090 = _Gpu(82, 128 << 10, 6 << 20, 99 << 10, 35.6e12, 71e12, 0.9e12)
+_L40S = _Gpu(142, 128 << 10, 96 << 20, 99 << 10, 91.6e12, 362e12, 0.86e12)
+_H100 = _Gpu(132, 256 << 10, 50 << 20, 227 << 10, 66.9e12, 989e12, 3.3e12)
+_B200 = _Gpu(148, 256 << 10, 126 << 20, 227 << 10, 74.4e12, 2250e12, 7.7e12)
+_RTX_5090 = _Gpu(170, 128 << 10, 96 << 20, 99 << 10, 104.8e12, 210e12, 1.8e12)
+_GPUS = {
+    "sm_80": _A100,
+    "sm_86": _RTX_3090,
+    "sm_87": _A100,
+    "sm_89": _L40S,
+    "sm_90": _H100,
+    "sm_90a": _H100,
+    "sm_100": _B200,
+    "sm_103": _B200,
+    "sm_120": _RTX_5090,
+}
+CUDA_ARCHS = tuple(_GPUS)
+"""Architectures that the CUDA templates can be built for."""
+_LAUNCH_SECONDS = 2e-6
+_EMULATED_CORES = 4
+
+
 @dataclass(frozen=True)
 class Target:
     """One device, as a value.
 
-    ``kind`` is ``"cpu"`` (later also ``"cuda"``), ``arch`` the :class:`Isa` value (or ``"sm_80"`` …), ``features`` are
-    extensions beyond the base (``"avx512_bf16"``, ``"avx512_vnni"``). ``cores`` counts physical cores, ``cache_bytes``
-    is (L1 data, L2 of one core, shared L3). ``peak_flops`` is the measured fp32 FMA rate of one core in flop/s,
-    ``bandwidth`` the measured copy rate of all cores in bytes/s, ``launch_seconds`` the cost of starting one kernel.
+    ``kind`` is ``"cpu"`` or ``"cuda"``, ``arch`` the :class:`Isa` value or ``"sm_80"`` …, ``features`` are extensions
+    beyond the base (``"avx512_bf16"``, ``"avx512_vnni"``). ``cores`` counts physical cores, ``cache_bytes`` is (L1
+    data, L2 of one core, shared L3). ``peak_flops`` is the measured fp32 FMA rate of one core in flop/s, ``bandwidth``
+    the measured copy rate of all cores in bytes/s, ``launch_seconds`` the cost of starting one kernel.
+
+    On a GPU a core is a streaming multiprocessor (SM), ``cache_bytes`` is (L1 and shared memory of an SM, L2, L2),
+    ``shared_bytes`` the shared memory that one block may ask for, and ``tensor_flops`` the dense fp16 and bf16 rate of
+    one SM's tensor cores with fp32 accumulation (TF32 runs at half of it). The feature ``"emulated"`` says that the
+    kernels run on the CPU.
     """
 
     kind: str
@@ -37,6 +86,18 @@ class Target:
     peak_flops: float
     bandwidth: float
     launch_seconds: float
+    shared_bytes: int = 0
+    tensor_flops: float = 0.0
+
+    @property
+    def emulated(self) -> bool:
+        """Whether CUDA kernels run on the CPU, by the emulator."""
+        return EMULATED in self.features
+
+    @property
+    def device(self) -> str:
+        """The type of the PyTorch device that tensors live on: ``"cpu"`` or ``"cuda"``."""
+        return "cpu" if self.emulated else self.kind
 
     @property
     def vector_bytes(self) -> int:
@@ -53,3 +114,43 @@ class Target:
         """What decides whether a compiled kernel runs here: kind, architecture and features, not the measured rates."""
         text = "\0".join([self.kind, self.arch, *sorted(self.features)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cuda_target(
+    arch: str,
+    *,
+    cores: int | None = None,
+    l2_bytes: int | None = None,
+    shared_bytes: int | None = None,
+    clock_ratio: float = 1.0,
+    bandwidth: float | None = None,
+    features: frozenset[str] = frozenset(),
+) -> Target:
+    """A GPU of architecture ``arch`` (one of :data:`CUDA_ARCHS`); what is not given is the reference GPU's.
+
+    ``clock_ratio`` scales the rates of one SM. Needs no GPU. Raises FuserError for an architecture without templates.
+    """
+    if arch not in _GPUS:
+        raise FuserError(
+            f"fuser has no CUDA kernels for the architecture {arch!r}, only for {', '.join(_GPUS)}; "
+            "run the model without fuser, or on the CPU"
+        )
+    gpu = _GPUS[arch]
+    l2 = gpu.l2 if l2_bytes is None else l2_bytes
+    return Target(
+        kind="cuda",
+        arch=arch,
+        features=features,
+        cores=gpu.cores if cores is None else cores,
+        cache_bytes=(gpu.l1, l2, l2),
+        peak_flops=gpu.flops / gpu.cores * clock_ratio,
+        bandwidth=gpu.bandwidth if bandwidth is None else bandwidth,
+        launch_seconds=_LAUNCH_SECONDS,
+        shared_bytes=gpu.shared if shared_bytes is None else shared_bytes,
+        tensor_flops=gpu.tensor / gpu.cores * clock_ratio,
+    )
+
+
+def emulated_target() -> Target:
+    """``cuda:emulated``: the kernels of sm_80 on the CPU, with so few SMs that small problems exercise every loop."""
+    return cuda_target("sm_80", cores=_EMULATED_CORES, features=frozenset({EMULATED}))
