@@ -1,232 +1,255 @@
-"""Attention alone: the kernel and `fuser.sparse_attention` against PyTorch's SDPA and compiled FlexAttention.
+"""Attention alone: `fuser.sparse_attention` against SDPA, FlexAttention, ONNX Runtime and OpenVINO, all interleaved.
 
-All arms of a case run interleaved, since the speed of a machine drifts; medians are compared and quartiles are kept.
-The floor is the multiply-adds of the allowed pairs over the measured peak. FlexAttention gets contiguous inputs, which
-it needs, and each block size that is asked for; the best counts.
+Every peer gets what suits it best: SDPA ``is_causal`` where it says all, FlexAttention the rule of the mask (equal to
+it element by element), contiguous inputs and each block size, ONNX Runtime and OpenVINO the mask as a constant of an
+exported model, ONNX Runtime its own fused operator too. Every arm must agree with float64 before it is timed. The floor
+is the multiply-adds of the allowed pairs over the measured peak.
 
-    python benchmarks/attention.py --lengths 128 512 1024 2048 --masks dense causal padding
-    python benchmarks/attention.py --lengths 1024 4096 --masks longformer bigbird strided --flex 32 64 128
+    python benchmarks/attention.py
+    python benchmarks/attention.py --masks longformer strided --lengths 1024 --peers sdpa flex --flex 64 128
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
-import platform
-import statistics
-import subprocess
-import time
+import gc
+import io
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from harness import as_record, interleave, ratios, save
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fuser
-from fuser.codegen.render import headers, render
 from fuser.ir.target import Target
-from fuser.kernels.attention import AttentionParameters, extents, workspace_bytes
-from fuser.kernels.base import STORAGE
-from fuser.kernels.plan import AttentionPlan, Group
 from fuser.kernels.planner import plan
-from fuser.runtime.abi import KernelArgs
-from fuser.runtime.build import build
-from fuser.runtime.device import cpu_name, cpu_target
-from fuser.runtime.library import load
+from fuser.runtime.device import cpu_target
 
 MASKS: dict[str, fuser.masks.Mask] = {
     "dense": fuser.masks.Dense(),
     "causal": fuser.masks.Causal(),
-    "padding": fuser.masks.Dense(),
     "window": fuser.masks.SlidingWindow(128, 128),
+    "dilated": fuser.masks.Dilated(64, 4),
     "longformer": fuser.masks.Longformer(128, 16),
     "bigbird": fuser.masks.BigBird(64, 3, 2, 3, seed=0),
-    "dilated": fuser.masks.Dilated(64, 4),
     "strided": fuser.masks.Strided(),
     "fixed": fuser.masks.Fixed(),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PADDED = 0.3
-"""Share of the keys that the padding case masks."""
+AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}
+"""Largest relative L2 distance from attention in float64 at which an arm counts as computing the same."""
+PEERS = ("sdpa", "flex", "onnxruntime", "openvino")
+ONLY_FP32 = frozenset({"onnxruntime", "openvino"})
 
 Arm = Callable[[], Any]
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def by_hand(length: int) -> AttentionPlan:
-    """The strided mask as a band and residue classes, two phases of gathered rows."""
-    step = math.isqrt(length)
-    groups = list(plan(fuser.masks.SlidingWindow(step - 1, 0), length))
-    for residue in range(step):
-        rows = np.arange(residue, length, step, dtype=np.int32)
-        for start in range(0, len(rows), 32):
-            part = rows[start : start + 32]
-            every = (1 << len(part)) - 1
-            before = np.array([[residue, start, step]] if start else [], np.int32).reshape(-1, 3)
-            lanes = np.array([every & ~((2 << i) - 1) for i in range(len(part) - 1)], np.uint64)
-            groups.append(Group(part, before, part[:-1], lanes, 16 if len(part) <= 16 else 32, 1))
-    return AttentionPlan.of(length, length, groups)
+def rule(name: str, length: int) -> Rule:
+    """The mask as FlexAttention's ``mask_mod``, in the fewest operations."""
+    step = int(length**0.5)
+    blocks = MASKS["bigbird"].dense(length)[::64, ::64].contiguous() if name == "bigbird" else torch.empty(0)
+    rules: dict[str, Rule] = {
+        "causal": lambda b, h, i, j: j <= i,
+        "window": lambda b, h, i, j: (i - j).abs() <= 128,
+        "dilated": lambda b, h, i, j: ((i - j).abs() <= 256) & ((i - j) % 4 == 0),
+        "longformer": lambda b, h, i, j: ((i - j).abs() <= 128) | (i < 16) | (j < 16),
+        "bigbird": lambda b, h, i, j: blocks[i // 64, j // 64],
+        "strided": lambda b, h, i, j: (j <= i) & (((i - j) % step == 0) | (i - j < step)),
+        "fixed": lambda b, h, i, j: (j <= i) & ((j % step == step - 1) | (i // step == j // step)),
+    }
+    return rules[name]
 
 
-def launcher(
-    q: Tensor, k: Tensor, v: Tensor, tiles: AttentionPlan, mask: Tensor | None, target: Target, threads: int
-) -> Arm:
-    """A function that runs the kernel alone, as a step of a program does."""
-    batch, heads, length, dim = q.shape
-    kind = None if mask is None else STORAGE[mask.dtype]
-    spec = AttentionParameters(dim, v.shape[-1], STORAGE[q.dtype], kind).spec
-    kernel = load(build([render(spec)], target, headers=headers(spec))[spec.symbol], spec.symbol)
-    out = torch.empty(batch, length, heads, v.shape[-1], dtype=q.dtype).transpose(1, 2)
-    whole = [] if mask is None else [mask.expand(batch, heads, length, k.shape[2])]
-    tensors = [q, k, v, *whole, torch.from_numpy(tiles.array.copy()), out]
-    sizes = extents(
-        batch,
-        heads,
-        k.shape[1],
-        tiles,
-        dim**-0.5,
-        [t.stride()[:3] for t in (q, k, v, out)],
-        whole[0].stride() if whole else None,
-    )
-    workspace = torch.empty(workspace_bytes(batch, heads, v.shape[-1], tiles) + 64, dtype=torch.uint8)
-    aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
-    args = KernelArgs.pack([t.data_ptr() for t in tensors], sizes, threads, aligned)
+class Attention(nn.Module):
+    """SDPA with its mask as a constant, for exporters."""
 
-    def run(kept: tuple[Any, ...] = (*tensors, workspace)) -> Tensor:
-        kernel(args)
-        return out
+    def __init__(self, mask: Tensor | None, causal: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.causal = causal
 
-    return run
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.causal)
 
 
-def flex_arms(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, blocks: list[int]) -> dict[str, Arm]:
-    """Compiled FlexAttention with a mask function that looks the mask up, once per block size."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex_arms(name: str, q: Tensor, k: Tensor, v: Tensor, blocks: list[int]) -> dict[str, Arm]:
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
     # Every block size is a compilation, and more than eight of one function would fall back to eager.
     torch._dynamo.reset()
-    length = q.shape[2]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     compiled = torch.compile(flex_attention)
+    if name == "dense":
+        return {"flex": lambda: compiled(q, k, v)}
+    length, mod = q.shape[2], rule(name, q.shape[2])
+    if not torch.equal(create_mask(mod, None, None, length, length, device="cpu")[0, 0], MASKS[name].dense(length)):
+        raise SystemExit(f"{name} {length}: FlexAttention's rule is another mask")
 
     def arm(block: int) -> Arm:
-        tiles = create_block_mask(
-            lambda b, h, i, j: allowed[i, j], None, None, length, length, device="cpu", BLOCK_SIZE=block
-        )
+        tiles = create_block_mask(mod, None, None, length, length, device="cpu", BLOCK_SIZE=block)
         return lambda: compiled(q, k, v, block_mask=tiles)
 
     return {f"flex{block}": arm(block) for block in blocks}
 
 
-def sample(arms: Mapping[str, Arm], repeats: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of single calls, interleaved: at least 5 rounds, at most ``repeats``, about ``budget`` seconds."""
-    for run in arms.values():
-        run()
-    start = time.perf_counter()
-    for run in arms.values():
-        run()
-    rounds = min(repeats, max(5, int(budget / (time.perf_counter() - start))))
-    samples: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - start)
-    return samples
+def onnxruntime_arms(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, threads: int) -> dict[str, Arm]:
+    """The exported model, and ONNX Runtime's own operator for attention with the mask added to the scores."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+    def arm(model: bytes, inputs: list[Tensor], heads: int | None) -> Arm:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        feed = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
+        if heads is None:
+            return lambda: session.run(None, feed)[0]
+        return lambda: torch.from_numpy(session.run(None, feed)[0]).unflatten(2, (heads, -1)).transpose(1, 2)
+
+    exported = io.BytesIO()
+    program = torch.onnx.export(module, (q, k, v), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(exported)
+    flat = [t.transpose(1, 2).flatten(2).contiguous() for t in (q, k, v)]
+    return {
+        "onnxruntime": arm(exported.getvalue(), [q, k, v], None),
+        "onnxruntime_mha": arm(multi_head_attention(module, q), flat, q.shape[1]),
+    }
+
+
+def multi_head_attention(module: nn.Module, q: Tensor) -> bytes:
+    """An ONNX model of one ``com.microsoft.MultiHeadAttention``."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    batch, heads, length, dim = q.shape
+    shape = [batch, length, heads * dim]
+    attributes: dict[str, int] = {"num_heads": heads, "unidirectional": int(module.causal)}
+    inputs, constants = ["q", "k", "v"], []
+    if module.mask is not None:
+        inputs += ["", "", "bias"]
+        added = torch.zeros(length, length).masked_fill(~module.mask, torch.finfo(torch.float32).min)
+        constants.append(numpy_helper.from_array(added[None, None].numpy(), "bias"))
+    node = helper.make_node("MultiHeadAttention", inputs, ["out"], domain="com.microsoft", **attributes)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("q", "k", "v", "out")]
+    graph = helper.make_graph([node], "attention", values[:3], values[3:], constants)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return model
+
+
+def openvino_arm(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, threads: int) -> Arm:
+    import openvino as ov
+
+    model = ov.convert_model(module, example_input=(q, k, v), input=[list(t.shape) for t in (q, k, v)])
+    # Its default on CPUs with bf16 instructions is bf16, which is another answer.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    values = [t.numpy() for t in (q, k, v)]
+    return lambda: request.infer(values, share_inputs=True)[0]
+
+
+def arms_of(name: str, length: int, options: argparse.Namespace) -> tuple[dict[str, Arm], Tensor]:
+    """All arms, and what they should give: (B, H, S, D) in float64."""
+    mask, dtype = MASKS[name], DTYPES[options.dtype]
+    generator = torch.Generator().manual_seed(0)
+    # The layout of a model's projections: heads inside tokens.
+    shape = (options.batch, length, options.heads, options.dim)
+    tokens = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
+    q, k, v = (t.contiguous() for t in tokens)
+    dense = None if name == "dense" else mask.dense(length)
+    module = Attention(None if name == "causal" else dense, name == "causal").eval()
+    arms: dict[str, Arm] = {"fuser": lambda: fuser.sparse_attention(*tokens, mask)}
+    if "sdpa" in options.peers:
+        arms["sdpa"] = lambda: F.scaled_dot_product_attention(*tokens, dense)
+        if name == "causal":
+            arms["sdpa_causal"] = lambda: module(*tokens)
+    if "flex" in options.peers:
+        arms |= flex_arms(name, q, k, v, options.flex)
+    if "onnxruntime" in options.peers:
+        arms |= onnxruntime_arms(module, q, k, v, options.threads)
+    if "openvino" in options.peers:
+        arms["openvino"] = openvino_arm(module, q, k, v, options.threads)
+    by_head = [
+        F.scaled_dot_product_attention(*(t[:, h : h + 1].double() for t in (q, k, v)), dense)
+        for h in range(options.heads)
+    ]
+    return arms, torch.cat(by_head, dim=1)
+
+
+def check(case: str, arms: Mapping[str, Arm], expected: Tensor, tolerance: float) -> dict[str, float]:
+    """Relative L2 distances from ``expected``; exits if an arm is further away than ``tolerance``."""
+    errors = {}
+    for arm, run in arms.items():
+        errors[arm] = float((torch.as_tensor(run()).double() - expected).norm() / expected.norm())
+    wrong = {arm: error for arm, error in errors.items() if not error <= tolerance}
+    if wrong:
+        raise SystemExit(f"{case}: does not compute the same: {wrong}")
+    return {arm: float(f"{error:.3g}") for arm, error in errors.items()}
 
 
 def measure(name: str, length: int, target: Target, options: argparse.Namespace) -> dict[str, Any]:
-    """One case: medians and quartiles of all arms in milliseconds, ratios, and the share of the floor."""
-    mask, dtype = MASKS[name], DTYPES[options.dtype]
-    shape = (options.batch, length, options.heads, options.dim)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
-    runtime, dense = None, None
-    if name == "padding":
-        runtime = (torch.arange(length) < length * (1 - PADDED))[None, None, None]
-    elif name != "dense":
-        dense = mask.dense(length)
-    tiles = plan(mask, length)
-    given = runtime if runtime is not None else None if dense is None else dense[None, None]
-    arms: dict[str, Arm] = {
-        "kernel": launcher(q, k, v, tiles, runtime, target, options.threads),
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, given),
-    }
-    arms["fuser"] = lambda: fuser.sparse_attention(q, k, v, mask if runtime is None else runtime)
-    if name == "causal":
-        arms["sdpa_causal"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if name != "dense":
-        arms["sdpa_dense"] = lambda: F.scaled_dot_product_attention(q, k, v)
-    if name == "strided":
-        arms["by_hand"] = launcher(q, k, v, by_hand(length), runtime, target, options.threads)
-    if options.flex and dense is not None:
-        arms |= flex_arms(q, k, v, dense, options.flex)
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), given)
-    errors = {
-        a: float((run().double() - expected).norm() / expected.norm()) for a, run in arms.items() if a != "sdpa_dense"
-    }
-    samples = sample(arms, options.repeats, options.budget)
-    medians = {arm: statistics.median(s) for arm, s in samples.items()}
-    allowed = mask.count(length) * (1 - PADDED if name == "padding" else 1)
-    floor = 4 * options.dim * allowed * options.heads * options.batch / (target.peak_flops * options.threads)
-    ours = min(medians[arm] for arm in ("kernel", "by_hand") if arm in medians)
-    others = {arm: s for arm, s in medians.items() if arm not in ("kernel", "by_hand", "fuser", "sdpa_dense")}
-    return {
+    """One case: milliseconds of all arms, ratios, and the share of the floor."""
+    arms, expected = arms_of(name, length, options)
+    errors = check(f"{name} {length}", arms, expected, AGREEMENT[options.dtype])
+    timings = interleave(arms, options.rounds)
+    allowed = MASKS[name].count(length)
+    flops = 4 * options.dim * allowed * options.heads * options.batch
+    floor_ms = 1e3 * flops / (target.peak_flops * options.threads)
+    speedups = ratios(timings, "fuser")
+    result = {
         "mask": name,
         "length": length,
-        "milliseconds": {arm: 1e3 * s for arm, s in medians.items()},
-        "quartiles": {arm: [1e3 * q for q in statistics.quantiles(s)[::2]] for arm, s in samples.items()},
-        "relative_error": errors,
-        "work_ratio": tiles.work_ratio,
-        "share_of_floor": floor / ours,
-        "speedup": {arm: s / ours for arm, s in others.items()},
-    }
-
-
-def environment(target: Target, options: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "machine": cpu_name(),
-        "peak_gflops_per_core": target.peak_flops / 1e9,
-        "threads": options.threads,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "shape": {"batch": options.batch, "heads": options.heads, "dim": options.dim, "dtype": options.dtype},
+        "density": round(MASKS[name].density(length), 5),
+        "work_ratio": round(plan(MASKS[name], length).work_ratio, 4),
+        "floor_ms": round(floor_ms, 4),
+        "fraction_of_floor": round(floor_ms / timings["fuser"].median_ms, 3),
+        "timings": as_record(timings),
+        "speedup_over": speedups,
+        "speedup_over_best": min(speedups.values(), default=None),
+        "relative_error_to_float64": errors,
     }
+    times = ", ".join(f"{arm} {t.median_ms:.3g}" for arm, t in timings.items())
+    print(f"{name} {length}: floor {floor_ms:.3g} ms, {times}")
+    if speedups:
+        print(f"  faster than the best other arm: {min(speedups.values()):.2f}x", flush=True)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--masks", nargs="+", choices=[*MASKS], default=[*MASKS])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--flex", type=int, nargs="+", default=[32, 64, 128], help="block sizes of FlexAttention")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=0, help="default: all cores")
-    parser.add_argument("--flex", type=int, nargs="*", default=[], help="block sizes of FlexAttention to compare with")
-    parser.add_argument("--repeats", type=int, default=51, help="most calls of an arm in one case")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds for one case")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "attention.json")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 leaves out ONNX Runtime and OpenVINO")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/attention.json")
     options = parser.parse_args()
-    target = cpu_target()
-    options.threads = options.threads or target.cores
+    if options.dtype != "fp32":
+        options.peers = [peer for peer in options.peers if peer not in ONLY_FP32]
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    target = cpu_target(recalibrate=True)
     torch.set_num_threads(options.threads)
-    report = {**environment(target, options), "results": (results := [])}
+    results = []
     with torch.inference_mode():
         for name in options.masks:
             for length in options.lengths:
-                results.append(case := measure(name, length, target, options))
-                times = "  ".join(f"{arm} {ms:.3g}" for arm, ms in case["milliseconds"].items())
-                ratios = "  ".join(f"{x:.2f}x {arm}" for arm, x in case["speedup"].items())
-                print(f"{name} {length}: {times} ms | {ratios} | {case['share_of_floor']:.0%} of floor", flush=True)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+                results.append(measure(name, length, target, options))
+                gc.collect()
+    print(save("attention", target, results, options.output))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
+PEERS = {"sdpa": "SDPA", "flex": "FlexAttention", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
 
 
@@ -46,38 +49,48 @@ def encoders(report: Mapping[str, Any]) -> str:
     for found in memory:
         ours, eager = found["fuser"]["forward_peak_mb"], found["eager"]["forward_peak_mb"]
         text += f"\n\nPeak resident memory of {found['case']}: {ours:.0f} MB, eager {eager:.0f} MB."
-    machine = report["machine"]
-    where = {**machine, "cpu": f"{machine['cpu']} ({machine['arch']})", "peak": machine["peak_gflops_a_core"]}
-    return f"{text}\n\n{_machine(where)}"
+    return f"{text}\n\n{_machine(report['machine'])}"
 
 
 def attention(report: Mapping[str, Any]) -> str:
-    """Attention alone, by mask and length."""
+    """Attention alone, by mask and length; of the settings of a peer the fastest counts in each case."""
     results = report["results"]
-    arms = [arm for arm in _union(result["milliseconds"] for result in results) if arm not in ("by_hand", "kernel")]
+    best = [_best_settings(result["timings"]) for result in results]
+    arms = _union(best)
     rows = [
         [
             f"{result['mask']} {result['length']}",
-            *(_ms(result["milliseconds"].get(arm)) for arm in arms),
+            *(_ms(times.get(arm)) for arm in arms),
+            *([] if result["speedup_over_best"] is None else [f"**{result['speedup_over_best']:.2f}×**"]),
             f"{result['work_ratio']:.2f}",
-            f"{result['share_of_floor']:.0%}",
+            f"{result['fraction_of_floor']:.0%}",
         ]
-        for result in results
+        for result, times in zip(results, best, strict=True)
     ]
-    shape = report["shape"]
+    shape = results[0]["shape"]
     title = (
         f"Attention alone, milliseconds a call ({shape['dtype']}, batch {shape['batch']}, {shape['heads']} heads "
         f"of {shape['dim']}; medians, interleaved)"
     )
-    text = _table(title, ["mask, tokens", *arms, "pairs computed / allowed", "of the floor"], rows)
-    where = {**report, "cpu": report["machine"], "peak": report["peak_gflops_per_core"]}
-    return f"{text}\n\n{_machine(where)}"
+    over = ["over the fastest other"] if len(arms) > 1 else []
+    columns = ["mask, tokens", *(PEERS.get(arm, arm) for arm in arms), *over, "pairs computed / allowed"]
+    return f"{_table(title, [*columns, 'of the floor'], rows)}\n\n{_machine(report['machine'])}"
+
+
+def _best_settings(timings: Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds of ``flex32``, ``flex64``, ``sdpa``, ``sdpa_causal``, … as the least of ``flex``, ``sdpa``, …"""
+    best: dict[str, float] = {}
+    for arm, timing in timings.items():
+        peer = re.split(r"\d|_", arm)[0]
+        best[peer] = min(best.get(peer, math.inf), timing["median_ms"])
+    return best
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"Machine: {machine['cpu']}, {machine['threads']} threads, {machine['peak']:.0f} Gflop/s a core measured. "
+        f"Machine: {machine['cpu']} ({machine['arch']}), {machine['threads']} threads, "
+        f"{machine['peak_gflops_a_core']:.0f} Gflop/s a core measured. "
         f"{versions}; {machine['date'][:10]}, commit {machine['commit'][:9]}."
     )
 

@@ -39,21 +39,26 @@ ENCODERS: dict[str, Any] = {
     ],
 }
 ATTENTION: dict[str, Any] = {
-    "machine": "Some CPU",
-    "peak_gflops_per_core": 99.6,
-    "threads": 2,
-    "versions": {"torch": "2.13.0"},
-    "commit": "abcdef0123456",
-    "date": "2026-01-02T03:04:05",
-    "shape": {"dtype": "fp32", "batch": 1, "heads": 12, "dim": 64},
+    "machine": MACHINE,
     "results": [
         {
             "mask": "strided",
             "length": 1024,
-            "milliseconds": {"kernel": 1.0, "sdpa": 9.5, "fuser": 1.23},
+            "shape": {"dtype": "fp32", "batch": 1, "heads": 12, "dim": 64},
+            "timings": {arm: {"median_ms": ms} for arm, ms in (("fuser", 1.23), ("flex32", 9.5), ("flex64", 7.5))},
+            "speedup_over_best": 6.1,
             "work_ratio": 1.5,
-            "share_of_floor": 0.5,
-        }
+            "fraction_of_floor": 0.5,
+        },
+        {
+            "mask": "dense",
+            "length": 1024,
+            "shape": {"dtype": "fp32", "batch": 1, "heads": 12, "dim": 64},
+            "timings": {arm: {"median_ms": ms} for arm, ms in (("fuser", 2), ("sdpa", 4), ("onnxruntime_mha", 3))},
+            "speedup_over_best": 1.5,
+            "work_ratio": 1,
+            "fraction_of_floor": 0.75,
+        },
     ],
 }
 
@@ -69,7 +74,13 @@ def test_encoders(table: ModuleType) -> None:
 
 def test_attention(table: ModuleType) -> None:
     lines = table.attention(ATTENTION).splitlines()
-    assert "| strided 1024 | 9.5 | 1.23 | 1.50 | 50% |" in lines
+    assert lines[2] == (
+        "| mask, tokens | fuser | FlexAttention | SDPA | ONNX Runtime | over the fastest other | "
+        "pairs computed / allowed | of the floor |"
+    )
+    assert "| strided 1024 | 1.23 | 7.5 | – | – | **6.10×** | 1.50 | 50% |" in lines
+    assert "| dense 1024 | 2 | – | 4 | 3 | **1.50×** | 1.00 | 75% |" in lines
+    assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 
 def test_all_files_of_a_folder(table: ModuleType, tmp_path: Path) -> None:
