@@ -10,7 +10,8 @@ class KernelArgs(ctypes.Structure):
     """``FuserArgs``: what a kernel is called with.
 
     ``tensors`` holds one address per tensor and ``extents`` the run-time sizes, both in the order of the kernel's
-    specification; ``threads`` is the team size of every parallel region; ``workspace`` is scratch memory or null.
+    specification; ``threads`` is the team size of every parallel region, on a GPU the number of its multiprocessors;
+    ``workspace`` is scratch memory or null; ``status`` is a word that work on a GPU may write, null on a CPU.
     """
 
     _fields_ = (
@@ -18,13 +19,14 @@ class KernelArgs(ctypes.Structure):
         ("extents", ctypes.POINTER(ctypes.c_int64)),
         ("threads", ctypes.c_int32),
         ("workspace", ctypes.c_void_p),
+        ("status", ctypes.c_void_p),
     )
 
     @classmethod
     def pack(
-        cls, tensors: Sequence[int], extents: Sequence[int] = (), threads: int = 1, workspace: int = 0
+        cls, tensors: Sequence[int], extents: Sequence[int] = (), threads: int = 1, workspace: int = 0, status: int = 0
     ) -> KernelArgs:
-        """Arguments from plain integers (addresses in ``tensors`` and ``workspace``).
+        """Arguments from plain integers (addresses in ``tensors``, ``workspace`` and ``status``).
 
         The structure owns the two arrays; the memory that the addresses point to stays the caller's.
         """
@@ -34,7 +36,7 @@ class KernelArgs(ctypes.Structure):
             ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
             ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)),
         )
-        return cls(*pointers, threads, workspace or None)
+        return cls(*pointers, threads, workspace or None, status or None)
 
 
 KernelFunction = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(KernelArgs), ctypes.c_void_p)

@@ -17,10 +17,11 @@ extern "C" int layout(const FuserArgs* args, void* stream) {
     int64_t* out = static_cast<int64_t*>(args->tensors[1]);
     const int64_t values[] = {
         sizeof(FuserArgs), offsetof(FuserArgs, tensors), offsetof(FuserArgs, extents), offsetof(FuserArgs, threads),
-        offsetof(FuserArgs, workspace), sizeof(FuserStep), offsetof(FuserStep, kernel), offsetof(FuserStep, args),
+        offsetof(FuserArgs, workspace), offsetof(FuserArgs, status), sizeof(FuserStep), offsetof(FuserStep, kernel), offsetof(FuserStep, args),
         args->extents[0], args->extents[1], args->threads, reinterpret_cast<int64_t>(args->workspace),
-        reinterpret_cast<int64_t>(args->tensors[0]), reinterpret_cast<int64_t>(stream)};
-    for (int i = 0; i < 14; ++i) out[i] = values[i];
+        reinterpret_cast<int64_t>(args->status), reinterpret_cast<int64_t>(args->tensors[0]),
+        reinterpret_cast<int64_t>(stream)};
+    for (int i = 0; i < 16; ++i) out[i] = values[i];
     return 0;
 }
 extern "C" int run(const FuserArgs* args, void* stream) {
@@ -32,8 +33,8 @@ extern "C" int run(const FuserArgs* args, void* stream) {
 
 def test_structures_have_the_layout_of_the_header(target: Target, cache: KernelCache, headers: Path) -> None:
     path = build([Source("layout", LAYOUT)], target, headers=headers, cache=cache)["layout"]
-    out = (ctypes.c_int64 * 14)()
-    args = KernelArgs.pack([0x1234, ctypes.addressof(out)], [-5, 2**40], threads=3, workspace=0x5678)
+    out = (ctypes.c_int64 * 16)()
+    args = KernelArgs.pack([0x1234, ctypes.addressof(out)], [-5, 2**40], threads=3, workspace=0x5678, status=0x9ABC)
     gc.collect()
     kernel = load(path, "layout")
     kernel(args, 0x42)
@@ -43,10 +44,11 @@ def test_structures_have_the_layout_of_the_header(target: Target, cache: KernelC
         KernelArgs.extents.offset,
         KernelArgs.threads.offset,
         KernelArgs.workspace.offset,
+        KernelArgs.status.offset,
         ctypes.sizeof(Step),
         Step.kernel.offset,
         Step.args.offset,
-        *(-5, 2**40, 3, 0x5678, 0x1234, 0x42),
+        *(-5, 2**40, 3, 0x5678, 0x9ABC, 0x1234, 0x42),
     ]
     # C code can run a kernel from a step.
     step = Step(kernel.address, ctypes.pointer(args))
