@@ -6,7 +6,7 @@ group is an aligned part of 16, 32 or 64 slots whose rows have no idle slots bet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,14 @@ class GroupCost:
             self.group + vectors * (self.setup + keys + self.partial * partial) + self.key * keys
         ) * (keys > 0)
         return cost
+
+
+COSTS: Mapping[str, GroupCost] = {
+    "cpu": GroupCost(),
+    # A block of threads has 64 rows whether they are used or not, and its start and end last as long as two steps.
+    "cuda": GroupCost(group=512.0, setup=24.0, key=4.0, partial=0.05),
+}
+"""Costs of groups by the kind of target."""
 
 
 class Cover(NamedTuple):
@@ -188,7 +196,11 @@ def _from_progressions(
 def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> tuple[list[Cover], float]:
     """The cheapest cover of entries (S, kv_len) in the ``order`` of slots; full keys ``step`` apart become runs."""
     spans, keys = len(order) // SPAN, blocks.shape[1]
-    packed = np.packbits(blocks.reshape(spans, SPAN, keys), axis=1, bitorder="little")
+    # As np.packbits(axis=1, bitorder="little"), which is slow along columns.
+    octets = blocks.view(np.uint8).reshape(spans, SPAN // 8, 8, keys)
+    packed = octets[:, :, 0].copy()
+    for bit in range(1, 8):
+        packed |= octets[:, :, bit] << np.uint8(bit)
     options = []
     for width in WIDTHS:
         lead, every = _lanes(order, width)

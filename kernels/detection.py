@@ -129,11 +129,13 @@ def _cost(
     model: GroupCost,
 ) -> float:
     """Cost of groups of 16 rows when every pair goes where most neighbours share its key."""
-    n = len(sample)
     if len(arrangements) == 1:
         return float(scale * np.count_nonzero(counts[0]) + model.setup * np.count_nonzero(counts[0].any(axis=1)))
     shared = [count[a.slot // _LANES] for a, count in zip(arrangements, counts, strict=True)]
-    total, best = 0.0, np.argmax(np.stack(shared), axis=0) if n else np.zeros(sample.shape, np.int64)
+    total, best, most = 0.0, np.zeros(sample.shape, np.uint8), shared[0]
+    for phase, other in enumerate(shared[1:], 1):
+        best[other > most] = phase
+        most = np.maximum(most, other)
     for phase, arrangement in enumerate(arrangements):
         words = arrangement.counts(sample & (best == phase))
         total += scale * np.count_nonzero(words) + model.setup * np.count_nonzero(words.any(axis=1))
@@ -160,8 +162,8 @@ def _by_signature(sample: Bools, rng: np.random.Generator) -> Int64s:
         return identity(n)
     hashes = []
     for _ in range(4):
-        shuffled = sample[:, rng.permutation(columns)]
-        hashes.append(np.where(shuffled.any(axis=1), shuffled.argmax(axis=1), columns))
+        rank = rng.permutation(columns).astype(np.uint16)
+        hashes.append(np.where(sample, rank, np.uint16(columns)).min(axis=1))
     order = identity(n)
     order[:n] = np.lexsort(hashes)
     return order
