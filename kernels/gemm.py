@@ -67,8 +67,9 @@ class GemmParameters:
 
     ``n`` and ``k`` are the weight's sizes, ``a_dtype`` and ``w_dtype`` storage types. ``epilogue`` has the accumulator
     as input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs. ``mr`` × ``nr`` is the
-    register tile, ``mc`` the rows of A that a thread works on at a time, ``kc`` the steps of one pass over registers; a
-    step is one element along K, or two of bf16 where the target multiplies ``pairs`` of them in one instruction.
+    register tile, ``mc`` the rows of A that a thread works on at a time, ``chunk`` the steps for which it packs them at
+    a time, ``kc`` the steps of one pass over registers; a step is one element along K, or two of bf16 where the target
+    multiplies ``pairs`` of them in one instruction.
     Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
     multiply-adds, one thread does all.
     """
@@ -84,6 +85,7 @@ class GemmParameters:
     nr: int
     mc: int
     kc: int
+    chunk: int
     pairs: bool = False
     shared: int = _SHARED_ROWS
     serial_below: int = _SERIAL_BELOW
@@ -110,12 +112,17 @@ class GemmParameters:
     @property
     def pitch(self) -> int:
         """Words between packed rows of A: an odd number of cache lines, so that rows spread over the cache's sets."""
-        return _odd_lines(self.steps)
+        return _odd_lines(min(self.steps, self.chunk))
+
+    @property
+    def wide(self) -> bool:
+        """Whether accumulators of all columns are kept: for the epilogue, or from chunk to chunk."""
+        return self.reduces or self.chunk < self.steps
 
     @property
     def tile_pitch(self) -> int:
         """Floats between accumulator rows."""
-        return _odd_lines(self.panels * self.nr) if self.reduces else self.nr
+        return _odd_lines(self.panels * self.nr) if self.wide else self.nr
 
     def workspace_bytes(self, rows: int, threads: int) -> int:
         """Scratch for ``rows`` rows of A on ``threads`` threads."""
@@ -380,12 +387,18 @@ def parameters(
     nr = (best[1] if vectors is None else vectors) * target.vector_lanes
     pairs = _multiplies_pairs(a_dtype, w_dtype, target)
     steps = -(-k // 2) if pairs else k
-    # A panel of W for one pass takes an eighth of L2, the rows of A and their accumulators half.
-    deepest = max(min(depth, target.cache_bytes[1] // 8 // (4 * nr)), 64)
-    passes = max(-(-steps // deepest), 1)
-    accumulators = -(-n // nr) * nr if epilogue.has_reduction else nr
-    fitting = target.cache_bytes[1] // 2 // (4 * (_odd_lines(steps) + accumulators))
-    mc = max(min(fitting, _MAX_BLOCK) // mr, 1) * mr
+    # A panel of W for one pass takes an eighth of L2, the packed rows of A and their accumulators up to a half each.
+    l2 = target.cache_bytes[1] // 4
+    passes = max(-(-steps // max(min(depth, l2 // 8 // nr), 64)), 1)
+    kc = max(-(-steps // passes), 1)
+    # W is read once for every block of rows. Rows that are packed for a part of K at a time may be more, but need
+    # accumulators of all columns, which a norm needs anyway.
+    all_columns = -(-n // nr) * nr
+    whole = min(l2 // 2 // _odd_lines(steps), l2 // 2 // all_columns if epilogue.has_reduction else _MAX_BLOCK)
+    chunked = min(l2 // 2 // all_columns, _MAX_BLOCK)
+    by_chunks = 2 * chunked > 3 * whole
+    mc = max(min(chunked if by_chunks else whole, _MAX_BLOCK) // mr, 1) * mr
+    chunk = max(l2 // 4 // mc // kc, 1) * kc if by_chunks else max(steps, 1)
     return GemmParameters(
         n=n,
         k=k,
@@ -397,6 +410,7 @@ def parameters(
         mr=mr,
         nr=nr,
         mc=mc,
-        kc=max(-(-steps // passes), 1),
+        kc=kc,
+        chunk=chunk,
         pairs=pairs,
     )
