@@ -1,0 +1,164 @@
+"""Reports of a search: what was found as values, as text, and as HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from fuser.study_charts import charts
+from fuser.study_report import (
+    BlockResult,
+    KernelTime,
+    StudySummary,
+    TrialRow,
+    best_so_far,
+    changes,
+    render_html,
+    render_text,
+)
+
+BEFORE = (
+    KernelTime("gemm", ("a", "b"), 3e-3, True),
+    KernelTime("pointwise", ("c",), 1e-3, False),
+    KernelTime("gemm", ("d",), 2e-3, True),
+    KernelTime("rowwise", ("e",), 1e-3, True),
+)
+AFTER = (
+    KernelTime("gemm", ("a", "b"), 3e-3, True),
+    KernelTime("gemm", ("c", "d"), 2e-3, True),
+    KernelTime("rowwise", ("e",), 1e-3, True),
+)
+BLOCK = BlockResult(
+    "0123456789abcdef", 12, "1:0123456789abcdef:8", "1:0123456789abcdef:f", BEFORE, AFTER, "<svg></svg>"
+)
+TRIALS = (
+    TrialRow(0, "path", "complete", 0.030, 0.020, 0.5, "1:0123456789abcdef:8"),
+    TrialRow(1, "reward", "failed", None, 0.025, 0.9, "1:0123456789abcdef:9", "wrong numbers"),
+    TrialRow(2, "reward", "complete", 0.040, 0.028, 1.5, "1:0123456789abcdef:a"),
+    TrialRow(3, "reward", "complete", 0.028, 0.022, 2.5, "1:0123456789abcdef:f"),
+    TrialRow(4, "reward", "failed", None, None, 2.75, "1:0123456789abcdef:b", "wrong numbers"),
+    TrialRow(5, "reward", "pruned", None, 0.09, 3.0, "1:0123456789abcdef:c", "predicted 3 times the best"),
+)
+STUDY = StudySummary(
+    name="tiny",
+    model="tiny 1×16",
+    target="cpu avx512",
+    threads=2,
+    storage="sqlite:///studies.db",
+    trials=TRIALS,
+    blocks=(BLOCK,),
+    before=0.030,
+    after=0.028,
+    distinct_programs=16640,
+    rank_correlation=0.875,
+    pruned_unmeasured={"predicted above twice the best": 7},
+    spent={"building": 2.0, "measuring": 0.9, "searching": 0.1},
+    importance={"bit 0": 0.75, "bit 1": 0.25},
+)
+EMPTY = dataclasses.replace(
+    STUDY, trials=(), blocks=(), before=None, after=None, rank_correlation=None, importance={}, spent={}
+)
+REFERENCES = r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\((?!#)"""
+
+
+def test_values() -> None:
+    assert STUDY.counts == {"complete": 3, "failed": 2, "pruned": 1}
+    assert STUDY.strategies == ("path", "reward")
+    assert STUDY.best is TRIALS[3]
+    assert STUDY.speedup == pytest.approx(30 / 28)
+    assert STUDY.reasons == {("failed", "wrong numbers"): 2, ("pruned", "predicted 3 times the best"): 1}
+    assert EMPTY.best is None and EMPTY.speedup is None
+    values = json.loads(json.dumps(STUDY.as_dict()))
+    assert values["best"]["number"] == 3
+    assert values["counts"]["failed"] == 2
+    assert "picture" not in values["blocks"][0]
+
+
+def test_best_so_far_counts_trials_without_a_time() -> None:
+    assert best_so_far(TRIALS[1:]) == [(2, 1.5, 0.040), (3, 2.5, 0.028), (4, 2.75, 0.028), (5, 3.0, 0.028)]
+    assert best_so_far(TRIALS[4:]) == []
+
+
+def test_changes_are_the_finest_sets_that_no_scheme_cuts() -> None:
+    found = changes(BLOCK)
+    assert [change.operators for change in found] == [("a", "b"), ("c", "d"), ("e",)]
+    assert [change.seconds_before for change in found] == pytest.approx([3e-3, 3e-3, 1e-3])
+    assert [change.seconds_after for change in found] == pytest.approx([3e-3, 2e-3, 1e-3])
+    crossing = dataclasses.replace(
+        BLOCK,
+        after=(
+            KernelTime("gemm", ("a",), 1e-3, True),
+            KernelTime("gemm", ("b", "c"), 1e-3, True),
+            KernelTime("gemm", ("d", "e"), 1e-3, True),
+        ),
+    )
+    assert [change.operators for change in changes(crossing)] == [("a", "b", "c"), ("d", "e")]
+
+
+def test_text_says_what_was_found() -> None:
+    text = render_text(STUDY)
+    assert "6: 3 complete, 2 failed, 1 pruned" in text
+    assert "16,640 distinct programs" in text
+    assert "28 ms, 1.071 times as fast as the default scheme" in text
+    assert "measured times 0.875" in text
+    assert "7 programs before a trial: predicted above twice the best" in text
+    assert "2 trials: wrong numbers" in text
+    assert "7 ms → 6 ms each" in text
+    assert "0: 0 complete" in render_text(EMPTY)
+
+
+def test_html_stands_alone() -> None:
+    html = render_html(STUDY)
+    assert not re.search(REFERENCES, html)
+    assert BLOCK.picture in html
+    for text in ("16,640", "0.875", "1.071×", "wrong numbers", "predicted above twice the best", BLOCK.scheme_after):
+        assert text in html
+    # The pair c, d takes a third less.
+    assert "-33.3 %" in html
+    assert "No trial is complete yet" in render_html(EMPTY)
+
+
+def test_charts_are_svg_without_references() -> None:
+    pytest.importorskip("matplotlib")
+    found = charts(STUDY)
+    assert set(found) == {"convergence", "model", "importance", BLOCK.region}
+    for uri in found.values():
+        svg = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode()
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+        assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|@import|url\((?!#)""", svg)
+    assert charts(STUDY) == found
+    assert charts(EMPTY) == {}
+
+
+def test_without_matplotlib_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    html = render_html(STUDY)
+    assert "matplotlib is not installed" in html
+    assert "data:image" not in html
+    assert "-33.3 %" in html
+
+
+def test_text_of_others_is_escaped() -> None:
+    evil = "<script>alert(1)</script> $x^"
+    trials = (
+        *TRIALS,
+        TrialRow(6, evil, "complete", 0.05, 0.05, 4.0, "s"),
+        TrialRow(7, "x", "failed", None, 1, 5, "s", evil),
+    )
+    block = dataclasses.replace(BLOCK, before=(KernelTime(evil, ("a", evil), 1e-3, True),), after=(AFTER[0],))
+    study = dataclasses.replace(
+        STUDY, name=evil, model=evil, storage=evil, trials=trials, blocks=(block,), importance={evil: 1.0}
+    )
+    assert "<script" not in render_html(study)
+
+
+def test_a_study_whose_model_is_not_at_hand() -> None:
+    html = render_html(dataclasses.replace(STUDY, blocks=(dataclasses.replace(BLOCK, picture=""),), importance={}))
+    assert "cannot be drawn" in html
+    assert "too few trials" in html
