@@ -1,0 +1,781 @@
+// The emulator: runs generated CUDA kernels on a CPU, so that they can be tested without a GPU.
+//
+// Every CUDA thread is a fiber; the fibers of a block take turns on one OS thread, blocks are spread over several.
+// A fiber gives up its turn only where it must wait: at a barrier, or in a warp-wide operation until all lanes have
+// come. The last lane to come carries the operation out for all of them.
+//
+// With -DFUSER_CHECKED and g++'s -fsanitize=thread,bounds-strict,alignment (compiler only, not its libraries), the
+// compiler calls the emulator at every memory access; emulator_checks.h then looks for accesses outside of arrays and
+// tensors and for races on shared memory. See runtime/emulator.py for how to build and run.
+#pragma once
+
+#include <dlfcn.h>
+#include <link.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// CUDA's keywords. Shared memory is per OS thread because a block runs on one.
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __shared__ static thread_local
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __grid_constant__
+
+// The emulator's own code is not instrumented: what it reads and writes for a kernel it reports itself.
+#ifdef FUSER_CHECKED
+#define FUSER_UNCHECKED __attribute__((no_sanitize("thread,bounds-strict,alignment")))
+#else
+#define FUSER_UNCHECKED
+#endif
+
+// CUDA's vector types
+
+#define FUSER_VECTOR1_TO_4(type, name, align2, align4)                                                          \
+    struct name##1 { type x; };                                                                                 \
+    struct alignas(align2) name##2 { type x, y; };                                                              \
+    struct name##3 { type x, y, z; };                                                                           \
+    struct alignas(align4) name##4 { type x, y, z, w; };                                                        \
+    constexpr name##1 make_##name##1(type x) { return {x}; }                                                    \
+    constexpr name##2 make_##name##2(type x, type y) { return {x, y}; }                                         \
+    constexpr name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                              \
+    constexpr name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+FUSER_VECTOR1_TO_4(signed char, char, 2, 4)
+FUSER_VECTOR1_TO_4(unsigned char, uchar, 2, 4)
+FUSER_VECTOR1_TO_4(short, short, 4, 8)
+FUSER_VECTOR1_TO_4(unsigned short, ushort, 4, 8)
+FUSER_VECTOR1_TO_4(int, int, 8, 16)
+FUSER_VECTOR1_TO_4(unsigned, uint, 8, 16)
+FUSER_VECTOR1_TO_4(long long, longlong, 16, 16)
+FUSER_VECTOR1_TO_4(unsigned long long, ulonglong, 16, 16)
+FUSER_VECTOR1_TO_4(float, float, 8, 16)
+FUSER_VECTOR1_TO_4(double, double, 16, 16)
+#undef FUSER_VECTOR1_TO_4
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern "C" {
+
+// What went wrong in a launch; `line` and `file` are null where only `address` (relative to the library) is known.
+typedef struct {
+    uint32_t block[3];
+    uint32_t thread[3];
+    uint64_t address;
+    uint64_t other;  // the address of the access that this one collides with, or 0
+    int32_t line;
+    char file[512];
+    char text[2048];
+} FuserFault;
+
+}
+
+namespace emulator {
+
+constexpr int FAULT_STATUS = 1 << 20;  // above the numbers of CUDA errors
+constexpr size_t STACK_BYTES = 96 << 10;
+constexpr size_t GUARD_BYTES = 4 << 10;
+constexpr size_t SHARED_LIMIT = 227 << 10;
+constexpr unsigned BLOCK_LIMIT = 1024;
+constexpr int NAMED_BARRIERS = 16;
+constexpr double POLL_SECONDS = 30;  // how long a kernel may poll global memory while nothing else happens
+
+// The place in the kernel's source that calls a function with `Where where = here()` as its last parameter.
+struct Where {
+    const char* file;
+    int line;
+};
+constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+
+enum class Access { read, write, atomic };
+
+struct Warp;
+struct Worker;
+
+struct AsyncCopy {
+    void* to;
+    const void* from;
+    int bytes, valid;
+};
+
+// Grows, and keeps its memory when cleared: fibers are reused for every block.
+template <typename T>
+struct List {
+    std::unique_ptr<T[]> items;
+    size_t count = 0, capacity = 0;
+    FUSER_UNCHECKED void push(const T& item) {
+        if (count == capacity) grow();
+        items[count++] = item;
+    }
+    FUSER_UNCHECKED __attribute__((noinline)) void grow() {
+        capacity = capacity ? capacity * 2 : 16;
+        std::unique_ptr<T[]> larger(new T[capacity]);
+        for (size_t i = 0; i < count; ++i) larger[i] = items[i];
+        items = std::move(larger);
+    }
+};
+
+struct Fiber {
+    void* stack_pointer;
+#ifndef __x86_64__
+    ucontext_t context;
+#endif
+    uint3 thread;
+    unsigned index, lane;
+    Warp* warp;
+    Fiber* next;          // in the queue of fibers that can run
+    bool done;
+    const char* waits;    // for what, or null
+    Where where;
+    int result;           // of the barrier that it waited for
+    List<AsyncCopy> copies;
+    size_t copied;        // how many of them have been carried out
+    List<size_t> groups;  // for each committed group: the number of copies up to its end
+    size_t waited;        // how many groups have been waited for
+};
+
+// One warp-wide operation that some lanes have come to.
+using Operation = void (*)(Warp& warp, uint32_t lanes);
+struct Rendezvous {
+    uint32_t mask, arrived;
+    Operation operation;
+    const char* name;
+    Where where;
+};
+
+struct Warp {
+    uint32_t live;
+    Rendezvous pending[32];  // by the lowest lane of the mask
+    void* operands[32];
+    Fiber* fibers;  // of lane 0; those of the other lanes follow
+};
+
+struct Barrier {
+    int arrived, expected, count;
+    const char* name;
+    Where where;
+    List<Fiber*> waiting;
+};
+
+struct BulkCopy {
+    void* to;
+    const void* from;
+    int bytes;
+    uint64_t* barrier;
+};
+
+struct Launch {
+    dim3 grid, block;
+    size_t shared_bytes;
+    void (*run)(const void* arguments);
+    const void* arguments;
+    std::atomic<uint64_t> next_block{0};
+    std::atomic<bool> failed{false};
+    std::mutex mutex;
+    FuserFault fault{};
+};
+
+struct Worker {
+    Launch* launch = nullptr;
+    uint3 block{};
+    Fiber* current = nullptr;
+    Fiber* first = nullptr;  // the queue of fibers that can run
+    Fiber* last = nullptr;
+    Fiber host{};  // the context that starts blocks
+    std::unique_ptr<Fiber[]> fibers;
+    std::unique_ptr<Warp[]> warps;
+    unsigned threads = 0, live = 0;
+    Barrier barriers[NAMED_BARRIERS];
+    List<BulkCopy> bulk;
+    char* stacks = nullptr;
+    char* shared = nullptr;  // dynamic shared memory
+    unsigned polls = 0;      // failed polls since anything else happened
+    std::chrono::steady_clock::time_point polling_since;
+
+    Worker();
+    ~Worker();
+};
+
+inline thread_local Worker* worker = nullptr;
+
+// Hooks of the checking mode; empty otherwise.
+namespace checks {
+#ifdef FUSER_CHECKED
+void begin_block(Worker&);
+void access(const void* pointer, size_t bytes, Access kind, Where where);
+void begin_async(const void* pointer, size_t bytes, Where where);
+void end_async(const void* pointer, size_t bytes);
+void order_warp(Warp& warp, uint32_t lanes);
+void order_block(Worker&, const List<Fiber*>& waiting, int barrier);
+void release(Fiber&, int barrier);
+void release(Fiber&, const void* object);
+void acquire(Fiber&, const void* object);
+void take(const void* pointer, size_t bytes);
+size_t gap();
+#else
+inline void begin_block(Worker&) {}
+inline void access(const void*, size_t, Access, Where) {}
+inline void begin_async(const void*, size_t, Where) {}
+inline void end_async(const void*, size_t) {}
+inline void order_warp(Warp&, uint32_t) {}
+inline void order_block(Worker&, const List<Fiber*>&, int) {}
+inline void release(Fiber&, int) {}
+inline void release(Fiber&, const void*) {}
+inline void acquire(Fiber&, const void*) {}
+inline void take(const void*, size_t) {}
+constexpr size_t gap() { return 0; }
+#endif
+}  // namespace checks
+
+// Context switches
+
+#ifdef __x86_64__
+extern "C" void fuser_emulator_switch(void** from, void* to);
+asm(R"(
+.pushsection .text
+.hidden fuser_emulator_switch
+.globl fuser_emulator_switch
+.type fuser_emulator_switch, @function
+fuser_emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size fuser_emulator_switch, .-fuser_emulator_switch
+.popsection
+)");
+FUSER_UNCHECKED inline void switch_fiber(Fiber& from, Fiber& to) {
+    fuser_emulator_switch(&from.stack_pointer, to.stack_pointer);
+}
+FUSER_UNCHECKED inline void prepare(Fiber& fiber, char* stack, void (*entry)()) {
+    // Fibers run in step: unless their frames start at different lines of a page, they fall into the same cache sets.
+    auto** top = reinterpret_cast<void**>(stack + STACK_BYTES - (fiber.index % 64) * 64);
+    *--top = nullptr;  // the return address of `entry`, which never returns; keeps the stack aligned
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    fiber.stack_pointer = top;
+}
+#else
+inline void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
+inline void prepare(Fiber& fiber, char* stack, void (*entry)()) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack;
+    fiber.context.uc_stack.ss_size = STACK_BYTES - (fiber.index % 64) * 64;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+}
+#endif
+
+inline Worker::Worker() {
+    const size_t bytes = BLOCK_LIMIT * (STACK_BYTES + GUARD_BYTES);
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* area = mmap(nullptr, 2 * SHARED_LIMIT + (64 << 10), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || area == MAP_FAILED) throw std::bad_alloc();
+    stacks = static_cast<char*>(memory);
+    for (unsigned i = 0; i < BLOCK_LIMIT; ++i) mprotect(stacks + i * (STACK_BYTES + GUARD_BYTES), GUARD_BYTES, PROT_NONE);
+    shared = static_cast<char*>(area) + (32 << 10);  // room for accesses in front of and behind it to be noticed
+    fibers.reset(new Fiber[BLOCK_LIMIT]());
+    warps.reset(new Warp[BLOCK_LIMIT / 32]());
+}
+inline Worker::~Worker() {
+    munmap(stacks, BLOCK_LIMIT * (STACK_BYTES + GUARD_BYTES));
+    munmap(shared - (32 << 10), 2 * SHARED_LIMIT + (64 << 10));
+}
+
+// Faults
+
+FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where where, uint64_t address, uint64_t other,
+                                         const char* format, va_list arguments) {
+    Launch& launch = *w.launch;
+    std::lock_guard<std::mutex> lock(launch.mutex);
+    if (launch.failed.exchange(true)) return;
+    FuserFault& fault = launch.fault;
+    fault = {};
+    fault.block[0] = w.block.x, fault.block[1] = w.block.y, fault.block[2] = w.block.z;
+    if (fiber) fault.thread[0] = fiber->thread.x, fault.thread[1] = fiber->thread.y, fault.thread[2] = fiber->thread.z;
+    fault.line = where.line, fault.address = address, fault.other = other;
+    if (where.file) snprintf(fault.file, sizeof fault.file, "%s", where.file);
+    vsnprintf(fault.text, sizeof fault.text, format, arguments);
+}
+
+// Ends the block of the calling fiber; the launch returns FAULT_STATUS.
+[[noreturn]] FUSER_UNCHECKED inline void leave(Worker& w) {
+    Fiber& fiber = *w.current;
+    w.current = nullptr;
+    for (;;) switch_fiber(fiber, w.host);
+}
+[[noreturn]] __attribute__((format(printf, 2, 3))) FUSER_UNCHECKED inline void fail(Where where, const char* format,
+                                                                                   ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    record_fault(*worker, worker->current, where, 0, 0, format, arguments);
+    va_end(arguments);
+    leave(*worker);
+}
+[[noreturn]] __attribute__((format(printf, 3, 4))) FUSER_UNCHECKED inline void fail_at(uint64_t address, uint64_t other,
+                                                                                      const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    record_fault(*worker, worker->current, {nullptr, 0}, address, other, format, arguments);
+    va_end(arguments);
+    leave(*worker);
+}
+
+// An address in this library, as addr2line wants it: relative to where the library is mapped.
+FUSER_UNCHECKED inline uint64_t relative_address(const void* code) {
+    Dl_info info;
+    const auto address = reinterpret_cast<uintptr_t>(code);
+    return dladdr(code, &info) && info.dli_fbase ? address - reinterpret_cast<uintptr_t>(info.dli_fbase) : 0;
+}
+
+// A kernel that touches wild memory must not take the process with it. The handlers belong to the process: they are
+// there only while a launch runs, and signals of other threads go on to whoever handled them before.
+struct Signals {
+    static constexpr int NUMBERS[3] = {SIGSEGV, SIGBUS, SIGFPE};
+    std::mutex mutex;
+    int launches = 0;
+    struct sigaction previous[3]{}, restore[3]{};
+    bool captured = false;
+};
+inline Signals signals;
+
+FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context) {
+    Worker* w = worker;
+    if (w == nullptr || w->current == nullptr) {
+        for (int i = 0; i < 3; ++i) {
+            if (Signals::NUMBERS[i] != number) continue;
+            const struct sigaction& before = signals.previous[i];
+            if (before.sa_flags & SA_SIGINFO) return before.sa_sigaction(number, info, context);
+            if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) return before.sa_handler(number);
+            signal(number, SIG_DFL);  // the instruction is executed again and ends the process, as it would have
+        }
+        return;
+    }
+    uint64_t place = 0;
+#if defined(__x86_64__) && defined(__linux__)
+    place = relative_address(
+        reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]));
+#endif
+    const auto* touched = static_cast<const char*>(info->si_addr);
+    const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
+    if (number == SIGFPE) fail_at(place, 0, "integer division by zero");
+    if (touched >= stack && touched < stack + GUARD_BYTES) {
+        fail_at(place, 0, "more than %zu KiB of local memory in one thread", STACK_BYTES >> 10);
+    }
+    if (info->si_code <= 0) fail_at(place, 0, "stopped by signal %d", number);
+    fail_at(place, 0, "access to address %p, where there is no memory", static_cast<const void*>(touched));
+}
+
+class SignalGuard {
+  public:
+    SignalGuard() {
+        std::lock_guard<std::mutex> lock(signals.mutex);
+        if (signals.launches++) return;
+        struct sigaction action {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int i = 0; i < 3; ++i) {
+            sigaction(Signals::NUMBERS[i], &action, &signals.restore[i]);
+            // Set once, in the order of first launches: handlers of several kernels form a chain without a circle.
+            if (!signals.captured) signals.previous[i] = signals.restore[i];
+        }
+        signals.captured = true;
+    }
+    ~SignalGuard() {
+        std::lock_guard<std::mutex> lock(signals.mutex);
+        if (--signals.launches) return;
+        for (int i = 0; i < 3; ++i) {
+            struct sigaction present {};
+            sigaction(Signals::NUMBERS[i], nullptr, &present);
+            if (present.sa_sigaction == on_signal) sigaction(Signals::NUMBERS[i], &signals.restore[i], nullptr);
+        }
+    }
+    SignalGuard(const SignalGuard&) = delete;
+    SignalGuard& operator=(const SignalGuard&) = delete;
+};
+
+// Scheduling
+
+FUSER_UNCHECKED inline Fiber& self() { return *worker->current; }
+
+FUSER_UNCHECKED inline void wake(Worker& w, Fiber* fiber) {
+    fiber->next = nullptr;
+    fiber->waits = nullptr;
+    if (w.last) w.last->next = fiber;
+    else w.first = fiber;
+    w.last = fiber;
+}
+
+// Runs other fibers until someone wakes this one.
+FUSER_UNCHECKED inline void suspend(Worker& w, Fiber& fiber) {
+    Fiber* next = w.first;
+    if (next == nullptr) {
+        w.current = nullptr;
+        switch_fiber(fiber, w.host);  // nobody can run: a deadlock, or the end of the block
+        return;
+    }
+    w.first = next->next;
+    if (w.first == nullptr) w.last = nullptr;
+    w.current = next;
+    switch_fiber(fiber, *next);
+}
+FUSER_UNCHECKED inline void wait_for(Worker& w, Fiber& fiber, const char* what, Where where) {
+    fiber.waits = what;
+    fiber.where = where;
+    suspend(w, fiber);
+}
+
+FUSER_UNCHECKED inline void yield(Worker& w, Fiber& fiber) {
+    if (w.first == nullptr) return;
+    wake(w, &fiber);
+    suspend(w, fiber);
+}
+
+FUSER_UNCHECKED inline void progress(Worker& w) { w.polls = 0; }
+
+// A look at something that another thread of this block must change: `waits` says what for.
+FUSER_UNCHECKED inline void poll(Worker& w, Fiber& fiber, const char* waits, Where where) {
+    if (++w.polls > 4 * w.threads + 64) {
+        fail(where, "%s never completes: every thread of the block waits, and nobody is left to arrive", waits);
+    }
+    yield(w, fiber);
+}
+
+// A look at global memory, which other blocks change.
+FUSER_UNCHECKED inline void poll_global(Worker& w, Fiber& fiber, Where where) {
+    const auto now = std::chrono::steady_clock::now();
+    if (w.polls++ == 0) w.polling_since = now;
+    if (now - w.polling_since > std::chrono::duration<double>(POLL_SECONDS)) {
+        fail(where, "polls global memory for %g s while nothing else happens in its block", POLL_SECONDS);
+    }
+    if (w.first == nullptr) std::this_thread::yield();
+    yield(w, fiber);
+}
+
+// Warp-wide operations
+
+FUSER_UNCHECKED inline void complete(Worker& w, Warp& warp, Rendezvous& pending, const Fiber* running) {
+    const uint32_t lanes = pending.arrived;
+    pending.arrived = 0;
+    progress(w);
+    pending.operation(warp, lanes);
+    for (uint32_t left = lanes; left; left &= left - 1) {
+        Fiber* fiber = warp.fibers + __builtin_ctz(left);
+        if (fiber != running) wake(w, fiber);
+    }
+}
+
+// Waits until all lanes of `mask` that have not exited are here; the last one runs `operation` for all.
+FUSER_UNCHECKED inline void collective(uint32_t mask, void* operand, Operation operation, const char* name,
+                                       Where where) {
+    Worker& w = *worker;
+    Fiber& fiber = *w.current;
+    Warp& warp = *fiber.warp;
+    const uint32_t bit = 1u << fiber.lane;
+    if (!(mask & bit)) fail(where, "%s: lane %u is not in its own mask 0x%08x", name, fiber.lane, mask);
+    Rendezvous& pending = warp.pending[__builtin_ctz(mask)];
+    if (pending.arrived == 0) {
+        pending.mask = mask, pending.operation = operation, pending.name = name, pending.where = where;
+    } else if (pending.mask != mask || pending.operation != operation) {
+        fail(where, "lanes of a warp disagree: lane %u calls %s with mask 0x%08x, but lanes 0x%08x wait in %s with mask "
+             "0x%08x (line %d)", fiber.lane, name, mask, pending.arrived, pending.name, pending.mask,
+             pending.where.line);
+    }
+    warp.operands[fiber.lane] = operand;
+    pending.arrived |= bit;
+    if (pending.arrived == (mask & warp.live)) complete(w, warp, pending, &fiber);
+    else wait_for(w, fiber, name, where);
+}
+
+FUSER_UNCHECKED inline void require_full_warp(uint32_t lanes, const char* name) {
+    if (lanes != 0xffffffffu) fail({nullptr, 0}, "%s needs all 32 lanes of a warp, but only 0x%08x came", name, lanes);
+}
+
+// Barriers of a block
+
+FUSER_UNCHECKED inline void release_barrier(Worker& w, Barrier& barrier, int id, Fiber* running) {
+    progress(w);
+    checks::order_block(w, barrier.waiting, id);
+    for (size_t i = 0; i < barrier.waiting.count; ++i) {
+        Fiber* fiber = barrier.waiting.items[i];
+        fiber->result = barrier.count;
+        if (fiber != running) wake(w, fiber);
+    }
+    barrier.waiting.count = 0;
+    barrier.arrived = 0;
+}
+
+// expected 0: all threads of the block that have not exited.
+FUSER_UNCHECKED inline int arrive_at_barrier(int id, int expected, bool waits, bool predicate, const char* name,
+                                             Where where) {
+    Worker& w = *worker;
+    Fiber& fiber = *w.current;
+    if (id < 0 || id >= NAMED_BARRIERS) fail(where, "%s: there is no barrier %d, only 0 to 15", name, id);
+    if (expected < 0 || expected % 32 || unsigned(expected) > (w.threads + 31) / 32 * 32) {
+        fail(where, "%s: %d is not a multiple of 32 threads of a block of %u", name, expected, w.threads);
+    }
+    Barrier& barrier = w.barriers[id];
+    if (barrier.arrived == 0) {
+        barrier.expected = expected, barrier.count = 0, barrier.name = name, barrier.where = where;
+    } else if (barrier.expected != expected) {
+        fail(where, "%s: barrier %d is waited for by %d threads at line %d and by %d here", name, id,
+             barrier.expected, barrier.where.line, expected);
+    } else if (expected == 0 && (barrier.where.line != where.line || barrier.name != name)) {
+        fail(where, "divergent barrier: this thread is at %s while others of its block are at %s (line %d)", name,
+             barrier.name, barrier.where.line);
+    }
+    ++barrier.arrived;
+    barrier.count += predicate;
+    checks::release(fiber, id);
+    if (waits) barrier.waiting.push(&fiber);
+    if (barrier.arrived == (expected ? expected : int(w.live))) {
+#ifdef FUSER_CHECKED
+        if (expected == 0 && w.live != w.threads) {
+            fail(where, "divergent barrier: %u of the %u threads of the block have exited before %s",
+                 w.threads - w.live, w.threads, name);
+        }
+#endif
+        release_barrier(w, barrier, id, waits ? &fiber : nullptr);
+    } else if (waits) {
+        wait_for(w, fiber, name, where);
+    }
+    return fiber.result;
+}
+
+// The end of a thread may be what others wait for: a thread that has exited counts as arrived.
+FUSER_UNCHECKED inline void exit_thread(Worker& w, Fiber& fiber) {
+    fiber.done = true;
+    progress(w);
+    --w.live;
+    Warp& warp = *fiber.warp;
+    warp.live &= ~(1u << fiber.lane);
+    for (Rendezvous& pending : warp.pending) {
+        if (pending.arrived && pending.arrived == (pending.mask & warp.live)) complete(w, warp, pending, nullptr);
+    }
+    Barrier& barrier = w.barriers[0];
+    if (barrier.arrived && barrier.expected == 0 && barrier.arrived == int(w.live)) {
+#ifdef FUSER_CHECKED
+        fail(barrier.where, "divergent barrier: threads exit while %d others wait in %s", barrier.arrived, barrier.name);
+#endif
+        release_barrier(w, barrier, 0, nullptr);
+    }
+}
+
+[[noreturn]] FUSER_UNCHECKED inline void fiber_main() {
+    worker->launch->run(worker->launch->arguments);
+    Worker& w = *worker;
+    Fiber& fiber = *w.current;
+    exit_thread(w, fiber);
+    for (;;) suspend(w, fiber);
+}
+
+FUSER_UNCHECKED inline void report_deadlock(Worker& w) {
+    char text[1600];
+    size_t used = 0;
+    const Fiber* first = nullptr;
+    std::vector<const Fiber*> waiting;
+    for (unsigned i = 0; i < w.threads; ++i) {
+        if (!w.fibers[i].done) waiting.push_back(&w.fibers[i]);
+    }
+    first = waiting.front();
+    // Threads that wait at the same place are told together.
+    while (!waiting.empty() && used + 200 < sizeof text) {
+        const Fiber* one = waiting.front();
+        std::vector<const Fiber*> others;
+        unsigned count = 0;
+        for (const Fiber* fiber : waiting) {
+            if (fiber->where.line == one->where.line && fiber->waits == one->waits) ++count;
+            else others.push_back(fiber);
+        }
+        used += snprintf(text + used, sizeof text - used, "%s%u thread%s (the first is %u) in %s at line %d", used ? ", " : "",
+                         count, count == 1 ? "" : "s", one->index, one->waits ? one->waits : "nothing", one->where.line);
+        waiting = std::move(others);
+    }
+    struct Report {
+        static void call(Worker& w, const Fiber* fiber, const char* format, ...) {
+            va_list arguments;
+            va_start(arguments, format);
+            record_fault(w, fiber, fiber->where, 0, 0, format, arguments);
+            va_end(arguments);
+        }
+    };
+    Report::call(w, first, "deadlock (divergent barrier): %u of %u threads have exited, the others wait forever: %s",
+                 w.threads - w.live, w.threads, text);
+}
+
+FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
+    const Launch& launch = *w.launch;
+    w.block = {unsigned(number % launch.grid.x), unsigned(number / launch.grid.x % launch.grid.y),
+               unsigned(number / launch.grid.x / launch.grid.y)};
+    w.threads = w.live = launch.block.x * launch.block.y * launch.block.z;
+    w.first = w.last = nullptr;
+    w.polls = 0;
+    w.bulk.count = 0;
+    for (Barrier& barrier : w.barriers) barrier.arrived = 0, barrier.waiting.count = 0;
+    for (unsigned i = 0; i < w.threads; i += 32) {
+        Warp& warp = w.warps[i / 32];
+        warp.live = w.threads - i >= 32 ? 0xffffffffu : (1u << (w.threads - i)) - 1;
+        warp.fibers = &w.fibers[i];
+        for (Rendezvous& pending : warp.pending) pending.arrived = 0;
+    }
+    for (unsigned i = 0; i < w.threads; ++i) {
+        Fiber& fiber = w.fibers[i];
+        fiber.index = i;
+        fiber.lane = i % 32;
+        fiber.warp = &w.warps[i / 32];
+        fiber.thread = {i % launch.block.x, i / launch.block.x % launch.block.y, i / launch.block.x / launch.block.y};
+        fiber.done = false;
+        fiber.copies.count = fiber.copied = fiber.groups.count = fiber.waited = 0;
+        prepare(fiber, w.stacks + i * (STACK_BYTES + GUARD_BYTES) + GUARD_BYTES, fiber_main);
+        wake(w, &fiber);
+    }
+    std::memset(w.shared, 0xff, launch.shared_bytes);  // NaN: whatever is read before it is written shows
+    checks::begin_block(w);
+    Fiber* first = w.first;
+    w.first = first->next;
+    if (w.first == nullptr) w.last = nullptr;
+    w.current = first;
+    switch_fiber(w.host, *first);
+    w.current = nullptr;
+    if (w.live && !launch.failed) report_deadlock(w);
+}
+
+// Workers keep their stacks for later launches.
+struct Pool {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Worker>> idle;
+    std::unique_ptr<Worker> take() {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (idle.empty()) return std::make_unique<Worker>();
+        std::unique_ptr<Worker> one = std::move(idle.back());
+        idle.pop_back();
+        return one;
+    }
+    void give(std::unique_ptr<Worker> one) {
+        std::lock_guard<std::mutex> lock(mutex);
+        idle.push_back(std::move(one));
+    }
+};
+inline Pool pool;
+
+FUSER_UNCHECKED inline void work(Launch& launch) {
+    std::unique_ptr<Worker> owned = pool.take();
+    Worker& w = *owned;
+    worker = &w;
+    w.launch = &launch;
+    std::unique_ptr<char[]> memory(new char[64 << 10]);
+    stack_t own{}, before{};
+    own.ss_sp = memory.get();
+    own.ss_size = 64 << 10;
+    sigaltstack(&own, &before);  // a fiber whose stack is full cannot handle a signal on it
+    const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    while (!launch.failed) {
+        const uint64_t number = launch.next_block.fetch_add(1);
+        if (number >= blocks) break;
+        run_block(w, number);
+    }
+    sigaltstack(&before, nullptr);
+    worker = nullptr;
+    pool.give(std::move(owned));
+}
+
+inline thread_local FuserFault last_fault;
+
+inline unsigned usable_threads() {
+    const char* chosen = std::getenv("FUSER_EMULATOR_THREADS");
+    const int count = chosen ? std::atoi(chosen) : 0;
+    return count > 0 ? unsigned(count) : std::max(1u, std::thread::hardware_concurrency());
+}
+
+inline int refuse(const char* format, ...) {
+    last_fault = {};
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(last_fault.text, sizeof last_fault.text, format, arguments);
+    va_end(arguments);
+    return FAULT_STATUS;
+}
+
+inline int run(Launch& launch) {
+    const dim3 &grid = launch.grid, &block = launch.block;
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    if (threads == 0 || threads > BLOCK_LIMIT || block.z > 64) {
+        return refuse("a block of (%u, %u, %u) threads cannot be launched", block.x, block.y, block.z);
+    }
+    if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+        return refuse("a grid of (%u, %u, %u) blocks cannot be launched", grid.x, grid.y, grid.z);
+    }
+    if (launch.shared_bytes > SHARED_LIMIT) {
+        return refuse("%zu bytes of dynamic shared memory; a block has at most %zu", launch.shared_bytes, SHARED_LIMIT);
+    }
+    try {
+        SignalGuard guard;
+        const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+        const auto count = unsigned(std::min<uint64_t>(blocks, usable_threads()));
+        std::vector<std::thread> team;
+        for (unsigned i = 0; i < count; ++i) team.emplace_back(work, std::ref(launch));
+        for (std::thread& member : team) member.join();
+    } catch (const std::exception& error) {
+        return refuse("the emulator cannot run this kernel here: %s", error.what());
+    }
+    if (!launch.failed) return 0;
+    last_fault = launch.fault;
+    return FAULT_STATUS;
+}
+
+}  // namespace emulator
+
+// The fault of the last launch of this thread that failed.
+FUSER_EXPORT const FuserFault* fuser_emulator_fault() { return &emulator::last_fault; }
+
+#define threadIdx (::emulator::self().thread)
+#define blockIdx (::emulator::worker->block)
+#define blockDim (::emulator::worker->launch->block)
+#define gridDim (::emulator::worker->launch->grid)
+constexpr int warpSize = 32;
+
+#include "emulator_device.h"
+#ifdef FUSER_CHECKED
+#include "emulator_checks.h"
+#endif
