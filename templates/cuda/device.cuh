@@ -256,7 +256,9 @@ __device__ __forceinline__ float tanh(float x) {
     return y;
 }
 
-// Host side. Every function returns a status: 0, or the number of a CUDA error.
+// Host side. A status is 0, or 1000 + the number of a CUDA error.
+
+inline int status_of(cudaError_t error) { return error == cudaSuccess ? 0 : 1000 + int(error); }
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
@@ -267,14 +269,14 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
     if (shared_bytes > 48 * 1024) {
         const cudaError_t status =
             cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-        if (status != cudaSuccess) return int(status);
+        if (status != cudaSuccess) return status_of(status);
     }
     std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
     return std::apply(
         [&](auto&... value) {
             void* addresses[] = {const_cast<void*>(static_cast<const void*>(&value))..., nullptr};
-            return int(cudaLaunchKernel(function, grid, block, addresses, shared_bytes,
-                                        static_cast<cudaStream_t>(stream)));
+            return status_of(cudaLaunchKernel(function, grid, block, addresses, shared_bytes,
+                                              static_cast<cudaStream_t>(stream)));
         },
         values);
 }
@@ -297,7 +299,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_by
 }
 
 inline int clear(void* pointer, size_t bytes, void* stream) {
-    return int(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)));
+    return status_of(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace device

@@ -11,12 +11,13 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdarg>
@@ -24,6 +25,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -93,6 +95,7 @@ typedef struct {
     uint64_t address;
     uint64_t other;  // the address of the access that this one collides with, or 0
     int32_t line;
+    int32_t other_line;
     char file[512];
     char text[2048];
 } FuserFault;
@@ -101,7 +104,7 @@ typedef struct {
 
 namespace emulator {
 
-constexpr int FAULT_STATUS = 1 << 20;  // above the numbers of CUDA errors
+constexpr int FAULT_STATUS = 900;  // kernels return 1000 + the number of a CUDA error
 constexpr size_t STACK_BYTES = 96 << 10;
 constexpr size_t GUARD_BYTES = 4 << 10;
 constexpr size_t SHARED_LIMIT = 227 << 10;
@@ -130,17 +133,20 @@ struct AsyncCopy {
 // Grows, and keeps its memory when cleared: fibers are reused for every block.
 template <typename T>
 struct List {
-    std::unique_ptr<T[]> items;
+    static_assert(std::is_trivially_copyable<T>::value, "items are moved by realloc");
+    T* items = nullptr;
     size_t count = 0, capacity = 0;
+    List() = default;
+    List(const List&) = delete;
+    List& operator=(const List&) = delete;
+    FUSER_UNCHECKED ~List() { std::free(items); }
     FUSER_UNCHECKED void push(const T& item) {
-        if (count == capacity) grow();
+        if (count == capacity) {
+            capacity = capacity ? capacity * 2 : 16;
+            items = static_cast<T*>(std::realloc(items, capacity * sizeof(T)));
+            if (items == nullptr) std::abort();
+        }
         items[count++] = item;
-    }
-    FUSER_UNCHECKED __attribute__((noinline)) void grow() {
-        capacity = capacity ? capacity * 2 : 16;
-        std::unique_ptr<T[]> larger(new T[capacity]);
-        for (size_t i = 0; i < count; ++i) larger[i] = items[i];
-        items = std::move(larger);
     }
 };
 
@@ -198,11 +204,16 @@ struct Launch {
     size_t shared_bytes;
     void (*run)(const void* arguments);
     const void* arguments;
-    std::atomic<uint64_t> next_block{0};
-    std::atomic<bool> failed{false};
+    size_t arguments_bytes;
+    uint64_t next_block = 0;  // shared by workers, as is the next
+    bool failed = false;
     std::mutex mutex;
     FuserFault fault{};
 };
+
+namespace checks {
+struct Shadow;
+}
 
 struct Worker {
     Launch* launch = nullptr;
@@ -211,48 +222,62 @@ struct Worker {
     Fiber* first = nullptr;  // the queue of fibers that can run
     Fiber* last = nullptr;
     Fiber host{};  // the context that starts blocks
-    std::unique_ptr<Fiber[]> fibers;
-    std::unique_ptr<Warp[]> warps;
+    Fiber* fibers = nullptr;
+    Warp* warps = nullptr;
     unsigned threads = 0, live = 0;
     Barrier barriers[NAMED_BARRIERS];
     List<BulkCopy> bulk;
     char* stacks = nullptr;
     char* shared = nullptr;  // dynamic shared memory
     unsigned polls = 0;      // failed polls since anything else happened
-    std::chrono::steady_clock::time_point polling_since;
+    double polling_since = 0;
+    int internal = 0;             // above 0 while a fiber runs code of the emulator that is instrumented
+    checks::Shadow* shadow = nullptr;
 
     Worker();
     ~Worker();
+    Worker(const Worker&) = delete;
+    Worker& operator=(const Worker&) = delete;
 };
 
 inline thread_local Worker* worker = nullptr;
 
-// Hooks of the checking mode; empty otherwise.
+// An array that a kernel declares __shared__, in the thread-local memory of this library.
+struct StaticArray {
+    size_t offset, bytes;
+    const char* name;  // mangled
+};
+
+// Hooks of the checking mode (emulator_checks.h); empty otherwise.
 namespace checks {
 #ifdef FUSER_CHECKED
-void begin_block(Worker&);
+void begin_block(Worker& w);
+void end(Worker& w);
 void access(const void* pointer, size_t bytes, Access kind, Where where);
 void begin_async(const void* pointer, size_t bytes, Where where);
-void end_async(const void* pointer, size_t bytes);
+void end_async(const void* pointer, size_t bytes, const Fiber* writer);
 void order_warp(Warp& warp, uint32_t lanes);
-void order_block(Worker&, const List<Fiber*>& waiting, int barrier);
-void release(Fiber&, int barrier);
-void release(Fiber&, const void* object);
-void acquire(Fiber&, const void* object);
-void take(const void* pointer, size_t bytes);
-size_t gap();
+void order_block(const List<Fiber*>& waiting, int barrier);
+void arrive(Fiber& fiber, int barrier);
+void arrive(Fiber& fiber, const void* mbarrier);
+void publish(const void* mbarrier);
+void acquire(Fiber& fiber, const void* mbarrier);
+void take(const char* array, size_t bytes);
+constexpr size_t GAP = 128;  // between arrays of dynamic shared memory, so that leaving one is noticed
 #else
 inline void begin_block(Worker&) {}
+inline void end(Worker&) {}
 inline void access(const void*, size_t, Access, Where) {}
 inline void begin_async(const void*, size_t, Where) {}
-inline void end_async(const void*, size_t) {}
+inline void end_async(const void*, size_t, const Fiber*) {}
 inline void order_warp(Warp&, uint32_t) {}
-inline void order_block(Worker&, const List<Fiber*>&, int) {}
-inline void release(Fiber&, int) {}
-inline void release(Fiber&, const void*) {}
+inline void order_block(const List<Fiber*>&, int) {}
+inline void arrive(Fiber&, int) {}
+inline void arrive(Fiber&, const void*) {}
+inline void publish(const void*) {}
 inline void acquire(Fiber&, const void*) {}
-inline void take(const void*, size_t) {}
-constexpr size_t gap() { return 0; }
+inline void take(const char*, size_t) {}
+constexpr size_t GAP = 0;
 #endif
 }  // namespace checks
 
@@ -315,26 +340,36 @@ inline Worker::Worker() {
     stacks = static_cast<char*>(memory);
     for (unsigned i = 0; i < BLOCK_LIMIT; ++i) mprotect(stacks + i * (STACK_BYTES + GUARD_BYTES), GUARD_BYTES, PROT_NONE);
     shared = static_cast<char*>(area) + (32 << 10);  // room for accesses in front of and behind it to be noticed
-    fibers.reset(new Fiber[BLOCK_LIMIT]());
-    warps.reset(new Warp[BLOCK_LIMIT / 32]());
+    fibers = new Fiber[BLOCK_LIMIT]();
+    warps = new Warp[BLOCK_LIMIT / 32]();
 }
 inline Worker::~Worker() {
+    checks::end(*this);
+    delete[] fibers;
+    delete[] warps;
     munmap(stacks, BLOCK_LIMIT * (STACK_BYTES + GUARD_BYTES));
     munmap(shared - (32 << 10), 2 * SHARED_LIMIT + (64 << 10));
 }
 
 // Faults
 
-FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where where, uint64_t address, uint64_t other,
+// A place in the kernel: its line, or an address in this library that debug information gives a line to.
+struct Site {
+    uint64_t address;
+    int line;
+};
+
+FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where where, uint64_t address, Site other,
                                          const char* format, va_list arguments) {
+    ++w.internal;
     Launch& launch = *w.launch;
     std::lock_guard<std::mutex> lock(launch.mutex);
-    if (launch.failed.exchange(true)) return;
+    if (__atomic_exchange_n(&launch.failed, true, __ATOMIC_SEQ_CST)) return;
     FuserFault& fault = launch.fault;
     fault = {};
     fault.block[0] = w.block.x, fault.block[1] = w.block.y, fault.block[2] = w.block.z;
     if (fiber) fault.thread[0] = fiber->thread.x, fault.thread[1] = fiber->thread.y, fault.thread[2] = fiber->thread.z;
-    fault.line = where.line, fault.address = address, fault.other = other;
+    fault.line = where.line, fault.address = address, fault.other = other.address, fault.other_line = other.line;
     if (where.file) snprintf(fault.file, sizeof fault.file, "%s", where.file);
     vsnprintf(fault.text, sizeof fault.text, format, arguments);
 }
@@ -349,15 +384,15 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
                                                                                    ...) {
     va_list arguments;
     va_start(arguments, format);
-    record_fault(*worker, worker->current, where, 0, 0, format, arguments);
+    record_fault(*worker, worker->current, where, 0, {}, format, arguments);
     va_end(arguments);
     leave(*worker);
 }
-[[noreturn]] __attribute__((format(printf, 3, 4))) FUSER_UNCHECKED inline void fail_at(uint64_t address, uint64_t other,
+[[noreturn]] __attribute__((format(printf, 3, 4))) FUSER_UNCHECKED inline void fail_at(Site site, Site other,
                                                                                       const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    record_fault(*worker, worker->current, {nullptr, 0}, address, other, format, arguments);
+    record_fault(*worker, worker->current, {nullptr, site.line}, site.address, other, format, arguments);
     va_end(arguments);
     leave(*worker);
 }
@@ -392,19 +427,19 @@ FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context
         }
         return;
     }
-    uint64_t place = 0;
+    Site place{};
 #if defined(__x86_64__) && defined(__linux__)
-    place = relative_address(
-        reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]));
+    place.address =
+        relative_address(reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]));
 #endif
     const auto* touched = static_cast<const char*>(info->si_addr);
     const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
-    if (number == SIGFPE) fail_at(place, 0, "integer division by zero");
+    if (number == SIGFPE) fail_at(place, {}, "integer division by zero");
     if (touched >= stack && touched < stack + GUARD_BYTES) {
-        fail_at(place, 0, "more than %zu KiB of local memory in one thread", STACK_BYTES >> 10);
+        fail_at(place, {}, "more than %zu KiB of local memory in one thread", STACK_BYTES >> 10);
     }
-    if (info->si_code <= 0) fail_at(place, 0, "stopped by signal %d", number);
-    fail_at(place, 0, "access to address %p, where there is no memory", static_cast<const void*>(touched));
+    if (info->si_code <= 0) fail_at(place, {}, "stopped by signal %d", number);
+    fail_at(place, {}, "access to address %p, where there is no memory", static_cast<const void*>(touched));
 }
 
 class SignalGuard {
@@ -484,12 +519,14 @@ FUSER_UNCHECKED inline void poll(Worker& w, Fiber& fiber, const char* waits, Whe
 
 // A look at global memory, which other blocks change.
 FUSER_UNCHECKED inline void poll_global(Worker& w, Fiber& fiber, Where where) {
-    const auto now = std::chrono::steady_clock::now();
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    const double now = double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
     if (w.polls++ == 0) w.polling_since = now;
-    if (now - w.polling_since > std::chrono::duration<double>(POLL_SECONDS)) {
+    if (now - w.polling_since > POLL_SECONDS) {
         fail(where, "polls global memory for %g s while nothing else happens in its block", POLL_SECONDS);
     }
-    if (w.first == nullptr) std::this_thread::yield();
+    if (w.first == nullptr) sched_yield();
     yield(w, fiber);
 }
 
@@ -536,7 +573,7 @@ FUSER_UNCHECKED inline void require_full_warp(uint32_t lanes, const char* name) 
 
 FUSER_UNCHECKED inline void release_barrier(Worker& w, Barrier& barrier, int id, Fiber* running) {
     progress(w);
-    checks::order_block(w, barrier.waiting, id);
+    checks::order_block(barrier.waiting, id);
     for (size_t i = 0; i < barrier.waiting.count; ++i) {
         Fiber* fiber = barrier.waiting.items[i];
         fiber->result = barrier.count;
@@ -567,7 +604,7 @@ FUSER_UNCHECKED inline int arrive_at_barrier(int id, int expected, bool waits, b
     }
     ++barrier.arrived;
     barrier.count += predicate;
-    checks::release(fiber, id);
+    checks::arrive(fiber, id);
     if (waits) barrier.waiting.push(&fiber);
     if (barrier.arrived == (expected ? expected : int(w.live))) {
 #ifdef FUSER_CHECKED
@@ -636,12 +673,68 @@ FUSER_UNCHECKED inline void report_deadlock(Worker& w) {
         static void call(Worker& w, const Fiber* fiber, const char* format, ...) {
             va_list arguments;
             va_start(arguments, format);
-            record_fault(w, fiber, fiber->where, 0, 0, format, arguments);
+            record_fault(w, fiber, fiber->where, 0, {}, format, arguments);
             va_end(arguments);
         }
     };
     Report::call(w, first, "deadlock (divergent barrier): %u of %u threads have exited, the others wait forever: %s",
                  w.threads - w.live, w.threads, text);
+}
+
+// The __shared__ arrays of this library, from its symbol table.
+inline std::vector<StaticArray> read_static_arrays() {
+    std::vector<StaticArray> arrays;
+    Dl_info info;
+    if (!dladdr(reinterpret_cast<const void*>(&read_static_arrays), &info) || !info.dli_fname) return arrays;
+    std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(info.dli_fname, "rb"), std::fclose);
+    if (!file) return arrays;
+    // The image stays: names point into it.
+    auto* image = new std::vector<char>;
+    char buffer[1 << 14];
+    for (size_t got; (got = std::fread(buffer, 1, sizeof buffer, file.get())) > 0;) {
+        image->insert(image->end(), buffer, buffer + got);
+    }
+    const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(image->data());
+    if (image->size() < sizeof *header) return arrays;
+    const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(image->data() + header->e_shoff);
+    for (int i = 0; i < header->e_shnum; ++i) {
+        if (sections[i].sh_type != SHT_SYMTAB) continue;
+        const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(image->data() + sections[i].sh_offset);
+        const char* names = image->data() + sections[sections[i].sh_link].sh_offset;
+        for (size_t k = 0; k < sections[i].sh_size / sizeof *symbols; ++k) {
+            const char* name = names + symbols[k].st_name;
+            // The emulator's own variables live there too.
+            if ((symbols[k].st_info & 15) != STT_TLS || symbols[k].st_size == 0 || std::strstr(name, "8emulator")) continue;
+            arrays.push_back({symbols[k].st_value, symbols[k].st_size, name});
+        }
+    }
+    return arrays;
+}
+inline const std::vector<StaticArray>& static_arrays() {
+    static const std::vector<StaticArray> arrays = read_static_arrays();
+    return arrays;
+}
+// Where this OS thread has them.
+inline char* static_memory() {
+    struct Found {
+        uintptr_t base;
+        char* memory;
+    };
+    static thread_local char* memory = [] {
+        Dl_info info;
+        dladdr(reinterpret_cast<const void*>(&read_static_arrays), &info);
+        Found found{reinterpret_cast<uintptr_t>(info.dli_fbase), nullptr};
+        dl_iterate_phdr(
+            [](dl_phdr_info* module, size_t, void* data) {
+                auto& found = *static_cast<Found*>(data);
+                if (module->dlpi_addr != found.base) return 0;
+                found.memory = static_cast<char*>(module->dlpi_tls_data);
+                return 1;
+            },
+            &found);
+        return found.memory;
+    }();
+    return memory;
 }
 
 FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
@@ -670,7 +763,9 @@ FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
         prepare(fiber, w.stacks + i * (STACK_BYTES + GUARD_BYTES) + GUARD_BYTES, fiber_main);
         wake(w, &fiber);
     }
-    std::memset(w.shared, 0xff, launch.shared_bytes);  // NaN: whatever is read before it is written shows
+    // NaN: whatever is read before it is written shows.
+    std::memset(w.shared, 0xff, launch.shared_bytes);
+    for (const StaticArray& array : static_arrays()) std::memset(static_memory() + array.offset, 0xff, array.bytes);
     checks::begin_block(w);
     Fiber* first = w.first;
     w.first = first->next;
@@ -710,8 +805,8 @@ FUSER_UNCHECKED inline void work(Launch& launch) {
     own.ss_size = 64 << 10;
     sigaltstack(&own, &before);  // a fiber whose stack is full cannot handle a signal on it
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-    while (!launch.failed) {
-        const uint64_t number = launch.next_block.fetch_add(1);
+    while (!__atomic_load_n(&launch.failed, __ATOMIC_RELAXED)) {
+        const uint64_t number = __atomic_fetch_add(&launch.next_block, 1, __ATOMIC_RELAXED);
         if (number >= blocks) break;
         run_block(w, number);
     }

@@ -15,7 +15,7 @@ FUSER_UNCHECKED inline int __syncthreads_or(int predicate, emulator::Where where
 FUSER_UNCHECKED inline int __syncthreads_and(int predicate, emulator::Where where = emulator::here()) {
     return emulator::arrive_at_barrier(0, 0, true, predicate == 0, "__syncthreads_and", where) == 0;
 }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+FUSER_UNCHECKED inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() {}
 inline void __threadfence_system() { __threadfence(); }
 
@@ -561,7 +561,7 @@ class SharedAllocator {
     template <typename T>
     FUSER_UNCHECKED T* take(size_t count, size_t align = 16, Where where = here()) {
         const size_t padded = (used_ + align - 1) / align * align;
-        shift_ += emulator::checks::gap();
+        shift_ += emulator::checks::GAP;
         const size_t bytes = count * sizeof(T), launched = emulator::worker->launch->shared_bytes;
         if (align > 128 || (align & (align - 1))) emulator::fail(where, "an array cannot be aligned to %zu bytes", align);
         if (bytes > launched || padded > launched - bytes) {
@@ -646,7 +646,7 @@ FUSER_UNCHECKED inline void finish(emulator::Fiber& fiber, size_t end) {
         const emulator::AsyncCopy& copy = fiber.copies.items[fiber.copied];
         std::memcpy(copy.to, copy.from, copy.valid);
         std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
-        emulator::checks::end_async(copy.to, copy.bytes);
+        emulator::checks::end_async(copy.to, copy.bytes, &fiber);
     }
     if (fiber.copied == fiber.copies.count) fiber.copied = fiber.copies.count = fiber.groups.count = fiber.waited = 0;
 }
@@ -697,7 +697,10 @@ FUSER_UNCHECKED inline State get(const uint64_t* barrier, const char* name, Wher
     return state;
 }
 FUSER_UNCHECKED inline void set(uint64_t* barrier, State state) {
-    if (state.pending == 0 && state.bytes == 0) state.phase ^= 1, state.pending = state.expected;
+    if (state.pending == 0 && state.bytes == 0) {
+        state.phase ^= 1, state.pending = state.expected;
+        emulator::checks::publish(barrier);
+    }
     std::memcpy(barrier, &state, 8);
     emulator::progress(*emulator::worker);
 }
@@ -706,7 +709,7 @@ FUSER_UNCHECKED inline void arrive(uint64_t* barrier, int bytes, const char* nam
     if (state.pending == 0) emulator::fail(where, "%s: more arrivals than the %d expected", name, int(state.expected));
     --state.pending;
     state.bytes += bytes;
-    emulator::checks::release(emulator::self(), barrier);
+    emulator::checks::arrive(emulator::self(), barrier);
     set(barrier, state);
 }
 // Bulk copies take effect when someone looks at their barrier.
@@ -720,7 +723,7 @@ FUSER_UNCHECKED inline void deliver(uint64_t* barrier, Where where) {
             continue;
         }
         std::memcpy(copy.to, copy.from, copy.bytes);
-        emulator::checks::end_async(copy.to, copy.bytes);
+        emulator::checks::end_async(copy.to, copy.bytes, nullptr);
         State state = get(barrier, "bulk_load", where);
         state.bytes -= copy.bytes;
         set(barrier, state);
@@ -778,6 +781,7 @@ FUSER_UNCHECKED inline void bulk_load(void* shared, const void* global, int byte
     barriers::get(barrier, "bulk_load", where);
     emulator::checks::access(global, bytes, Access::read, where);
     emulator::checks::begin_async(shared, bytes, where);
+    emulator::checks::arrive(emulator::self(), barrier);  // who has waited for the barrier may read what was copied
     emulator::worker->bulk.push({shared, global, bytes, barrier});
 }
 
@@ -815,7 +819,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
     using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
     const Call call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
     emulator::Launch one;
-    one.grid = grid, one.block = block, one.shared_bytes = shared_bytes, one.arguments = &call;
+    one.grid = grid, one.block = block, one.shared_bytes = shared_bytes;
+    one.arguments = &call, one.arguments_bytes = sizeof call;
     one.run = [](const void* data) FUSER_UNCHECKED {
         const Call& own = *static_cast<const Call*>(data);
         std::apply(own.first, own.second);
