@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, pointers, ramp
-from fuser.kernels.structure import Part
+from fuser.ir.masks.structure import Part
+from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, pointers, ramp, vectors
 
 SPAN = max(WIDTHS)
 
@@ -24,20 +24,29 @@ class GroupCost:
     """Time of a group in units of one key against one vector of 16 lanes.
 
     ``setup`` is the cost of loading and storing one vector of rows, ``group`` that of starting a group, ``key`` of
-    fetching a key, whatever the width, and ``partial`` of applying a word of lanes to a vector.
+    fetching a key, whatever the width, ``partial`` of applying a word of lanes to a vector, and ``range`` of a block of
+    keys for some vectors only. Whether vectors that no row of a partial key needs are left out is ``skips``.
     """
 
     group: float = 1.0
-    setup: float = 13.0
-    key: float = 0.1
-    partial: float = 0.03
+    setup: float = 20.0
+    key: float = 0.4
+    partial: float = 0.04
+    range: float = 3.0
+    skips: bool = True
 
-    def __call__(self, width: int, full: Int64s, partial: Int64s) -> npt.NDArray[np.float64]:
-        """Cost of groups with so many keys; nothing for groups without keys, which are left out."""
-        vectors = width / 16
+    def __call__(
+        self, width: int, full: Int64s, partial: Int64s, needed: Int64s, ranges: Int64s
+    ) -> npt.NDArray[np.float64]:
+        """Cost of groups with so many keys; nothing for groups without keys, which are left out.
+
+        ``needed`` counts the vectors that partial keys concern, and ``ranges`` how many sets of them there are.
+        """
+        vectors = width // 16
         keys = full + partial
+        some = needed + self.range * ranges if self.skips else vectors * partial
         cost: npt.NDArray[np.float64] = (
-            self.group + vectors * (self.setup + keys + self.partial * partial) + self.key * keys
+            self.group + vectors * (self.setup + full) + (1 + self.partial) * some + self.key * keys
         ) * (keys > 0)
         return cost
 
@@ -45,7 +54,7 @@ class GroupCost:
 COSTS: Mapping[str, GroupCost] = {
     "cpu": GroupCost(),
     # A block of threads has 64 rows whether they are used or not, and its start and end last as long as two steps.
-    "cuda": GroupCost(group=512.0, setup=24.0, key=4.0, partial=0.05),
+    "cuda": GroupCost(group=512.0, setup=24.0, key=4.0, partial=0.05, skips=False),
 }
 """Costs of groups by the kind of target."""
 
@@ -63,8 +72,14 @@ class Cover(NamedTuple):
 
     def cost(self, model: GroupCost) -> npt.NDArray[np.float64]:
         group = np.repeat(np.arange(len(self.run_counts)), self.run_counts)
-        full = np.bincount(group, weights=self.runs[:, 1], minlength=len(self.run_counts)).astype(np.int64)
-        return model(self.width, full, self.key_counts)
+        groups = len(self.run_counts)
+        full = np.bincount(group, weights=self.runs[:, 1], minlength=groups).astype(np.int64)
+        first, last = vectors(self.lanes)
+        group = np.repeat(np.arange(groups), self.key_counts)
+        needed = np.bincount(group, weights=last - first, minlength=groups).astype(np.int64)
+        kinds = np.zeros((groups, 20), np.bool_)
+        kinds[group, 4 * (last - first) + first] = True
+        return model(self.width, full, self.key_counts, needed, kinds.sum(axis=1))
 
     def take(self, chosen: Bools) -> Cover:
         by_run, by_key = np.repeat(chosen, self.run_counts), np.repeat(chosen, self.key_counts)

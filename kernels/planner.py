@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fuser.ir.masks import Mask, TensorMask
+from fuser.ir.masks.structure import Part, progressions
 from fuser.ir.target import Target
-from fuser.kernels.cover import SPAN, Cover, GroupCost, by_class, from_parts, identity
+from fuser.kernels.cover import COSTS, SPAN, Cover, GroupCost, by_class, from_parts, identity
 from fuser.kernels.detection import detect
 from fuser.kernels.plan import AttentionPlan, Int64s
-from fuser.kernels.structure import Part, progressions
 
 _SAMPLE = 48
 """Spans of rows on which arrangements are compared."""
@@ -39,7 +39,7 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     """
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
-    model = GroupCost()
+    model = COSTS["cpu" if target is None else target.kind]
     if mask.heads is None:
         return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
     masks = [mask.head(h) for h in range(mask.heads)]

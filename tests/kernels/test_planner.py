@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import fuser
 from fuser import masks
+from fuser.ir.masks.structure import progressions
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import plan
-from fuser.kernels.structure import progressions
 
 NAMED = {
     "causal": masks.Causal(),
@@ -64,8 +64,9 @@ def covered(made: AttentionPlan, head: int = 0) -> np.ndarray:
 @given(COMBINED, LENGTH, LENGTH)
 @settings(max_examples=150, deadline=None)
 def test_combined_masks_are_partitioned(mask: masks.Mask, q_len: int, kv_len: int) -> None:
-    made = plan(mask, q_len, kv_len)
-    assert np.array_equal(covered(made), mask.dense(q_len, kv_len).numpy())
+    made, allowed = plan(mask, q_len, kv_len), mask.dense(q_len, kv_len).numpy()
+    assert np.array_equal(covered(made), allowed)
+    assert mask.count(q_len, kv_len) == made.pairs_allowed == allowed.sum()
     made.validate(mask)
 
 
@@ -149,6 +150,21 @@ def test_planning_memory_is_far_below_the_matrix(name: str) -> None:
         tracemalloc.stop()
     assert peak < length**2 / 4
     assert made.work_ratio < 1.6
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1])
+def test_planning_memory_of_entries_follows_the_plan(density: float) -> None:
+    """What planning needs beside the entries: a slice of them, and a few times the plan."""
+    length = 8192
+    mask = masks.from_dense(torch.rand(length, length, generator=torch.Generator().manual_seed(0)) < density)
+    tracemalloc.start()
+    try:
+        made = plan(mask, length)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.pairs_allowed == mask.count(length)
+    assert peak < 4 * length**2 + 6 * made.array.nbytes
 
 
 def test_rows_without_keys_add_no_phase() -> None:

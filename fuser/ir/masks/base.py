@@ -187,6 +187,11 @@ class Mask(ABC):
         closed = self._progressions(np.arange(n), n, m)
         if closed is not None:
             return int(closed.count.sum())
+        from fuser.ir.masks.structure import progressions
+
+        parts = progressions(self, n, m)
+        if parts is not None:
+            return sum(int(part.count.sum()) for part in parts)
         total = 0
         for start, stop in chunks(n, m):
             rows = np.arange(start, stop)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuser.ir.masks import And, Mask, Not, Or, Shifted
-from fuser.kernels.plan import Int64s
+from fuser.ir.masks.base import And, Ints, Mask, Not, Or, Shifted
 
 _MOST_PARTS = 96
 """Progressions a row above which a mask is treated as one without closed form."""
@@ -25,8 +24,8 @@ class Part:
     Rows that agree modulo ``period`` have their keys in the same residue class, or close: they suit one group.
     """
 
-    start: Int64s
-    count: Int64s
+    start: Ints
+    count: Ints
     step: int
     period: int
 
@@ -43,7 +42,7 @@ def progressions(mask: Mask, q_len: int, kv_len: int) -> list[Part] | None:
         return None
 
 
-def _parts(mask: Mask, rows: Int64s, n: int, m: int) -> list[Part]:
+def _parts(mask: Mask, rows: Ints, n: int, m: int) -> list[Part]:
     if isinstance(mask, Or):
         operands = [_parts(part, rows, n, m) for part in mask.operands]
         return _union([part for parts in operands for part in parts])
