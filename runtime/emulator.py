@@ -29,6 +29,8 @@ FAULT_STATUS = 900
 _FLAGS = (
     *("-x", "c++", "-std=c++17", "-DFUSER_EMULATED", "-fPIC", "-pthread"),
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    # A frame larger than the guard page of a stack must not jump over it.
+    "-fstack-clash-protection",
     *("-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-psabi"),
 )
 _CHECKED = (
@@ -89,7 +91,8 @@ def checking() -> bool:
 
 
 def compile_flags(checked: bool | None = None) -> tuple[str, ...]:
-    """What turns a rendered ``.cu`` into an object with g++ or clang++; by default as ``FUSER_EMULATOR_CHECKED`` says."""
+    """What turns a rendered ``.cu`` into an object with g++ or clang++; by default as
+    ``FUSER_EMULATOR_CHECKED`` says."""
     present = cpu_flags()
     fast = tuple(_FAST.values()) if present.issuperset(_FAST) else ()
     return (*_FLAGS, *fast, *(_CHECKED if (checking() if checked is None else checked) else ("-O2",)))
@@ -128,7 +131,7 @@ def run(
 
 @contextmanager
 def allowed(path: Path, spans: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """While this lasts, kernels of the library at ``path`` may touch only these (begin, end) addresses of global memory.
+    """While this lasts, kernels of the library at ``path`` may touch only these (begin, end) spans of global memory.
 
     Without effect on a library that was not built for the checking mode.
     """

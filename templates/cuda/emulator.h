@@ -359,6 +359,12 @@ struct Site {
     int line;
 };
 
+// An address in this library, as addr2line wants it: relative to where the library is mapped.
+FUSER_UNCHECKED inline uint64_t relative_address(uint64_t address) {
+    Dl_info info;
+    return address && dladdr(reinterpret_cast<const void*>(address), &info) && info.dli_fbase ? address - reinterpret_cast<uintptr_t>(info.dli_fbase) : 0;
+}
+
 FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where where, uint64_t address, Site other,
                                          const char* format, va_list arguments) {
     ++w.internal;
@@ -369,7 +375,8 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
     fault = {};
     fault.block[0] = w.block.x, fault.block[1] = w.block.y, fault.block[2] = w.block.z;
     if (fiber) fault.thread[0] = fiber->thread.x, fault.thread[1] = fiber->thread.y, fault.thread[2] = fiber->thread.z;
-    fault.line = where.line, fault.address = address, fault.other = other.address, fault.other_line = other.line;
+    fault.line = where.line, fault.other_line = other.line;
+    fault.address = relative_address(address), fault.other = relative_address(other.address);
     if (where.file) snprintf(fault.file, sizeof fault.file, "%s", where.file);
     vsnprintf(fault.text, sizeof fault.text, format, arguments);
 }
@@ -397,13 +404,6 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
     leave(*worker);
 }
 
-// An address in this library, as addr2line wants it: relative to where the library is mapped.
-FUSER_UNCHECKED inline uint64_t relative_address(const void* code) {
-    Dl_info info;
-    const auto address = reinterpret_cast<uintptr_t>(code);
-    return dladdr(code, &info) && info.dli_fbase ? address - reinterpret_cast<uintptr_t>(info.dli_fbase) : 0;
-}
-
 // A kernel that touches wild memory must not take the process with it. The handlers belong to the process: they are
 // there only while a launch runs, and signals of other threads go on to whoever handled them before.
 struct Signals {
@@ -429,8 +429,8 @@ FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context
     }
     Site place{};
 #if defined(__x86_64__) && defined(__linux__)
-    place.address =
-        relative_address(reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]));
+    // As a return address: behind the instruction.
+    place.address = uint64_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]) + 1;
 #endif
     const auto* touched = static_cast<const char*>(info->si_addr);
     const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
@@ -473,6 +473,10 @@ class SignalGuard {
 // Scheduling
 
 FUSER_UNCHECKED inline Fiber& self() { return *worker->current; }
+FUSER_UNCHECKED inline uint3 thread_index() { return worker->current->thread; }
+FUSER_UNCHECKED inline uint3 block_index() { return worker->block; }
+FUSER_UNCHECKED inline dim3 block_dim() { return worker->launch->block; }
+FUSER_UNCHECKED inline dim3 grid_dim() { return worker->launch->grid; }
 
 FUSER_UNCHECKED inline void wake(Worker& w, Fiber* fiber) {
     fiber->next = nullptr;
@@ -710,12 +714,12 @@ inline std::vector<StaticArray> read_static_arrays() {
     }
     return arrays;
 }
-inline const std::vector<StaticArray>& static_arrays() {
+FUSER_UNCHECKED inline const std::vector<StaticArray>& static_arrays() {
     static const std::vector<StaticArray> arrays = read_static_arrays();
     return arrays;
 }
 // Where this OS thread has them.
-inline char* static_memory() {
+FUSER_UNCHECKED inline char* static_memory() {
     struct Found {
         uintptr_t base;
         char* memory;
@@ -744,6 +748,7 @@ FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
     w.threads = w.live = launch.block.x * launch.block.y * launch.block.z;
     w.first = w.last = nullptr;
     w.polls = 0;
+    w.internal = 0;
     w.bulk.count = 0;
     for (Barrier& barrier : w.barriers) barrier.arrived = 0, barrier.waiting.count = 0;
     for (unsigned i = 0; i < w.threads; i += 32) {
@@ -864,10 +869,10 @@ inline int run(Launch& launch) {
 // The fault of the last launch of this thread that failed.
 FUSER_EXPORT const FuserFault* fuser_emulator_fault() { return &emulator::last_fault; }
 
-#define threadIdx (::emulator::self().thread)
-#define blockIdx (::emulator::worker->block)
-#define blockDim (::emulator::worker->launch->block)
-#define gridDim (::emulator::worker->launch->grid)
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_dim())
+#define gridDim (::emulator::grid_dim())
 constexpr int warpSize = 32;
 
 #include "emulator_device.h"
