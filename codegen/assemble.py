@@ -96,8 +96,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         else:
             steps.append(_torch_step(graph, unit.operators[0], layout))
             unfused.append((unit.operators[0].name, unit.operators[0].reason or _reason(unit.operators[0])))
-    runner = KernelSpec("runtime", "cpu/run_steps.cpp.j2", None)
-    sources = [render(spec) for spec in specs.values()] + [Source(RUNNER, render_runner(runner))]
+    sources = [*(render(spec) for spec in specs.values()), runner_source(target)]
     records = tuple(
         KernelRecord(name, units_[0].family, _with_views(graph, units_[0]), len(units_))
         for name, units_ in uses.items()
@@ -117,9 +116,14 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
     return Assembly(plan, tuple(sources), records, tuple(unfused), tuple(labels), tuple(choices))
 
 
-def render_runner(spec: KernelSpec) -> str:
-    """The source of the step runner."""
-    return render(spec).text.replace(spec.symbol, RUNNER)
+_RUNNERS = {"cpu": "cpu/run_steps.cpp.j2", "cuda": "cuda/run_steps.cu.j2"}
+
+
+def runner_source(target: Target) -> Source:
+    """The step runner."""
+    spec = KernelSpec("runtime", _RUNNERS[target.kind], None)
+    source = render(spec)
+    return Source(RUNNER, source.text.replace(spec.symbol, RUNNER), source.suffix)
 
 
 def _group_units(choices: Iterable[GroupChoice], target: Target, threads: int) -> Iterable[_Unit]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fuser.ir.expression import REDUCTIONS, Expression, Instruction, Op
 from fuser.kernels.base import Access, DType, Operand
 
 C_TYPES = {DType.F32: "float", DType.BF16: "simd::bf16", DType.I64: "int64_t", DType.BOOL: "uint8_t"}
 
-_INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
+INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "-__builtin_inff()"}
 _UNROLL = 4
 
@@ -30,15 +30,15 @@ def _statement(position: int, i: Instruction) -> str:
         body = f"x{i.index}"
     elif i.op is Op.CONSTANT:
         body = f"simd::set1({literal(i.value)})"
-    elif i.op in _INFIX:
-        body = f" {_INFIX[i.op]} ".join(args)
+    elif i.op in INFIX:
+        body = f" {INFIX[i.op]} ".join(args)
     else:
         body = f"simd::{i.op.value}({', '.join(args)})"
     return f"const simd::vf v{position} = {body};"
 
 
-def _needed(expression: Expression, roots: Sequence[int]) -> list[int]:
-    """Instructions that ``roots`` need in one pass; finished reductions are leaves."""
+def needed(expression: Expression, roots: Sequence[int], leaves: Collection[int] = ()) -> list[int]:
+    """Instructions that ``roots`` need in one pass; finished reductions and ``leaves`` need nothing."""
     seen: set[int] = set()
     todo = list(roots)
     while todo:
@@ -46,7 +46,7 @@ def _needed(expression: Expression, roots: Sequence[int]) -> list[int]:
         if at in seen:
             continue
         seen.add(at)
-        if expression.instructions[at].op not in REDUCTIONS:
+        if expression.instructions[at].op not in REDUCTIONS and at not in leaves:
             todo.extend(expression.instructions[at].args)
     return sorted(seen)
 
@@ -56,7 +56,7 @@ def statements(expression: Expression) -> list[str]:
 
     Reads ``x0``, ``x1``, … (``simd::vf``); output ``j`` is the variable ``v{expression.outputs[j]}``.
     """
-    return [_statement(at, expression.instructions[at]) for at in _needed(expression, expression.outputs)]
+    return [_statement(at, expression.instructions[at]) for at in needed(expression, expression.outputs)]
 
 
 def row_function(name: str, expression: Expression, operands: Sequence[Operand], outputs: Sequence[DType]) -> str:
@@ -80,16 +80,16 @@ def row_function(name: str, expression: Expression, operands: Sequence[Operand],
     return f"FUSER_INLINE void {name}(int64_t columns, {', '.join(parameters)}) {{\n{body}\n}}"
 
 
-def _loads(expression: Expression, needed: Sequence[int], columns: set[int], load: str) -> list[str]:
-    inputs = sorted({expression.instructions[n].index for n in needed if expression.instructions[n].op is Op.INPUT})
+def _loads(expression: Expression, steps: Sequence[int], columns: set[int], load: str) -> list[str]:
+    inputs = sorted({expression.instructions[n].index for n in steps if expression.instructions[n].op is Op.INPUT})
     return [f"const simd::vf x{i} = {load.format(p=f'p{i}')};" for i in inputs if i not in columns]
 
 
 def _body(expression: Expression, roots: Sequence[int], columns: set[int], load: str) -> list[str]:
-    needed = _needed(expression, roots)
-    lines = _loads(expression, needed, columns, load)
+    steps = needed(expression, roots)
+    lines = _loads(expression, steps, columns, load)
     return lines + [
-        _statement(at, expression.instructions[at]) for at in needed if expression.instructions[at].op not in REDUCTIONS
+        _statement(at, expression.instructions[at]) for at in steps if expression.instructions[at].op not in REDUCTIONS
     ]
 
 

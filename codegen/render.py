@@ -9,7 +9,8 @@ from pathlib import Path
 import jinja2
 
 import fuser.templates
-from fuser.codegen import expressions
+from fuser.codegen import cuda, expressions
+from fuser.ir.target import Target
 from fuser.kernels.base import Access, DType, KernelSpec, canonical
 from fuser.runtime.build import Source
 
@@ -32,6 +33,10 @@ def environment() -> jinja2.Environment:
         row_function=expressions.row_function,
         literal=expressions.literal,
         c_type=lambda dtype: expressions.C_TYPES[dtype],
+        cuda_statements=cuda.statements,
+        cuda_element_function=cuda.element_function,
+        cuda_row_function=cuda.row_function,
+        cuda_type=lambda dtype: cuda.C_TYPES[dtype],
         Access=Access,
         DType=DType,
     )
@@ -49,6 +54,11 @@ def render(spec: KernelSpec) -> Source:
     return Source(spec.symbol, header + text, Path(spec.template.removesuffix(".j2")).suffix)
 
 
+def header_folder(target: Target) -> Path:
+    """The folder of the headers that kernels for ``target`` include."""
+    return TEMPLATES if target.kind == "cuda" else TEMPLATES / "cpu"
+
+
 def headers(spec: KernelSpec) -> Path:
     """The folder of the headers that the template's kernels include."""
-    return (TEMPLATES / spec.template).parent
+    return TEMPLATES if spec.template.startswith("cuda/") else (TEMPLATES / spec.template).parent

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme
-from fuser.codegen.render import TEMPLATES
+from fuser.codegen.render import header_folder
 from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
+from fuser.kernels.base import floating
 from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
 from fuser.runtime.build import build
@@ -76,7 +77,7 @@ def compile_call(
     captured = capture(model, call) if like is None else like.captured
     store.register(captured.parameters)
     lap("capture")
-    graph = raise_graph(captured, attention) if like is None else like.graph
+    graph = raise_graph(captured, attention, floating(target)) if like is None else like.graph
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")
@@ -126,7 +127,7 @@ def _transfer(choice: GroupChoice, group: OperatorGroup, target: Target) -> Grou
 
 def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict[str, Kernel]:
     """Build what the cache lacks and load all kernels of a program."""
-    paths = build(assembly.sources, target, headers=TEMPLATES / target.kind, cache=cache)
+    paths = build(assembly.sources, target, headers=header_folder(target), cache=cache)
     return {symbol: load(path, symbol) for symbol, path in paths.items()}
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from fuser.ir.expression import Expression
 from fuser.ir.graph import Kind, OperatorGroup
 from fuser.ir.target import Target
-from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand
+from fuser.kernels import rowwise_cuda
+from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand, floating
 from fuser.kernels.compose import RowProgram, compose, reference
+from fuser.kernels.rowwise_cuda import CudaRowwiseParameters
 
 _KINDS = frozenset(
     {
@@ -60,7 +62,7 @@ class RowwiseFamily:
         # Composing is the expensive part, and most groups that are asked about belong to one family only.
         if any(op.kind not in _KINDS for op in group.operators) or self._is_row(group) != (self.name == "rowwise"):
             return None
-        program = compose(group, group.operators)
+        program = compose(group, group.operators, storage=floating(target))
         if program is None or len(program.bounds) > _MAX_OPERANDS:
             return None
         return RowwiseMatch(group, program)
@@ -72,22 +74,30 @@ class RowwiseFamily:
             for op in group.operators
         )
 
-    def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters]:
-        """One choice: the kernel is bound by memory."""
+    def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters | CudaRowwiseParameters]:
+        """One choice on a CPU, since the kernel is bound by memory; on a GPU also how many threads share a row."""
         program = match.program
+        if target.kind == "cuda":
+            return rowwise_cuda.space(program, target)
         block = 0 if program.expression.has_reduction else 4096
         return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block)]
 
-    def cost(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target) -> Cost:
+    def cost(self, match: RowwiseMatch, parameters: RowwiseParameters | CudaRowwiseParameters, target: Target) -> Cost:
         program = match.program
         flops = float(program.rows * program.columns * max(program.expression.flops, 1))
         return Cost(flops, float(program.bytes(match.group.graph)), efficiency=0.3)
 
-    def call(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target, threads: int) -> KernelCall:
+    def call(
+        self,
+        match: RowwiseMatch,
+        parameters: RowwiseParameters | CudaRowwiseParameters,
+        target: Target,
+        threads: int,
+    ) -> KernelCall:
         program = match.program
         rows, columns, extents = program.rows, program.columns, program.extents
         flat = (
-            parameters.block > 0
+            self._is_elementwise(parameters)
             and all(s == columns for s in program.output_strides)
             and all(
                 b.operand.access is Access.MATRIX and not b.operand.periodic and b.stride == columns
@@ -97,8 +107,16 @@ class RowwiseFamily:
         if flat:
             # Rows lie end to end, so the matrix is one long row and short rows cost no tails.
             rows, columns = 1, rows * columns
+        if isinstance(parameters, CudaRowwiseParameters):
+            return rowwise_cuda.call(self.name, program, parameters, rows, columns)
         spec = KernelSpec(self.name, "cpu/rowwise.cpp.j2", parameters)
         return KernelCall(spec, program.tensors, (rows, columns, *extents), program.outputs)
+
+    @staticmethod
+    def _is_elementwise(parameters: RowwiseParameters | CudaRowwiseParameters) -> bool:
+        if isinstance(parameters, CudaRowwiseParameters):
+            return parameters.group == 0
+        return parameters.block > 0
 
     def reference(self, match: RowwiseMatch) -> Callable[..., dict[str, Tensor]]:
         return reference(match.group)

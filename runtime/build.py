@@ -27,6 +27,7 @@ _ANNOUNCE_SECONDS = 2.0
 _REPEAT_SECONDS = 15.0
 _LOCK_SECONDS = 120.0
 _MESSAGE_CHARACTERS = 6000
+_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 
 logger = logging.getLogger("fuser")
 
@@ -93,7 +94,7 @@ def build(
     :class:`CacheError` if there is no place to put the result.
     """
     cache = default_cache() if cache is None else cache
-    unique = _unique(sources)
+    unique = _unique(sources, target)
     if not unique:
         return {}
     try:
@@ -144,13 +145,14 @@ def included_headers(text: str, headers: Path) -> dict[str, bytes]:
     return found
 
 
-def _unique(sources: Sequence[Source]) -> dict[str, Source]:
+def _unique(sources: Sequence[Source], target: Target) -> dict[str, Source]:
+    suffix = _SUFFIX[target.kind]
     unique: dict[str, Source] = {}
     for source in sources:
         if not _SYMBOL.fullmatch(source.symbol):
             raise BuildError(f"{source.symbol!r} is not a C identifier of at most 200 characters")
-        if source.suffix != ".cpp":
-            raise BuildError(f"{source.symbol}: there is no rule to build {source.suffix!r} files, only '.cpp'")
+        if source.suffix != suffix:
+            raise BuildError(f"{source.symbol}: there is no rule to build {source.suffix!r} files, only {suffix!r}")
         if unique.setdefault(source.symbol, source) != source:
             raise BuildError(f"two different sources define the kernel {source.symbol}; give them different names")
     return unique
@@ -267,16 +269,16 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> 
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
         stem = f"k{index}"
-        (folder / f"{stem}.cpp").write_text(job.source.text)
+        (folder / f"{stem}{job.source.suffix}").write_text(job.source.text)
         compiler = [*toolchain.command, *toolchain.compile_flags, f"-I{include_folders[content]}"]
-        compile_command = shlex.join([*compiler, "-c", f"{stem}.cpp", "-o", f"{stem}.o"])
+        compile_command = shlex.join([*compiler, "-c", f"{stem}{job.source.suffix}", "-o", f"{stem}.o"])
         link_command = shlex.join([*toolchain.command, *toolchain.link_flags, f"{stem}.o", "-o", f"{stem}.so.part"])
         # A linker that is killed must not leave something that looks finished.
         command = f"( {compile_command} && {link_command} && mv {stem}.so.part {stem}.so ) > {stem}.log 2>&1"
         lines += [
             f"rule r{index}",
             f"  command = {command.replace('$', '$$')}",
-            f"build {stem}.so: r{index} {stem}.cpp",
+            f"build {stem}.so: r{index} {stem}{job.source.suffix}",
         ]
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 

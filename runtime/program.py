@@ -21,8 +21,9 @@ from fuser.runtime.abi import KernelArgs, Step
 from fuser.runtime.library import Kernel, run_after_fork
 
 RUNNER = "fuser_run_steps"
-_INDEX_STATUS = 1
+INDEX_STATUS = 1
 """What templates return for an index outside its table."""
+CPU = torch.device("cpu")
 
 
 class Memory(enum.Enum):
@@ -106,7 +107,8 @@ class _Patch:
 class Arena:
     """The memory that programs of one model compute in, one program at a time; it grows to the largest's need."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self.lock = threading.Lock()
         self.buffer = torch.empty(0, dtype=torch.uint8)
         _arenas.add(self)
@@ -116,7 +118,7 @@ class Arena:
         if self.buffer.numel() < size:
             # Made outside of inference mode, whose tensors PyTorch refuses to write to later.
             with torch.inference_mode(False):
-                room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8)
+                room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8, device=self.device)
             self.buffer = room[-room.data_ptr() % _CACHE_LINE :]
         return self.buffer
 
@@ -140,10 +142,20 @@ class Program:
     Calls of programs that share an ``arena`` (default: one of its own) run one after the other.
     """
 
+    # Where the step runner's status has the number of the step.
+    _step_shift = 8
+
     def __init__(
-        self, plan: ProgramPlan, kernels: Mapping[str, Kernel], constants: Sequence[Tensor], arena: Arena | None = None
+        self,
+        plan: ProgramPlan,
+        kernels: Mapping[str, Kernel],
+        constants: Sequence[Tensor],
+        arena: Arena | None = None,
+        *,
+        status: int = 0,
     ) -> None:
         self.plan = plan
+        self._status = status
         self._kernels = kernels
         self._arena = arena or Arena()
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -156,6 +168,11 @@ class Program:
         self._runner = kernels[RUNNER]
         self._assemble()
         self.set_constants(constants)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs, constants and outputs live."""
+        return self._arena.device
 
     @property
     def kernels(self) -> Mapping[str, Kernel]:
@@ -182,12 +199,15 @@ class Program:
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with self._arena.lock:
             held = self._bind(inputs)
-            for segment in self._segments:
-                if isinstance(segment, TorchStep):
-                    self._run_torch(segment, held)
-                else:
-                    self._run_native(segment)
+            self._execute(held)
             return self._results(held)
+
+    def _execute(self, held: dict[tuple[Memory, int], Tensor]) -> None:
+        for segment in self._segments:
+            if isinstance(segment, TorchStep):
+                self._run_torch(segment, held)
+            else:
+                self._run_native(segment)
 
     @contextlib.contextmanager
     def stepping(
@@ -229,7 +249,7 @@ class Program:
             held[Memory.INPUT, i] = given
             self._patch(Memory.INPUT, i, given)
         for i, slot in enumerate(self.plan.outputs):
-            fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype)
+            fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype, device=self._arena.device)
             held[Memory.OUTPUT, i] = fresh
             self._patch(Memory.OUTPUT, i, fresh)
         return held
@@ -269,6 +289,7 @@ class Program:
             ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
             self.plan.threads,
             None,
+            self._status,
         )
         self._arguments.append(args)
         self._keep += [addresses, extents]
@@ -298,13 +319,21 @@ class Program:
 
     def _run_native(self, segment: tuple[Any, int, int]) -> None:
         args, first, _ = segment
-        status = self._runner.status(args)
+        status = self._runner.status(args, self._stream())
         if status:
-            step = self.plan.steps[first + (status >> 8) - 1]
+            step = self.plan.steps[first + (status >> self._step_shift) - 1]
             symbol = step.symbol if isinstance(step, NativeStep) else "?"
-            if status & 255 == _INDEX_STATUS:
-                raise IndexRangeError(f"an index is outside the table that it looks up (kernel {symbol})")
-            raise KernelError(f"the kernel {symbol} failed with status {status & 255}")
+            raise self._error(symbol, status & ((1 << self._step_shift) - 1))
+
+    def _stream(self) -> int | None:
+        """The CUDA stream to run on."""
+        return None
+
+    def _error(self, symbol: str, status: int) -> KernelError:
+        """What the status of the kernel ``symbol`` means."""
+        if status == INDEX_STATUS:
+            return IndexRangeError(f"an index is outside the table that it looks up (kernel {symbol})")
+        return KernelError(f"the kernel {symbol} failed with status {status}")
 
     def _run_torch(self, step: TorchStep, held: dict[tuple[Memory, int], Tensor]) -> None:
         arguments = [self._tensor(slot, held) for slot in step.inputs]
@@ -318,7 +347,8 @@ class Program:
                     f"{slot.dtype} {slot.shape}; the model's behaviour depends on the values of its inputs"
                 )
             if result.stride() != slot.strides:
-                result = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype).copy_(result)
+                own = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype, device=result.device)
+                result = own.copy_(result)
             held[Memory.RESULT, slot.index] = result
             self._patch(Memory.RESULT, slot.index, result)
 

@@ -1,7 +1,8 @@
-"""Finding a C++ compiler and ninja, and the flags that kernels are built with."""
+"""Finding compilers and ninja, and the flags that kernels are built with."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import platform
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,8 @@ class Toolchain:
     """A working compiler for one target.
 
     ``command`` starts the compiler, ``version`` is all that it says about itself, ``compile_flags`` turn a source into
-    an object and ``link_flags`` an object into a shared library. The library is linked without ``-fopenmp``: it takes
-    the OpenMP runtime that torch has already loaded (:func:`fuser.runtime.library.openmp_runtime`).
+    an object and ``link_flags`` an object into a shared library. A CPU's library is linked without ``-fopenmp``: it
+    takes the OpenMP runtime that torch has already loaded (:func:`fuser.runtime.library.openmp_runtime`).
     """
 
     command: tuple[str, ...]
@@ -101,15 +103,20 @@ def target_flags(target: Target) -> tuple[str, ...]:
 
 
 def find_toolchain(target: Target, cache: KernelCache | None = None) -> Toolchain:
-    """The compiler for ``target``: ``$CXX`` if it is set, else the first of g++, c++ and clang++ that works.
+    """The compiler for ``target``: ``$CXX`` if it is set, else the first of g++, c++ and clang++ that works; for a GPU
+    nvcc (:func:`fuser.runtime.nvcc.find_nvcc`), for an emulated one the C++ compiler.
 
     "Works" means that it compiles and links C++17 with OpenMP; that is tried once per compiler and flags, and
     remembered in ``cache`` (default: for this process only). Raises :class:`ToolchainError` that says what is missing
     and how to install it.
     """
-    if target.kind != "cpu":
+    if target.kind == "cuda" and not target.emulated:
+        from fuser.runtime.nvcc import find_nvcc
+
+        return find_nvcc(target, cache)
+    if target.kind not in ("cpu", "cuda"):
         raise ToolchainError(
-            f"there is no toolchain for targets of kind {target.kind!r}; this build of fuser knows 'cpu'"
+            f"there is no toolchain for targets of kind {target.kind!r}; this build of fuser knows 'cpu' and 'cuda'"
         )
     chosen = os.environ.get("CXX", "").strip()
     if chosen:
@@ -151,20 +158,32 @@ def find_ninja() -> Path:
 def _toolchain(command: tuple[str, ...], target: Target, cache: KernelCache | None) -> Toolchain:
     resolved = Path(shutil.which(command[0]) or command[0]).resolve()
     stamp = resolved.stat().st_mtime_ns if resolved.exists() else 0
-    toolchain = _identify(command, str(resolved), stamp, target_flags(target))
-    memo = (toolchain, str(resolved), stamp)
-    if memo in _checked:
-        return toolchain
-    key = "\0".join([*command, str(resolved), str(stamp), toolchain.version, *toolchain.flags])
-    if cache is None or cache.read_record("toolchain", key) is None:
-        _check(toolchain)
-        if cache is not None:
-            cache.write_record("toolchain", key, {"works": True})
-    _checked.add(memo)
+    host = _identify(command, str(resolved), stamp, () if target.emulated else target_flags(target))
+    toolchain = _emulating(host) if target.emulated else host
+    check_once(toolchain, f"{resolved}\0{stamp}", cache, lambda: _check(host))
     return toolchain
 
 
-_checked: set[tuple[Toolchain, str, int]] = set()
+def _emulating(host: Toolchain) -> Toolchain:
+    """The same compiler for CUDA kernels that run on the CPU."""
+    from fuser.runtime import emulator
+
+    return dataclasses.replace(host, compile_flags=emulator.compile_flags(), link_flags=emulator.link_flags())
+
+
+def check_once(toolchain: Toolchain, stamp: str, cache: KernelCache | None, check: Callable[[], None]) -> None:
+    """Run ``check`` unless it has passed for this toolchain before; ``stamp`` changes with the compiler's file."""
+    key = "\0".join([*toolchain.command, stamp, toolchain.version, *toolchain.flags])
+    if key in _checked:
+        return
+    if cache is None or cache.read_record("toolchain", key) is None:
+        check()
+        if cache is not None:
+            cache.write_record("toolchain", key, {"works": True})
+    _checked.add(key)
+
+
+_checked: set[str] = set()
 
 
 @functools.lru_cache(maxsize=64)

@@ -122,13 +122,14 @@ def cuda_target(
     cores: int | None = None,
     l2_bytes: int | None = None,
     shared_bytes: int | None = None,
-    clock_ratio: float = 1.0,
+    peak_flops: float | None = None,
+    tensor_flops: float | None = None,
     bandwidth: float | None = None,
     features: frozenset[str] = frozenset(),
 ) -> Target:
     """A GPU of architecture ``arch`` (one of :data:`CUDA_ARCHS`); what is not given is the reference GPU's.
 
-    ``clock_ratio`` scales the rates of one SM. Needs no GPU. Raises FuserError for an architecture without templates.
+    Rates of flops are one SM's. Needs no GPU. Raises FuserError for an architecture without templates.
     """
     if arch not in _GPUS:
         raise FuserError(
@@ -143,11 +144,11 @@ def cuda_target(
         features=features,
         cores=gpu.cores if cores is None else cores,
         cache_bytes=(gpu.l1, l2, l2),
-        peak_flops=gpu.flops / gpu.cores * clock_ratio,
+        peak_flops=gpu.flops / gpu.cores if peak_flops is None else peak_flops,
         bandwidth=gpu.bandwidth if bandwidth is None else bandwidth,
         launch_seconds=_LAUNCH_SECONDS,
         shared_bytes=gpu.shared if shared_bytes is None else shared_bytes,
-        tensor_flops=gpu.tensor / gpu.cores * clock_ratio,
+        tensor_flops=gpu.tensor / gpu.cores if tensor_flops is None else tensor_flops,
     )
 
 

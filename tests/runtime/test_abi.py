@@ -17,7 +17,8 @@ extern "C" int layout(const FuserArgs* args, void* stream) {
     int64_t* out = static_cast<int64_t*>(args->tensors[1]);
     const int64_t values[] = {
         sizeof(FuserArgs), offsetof(FuserArgs, tensors), offsetof(FuserArgs, extents), offsetof(FuserArgs, threads),
-        offsetof(FuserArgs, workspace), offsetof(FuserArgs, status), sizeof(FuserStep), offsetof(FuserStep, kernel), offsetof(FuserStep, args),
+        offsetof(FuserArgs, workspace), offsetof(FuserArgs, status), sizeof(FuserStep),
+        offsetof(FuserStep, kernel), offsetof(FuserStep, args),
         args->extents[0], args->extents[1], args->threads, reinterpret_cast<int64_t>(args->workspace),
         reinterpret_cast<int64_t>(args->status), reinterpret_cast<int64_t>(args->tensors[0]),
         reinterpret_cast<int64_t>(stream)};

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuser.codegen.assemble import render_runner
+from fuser.codegen.assemble import runner_source
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.ir.target import Target
-from fuser.kernels.base import KernelSpec
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.library import Kernel, load
-from fuser.runtime.program import RUNNER, Arena, Memory, NativeStep, Program, ProgramPlan, Slot, TorchStep
+from fuser.runtime.program import Arena, Memory, NativeStep, Program, ProgramPlan, Slot, TorchStep
 
 # y = x + c, through the workspace; returns its second extent.
 ADD = """
@@ -37,8 +36,7 @@ extern "C" int add(const FuserArgs* args, void*) {
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory, target: Target, headers: Path) -> Mapping[str, Kernel]:
     cache = KernelCache(tmp_path_factory.mktemp("kernels"))
-    runner = Source(RUNNER, render_runner(KernelSpec("runtime", "cpu/run_steps.cpp.j2", None)))
-    paths = build([Source("add", ADD), runner], target, headers=headers, cache=cache)
+    paths = build([Source("add", ADD), runner_source(target)], target, headers=headers, cache=cache)
     return {symbol: load(path, symbol) for symbol, path in paths.items()}
 
 

@@ -1,0 +1,95 @@
+"""Row expressions on a GPU: how many threads share a row, and what a thread keeps in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuser.ir.expression import Expression
+from fuser.ir.target import Target
+from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, Operand
+from fuser.kernels.compose import RowProgram
+
+TEMPLATE = "cuda/rowwise.cu.j2"
+_WARP = 32
+_WARPS_OF_A_BLOCK = 4
+_ELEMENT_THREADS = 256
+_ACCESS_BYTES = 16
+_MOST_THREADS = 1024
+# Registers of a thread for elements of its row; the rest is for addresses and the expression.
+_KEPT = 64
+
+
+@dataclass(frozen=True)
+class CudaRowwiseParameters:
+    """What ``cuda/rowwise.cu.j2`` is rendered from.
+
+    Blocks have ``threads`` threads. ``group`` of them share a row: 32, or all of the block; 0 for elementwise
+    expressions, whose elements are independent. A thread handles ``width`` neighbouring elements at a time, and keeps
+    ``items`` times as many in registers; 0 for rows of any length, which every pass reads again.
+    """
+
+    expression: Expression
+    operands: tuple[Operand, ...]
+    outputs: tuple[DType, ...]
+    width: int
+    threads: int
+    group: int
+    items: int
+
+    @property
+    def capacity(self) -> int:
+        """The longest row, in elements, when ``items`` is not 0."""
+        return self.group * self.items * self.width
+
+    @property
+    def gathers(self) -> bool:
+        return any(o.access is Access.GATHER for o in self.operands)
+
+
+def space(program: RowProgram, target: Target) -> Sequence[CudaRowwiseParameters]:
+    """Legal choices, the best guess first: a warp for a row where the rows fill the GPU, else a block."""
+    widest = max((d.bytes for d in _vectors(program)), default=4)
+    width = max(_ACCESS_BYTES // widest, 1)
+    by_row = program.expression.has_reduction or bool(program.gathers)
+
+    def choice(threads: int, group: int, items: int) -> CudaRowwiseParameters:
+        operands, outputs = program.operands, program.output_dtypes
+        return CudaRowwiseParameters(program.expression, operands, outputs, width, threads, group, items)
+
+    if not by_row:
+        return [choice(_ELEMENT_THREADS, 0, 0)]
+    chunks = -(-program.columns // width)
+    warp = choice(_WARP * _WARPS_OF_A_BLOCK, _WARP, _items(chunks, _WARP, width))
+    # Two to four accesses of a thread in flight hide the latency of memory.
+    threads = _WARP
+    while threads < _MOST_THREADS and threads * 2 < chunks:
+        threads *= 2
+    block = choice(threads, threads, _items(chunks, threads, width))
+    if threads == _WARP:
+        return [warp]
+    few = program.rows < target.cores * _WARPS_OF_A_BLOCK
+    if warp.items == 0 or few:
+        return [block, warp]
+    return [warp, block]
+
+
+def call(family: str, program: RowProgram, parameters: CudaRowwiseParameters, rows: int, columns: int) -> KernelCall:
+    """One launch on ``rows`` × ``columns`` elements."""
+    spec = KernelSpec(family, TEMPLATE, parameters)
+    return KernelCall(spec, program.tensors, (rows, columns, *program.extents), program.outputs)
+
+
+def _vectors(program: RowProgram) -> Sequence[DType]:
+    """Storage types that are read or written along rows."""
+    read = [o.dtype for o in program.operands if o.access is not Access.COLUMN]
+    return [*read, *program.output_dtypes]
+
+
+def _items(chunks: int, group: int, width: int) -> int:
+    """Vectors of a row that each of ``group`` threads keeps, a power of two so that few kernels serve all lengths; 0 if
+    that is too many."""
+    items = 1
+    while items * group < chunks:
+        items *= 2
+    return items if items * width <= _KEPT else 0
