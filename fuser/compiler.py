@@ -23,6 +23,7 @@ from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.cuda_program import program_of
 from fuser.runtime.library import Kernel, load
 from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
@@ -57,12 +58,13 @@ def compile_call(
     cache: KernelCache | None = None,
     arena: Arena | None = None,
     like: Compiled | None = None,
+    graphs: bool = True,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
     ``tuner`` supplies measured times of kernels; without it the cost model decides. ``arena`` is the memory to compute
-    in, shared with other programs; ``like`` a program of the same model and call, for another number of threads, that
-    need not be captured again. Raises CaptureError when the model cannot be captured, BuildError, ToolchainError or
+    in, shared with other programs, on the device of the model; ``like`` a program of the same model and call, for
+    another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises CaptureError when the model cannot be captured, BuildError, ToolchainError or
     CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
@@ -85,8 +87,9 @@ def compile_call(
     lap("render")
     kernels = load_kernels(assembly, target, cache)
     lap("build")
-    constants = program_constants(assembly, graph, captured.parameters, store, cache.root)
-    program = Program(assembly.plan, kernels, constants, arena)
+    arena = Arena() if arena is None else arena
+    constants = program_constants(assembly, graph, captured.parameters, store, cache.root, arena.device)
+    program = program_of(assembly.plan, kernels, constants, target, arena, graphs)
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
@@ -137,10 +140,12 @@ def program_constants(
     parameters: Mapping[str, Tensor],
     store: WeightStore,
     folder: Path | None = None,
+    device: torch.device | None = None,
 ) -> list[Tensor]:
-    """The constants of a plan, in its order; with ``folder``, originals that only take memory move to files there."""
+    """The constants of a plan, in its order, on ``device``; with ``folder``, originals that only take memory move to
+    files there."""
     tables = [op.inputs[0] for op in graph.operators if op.kind is Kind.EMBEDDING]
-    return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder)
+    return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder, device)
 
 
 def threads_now() -> int:

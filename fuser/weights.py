@@ -166,8 +166,9 @@ class WeightStore:
         parameters: Mapping[str, Tensor],
         tables: Iterable[str] = (),
         folder: Path | None = None,
+        device: torch.device | None = None,
     ) -> list[Tensor]:
-        """The tensors of a program's constants, packed constants and literals.
+        """The tensors of a program's constants, packed constants and literals; literals are put on ``device``.
 
         With ``folder``, originals of which only packed forms are used, and ``tables`` that rows are gathered from, move
         to files there as soon as they are packed, so that the weights are never in memory twice.
@@ -183,14 +184,20 @@ class WeightStore:
                 self._get(ref, constants, parameters)
             if isinstance(ref, Packed) or ref in tables:
                 self._offload(_sources(ref if isinstance(ref, str) else ref.value, constants, parameters), folder)
-        loaded = [self._get(ref, constants, parameters) for ref in refs]
+        loaded = [self._get(ref, constants, parameters, device) for ref in refs]
         _trim_heap()
         return loaded
 
-    def _get(self, ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
+    def _get(
+        self,
+        ref: TensorRef,
+        constants: Mapping[str, Constant],
+        parameters: Mapping[str, Tensor],
+        device: torch.device | None = None,
+    ) -> Tensor:
         key = _key(ref, constants, parameters)
         if isinstance(ref, Literal):
-            return self._memo(key, lambda: materialize(ref, None))
+            return self._memo(key, lambda: materialize(ref, None).to(device))
         if isinstance(ref, Packed):
             return self._memo(key, lambda: materialize(ref, self._value(ref.value, constants, parameters)))
         if constants[ref].call is None:
@@ -219,6 +226,8 @@ class WeightStore:
         """
         for tensor in weights:
             if id(tensor) in self._offloaded or id(tensor) in self._direct or not isinstance(tensor, nn.Parameter):
+                continue
+            if tensor.device.type != "cpu":
                 continue
             if tensor.nbytes < _OFFLOAD_BYTES or not tensor.is_contiguous() or not _is_exclusive(tensor):
                 continue

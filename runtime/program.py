@@ -111,16 +111,24 @@ class Arena:
         self.device = device
         self.lock = threading.Lock()
         self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
         _arenas.add(self)
 
     def require(self, size: int) -> Tensor:
         """At least ``size`` bytes from a multiple of 64; call with the lock held."""
         if self.buffer.numel() < size:
+            self.release()
             # Made outside of inference mode, whose tensors PyTorch refuses to write to later.
             with torch.inference_mode(False):
                 room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8, device=self.device)
             self.buffer = room[-room.data_ptr() % _CACHE_LINE :]
         return self.buffer
+
+    def release(self) -> None:
+        """Give the memory back; call with the lock held."""
+        for program in self.programs:
+            program.leave()
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
 
 _CACHE_LINE = 64
@@ -166,6 +174,7 @@ class Program:
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
         self._views: dict[Slot, Tensor] = {}
         self._runner = kernels[RUNNER]
+        self._arena.programs.add(self)
         self._assemble()
         self.set_constants(constants)
 
@@ -260,6 +269,11 @@ class Program:
         self._patch(Memory.ARENA, 0, buffer)
         for args in self._arguments:
             args.workspace = buffer.data_ptr() + self.plan.workspace_offset
+        self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.ARENA}
+
+    def leave(self) -> None:
+        """Keep nothing of the arena's memory alive; call with its lock held."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.ARENA}
 
     # ---- setting up

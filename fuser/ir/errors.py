@@ -39,5 +39,13 @@ class KernelError(FuserError):
     """A kernel reported failure at run time, or was called with tensors that it was not built for."""
 
 
+class DeviceMemoryError(KernelError, MemoryError):
+    """A GPU has not enough free memory for a call; what the call had taken is given back."""
+
+
 class IndexRangeError(KernelError, IndexError):
     """An index, such as a token id, is outside the table that it looks up: an IndexError, as in eager PyTorch."""
+
+
+class SearchError(FuserError, ValueError):
+    """A search cannot run or go on: its storage, its study, its limits or all of its trials are at fault."""
