@@ -123,7 +123,8 @@ class AttentionPlan:
     ) -> AttentionPlan:
         """The plan of groups given as concatenated arrays: ``rows`` (sum of row_counts), ``runs`` (·, 3), ``keys``.
 
-        Groups are sorted; empty phases vanish. Raises PlanError if the groups do not make a plan.
+        Groups are sorted, and their partial keys by falling number of vectors, so that keys that concern the same
+        lanes are together; empty phases vanish. Raises PlanError if the groups do not make a plan.
         """
         if max(q_len, kv_len, len(rows), len(runs), len(keys)) > _LARGEST:
             raise PlanError(
@@ -136,6 +137,7 @@ class AttentionPlan:
         pick_rows, pick_runs, pick_keys = (_segments(c, order) for c in (row_counts, run_counts, key_counts))
         head, phase, width = head[order], phase[order], width[order]
         row_counts, run_counts, key_counts = row_counts[order], run_counts[order], key_counts[order]
+        pick_keys = pick_keys[_by_vectors(lanes[pick_keys], key_counts)]
         rows, runs, keys, lanes = rows[pick_rows], runs[pick_runs], keys[pick_keys], lanes[pick_keys]
 
         phases = int(phase.max()) + 1 if len(phase) else 1
@@ -239,9 +241,11 @@ class AttentionPlan:
 
     @functools.cached_property
     def pairs_computed(self) -> int:
-        """Pairs that a kernel computes: all lanes of every group, used or not, for each of its keys."""
+        """Pairs that a kernel computes: for each key of a group the vectors of 16 lanes that it concerns, whole."""
         a = self._arrays
-        return int((a["width"] * (self._run_totals + np.diff(a["key_ptr"]))).sum())
+        rows = -(-np.diff(a["row_ptr"]).astype(np.int64) // 16)
+        first, last = vectors(a["lanes"].view(np.uint64))
+        return int(16 * ((rows * self._run_totals).sum() + last.sum(dtype=np.int64) - first.sum(dtype=np.int64)))
 
     @property
     def work_ratio(self) -> float:
@@ -402,6 +406,32 @@ def ramp(counts: npt.NDArray[Any]) -> Int64s:
     ends = np.cumsum(counts, dtype=np.int64)
     steps: Int64s = np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - counts, counts)
     return steps
+
+
+def vectors(lanes: Words) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """The vectors of 16 lanes, from the first to before the last, in which each word has its bits; (0, 0) for none."""
+    used = lanes.astype("<u8", copy=False).view("<u2").reshape(len(lanes), 4) != 0
+    filled = used.any(axis=1)
+    first = used.argmax(axis=1).astype(np.uint8)
+    last = (4 - used[:, ::-1].argmax(axis=1)).astype(np.uint8) * filled
+    return first, last
+
+
+def _by_vectors(lanes: Words, counts: Int64s) -> Int64s:
+    """The order that sorts the keys of each group by falling number of vectors, then by the first of them."""
+    first, last = vectors(lanes)
+    kind = 4 * (4 - (last - first)) + first
+    group = np.repeat(np.arange(len(counts)), counts)
+    kinds = np.unique(kind)
+    if len(kinds) < 2:
+        return np.arange(len(lanes))
+    members = [np.flatnonzero(kind == k) for k in kinds]
+    sizes = np.stack([np.bincount(group[m], minlength=len(counts)) for m in members], axis=1)
+    starts = pointers(sizes.reshape(-1))[:-1].reshape(sizes.shape)
+    order = np.empty(len(lanes), np.int64)
+    for column, m in enumerate(members):
+        order[starts[group[m], column] + ramp(sizes[:, column])] = m
+    return order
 
 
 def pointers(counts: npt.NDArray[Any]) -> Int64s:
