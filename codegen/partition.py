@@ -7,9 +7,10 @@ of the best kernel for the group.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +118,10 @@ def default_scheme(
             choices[mask] = _best(precedence.group(mask), families, target, measured) if possible else None
         return choices[mask]
 
-    downsets = sorted(_downsets(precedence), key=lambda done: (done.bit_count(), done))
+    complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
     paths: nx.DiGraph[int] = nx.DiGraph()
-    for number, done in enumerate(downsets):
-        for then in downsets[number + 1 :]:
+    for number, done in enumerate(complete):
+        for then in complete[number + 1 :]:
             mask = done ^ then
             if done & ~then or mask.bit_count() > MAX_OPERATORS:
                 continue
@@ -128,26 +129,35 @@ def default_scheme(
             if found is not None:
                 # Whole femtoseconds with room for the number of kernels below: sums are exact, and ties go to fewer.
                 paths.add_edge(done, then, weight=(round(found.seconds * 1e15) << 32) + 1)
-    path = nx.dijkstra_path(paths, downsets[0], downsets[-1])
+    path = nx.dijkstra_path(paths, complete[0], complete[-1])
     chosen = tuple(c for a, b in itertools.pairwise(path) if (c := choices[a ^ b]) is not None)
     return Choice(Scheme.from_groups(region, (c.group for c in chosen)), chosen)
 
 
-def _best(
-    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, measured: Measured | None
-) -> GroupChoice | None:
-    """The fastest kernel for ``group``, None when there is none."""
-    structure = Region(group.graph, group.operators).hash if measured is not None else ""
-    best: GroupChoice | None = None
+def kernels_of(region: Region, families: Sequence[KernelFamily], target: Target) -> dict[int, tuple[GroupChoice, ...]]:
+    """All kernels, with predicted times, of every group that can be part of a scheme: by the group's operators as a bit
+    mask over their positions. Groups that are no difference of two :func:`downsets` are left out."""
+    precedence = Precedence(region)
+    complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
+    found: dict[int, tuple[GroupChoice, ...]] = {}
+    rejected: set[int] = set()
+    for done, then in itertools.combinations(complete, 2):
+        mask = done ^ then
+        if done & ~then or mask in found or mask in rejected or mask.bit_count() > MAX_OPERATORS:
+            continue
+        single = not mask & (mask - 1)
+        possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
+        kernels = tuple(_kernels(precedence.group(mask), families, target)) if possible else ()
+        if kernels:
+            found[mask] = kernels
+        else:
+            rejected.add(mask)
+    return found
 
-    def offer(family: KernelFamily | None, match: Any, parameters: Any, cost: Cost, seconds: float) -> None:
-        nonlocal best
-        name = PYTORCH if family is None else family.name
-        time = measured(Candidate(structure, name, parameters)) if measured is not None else None
-        found = GroupChoice(group, family, match, parameters, cost, seconds if time is None else time, time is not None)
-        if math.isfinite(found.seconds) and (best is None or _rank(found) < _rank(best)):
-            best = found
 
+def _kernels(group: OperatorGroup, families: Sequence[KernelFamily], target: Target) -> Iterator[GroupChoice]:
+    """Every kernel for ``group`` with its predicted time, in the order of families and their spaces; PyTorch only where
+    there is no other for a single operator."""
     matched = False
     for family in families:
         match = family.match(group, target)
@@ -156,10 +166,26 @@ def _best(
         for parameters in family.space(match, target):
             matched = True
             cost = family.cost(match, parameters, target)
-            offer(family, match, parameters, cost, cost.seconds(target))
+            yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False)
     if not matched and len(group.operators) == 1:
         cost = _pytorch_cost(group)
-        offer(None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS)
+        yield GroupChoice(group, None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS, False)
+
+
+def _best(
+    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, measured: Measured | None
+) -> GroupChoice | None:
+    """The fastest kernel for ``group``, None when there is none."""
+    structure = Region(group.graph, group.operators).hash if measured is not None else ""
+    best: GroupChoice | None = None
+    for found in _kernels(group, families, target):
+        if measured is not None:
+            name = PYTORCH if found.family is None else found.family.name
+            time = measured(Candidate(structure, name, found.parameters))
+            if time is not None:
+                found = dataclasses.replace(found, seconds=time, measured=True)
+        if math.isfinite(found.seconds) and (best is None or _rank(found) < _rank(best)):
+            best = found
     return best
 
 
@@ -176,8 +202,9 @@ def _pytorch_cost(group: OperatorGroup) -> Cost:
     return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0, efficiency=_PYTORCH_EFFICIENCY)
 
 
-def _downsets(precedence: Precedence) -> set[int]:
-    """Sets of operators that can be complete while no other operator has started."""
+def downsets(precedence: Precedence) -> tuple[set[int], bool]:
+    """Sets of operators that can be complete while no other operator has started, and whether these are all of them:
+    beyond ``MAX_DOWNSETS`` they are those along two orders of execution."""
     count = len(precedence.region.operators)
     found, new = {0}, [0]
     while new and len(found) <= MAX_DOWNSETS:
@@ -187,8 +214,8 @@ def _downsets(precedence: Precedence) -> set[int]:
                 found.add(done | 1 << i)
                 new.append(done | 1 << i)
     if not new:
-        return found
-    return _prefixes(range(count)) | _prefixes(_depth_first(precedence))
+        return found, True
+    return _prefixes(range(count)) | _prefixes(_depth_first(precedence)), False
 
 
 def _prefixes(order: Iterable[int]) -> set[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import GroupChoice
-from fuser.codegen.render import TEMPLATES
+from fuser.codegen.render import header_folder
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.target import Target
 from fuser.kernels.base import Literal, Packed, TensorRef
@@ -22,6 +22,7 @@ from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.library import load
 from fuser.runtime.program import Program
+from fuser.search.standalone import subgraph
 
 _BUDGET_SECONDS = 0.1
 _MOST_COPIES = 6
@@ -38,43 +39,23 @@ class Measurement:
     runs: int
 
 
-def subgraph(choices: Sequence[GroupChoice]) -> OperatorGraph | None:
-    """The operators of some groups as a graph of its own; None when an input's layout cannot be given to a program."""
-    graph = choices[0].group.graph
-    operators = {op.name for choice in choices for op in choice.group.operators}
-    whole = graph.group(op for op in graph.compute if op.name in operators)
-    inputs = tuple(v for v in whole.inputs if v not in graph.constants)
-    if any(not graph.values[v].is_contiguous for v in inputs):
-        return None
-    views = [op for op in graph.operators if graph.is_alias(op) and graph.source(op.output) in whole]
-    keep = [*whole.operators, *views]
-    names = {v for op in keep for v in (*op.inputs, *op.outputs)}
-    values = {v: graph.values[v] for v in graph.values if v in names}
-    for v in inputs:
-        values[v] = TensorSpec.contiguous(values[v].shape, values[v].dtype)
-    constants = {v: graph.constants[v] for v in names if v in graph.constants}
-    ordered = tuple(sorted(keep, key=lambda op: graph.position[op.name]))
-    return OperatorGraph(ordered, values, inputs, whole.outputs, constants)
-
-
 def prepare(
     candidates: Sequence[Sequence[GroupChoice]], target: Target, threads: int, cache: KernelCache
-) -> tuple[list[OperatorGraph | None], list[Assembly | None], dict[str, Path]]:
+) -> tuple[list[OperatorGraph], list[Assembly], dict[str, Path]]:
     """Graphs, assemblies and built kernels of all candidates. Raises BuildError when a kernel does not compile."""
     graphs = [subgraph(candidate) for candidate in candidates]
     assemblies = [
-        assemble(graph, candidate, target, threads) if graph is not None else None
-        for graph, candidate in zip(graphs, candidates, strict=True)
+        assemble(graph, candidate, target, threads) for graph, candidate in zip(graphs, candidates, strict=True)
     ]
-    sources = {s.symbol: s for assembly in assemblies if assembly is not None for s in assembly.sources}
-    paths = build(list(sources.values()), target, headers=TEMPLATES / target.kind, cache=cache)
+    sources = {s.symbol: s for assembly in assemblies for s in assembly.sources}
+    paths = build(list(sources.values()), target, headers=header_folder(target), cache=cache)
     return graphs, assemblies, paths
 
 
 def measure(
     candidates: Sequence[Sequence[GroupChoice]], target: Target, threads: int, cache: KernelCache
-) -> list[Measurement | None]:
-    """Time of each candidate, a sequence of groups that do the same work; None where it cannot be run alone.
+) -> list[Measurement]:
+    """Time of each candidate, a sequence of groups that do the same work.
 
     Several copies of the weights take turns, so that they come from memory as they do in a model, and candidates run
     in turn, so that a change of the machine's speed meets them all.
@@ -84,24 +65,20 @@ def measure(
     inputs: list[list[Tensor]] = []
     generator = torch.Generator().manual_seed(0)
     for graph, assembly in zip(graphs, assemblies, strict=True):
-        if graph is None or assembly is None:
-            runs.append([])
-            inputs.append([])
-            continue
         kernels = {s.symbol: load(paths[s.symbol], s.symbol) for s in assembly.sources}
-        weights = {v: _random(graph.values[v], generator) for v in graph.constants}
+        weights = {v: random_tensor(graph.values[v], generator) for v in graph.constants}
         size = sum(t.nbytes for t in weights.values())
         copies = min(max(-(-3 * target.cache_bytes[2] // (2 * max(size, 1))), 1), _MOST_COPIES)
         programs = []
         for _ in range(copies):
-            constants = [_constant(ref, weights).clone() for ref in assembly.plan.constants]
+            constants = [constant(ref, weights).clone() for ref in assembly.plan.constants]
             programs.append(Program(assembly.plan, kernels, constants))
         runs.append(programs)
-        inputs.append([_random(graph.values[v], generator) for v in graph.inputs])
+        inputs.append([random_tensor(graph.values[v], generator) for v in graph.inputs])
     return _interleaved(runs, inputs)
 
 
-def _interleaved(runs: Sequence[Sequence[Program]], inputs: Sequence[Sequence[Tensor]]) -> list[Measurement | None]:
+def _interleaved(runs: Sequence[Sequence[Program]], inputs: Sequence[Sequence[Tensor]]) -> list[Measurement]:
     times: list[list[float]] = [[] for _ in runs]
     rounds = _LEAST_ROUNDS
     done = -1
@@ -118,10 +95,11 @@ def _interleaved(runs: Sequence[Sequence[Program]], inputs: Sequence[Sequence[Te
         if done == 1:
             longest = max((sum(t) for t in times), default=0.0)
             rounds = min(max(int(_BUDGET_SECONDS / max(longest, 1e-6)), _LEAST_ROUNDS), _MOST_ROUNDS)
-    return [Measurement(statistics.median(t), max(t) - min(t), len(t)) if t else None for t in times]
+    return [Measurement(statistics.median(t), max(t) - min(t), len(t)) for t in times]
 
 
-def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
+def random_tensor(spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    """Contents for an input or weight: small normal numbers, all True, or index zero."""
     if spec.dtype.is_floating_point:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype) * 0.1
     if spec.dtype is torch.bool:
@@ -129,7 +107,8 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     return torch.zeros(spec.shape, dtype=spec.dtype)
 
 
-def _constant(ref: TensorRef, weights: Mapping[str, Tensor]) -> Tensor:
+def constant(ref: TensorRef, weights: Mapping[str, Tensor]) -> Tensor:
+    """A constant of a plan, packed if it is to be, made from ``weights`` by name."""
     if isinstance(ref, Literal):
         return materialize(ref, None)
     return materialize(ref, weights[ref.value]) if isinstance(ref, Packed) else weights[ref]

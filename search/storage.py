@@ -1,0 +1,100 @@
+"""Where studies live: Optuna's journal files, SQLite, or a database server by its URL."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import platformdirs
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from fuser.ir.errors import SearchError
+
+
+def default_storage() -> str:
+    """The journal file in ``$FUSER_STUDIES_DIR``, else in the user's data folder."""
+    folder = os.environ.get("FUSER_STUDIES_DIR") or platformdirs.user_data_path("fuser") / "studies"
+    return str(Path(folder) / "studies.journal")
+
+
+def shown(storage: str) -> str:
+    """A storage's name without the password in it."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage)
+
+
+def open_storage(storage: str | None, *, create: bool = True) -> tuple[BaseStorage, str]:
+    """The storage at a path (``.db`` and ``.sqlite``: SQLite, else a journal file) or URL, and its full name.
+
+    Raises SearchError when it is not there and not to be made, cannot be reached or written, or is of another version.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    name = default_storage() if storage is None else storage
+    with translated(name):
+        if "://" not in name:
+            path = Path(name).expanduser().absolute()
+            if not create and not path.is_file():
+                raise SearchError(f"there are no studies at {path}")
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix not in (".db", ".sqlite", ".sqlite3"):
+                if not os.access(path if path.exists() else path.parent, os.W_OK):
+                    raise SearchError(f"{path} cannot be written, so no study can be kept there")
+                return JournalStorage(JournalFileBackend(str(path))), str(path)
+            name = f"sqlite:///{path}"
+        elif name.startswith("sqlite:///") and not create and not Path(name.removeprefix("sqlite:///")).is_file():
+            raise SearchError(f"there are no studies at {name}")
+        engine = {"connect_args": {"timeout": 10}} if name.startswith("sqlite") else {"pool_pre_ping": True}
+        return RDBStorage(_with_driver(name), engine_kwargs=engine), name
+
+
+def _with_driver(url: str) -> str:
+    """A PostgreSQL URL that names the installed driver."""
+    if re.match(r"postgres(ql)?://", url):
+        if importlib.util.find_spec("psycopg") is not None:
+            return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
+        if importlib.util.find_spec("psycopg2") is None:
+            raise SearchError('a study in PostgreSQL needs a driver: pip install "psycopg[binary]"')
+    return url
+
+
+@contextlib.contextmanager
+def translated(name: str) -> Iterator[None]:
+    """Turn what storages raise into SearchError, with what the user can do."""
+    import sqlalchemy.exc
+
+    shown_name = shown(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+            yield
+    except SearchError:
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        if "locked" in cause:
+            hint = "another program holds it; end that, or use a journal file or PostgreSQL for many processes"
+        else:
+            hint = "check that it can be reached and written; what was measured before is kept"
+        raise SearchError(f"the storage {shown_name} failed ({cause}): {hint}") from error
+    except RuntimeError as error:
+        if "version" not in str(error):
+            raise
+        raise SearchError(f"the storage {shown_name} is of another version of Optuna: {error}") from error
+    except ImportError as error:
+        raise SearchError(f"the storage {shown_name} needs a database driver that is not installed: {error}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SearchError(
+            f"the storage {shown_name} failed ({reason}): make room or choose another place; what was measured before "
+            "is kept, and the study can be resumed"
+        ) from error
+    except ValueError as error:
+        # Damaged lines of a journal.
+        raise SearchError(f"the storage {shown_name} cannot be read ({error}): it is damaged or no storage") from error

@@ -1,0 +1,396 @@
+"""A process that runs kernels which nobody has run before, so that a crash or a hang of theirs ends only it.
+
+:class:`Worker` is the side of the search: it starts the process, sends it candidates and restarts it when it dies. The
+process loads the candidates' kernels, compares their numbers with PyTorch's in double precision, and times them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.codegen.assemble import Assembly, OperatorMeaning, assemble
+from fuser.codegen.partition import GroupChoice
+from fuser.ir.graph import OperatorGraph, TensorSpec
+from fuser.ir.target import Target
+from fuser.kernels.base import Literal, TensorRef
+from fuser.runtime.library import load
+from fuser.runtime.program import Arena, Program
+from fuser.search.measure import constant, random_tensor
+from fuser.search.standalone import subgraph
+
+logger = logging.getLogger("fuser")
+
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Largest relative L2 error against double precision, by the least precise dtype of the operators: twenty times what
+eager PyTorch shows on layers of transformers, a thousandth of what a wrong kernel does."""
+_MOST_COPIES = 6
+_LEAST_ROUNDS = 5
+_MOST_ROUNDS = 30
+_CLEARLY = 1.08
+_MEMORY = 3 << 30
+_ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Something to time: groups of one region that are run one after the other. ``key`` is equal for equal units,
+    ``region`` for units of one region; ``copies`` is how many sets of weights take turns; ``paths`` are the built
+    kernels by symbol."""
+
+    key: str
+    region: str
+    choices: tuple[GroupChoice, ...]
+    paths: Mapping[str, Path]
+    copies: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a unit, interquartile range and number of runs, or why it has none; ``early`` when measuring
+    stopped because it was clearly slower than the first unit of its request."""
+
+    seconds: float | None
+    spread: float = 0.0
+    runs: int = 0
+    early: bool = False
+    failure: str = ""
+
+
+class Worker:
+    """The process and the way to it. ``timeout`` is how long, in seconds, one step of one candidate may take."""
+
+    def __init__(self, target: Target, threads: int, timeout: float = _ANSWER_SECONDS) -> None:
+        self.target = target
+        self.threads = threads
+        self.timeout = timeout
+        self.starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._answers: Connection | None = None
+        self._errors: Any = None
+
+    def time(
+        self, units: Sequence[Unit], budget: float, *, race: bool = False, deadline: float | None = None
+    ) -> list[Timing]:
+        """Times of the units, run in turn for about ``budget`` seconds; with ``race`` it ends when all others are
+        clearly slower than the first.
+
+        A unit that crashes the process, hangs or gives wrong numbers has a failure, and the others are timed without
+        it. Raises TimeoutError at ``deadline`` (of ``time.perf_counter``).
+        """
+        failed: dict[str, Timing] = {}
+        while True:
+            rest = [unit for unit in units if unit.key not in failed]
+            if not rest:
+                return [failed[unit.key] for unit in units]
+            answer = self._ask(("time", rest, budget, race), rest, deadline)
+            if isinstance(answer, dict):
+                return [failed[unit.key] if unit.key in failed else answer[unit.key] for unit in units]
+            key, reason = answer
+            if key is None:
+                # Between candidates: nobody in particular is at fault, so nothing would be gained by going on.
+                return [failed.get(unit.key, Timing(None, failure=reason)) for unit in units]
+            failed[key] = Timing(None, failure=reason)
+
+    def _ask(
+        self, request: Any, units: Sequence[Unit], deadline: float | None
+    ) -> dict[str, Timing] | tuple[str | None, str]:
+        """All times, or the key of the unit that ended the process (None when it is not known) and how."""
+        current: str | None = units[0].key if len(units) == 1 else None
+        doing = "starting"
+        try:
+            connection, answers = self._started()
+            connection.send(request)
+            while True:
+                limit = self.timeout if deadline is None else min(self.timeout, deadline - time.perf_counter())
+                if not answers.poll(max(limit, 0.0)):
+                    self.close()
+                    if deadline is not None and time.perf_counter() >= deadline:
+                        raise TimeoutError("the time of the search is over")
+                    return current, f"hung: {doing} took more than {self.timeout:g} s"
+                kind, *content = answers.recv()
+                if kind == "doing":
+                    current, doing = content
+                elif kind == "times":
+                    times: dict[str, Timing] = content[0]
+                    return times
+                else:
+                    return current, content[0]
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return current, f"{self._end()} while {doing}"
+
+    def _started(self) -> tuple[Connection, Connection]:
+        if self._process is not None and self._process.poll() is None:
+            assert self._connection is not None and self._answers is not None
+            return self._connection, self._answers
+        self.close()
+        self.starts += 1
+        there, here = os.pipe()
+        back, away = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        paths = os.pathsep.join(p for p in sys.path if p)
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads)}
+        if "OMP_PROC_BIND" not in environment and "GOMP_CPU_AFFINITY" not in environment:
+            # Threads that wander between cores find cold caches there.
+            environment |= {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+        command = [sys.executable, "-c", "from fuser.search.worker import main; main()", str(there), str(away)]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=(there, away),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=environment,
+            # Ctrl-C in a terminal is for the search, which then ends this process.
+            start_new_session=True,
+        )
+        os.close(there)
+        os.close(away)
+        self._connection = Connection(here, readable=False)
+        self._answers = Connection(back, writable=False)
+        self._connection.send((self.target, self.threads))
+        return self._connection, self._answers
+
+    def _end(self) -> str:
+        """How the process ended."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        self.close()
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return f"crashed the process with {signal.Signals(-code).name}"
+        return f"ended the process with status {code}" + (f" ({said[-1][:200]})" if said else "")
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        for connection in (self._connection, self._answers, self._errors):
+            if connection is not None:
+                connection.close()
+        self._process = self._connection = self._answers = self._errors = None
+
+
+@dataclass
+class _Loaded:
+    programs: list[Program]
+    inputs: list[Tensor]
+    outputs: tuple[str, ...]
+
+
+class _Bench:
+    """The candidates that this process has loaded."""
+
+    def __init__(self, target: Target, threads: int, say: Any) -> None:
+        self.target = target
+        self.threads = threads
+        self.say = say
+        self.arena = Arena()
+        self.loaded: dict[str, _Loaded] = {}
+        self.wrong: dict[str, str] = {}
+        self.weights: dict[tuple[str, str, int], Tensor] = {}
+        self.packed: dict[tuple[str, TensorRef, int], Tensor] = {}
+        self.references: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
+
+    def time(self, units: Sequence[Unit], budget: float, race: bool) -> dict[str, Timing]:
+        ready: dict[str, _Loaded] = {}
+        found: dict[str, Timing] = {}
+        if self._bytes() > _MEMORY:
+            for kept in (self.loaded, self.weights, self.packed):
+                kept.clear()
+        for unit in units:
+            self.say("doing", unit.key, "loading and checking it")
+            try:
+                if unit.key not in self.loaded and unit.key not in self.wrong:
+                    self._load(unit)
+            except Exception as error:
+                self.wrong[unit.key] = f"{type(error).__name__}: {error}"
+            if unit.key in self.wrong:
+                found[unit.key] = Timing(None, failure=self.wrong[unit.key])
+            else:
+                ready[unit.key] = self.loaded[unit.key]
+        return found | self._interleaved(ready, budget, race)
+
+    def _bytes(self) -> int:
+        return sum(t.nbytes for kept in (self.weights, self.packed) for t in kept.values())
+
+    def _load(self, unit: Unit) -> None:
+        graph = subgraph(unit.choices)
+        assembly = assemble(graph, unit.choices, self.target, self.threads)
+        kernels = {s.symbol: load(unit.paths[s.symbol], s.symbol) for s in assembly.sources}
+        size = sum(graph.values[v].nbytes for v in graph.constants)
+        enough = max(-(-3 * self.target.cache_bytes[2] // (2 * max(size, 1))), 1)
+        copies = max(min(enough, _MOST_COPIES, unit.copies), 1)
+        inputs = [self._tensor(unit.region, v, graph.values[v], 0) for v in graph.inputs]
+        programs = []
+        for copy in range(copies):
+            constants = [self._constant(unit.region, graph, ref, copy) for ref in assembly.plan.constants]
+            programs.append(Program(assembly.plan, kernels, constants, self.arena))
+        if reason := self._error(unit, graph, assembly, programs[0], inputs):
+            self.wrong[unit.key] = reason
+        else:
+            self.loaded[unit.key] = _Loaded(programs, inputs, graph.outputs)
+
+    def _tensor(self, region: str, name: str, spec: TensorSpec, copy: int) -> Tensor:
+        key = (region, name, copy)
+        if key not in self.weights:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}\0{copy}".encode()))
+            self.weights[key] = random_tensor(spec, generator)
+        return self.weights[key]
+
+    def _constant(self, region: str, graph: OperatorGraph, ref: TensorRef, copy: int) -> Tensor:
+        key = (region, ref, 0 if isinstance(ref, Literal) else copy)
+        if key not in self.packed:
+            names = [ref] if isinstance(ref, str) else [] if isinstance(ref, Literal) else [ref.value]
+            weights = {v: self._tensor(region, v, graph.values[v], copy) for v in names}
+            self.packed[key] = constant(ref, weights)
+        return self.packed[key]
+
+    def _error(
+        self, unit: Unit, graph: OperatorGraph, assembly: Assembly, program: Program, inputs: Sequence[Tensor]
+    ) -> str:
+        """Why the numbers of a program are wrong, empty when they are right."""
+        key = (unit.region, frozenset(op.name for op in graph.compute))
+        if key not in self.references:
+            self.references[key] = reference(graph, lambda name: self._tensor(unit.region, name, graph.values[name], 0))
+        expected = self.references[key]
+        program(inputs)
+        results = program(inputs)
+        # The least precise dtype that anything passes through bounds what can be expected.
+        dtypes = {graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)}
+        tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=0.0)
+        for name, got in zip(graph.outputs, results, strict=True):
+            want = expected[name]
+            if tuple(got.shape) != tuple(want.shape):
+                return f"wrong numbers: {name} has the shape {tuple(got.shape)}, not {tuple(want.shape)}"
+            if not got.dtype.is_floating_point:
+                if not torch.equal(got, want.to(got.dtype)):
+                    return f"wrong numbers: {name} differs"
+                continue
+            error = relative_error(got, want)
+            if not error <= tolerance:
+                return f"wrong numbers: the relative error of {name} is {error:.1e}, over {tolerance:.0e}"
+        return ""
+
+    def _interleaved(self, ready: Mapping[str, _Loaded], budget: float, race: bool) -> dict[str, Timing]:
+        times: dict[str, list[float]] = {key: [] for key in ready}
+        early: set[str] = set()
+        first = next(iter(ready), None)
+        started = time.perf_counter()
+        done = -1
+        while first is not None and done < _MOST_ROUNDS:
+            for key, loaded in ready.items():
+                if key in early:
+                    continue
+                self.say("doing", key, "timing it")
+                for program in loaded.programs:
+                    clock = time.perf_counter()
+                    program(loaded.inputs)
+                    if done >= 0:
+                        # The round before the first loads code and data.
+                        times[key].append(time.perf_counter() - clock)
+            done += 1
+            if done >= 3 and race:
+                bar = statistics.median(times[first])
+                for key in ready:
+                    if key != first and statistics.median(times[key]) > _CLEARLY * bar and min(times[key]) > bar:
+                        early.add(key)
+                if len(early) == len(ready) - 1:
+                    break
+            if done >= _LEAST_ROUNDS and time.perf_counter() - started > budget:
+                break
+        return {key: _timing(times[key], key in early) for key in ready}
+
+
+def _timing(times: Sequence[float], early: bool) -> Timing:
+    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    return Timing(statistics.median(times), quarters[2] - quarters[0], len(times), early)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖; infinity where one is finite and the other is not."""
+    got = got.double()
+    finite = torch.isfinite(want)
+    if not torch.equal(torch.isfinite(got), finite):
+        return float("inf")
+    got, want = got[finite], want[finite]
+    scale = float(want.norm())
+    difference = float((got - want).norm())
+    return difference / scale if scale else difference
+
+
+def reference(graph: OperatorGraph, tensor: Any) -> dict[str, Tensor]:
+    """The outputs of a graph by PyTorch in double precision; ``tensor(name)`` gives inputs and constants."""
+    storages: dict[str, Tensor] = {}
+
+    def storage(base: str) -> Tensor:
+        if base not in storages:
+            spec = graph.values[base]
+            storages[base] = torch.zeros(max(spec.extent, 1), dtype=_wide(spec.dtype))
+        return storages[base]
+
+    def view(name: str) -> Tensor:
+        spec = graph.values[name]
+        return storage(graph.base(name)).as_strided(spec.shape, spec.strides, spec.offset)
+
+    with torch.no_grad():
+        for name in (*graph.inputs, *graph.constants):
+            view(name).copy_(tensor(name))
+        for op in graph.compute:
+            inputs = [view(v) for v in op.inputs]
+            if op.call is not None:
+                results = op.call(*inputs)
+            else:
+                wide = [TensorSpec(graph.values[v].shape, _wide(graph.values[v].dtype), ()) for v in op.outputs]
+                results = OperatorMeaning(op, tuple(wide))(*inputs)
+            for name, result in zip(op.outputs, results, strict=True):
+                view(name).copy_(result)
+        return {name: view(name).clone() for name in graph.outputs}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def main() -> None:
+    """The process: ``python -c … READ WRITE`` with the numbers of two inherited pipes."""
+    requests = Connection(int(sys.argv[1]), writable=False)
+    answers = Connection(int(sys.argv[2]), readable=False)
+    with contextlib.suppress(OSError, AttributeError):
+        # A hanging kernel must not outlive a search that was killed.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    try:
+        target, threads = requests.recv()
+        torch.set_num_threads(threads)
+        bench = _Bench(target, threads, lambda *message: answers.send(message))
+        while True:
+            _, units, budget, race = requests.recv()
+            try:
+                answers.send(("times", bench.time(units, budget, race)))
+            except Exception as error:
+                traceback.print_exc()
+                answers.send(("failed", f"{type(error).__name__}: {error}"))
+    except (EOFError, BrokenPipeError):
+        return
