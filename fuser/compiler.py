@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,18 @@ from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme
 from fuser.codegen.render import header_folder
+from fuser.ir.errors import DeviceMemoryError, FuserError
 from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
-from fuser.ir.target import Target
+from fuser.ir.target import EMULATED, Target, emulated_target
 from fuser.kernels.base import floating
 from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.cuda import gpu_target
 from fuser.runtime.cuda_program import program_of
+from fuser.runtime.device import cpu_target
 from fuser.runtime.library import Kernel, load
 from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
@@ -64,8 +68,8 @@ def compile_call(
 
     ``tuner`` supplies measured times of kernels; without it the cost model decides. ``arena`` is the memory to compute
     in, shared with other programs, on the device of the model; ``like`` a program of the same model and call, for
-    another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises CaptureError when the model cannot be captured, BuildError, ToolchainError or
-    CacheError when its kernels cannot be built.
+    another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises CaptureError when
+    the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
     seconds: dict[str, float] = {}
@@ -151,3 +155,47 @@ def program_constants(
 def threads_now() -> int:
     """The team size of kernels: PyTorch's number of threads."""
     return torch.get_num_threads()
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of programs on tensors of ``device``, calibrated once.
+
+    Raises FuserError for a device that is not there, or that there are no kernels for.
+    """
+    if device.type == "cpu":
+        return cpu_target()
+    if device.type == "cuda":
+        return gpu_target(device)
+    raise FuserError(f"fuser has kernels for CPUs and NVIDIA GPUs, not for devices of type {device.type!r}")
+
+
+def named_target(name: str | torch.device) -> Target:
+    """The target ``"cpu"``, ``"cuda"``, ``"cuda:1"`` … or ``"cuda:emulated"``.
+
+    Raises FuserError for a name that is none of these, or a device that this machine does not have.
+    """
+    if name == f"cuda:{EMULATED}":
+        return emulated_target()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FuserError(
+            f"there is no target {name!r}; it can be 'cpu', 'cuda', 'cuda:1' … or 'cuda:{EMULATED}'"
+        ) from error
+    return target_of(device)
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the current one. Raises DeviceMemoryError when its memory is full."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{device} has not enough free memory for the model's packed weights beside the weights themselves; "
+                f"free some ({error})"
+            ) from error

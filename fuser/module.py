@@ -18,11 +18,19 @@ from torch.autograd import forward_ad
 
 from fuser.capture import FlatCall, Signature, StateError, flatten_call
 from fuser.codegen.assemble import KernelRecord
-from fuser.compiler import Compiled, compile_call, program_constants, threads_now
-from fuser.ir.errors import CaptureError, FuserError, MaskError, PlanError
+from fuser.compiler import (
+    Compiled,
+    compile_call,
+    named_target,
+    on_device,
+    program_constants,
+    target_of,
+    threads_now,
+)
+from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
-from fuser.runtime.device import cpu_target
+from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.program import Arena
 from fuser.search.tuning import Tuner, tuner_for
@@ -31,7 +39,9 @@ from fuser.weights import WeightStore
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
-Key = tuple[Signature, int]
+Key = tuple[Signature, "int | torch.device"]
+"""A call, and the number of threads or the GPU that it runs on."""
+_CPU = torch.device("cpu")
 
 
 class OptimizedModule(nn.Module):
@@ -59,6 +69,7 @@ class OptimizedModule(nn.Module):
         attention: Mask | None = None,
         search: str | int = "cached",
         target: Target | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)
@@ -67,14 +78,16 @@ class OptimizedModule(nn.Module):
             object.__setattr__(self, name, getattr(model, name))
         self._attention = attention
         self._search = search
+        self._wanted = target
         self._target = target
+        self._cuda_graphs = cuda_graphs
         self._lock = threading.RLock()
         self._programs: dict[Key, Compiled] = {}
         self._used: dict[Key, int] = {}
         self._clock = itertools.count()
         self._failed: dict[Key, str] = {}
         self._excused: set[Key] = set()
-        self._arena = Arena()
+        self._arenas: dict[torch.device, Arena] = {}
         self._store = WeightStore(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
@@ -110,23 +123,35 @@ class OptimizedModule(nn.Module):
             call = flatten_call(args, kwargs)
         except CaptureError as error:
             return None, str(error)
+        device = call.tensors[0].device if call.tensors else _CPU
         for tensor in call.tensors:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or _is_wrapped(tensor):
                 return None, f"an input is a {type(tensor).__name__} that fuser cannot look into"
-            if tensor.device.type != "cpu":
-                return None, f"an input is on {tensor.device}, and this target is the CPU"
+            if tensor.device != device:
+                return None, f"inputs are on {device} and on {tensor.device}"
             if tensor.layout is not torch.strided:
                 return None, f"an input has the layout {tensor.layout}"
             if tensor.requires_grad and torch.is_grad_enabled():
                 return None, "an input requires grad; fused kernels have no backward"
-        if torch.is_autocast_enabled("cpu"):
+        if reason := self._unsupported(device):
+            return None, reason
+        if torch.is_autocast_enabled(device.type):
             return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
         if torch._C._is_tracing() or forward_ad._current_level >= 0:
             return None, "the call is traced or differentiated"
         return call, ""
 
+    def _unsupported(self, device: torch.device) -> str:
+        """Why programs cannot run on tensors of ``device``; empty if they can."""
+        if self._wanted is not None and device.type != self._wanted.device:
+            return f"an input is on {device}, and this target's tensors are on {self._wanted.device}"
+        if device.type not in ("cpu", "cuda"):
+            return f"an input is on {device}, and fuser has kernels for CPUs and NVIDIA GPUs"
+        return ""
+
     def _compiled(self, call: FlatCall) -> Compiled | None:
-        key = (call.key, threads_now())
+        device = call.tensors[0].device if call.tensors else _CPU
+        key: Key = (call.key, threads_now() if device.type == "cpu" else device)
         compiled = self._programs.get(key)
         if compiled is not None and not self._store.changed:
             self._used[key] = next(self._clock)
@@ -139,9 +164,12 @@ class OptimizedModule(nn.Module):
                 return self._programs[key]
             if key in self._failed:
                 return None
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._say("the call is captured into a CUDA graph before it has run once; call the module before that")
+                return None
             try:
-                compiled = run_after_fork(self._compile, call, key[1])
-            except (MaskError, PlanError):
+                compiled = run_after_fork(self._compile, call, key[1], device)
+            except (MaskError, PlanError, DeviceMemoryError):
                 raise
             except FuserError as error:
                 self._fail(key, error)
@@ -151,13 +179,16 @@ class OptimizedModule(nn.Module):
             self._evict()
             return compiled
 
-    def _compile(self, call: FlatCall, threads: int) -> Compiled:
-        target = self._target = self._target or cpu_target()
-        if self._tuner is None:
+    def _compile(self, call: FlatCall, key: int | torch.device, device: torch.device) -> Compiled:
+        target = self._target = self._wanted or target_of(device)
+        threads = key if isinstance(key, int) and target.kind == "cpu" else target.cores
+        if self._tuner is None and not target.emulated:
             self._tuner = tuner_for(self._search, target, threads)
-        like = next((c for (key, _), c in self._programs.items() if key == call.key), None)
+        like = next(
+            (c for (known, _), c in self._programs.items() if known == call.key and c.program.device == device), None
+        )
         # Tensors made in inference mode cannot be trained or written to later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), on_device(device):
             return compile_call(
                 self._model,
                 call,
@@ -166,8 +197,9 @@ class OptimizedModule(nn.Module):
                 threads,
                 attention=self._attention,
                 tuner=self._tuner,
-                arena=self._arena,
+                arena=self._arenas.setdefault(device, arena_of(device)),
                 like=like,
+                graphs=self._cuda_graphs,
             )
 
     def _fail(self, key: Key, error: FuserError) -> None:
@@ -207,7 +239,9 @@ class OptimizedModule(nn.Module):
             for compiled in programs:
                 parameters = compiled.captured.parameters
                 compiled.program.set_constants(
-                    program_constants(compiled.assembly, compiled.graph, parameters, self._store)
+                    program_constants(
+                        compiled.assembly, compiled.graph, parameters, self._store, device=compiled.program.device
+                    )
                 )
 
     def refresh(self) -> None:
@@ -348,14 +382,16 @@ class OptimizedModule(nn.Module):
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._model, self._attention, self._search, self._target)
+        return _remake, (self._model, self._attention, self._search, self._wanted, self._cuda_graphs)
 
     def extra_repr(self) -> str:
         return f"programs={len(self._programs)}"
 
 
-def _remake(model: nn.Module, attention: Mask | None, search: str | int, target: Target | None) -> OptimizedModule:
-    return OptimizedModule(model, attention=attention, search=search, target=target)
+def _remake(
+    model: nn.Module, attention: Mask | None, search: str | int, target: Target | None, cuda_graphs: bool
+) -> OptimizedModule:
+    return OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
 
 
 _modules: weakref.WeakSet[OptimizedModule] = weakref.WeakSet()
@@ -382,7 +418,7 @@ def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
     for name, tensor in compiled.captured.parameters.items():
         if id(tensor) not in changed:
             continue
-        if name in compiled.graph.inspected or tensor.device.type != "cpu":
+        if name in compiled.graph.inspected or tensor.device != compiled.program.device:
             return False
         if name not in values:
             continue
@@ -412,7 +448,8 @@ def optimize(
     attention: Mask | None = None,
     quantize: Any = None,
     search: str | int = "cached",
-    target: Target | None = None,
+    target: Target | str | torch.device | None = None,
+    cuda_graphs: bool = True,
 ) -> OptimizedModule:
     """Make ``model`` run fused kernels.
 
@@ -424,11 +461,14 @@ def optimize(
         quantize: reserved for dynamic quantization of attention; must be None.
         search: ``"cached"`` takes measured kernel choices from the cache and measures what it lacks; ``"model"``
             trusts the cost model alone.
-        target: the device; default: this machine's CPU, calibrated once.
+        target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
+            CUDA kernels on the CPU. Default: the device of the inputs, calibrated once.
+        cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
 
     Raises:
         TypeError: arguments of the wrong type.
         MaskError: ``attention`` does not fit the model.
+        FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuser.optimize takes an nn.Module, not a {type(model).__name__}")
@@ -438,7 +478,9 @@ def optimize(
         raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
     if isinstance(model, OptimizedModule):
         model = model._model
-    optimized = OptimizedModule(model, attention=attention, search=search, target=target)
+    if not (target is None or isinstance(target, Target)):
+        target = named_target(target)
+    optimized = OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
     if example_inputs is None:
         return optimized
     if isinstance(example_inputs, Mapping):

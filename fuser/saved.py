@@ -39,7 +39,9 @@ from fuser.ir.graph import TorchCall
 from fuser.ir.masks import Mask, from_dense
 from fuser.ir.target import Target
 from fuser.module import OptimizedModule, split_unfused
+from fuser.runtime import cuda
 from fuser.runtime.cache import default_cache
+from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.device import lacking
 from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
@@ -94,6 +96,7 @@ class _Content:
     """Everything that a file holds, in memory."""
 
     path: Path
+    target: Target
     programs: tuple[SavedProgram, ...]
     weights: Mapping[str, Tensor]
     kernels: Mapping[str, Kernel]
@@ -210,7 +213,7 @@ class _Weights:
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
         for _, span in spans:
-            yield span.view(torch.uint8).numpy().data
+            yield span.cpu().view(torch.uint8).numpy().data
 
 
 def _storable(span: Tensor) -> Tensor:
@@ -373,7 +376,10 @@ def _read(archive: zipfile.ZipFile, path: Path) -> _Content:
             f"this is fuser {fuser.__version__}, which reads format {FORMAT}: save the model again"
         )
     target = Target(**{**manifest["target"], "features": frozenset(manifest["target"]["features"])})
-    reason = lacking(target) if manifest["machine"] == platform.machine() else f"is {platform.machine()}"
+    same = manifest["machine"] == platform.machine()
+    if target.kind == "cuda" and (not same or not target.emulated):
+        _require_gpu(target, path, manifest["machine"])
+    reason = "" if target.kind == "cuda" else lacking(target) if same else f"is {platform.machine()}"
     if reason:
         what = " ".join((manifest["machine"], target.arch, *sorted(target.features)))
         raise FuserError(
@@ -404,7 +410,20 @@ def _read(archive: zipfile.ZipFile, path: Path) -> _Content:
                 file.write_bytes(_member(archive, name, members, path))
                 kernels[symbol] = load_kernel(file, symbol)
     reports = {name: _member(archive, name, members, path).decode() for name in _REPORTS}
-    return _Content(path, programs, weights, kernels, reports)
+    return _Content(path, target, programs, weights, kernels, reports)
+
+
+def _require_gpu(target: Target, path: Path, machine: str) -> None:
+    """Raise FuserError unless a GPU here runs what was built for ``target``."""
+    if machine != platform.machine():
+        raise FuserError(f"{path} was saved for {machine}, and this machine is {platform.machine()}")
+    device = cuda.resolve_device(torch.device("cuda"))
+    found = {cuda.architecture(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    if target.arch not in found:
+        raise FuserError(
+            f"{path} was saved for GPUs of the architecture {target.arch}, and this machine has "
+            f"{', '.join(sorted(found))} ({torch.cuda.get_device_name(device)}): optimize the model here"
+        )
 
 
 def _member(archive: zipfile.ZipFile, name: str, members: Mapping[str, str], path: Path) -> bytes:
@@ -466,8 +485,9 @@ class LoadedModule(nn.Module):
         super().__init__()
         self._content = content
         self._lock = threading.Lock()
-        self._arena = Arena()
-        self._running: dict[tuple[int, int], Program] = {}
+        self._arenas: dict[torch.device, Arena] = {}
+        self._weights: dict[tuple[str, torch.device], Tensor] = {}
+        self._running: dict[tuple[int, int, torch.device], Program] = {}
         self._by_key: dict[Signature, list[int]] = {}
         for i, saved in enumerate(content.programs):
             self._by_key.setdefault(saved.key, []).append(i)
@@ -482,32 +502,40 @@ class LoadedModule(nn.Module):
             raise KernelError(
                 f"no program was saved for the call {describe(call.key)}; {self._content.path} has\n  {shapes}"
             )
+        device = call.tensors[0].device if call.tensors else torch.device(self._content.target.device)
         for tensor in call.tensors:
             if tensor.layout is not torch.strided:
                 raise KernelError(f"an input has the layout {tensor.layout}; pass dense tensors")
-        index, program = self._program(candidates)
+            if tensor.device != device:
+                raise KernelError(f"inputs are on {device} and on {tensor.device}; bring them to one device")
+        index, program = self._program(candidates, device)
         self._last = index
         with torch.no_grad():
             return self._content.programs[index].output.build(program(call.tensors))
 
-    def _program(self, candidates: Sequence[int]) -> tuple[int, Program]:
+    def _program(self, candidates: Sequence[int], device: torch.device) -> tuple[int, Program]:
         """The program with the largest team that PyTorch's threads can be, or the smallest of all with fewer."""
-        now = threads_now()
+        target = self._content.target
+        now = threads_now() if target.kind == "cpu" else target.cores
         programs = self._content.programs
         fitting = [i for i in candidates if programs[i].plan.threads <= now]
         pick = max if fitting else min
         index = pick(fitting or candidates, key=lambda i: programs[i].plan.threads)
         team = min(now, programs[index].plan.threads)
+        key = (index, team, device)
         with self._lock:
-            if (index, team) not in self._running:
+            if key not in self._running:
                 saved = programs[index]
                 plan = dataclasses.replace(saved.plan, threads=team)
-                constants = [self._tensor(t) for t in saved.constants]
-                self._running[index, team] = Program(plan, self._content.kernels, constants, self._arena)
-            return index, self._running[index, team]
+                constants = [self._tensor(t, device) for t in saved.constants]
+                arena = self._arenas.setdefault(device, arena_of(device))
+                self._running[key] = program_of(plan, self._content.kernels, constants, target, arena)
+            return index, self._running[key]
 
-    def _tensor(self, saved: SavedTensor) -> Tensor:
-        return self._content.weights[saved.name].view(saved.dtype).as_strided(saved.shape, saved.strides)
+    def _tensor(self, saved: SavedTensor, device: torch.device) -> Tensor:
+        if (saved.name, device) not in self._weights:
+            self._weights[saved.name, device] = self._content.weights[saved.name].to(device)
+        return self._weights[saved.name, device].view(saved.dtype).as_strided(saved.shape, saved.strides)
 
     @property
     def calls(self) -> Sequence[str]:

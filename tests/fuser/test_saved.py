@@ -206,7 +206,7 @@ def test_fewer_and_more_threads(optimized: fuser.OptimizedModule, path: Path) ->
         for count in (1, before, before + 2):
             torch.set_num_threads(count)
             torch.testing.assert_close(loaded(X), want, rtol=0, atol=1e-6)
-            assert {team for _, team in loaded._running} <= {1, before}
+            assert {team for _, team, _ in loaded._running} <= {1, before}
     finally:
         torch.set_num_threads(before)
 
