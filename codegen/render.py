@@ -10,6 +10,7 @@ import jinja2
 
 import fuser.templates
 from fuser.codegen import cuda, expressions
+from fuser.ir.expression import Op
 from fuser.ir.target import Target
 from fuser.kernels.base import Access, DType, KernelSpec, canonical
 from fuser.runtime.build import Source
@@ -39,6 +40,7 @@ def environment() -> jinja2.Environment:
         cuda_type=lambda dtype: cuda.C_TYPES[dtype],
         Access=Access,
         DType=DType,
+        Op=Op,
     )
     return env
 
@@ -51,7 +53,8 @@ def render(spec: KernelSpec) -> Source:
     # Nothing but printable ASCII may reach a compiler from a parameter.
     if re.search(r"[^\t\n -~]", header):
         raise ValueError(f"the parameters of {spec.symbol} are not printable")
-    return Source(spec.symbol, header + text, Path(spec.template.removesuffix(".j2")).suffix)
+    suffix = Path(spec.template.removesuffix(".j2")).suffix
+    return Source(spec.symbol, header + text, suffix, getattr(spec.parameters, "includes", ()))
 
 
 def header_folder(target: Target) -> Path:

@@ -161,6 +161,14 @@ class LibraryCall:
 
 
 @dataclass(frozen=True)
+class LibraryParameters:
+    """The choice of a library's GEMM through PyTorch for a product whose epilogue is nothing or a ``bias``: oneDNN's on
+    a CPU, cuBLAS's on CUDA."""
+
+    bias: bool
+
+
+@dataclass(frozen=True)
 class Cost:
     """Work of one launch: fp32 operations, bytes moved to and from memory, kernels started."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuser.kernels import gemm
+from fuser.kernels import gemm, gemm_cuda
 from fuser.kernels.attention import AttentionFamily
 from fuser.kernels.base import KernelFamily, Literal, Packed
 from fuser.kernels.gemm import GemmFamily
@@ -21,6 +21,8 @@ def materialize(constant: Packed | Literal, value: Tensor | None) -> Tensor:
     if value is None:
         raise ValueError(f"{constant.value} must be given to be packed")
     family, *arguments = constant.layout
+    if family == "gemm_cuda":
+        return gemm_cuda.pack(value, *arguments)
     if family != GemmFamily.name:
         raise ValueError(f"the {family} family packs nothing")
     return gemm.pack(value, *arguments)

@@ -17,8 +17,8 @@ from torch import Tensor
 from fuser.ir.expression import Expression, Op
 from fuser.ir.graph import Kind, Operator, OperatorGroup
 from fuser.ir.target import Isa, Target
+from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import (
-    FLOATING,
     STORAGE,
     Access,
     Cost,
@@ -28,7 +28,9 @@ from fuser.kernels.base import (
     LibraryCall,
     Operand,
     Packed,
+    floating,
 )
+from fuser.kernels.base import LibraryParameters as LibraryParameters
 from fuser.kernels.compose import RowProgram, compose, reference
 from fuser.kernels.operands import row_stride, rows_and_columns
 
@@ -132,6 +134,9 @@ class GemmParameters:
         return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
 
 
+AnyParameters = GemmParameters | LibraryParameters | gemm_cuda.CudaGemmParameters | gemm_cutlass.CutlassParameters
+
+
 def _odd_lines(floats: int) -> int:
     return _LINE * (-(-floats // _LINE) | 1)
 
@@ -165,13 +170,6 @@ def unpack(packed: Tensor, n: int, k: int, transposed: bool = True) -> Tensor:
     panels, steps, nr, step = paired.shape
     columns = paired.permute(0, 2, 1, 3).reshape(panels * nr, steps * step)[:n, :k]
     return (columns if transposed else columns.t()).contiguous()
-
-
-@dataclass(frozen=True)
-class LibraryParameters:
-    """oneDNN's GEMM through PyTorch: only for a product whose epilogue is nothing or a ``bias``."""
-
-    bias: bool
 
 
 class PrepackedLinear:
@@ -256,7 +254,7 @@ class GemmFamily:
         graph = group.graph
         gemms = [op for op in group.operators if op.kind is Kind.GEMM]
         others = [op for op in group.operators if op.kind is not Kind.GEMM]
-        if target.kind != "cpu" or len(gemms) != 1 or any(op.kind not in _EPILOGUE for op in others):
+        if len(gemms) != 1 or any(op.kind not in _EPILOGUE for op in others):
             return None
         (gemm,) = gemms
         if len(gemm.inputs) != 2 or gemm.inputs[1] not in graph.constants or group.produces(gemm.inputs[0]):
@@ -265,19 +263,24 @@ class GemmFamily:
             return None
         a, weight, out = (graph.values[v] for v in (*gemm.inputs, gemm.output))
         stride = row_stride(a)
-        if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= FLOATING:
+        if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= floating(target):
+            return None
+        # Tensor cores multiply one type; only fp32 holds every other exactly.
+        if target.kind == "cuda" and a.dtype not in (weight.dtype, torch.float32):
             return None
         n, k = weight.shape if gemm.attributes["transposed"] else weight.shape[::-1]
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
-        program = compose(group, others, seeds=(gemm.output,))
+        program = compose(group, others, seeds=(gemm.output,), storage=floating(target))
         if program is None or program.gathers or len(program.bounds) > _MAX_OPERANDS:
             return None
         return GemmMatch(group, gemm, program, n, k, stride)
 
-    def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters | LibraryParameters]:
+    def space(self, match: GemmMatch, target: Target) -> Sequence[AnyParameters]:
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass; the
-        library where it has such a kernel."""
+        library where it has such a kernel. On CUDA see :func:`fuser.kernels.gemm_cuda.space`."""
+        if target.kind == "cuda":
+            return gemm_cuda.space(match, target)
         values, program = match.group.graph.values, match.program
         a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
 
@@ -302,12 +305,22 @@ class GemmFamily:
         library = [match.library] if match.library is not None else []
         return [*dict.fromkeys(choices), *library]
 
-    def cost(self, match: GemmMatch, parameters: GemmParameters | LibraryParameters, target: Target) -> Cost:
+    def offline_space(self, match: GemmMatch, target: Target) -> Sequence[AnyParameters]:
+        """More choices, whose kernels take about a minute to build: for a search that has the time."""
+        if target.kind == "cuda":
+            return gemm_cutlass.space(match, target)
+        return []
+
+    def cost(self, match: GemmMatch, parameters: AnyParameters, target: Target) -> Cost:
         """Roofline of the padded product, its epilogue, and every tensor touched once.
 
         Efficiencies are measured on BERT's shapes: 95 % of the peak and more for ours, less for the library, whose
         result is also copied to its place.
         """
+        if isinstance(parameters, gemm_cutlass.CutlassParameters):
+            return gemm_cutlass.cost(match, parameters, target)
+        if target.kind == "cuda" and not isinstance(parameters, GemmParameters):
+            return gemm_cuda.cost(match, parameters, target)
         program, values = match.program, match.group.graph.values
         lanes = target.vector_lanes
         mine = isinstance(parameters, GemmParameters)
@@ -323,13 +336,19 @@ class GemmFamily:
         return Cost(flops, float(moved), launches=1 if mine else 3, efficiency=efficiency)
 
     def call(
-        self, match: GemmMatch, parameters: GemmParameters | LibraryParameters, target: Target, threads: int
+        self, match: GemmMatch, parameters: AnyParameters, target: Target, threads: int
     ) -> KernelCall | LibraryCall:
+        if isinstance(parameters, gemm_cutlass.CutlassParameters):
+            return gemm_cutlass.call(match, parameters)
+        if not isinstance(parameters, GemmParameters) and target.kind == "cuda":
+            return gemm_cuda.call(match, parameters)
         program = match.program
         if isinstance(parameters, LibraryParameters):
             run = PrepackedLinear(parameters.bias, match.transposed)
             bounds = tuple(b.value for b in program.bounds)
             return LibraryCall("onednn_linear", run, (match.a, match.weight, *bounds), program.outputs)
+        if not isinstance(parameters, GemmParameters):
+            raise TypeError(f"{type(parameters).__name__} are no parameters of a CPU kernel")
         packed = Packed(
             match.weight, (self.name, parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
         )

@@ -36,12 +36,14 @@ logger = logging.getLogger("fuser")
 class Source:
     """One kernel to build: ``text`` defines ``extern "C" int symbol(const FuserArgs*, void* stream)``.
 
-    The text includes nothing of ours but headers of the folder that :func:`build` is given.
+    The text includes nothing of ours but headers of the folder that :func:`build` is given. ``includes`` are folders of
+    other packages' headers; they are not part of a kernel's key, so the text must name the packages' versions.
     """
 
     symbol: str
     text: str
     suffix: str = ".cpp"
+    includes: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,7 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> 
         stem = f"k{index}"
         (folder / f"{stem}{job.source.suffix}").write_text(job.source.text)
         compiler = [*toolchain.command, *toolchain.compile_flags, f"-I{include_folders[content]}"]
+        compiler += [f"-I{folder}" for folder in job.source.includes]
         compile_command = shlex.join([*compiler, "-c", f"{stem}{job.source.suffix}", "-o", f"{stem}.o"])
         link_command = shlex.join([*toolchain.command, *toolchain.link_flags, f"{stem}.o", "-o", f"{stem}.so.part"])
         # A linker that is killed must not leave something that looks finished.

@@ -1,0 +1,426 @@
+"""The `gemm` family on CUDA: tensor-core products with cp.async pipelines, exact fp32 on CUDA cores, and cuBLASLt.
+
+fp16 and bf16 are multiplied by the tensor cores with fp32 sums. fp32 is exact, by fused multiply-adds, unless the
+target has the feature ``"tf32"`` (what ``torch.backends.cuda.matmul.allow_tf32`` allows): then its operands are rounded
+to 10 bits of mantissa and the tensor cores multiply them too.
+
+Where M and N make too few tiles for the SMs, several blocks share the sum of a tile (split-K). Their parts, and rows
+that are reduced but wider than a tile, go through fp32 memory to a second kernel that applies the epilogue; parts are
+added in a fixed order, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fuser.ir.expression import Expression, Op
+from fuser.ir.target import Target
+from fuser.kernels.base import (
+    STORAGE,
+    Access,
+    Cost,
+    DType,
+    KernelCall,
+    KernelSpec,
+    LibraryCall,
+    LibraryParameters,
+    Operand,
+    Packed,
+    TensorRef,
+)
+
+if TYPE_CHECKING:
+    from fuser.kernels.gemm import GemmMatch
+
+TF32 = "tf32"
+"""The feature of targets that may round fp32 operands of a product to TF32."""
+
+_CHOICES = 6
+_MAX_ITEMS = 8
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_SPLIT_STEPS = 4  # a part has at least so many steps along K
+_DEPTHS = (64, 128)  # bytes of a tile's row
+_STAGES = (2, 3, 4)
+# Blocks' tiles as (rows, columns, warps along rows, warps along columns).
+_TENSOR_TILES = (
+    (128, 256, 2, 4),
+    (256, 128, 4, 2),
+    (128, 128, 2, 2),
+    (128, 128, 2, 4),
+    (128, 64, 2, 2),
+    (64, 256, 1, 4),
+    (64, 128, 2, 2),
+    (64, 64, 2, 2),
+    (32, 256, 1, 4),
+    (32, 128, 1, 4),
+    (32, 64, 2, 2),
+    (16, 256, 1, 8),
+    (16, 128, 1, 4),
+    (16, 64, 1, 4),
+)
+_FMA_TILES = (
+    (128, 128, 4, 2),
+    (128, 64, 4, 1),
+    (64, 256, 2, 4),
+    (64, 128, 2, 2),
+    (64, 64, 2, 2),
+    (32, 256, 1, 8),
+    (32, 64, 1, 4),
+    (16, 128, 1, 4),
+    (16, 64, 1, 4),
+)
+_CUBLAS_ACTIVATIONS = frozenset({Op.RELU, Op.GELU_TANH})
+# Of one SM, about the same on all architectures from sm_80 on.
+_REGISTERS = 65536
+_THREADS = 2048
+_SHARED_BANDWIDTH = 2e11  # bytes/s: 128 a clock
+_L2_BANDWIDTH = 6e10  # bytes/s that one SM draws
+_LATENCY = 7e-7  # seconds from asking for a tile to having it
+_BLOCK_SECONDS = 1e-6  # start of a block and of its pipeline
+# Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
+_MMA_SHARE = {"sm_80": 0.85, "sm_86": 0.85, "sm_87": 0.85, "sm_89": 0.85}
+_MMA_SHARE_LATER = 0.62
+_FMA_SHARE = 0.85
+_LIBRARY_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: a block's tile of C in rows and columns, elements along K of one pipeline stage, warps
+    along both sides, stages, and blocks that share the sum of a tile."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps_m: int
+    warps_n: int
+    stages: int
+    split: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Dynamic shared memory: the pipeline, whose place the accumulators (in padded fp32 rows) take at the end."""
+        return max(self.stages * (self.bm + self.bn) * self.bk * itemsize, 4 * self.bm * (self.bn + 8))
+
+
+@dataclass(frozen=True)
+class CudaGemmParameters:
+    """What the template ``cuda/gemm.cu.j2`` is rendered from.
+
+    ``n`` and ``k`` are the weight's sizes, ``dtype`` the storage type of A and W. ``tensor_cores`` decides for fp32
+    between TF32 and exact fused multiply-adds; smaller types always use them. ``epilogue`` has the accumulator as
+    input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs.
+    """
+
+    n: int
+    k: int
+    dtype: DType
+    tensor_cores: bool
+    epilogue: Expression
+    operands: tuple[Operand, ...]
+    out_dtypes: tuple[DType, ...]
+    tile: Tile
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the epilogue needs whole rows."""
+        return self.epilogue.has_reduction
+
+    @property
+    def separate(self) -> bool:
+        """Whether a second kernel applies the epilogue to sums in memory."""
+        return self.tile.split > 1 or (self.reduces and self.tile.bn < self.n)
+
+    @property
+    def steps(self) -> int:
+        """Pipeline stages' worth of K."""
+        return -(-self.k // self.tile.bk)
+
+    @property
+    def column_tiles(self) -> int:
+        return -(-self.n // self.tile.bn)
+
+    @property
+    def pitch(self) -> int:
+        """Floats between rows of sums in memory: a multiple of 16 bytes."""
+        return -(-self.n // 4) * 4
+
+    @property
+    def items(self) -> int:
+        """Groups of four elements of a reduced row that a lane keeps in registers from pass to pass."""
+        groups = -(-self.n // 128)
+        return groups if groups <= _MAX_ITEMS else 0
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.tile.shared_bytes(self.dtype.bytes)
+
+    def workspace_bytes(self, rows: int) -> int:
+        """Scratch for ``rows`` rows of A."""
+        return 4 * self.tile.split * rows * self.pitch if self.separate else 0
+
+
+@dataclass(frozen=True)
+class CublasParameters(LibraryParameters):
+    """cuBLAS or cuBLASLt through PyTorch, with what they add at the end: a bias, then ReLU or tanh-GELU
+    (``activation``), or instead of the bias a matrix of the result's shape (``residual``)."""
+
+    activation: Op | None = None
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class CublasLinear:
+    """``run(a, weight, [bias or residual,] out)``: ``a`` (..., K), ``weight`` (N, K) when ``transposed``, else (K, N),
+    a ``bias`` (N,) or a residual (..., N), ``out`` (..., N); one dtype, rows evenly spaced."""
+
+    parameters: CublasParameters
+    transposed: bool
+
+    def __call__(self, a: Tensor, weight: Tensor, *rest: Tensor) -> None:
+        out = _matrix(rest[-1])
+        a, columns = _matrix(a), weight.t() if self.transposed else weight
+        if len(rest) == 1:
+            torch.mm(a, columns, out=out)
+        elif self.parameters.activation is not None:
+            gelu = self.parameters.activation is Op.GELU_TANH
+            torch._addmm_activation(rest[0], a, columns, use_gelu=gelu, out=out)
+        else:
+            torch.addmm(_matrix(rest[0]) if self.parameters.residual else rest[0], a, columns, out=out)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """``x`` seen as a matrix, which evenly spaced rows allow."""
+    return x.view(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An epilogue that libraries have: a bias (N,), then an activation or a residual (M, N), by name of value."""
+
+    bias: str | None = None
+    activation: Op | None = None
+    residual: str | None = None
+
+
+def linear(match: GemmMatch) -> Linear | None:
+    """The epilogue of a group as a linear layer's, None when it is another."""
+    program, values = match.program, match.group.graph.values
+    instructions = program.expression.instructions
+    found, current = Linear(), 0
+    if instructions[0].op is not Op.INPUT or instructions[0].index != 0:
+        return None
+    for position, i in enumerate(instructions):
+        if i.op is Op.INPUT:
+            continue
+        if found.activation is not None or found.residual is not None or current not in i.args:
+            return None
+        if i.op is Op.ADD:
+            other = instructions[sum(i.args) - current]
+            if other.op is not Op.INPUT or other.index == 0:
+                return None
+            bound = program.bounds[other.index - 1]
+            spec = values[bound.value]
+            if bound.operand.access is not Access.MATRIX or bound.operand.periodic:
+                return None
+            if bound.stride == 0 and spec.shape == (match.n,) and found.bias is None:
+                found = dataclasses.replace(found, bias=bound.value)
+            elif bound.stride and spec.shape == values[program.outputs[0]].shape:
+                found = dataclasses.replace(found, residual=bound.value)
+            else:
+                return None
+        elif len(i.args) == 1:
+            found = dataclasses.replace(found, activation=i.op)
+        else:
+            return None
+        current = position
+    return found if program.expression.outputs == (current,) else None
+
+
+def library(match: GemmMatch) -> CublasParameters | None:
+    """The library's kernel for a group, where it has one: one type, a bias with or without an activation, or a
+    residual."""
+    program, values, found = match.program, match.group.graph.values, linear(match)
+    dtypes = {values[v].dtype for v in (match.a, match.weight, *(b.value for b in program.bounds), *program.outputs)}
+    if found is None or len(dtypes) != 1 or match.k == 0 or (found.bias and found.residual):
+        return None
+    if found.activation is not None and (found.activation not in _CUBLAS_ACTIVATIONS or found.bias is None):
+        return None
+    return CublasParameters(found.bias is not None, found.activation, found.residual is not None)
+
+
+def weight(match: GemmMatch) -> tuple[TensorRef, int]:
+    """The weight as rows (N, K) of A's type, and their stride: as it is where it is that, else packed."""
+    spec, dtype = match.group.graph.values[match.weight], product_dtype(match)
+    if match.transposed and spec.strides[1] == 1 and STORAGE[spec.dtype] is dtype:
+        return match.weight, spec.strides[0]
+    return Packed(match.weight, ("gemm_cuda", match.transposed, dtype)), match.k
+
+
+def product_dtype(match: GemmMatch) -> DType:
+    """The type that A and W are multiplied in: that of A."""
+    return STORAGE[match.group.graph.values[match.a].dtype]
+
+
+def moved_bytes(match: GemmMatch) -> float:
+    """Every tensor once to or from memory."""
+    graph = match.group.graph
+    weight = match.n * match.k * product_dtype(match).bytes
+    return float(graph.values[match.a].nbytes + weight + match.program.bytes(graph))
+
+
+def pack(weight: Tensor, transposed: bool, dtype: DType) -> Tensor:
+    """The weight of a linear layer as contiguous (N, K) of ``dtype``; (K, N) when not ``transposed``. Shares memory
+    with ``weight`` where that is what it is already."""
+    return (weight if transposed else weight.t()).to(dtype.torch).contiguous()
+
+
+def space(match: GemmMatch, target: Target) -> Sequence[CudaGemmParameters | LibraryParameters]:
+    """The tiles with the least predicted time, and the library where it has such a kernel."""
+    program, dtype = match.program, product_dtype(match)
+    tensor_cores = dtype is not DType.F32 or TF32 in target.features
+    reduces = program.expression.has_reduction
+    choices = [
+        parameters(
+            match.n, match.k, dtype, program.expression, program.operands, program.output_dtypes, tile, tensor_cores
+        )
+        for tile in best_tiles(program.rows, match.n, match.k, dtype, tensor_cores, reduces, target)
+    ]
+    cublas = library(match)
+    return [*choices, *([cublas] if cublas is not None else [])]
+
+
+def parameters(
+    n: int,
+    k: int,
+    dtype: DType,
+    epilogue: Expression,
+    operands: Sequence[Operand],
+    out_dtypes: Sequence[DType],
+    tile: Tile,
+    tensor_cores: bool,
+) -> CudaGemmParameters:
+    """Parameters of one kernel; see :class:`CudaGemmParameters`."""
+    return CudaGemmParameters(n, k, dtype, tensor_cores, epilogue, tuple(operands), tuple(out_dtypes), tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def best_tiles(
+    rows: int, n: int, k: int, dtype: DType, tensor_cores: bool, reduces: bool, target: Target
+) -> tuple[Tile, ...]:
+    """Legal tiles for a product of these sizes on ``target``, those with the least predicted time first."""
+
+    def seconds(tile: Tile) -> float:
+        return _seconds(tile, rows, n, k, dtype, tensor_cores, reduces, target)
+
+    ranked = sorted(_legal_tiles(n, k, dtype, tensor_cores, target), key=seconds)
+    # The first of every shape: depth and stages differ less than shapes do.
+    best: dict[tuple[int, int, int], Tile] = {}
+    for tile in ranked:
+        best.setdefault((tile.bm, tile.bn, tile.split), tile)
+    return tuple(itertools.islice(best.values(), _CHOICES))
+
+
+def _legal_tiles(n: int, k: int, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
+    tiles = []
+    shapes = _TENSOR_TILES if tensor_cores else _FMA_TILES
+    for (bm, bn, warps_m, warps_n), depth, stages in itertools.product(shapes, _DEPTHS, _STAGES):
+        steps = -(-k * dtype.bytes // depth)
+        for split in _SPLITS:
+            tile = Tile(bm, bn, depth // dtype.bytes, warps_m, warps_n, stages, split)
+            if split > 1 and steps < split * _SPLIT_STEPS:
+                break
+            if tile.shared_bytes(dtype.bytes) <= target.shared_bytes:
+                tiles.append(tile)
+    return tiles
+
+
+def _seconds(
+    tile: Tile, rows: int, n: int, k: int, dtype: DType, tensor_cores: bool, reduces: bool, target: Target
+) -> float:
+    """Predicted time of the kernels without their start: the busiest SM's tiles, each bounded by its multiply-adds,
+    the fragments' way through shared memory, the tiles' way from L2, and the latency that the pipeline hides."""
+    steps = -(-k // tile.bk)
+    per_block = -(-steps // tile.split)
+    blocks = -(-rows // tile.bm) * -(-n // tile.bn) * tile.split
+    busiest = -(-blocks // target.cores)
+    resident = min(busiest, resident_blocks(tile, dtype, tensor_cores, target))
+    size = dtype.bytes
+    if tensor_cores:
+        rate = target.tensor_flops * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) * (0.5 if size == 4 else 1.0)
+    else:
+        rate = target.peak_flops * _FMA_SHARE
+    multiply = 2.0 * tile.bm * tile.bn * tile.bk / rate
+    loaded = (tile.bm + tile.bn) * tile.bk * size
+    fragments = (tile.bm * tile.warps_n + tile.bn * tile.warps_m) * tile.bk * size + loaded
+    step = max(multiply, fragments / _SHARED_BANDWIDTH, loaded / _L2_BANDWIDTH)
+    epilogue = tile.bm * tile.bn * 8 / _L2_BANDWIDTH
+    work = busiest * (per_block * step + epilogue)
+    hidden = -(-busiest // resident) * (_BLOCK_SECONDS + per_block * _LATENCY / (tile.stages - 1))
+    time = max(work, hidden)
+    if tile.split > 1 or (reduces and tile.bn < n):
+        moved = 8.0 * tile.split * rows * n
+        spills = moved / 2 > target.cache_bytes[1] / 2
+        time += target.launch_seconds + moved / (target.bandwidth if spills else _L2_BANDWIDTH * target.cores)
+    return time
+
+
+def resident_blocks(tile: Tile, dtype: DType, tensor_cores: bool, target: Target) -> int:
+    """Blocks that one SM runs at a time, at least one."""
+    shared = (target.shared_bytes + 1024) // (tile.shared_bytes(dtype.bytes) + 1024)
+    rows, columns = tile.bm // tile.warps_m, tile.bn // tile.warps_n
+    fragments = (rows // 4 + columns // 4) * 2 if tensor_cores else columns // 2
+    registers = min(rows * columns // 32 + fragments + 48, 255)
+    return max(1, min(shared, _REGISTERS // (registers * tile.threads), _THREADS // tile.threads))
+
+
+def cost(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters, target: Target) -> Cost:
+    """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory where a
+    second kernel applies it. The library is taken to find as good a tile, at a higher rate on Hopper and later."""
+    rows, dtype = match.program.rows, product_dtype(match)
+    tensor_cores = dtype is not DType.F32 or TF32 in target.features
+    flops = max(2.0 * rows * match.n * match.k, 1.0)
+    launches = 1
+    if isinstance(parameters, CudaGemmParameters):
+        p = parameters
+        seconds = _seconds(p.tile, rows, match.n, match.k, dtype, tensor_cores, p.reduces, target)
+        if p.separate:
+            # The roofline adds it.
+            seconds -= target.launch_seconds
+            launches = 2
+    else:
+        tile = best_tiles(rows, match.n, match.k, dtype, tensor_cores, False, target)[0]
+        seconds = _seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
+        if tensor_cores:
+            seconds *= _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) / _LIBRARY_SHARE
+    efficiency = flops / (target.peak_flops * target.cores * max(seconds, 1e-9))
+    return Cost(flops, moved_bytes(match), launches, efficiency)
+
+
+def call(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters) -> KernelCall | LibraryCall:
+    """The launch of a choice of :func:`space`."""
+    program = match.program
+    if not isinstance(parameters, CudaGemmParameters):
+        cublas = parameters if isinstance(parameters, CublasParameters) else CublasParameters(parameters.bias)
+        bounds = tuple(b.value for b in program.bounds)
+        run = CublasLinear(cublas, match.transposed)
+        return LibraryCall("cublas_linear", run, (match.a, match.weight, *bounds), program.outputs)
+    columns, stride = weight(match)
+    return KernelCall(
+        KernelSpec("gemm", "cuda/gemm.cu.j2", parameters),
+        (match.a, columns, *program.tensors),
+        (program.rows, match.row_stride, stride, *program.extents),
+        program.outputs,
+        parameters.workspace_bytes(program.rows),
+    )

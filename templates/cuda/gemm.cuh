@@ -1,0 +1,156 @@
+// Products of tiles in shared memory. A tile holds rows of kDepth elements along K in chunks of 16 bytes, swizzled so that
+// eight rows read at one chunk, as ldmatrix does, fall into different banks.
+#pragma once
+#include "cuda/device.cuh"
+
+namespace tile {
+using namespace device;
+
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));  // elements of a chunk
+
+// Where a chunk of a row begins, in elements.
+template <class T, int kDepth>
+__device__ __forceinline__ int place(int row, int chunk) {
+  constexpr int kChunks = kDepth / kVector<T>;
+  static_assert(kChunks == 4 || kChunks % 8 == 0, "rows fill halves or multiples of 128 bytes");
+  return row * kDepth + (chunk ^ (kChunks == 4 ? row / 2 % 4 : row % 8)) * kVector<T>;
+}
+
+// Copies kRows rows of `source` from `row`, columns from k, into a tile, asynchronously where rows start at multiples of
+// 16 bytes (`vectors`). Beyond `rows` the last row is repeated, beyond `columns` there are zeros.
+template <int kRows, int kDepth, int kThreads, class T>
+__device__ __forceinline__ void load(
+    T* tile, const T* source, int64_t stride, int64_t row, int64_t rows, int64_t k, int64_t columns, bool vectors) {
+  constexpr int kChunks = kDepth / kVector<T>, kCopies = kRows * kChunks;
+#pragma unroll
+  for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
+    const int at = i * kThreads + int(threadIdx.x);
+    if (kCopies % kThreads != 0 && at >= kCopies) break;
+    const int r = at / kChunks, chunk = at % kChunks;
+    const int64_t from = row + r < rows ? row + r : rows - 1, first = k + chunk * kVector<T>;
+    const int count = columns - first >= kVector<T> ? kVector<T> : columns > first ? int(columns - first) : 0;
+    const T* const p = source + from * stride + (count > 0 ? first : 0);
+    T* const q = tile + place<T, kDepth>(r, chunk);
+    if (vectors) {
+      cp_async<16>(q, p, count * int(sizeof(T)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) q[j] = j < count ? p[j] : T(0.0f);
+    }
+  }
+}
+
+// Fragments of A (from `row`) and of W (from `column`), two chunks deep.
+template <class Product, int kDepth, int kTilesM, int kTilesN>
+struct Fragments {
+  uint32_t a[kTilesM][4], w[kTilesN][2];
+
+  template <class T>
+  __device__ __forceinline__ void load(const T* tile_a, int row, const T* tile_w, int column, int step) {
+    static_assert(kTilesN % 2 == 0, "fragments of W are loaded in pairs");
+    const int lane = lane_id();
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+      ldmatrix(a[i], tile_a + place<T, kDepth>(row + 16 * i + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 2) {
+      uint32_t pair[4];
+      ldmatrix(pair, tile_w + place<T, kDepth>(column + 8 * j + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+      w[j][0] = pair[0], w[j][1] = pair[1], w[j + 1][0] = pair[2], w[j + 1][1] = pair[3];
+    }
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] = to_tf32(__uint_as_float(a[i][e]));
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) w[j][e] = to_tf32(__uint_as_float(w[j][e]));
+    }
+  }
+};
+
+// Sums of a warp's tile on the tensor cores: fragments of 16 x 8, spread over the lanes as mma.sync does.
+template <class Product, int kTilesM, int kTilesN>
+struct Sums {
+  float value[kTilesM][kTilesN][4] = {};
+
+  template <int kDepth, class T>
+  __device__ __forceinline__ void multiply(const T* tile_a, int row, const T* tile_w, int column) {
+    constexpr int kSteps = kDepth / kVector<T> / 2;
+    Fragments<Product, kDepth, kTilesM, kTilesN> fragments[2];
+    fragments[0].load(tile_a, row, tile_w, column, 0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step + 1 < kSteps) fragments[(step + 1) % 2].load(tile_a, row, tile_w, column, step + 1);
+      const auto& f = fragments[step % 2];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) mma<Product>(value[i][j], f.a[i], f.w[j]);
+    }
+  }
+
+  // Calls visit(row, column, x, y) with the sums x and y of two neighbours, counted within the warp's tile.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    const int row = lane_id() / 4, column = lane_id() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) {
+        const float(&x)[4] = value[i][j];
+        visit(row + 16 * i, column + 8 * j, x[0], x[1]);
+        visit(row + 16 * i + 8, column + 8 * j, x[2], x[3]);
+      }
+  }
+};
+
+// Sums of a warp's tile in fp32 by fused multiply-adds; a lane has every fourth row and every eighth column.
+template <int kTilesM, int kTilesN>
+struct ExactSums {
+  float value[kTilesM][kTilesN] = {};
+
+  template <int kDepth>
+  __device__ __forceinline__ void multiply(const float* tile_a, int row, const float* tile_w, int column) {
+    row += lane_id() / 8, column += lane_id() % 8;
+#pragma unroll 2
+    for (int chunk = 0; chunk < kDepth / 4; ++chunk) {
+      float4 w[kTilesN];
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j)
+        w[j] = *reinterpret_cast<const float4*>(tile_w + place<float, kDepth>(column + 8 * j, chunk));
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+        const float4 a = *reinterpret_cast<const float4*>(tile_a + place<float, kDepth>(row + 4 * i, chunk));
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) value[i][j] = fmaf(a.x, w[j].x, value[i][j]);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) value[i][j] = fmaf(a.y, w[j].y, value[i][j]);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) value[i][j] = fmaf(a.z, w[j].z, value[i][j]);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) value[i][j] = fmaf(a.w, w[j].w, value[i][j]);
+      }
+    }
+  }
+
+  // Calls visit(row, column, x) with every sum, counted within the warp's tile.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    const int row = lane_id() / 8, column = lane_id() % 8;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) visit(row + 4 * i, column + 8 * j, value[i][j]);
+  }
+};
+
+// Whether rows of `stride` elements from `p` all start at multiples of 16 bytes.
+template <class T>
+bool aligned(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * int64_t(sizeof(T)) % 16 == 0;
+}
+}  // namespace tile
