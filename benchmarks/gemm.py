@@ -1,10 +1,10 @@
 """The `gemm` family against F.linear, oneDNN's prepacked linear and the machine's floor.
 
-All arms of a shape run interleaved and the medians are compared, since the speed of a machine drifts. The floor is the
-larger of multiply-adds over the measured peak and bytes over the measured bandwidth (weights may come from cache, and
-then a small product can beat it).
+All arms of a shape run interleaved and the medians are compared, since the speed of a machine drifts; weights come from
+memory, as they do in a model, unless they should stay ``--warm``. The floor is the larger of multiply-adds over the
+measured peak and bytes over the measured bandwidth.
 
-    python benchmarks/gemm.py --rows 128 512 --json gemm.json
+    python benchmarks/gemm.py --rows 128 512
     python benchmarks/gemm.py --shapes minilm --variants
 """
 
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import as_record, interleave, ratios, save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,6 +38,8 @@ SHAPES = {
     "bert": [(768, 768), (2304, 768), (3072, 768), (768, 3072)],
     "minilm": [(384, 384), (1152, 384), (1536, 384), (384, 1536)],
 }
+_MOST_COPIES = 24
+_LEAD = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -77,87 +78,90 @@ def match_linear(problem: Problem, gelu: bool, target: Target) -> GemmMatch:
 
 
 def launcher(
-    problem: Problem, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int
+    problem: Problem, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int, copies: int
 ) -> Callable[[], None]:
-    """A function that runs the kernel on the problem."""
+    """A function that runs the kernel on the problem, with the next of ``copies`` copies of the weights each time."""
     call = GemmFamily().call(match, parameters, target, threads)
     assert isinstance(call, KernelCall)
     source = render(call.spec)
     kernel = load(build([source], target, headers=headers(call.spec))[source.symbol], source.symbol)
     named = {"x": problem.x, "b": problem.bias, call.outputs[0]: problem.out}
-    tensors = []
-    for ref in call.tensors:
-        if isinstance(ref, Packed):
-            layout: tuple[Any, ...] = ref.layout
-            tensors.append(pack(problem.weight, *layout[1:]))
-        else:
-            tensors.append(named[str(ref)])
     workspace = torch.empty(call.workspace_bytes + 64, dtype=torch.uint8)
     aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
-    args = KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, threads, aligned)
+    kept, arguments = [workspace], []
+    for _ in range(copies):
+        tensors = []
+        for ref in call.tensors:
+            if isinstance(ref, Packed):
+                layout: tuple[Any, ...] = ref.layout
+                tensors.append(pack(problem.weight, *layout[1:]))
+            else:
+                tensors.append(named[str(ref)])
+        kept += tensors
+        arguments.append(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, threads, aligned))
+    turn = itertools.cycle(arguments)
 
-    def run(kept: Sequence[Tensor] = (*tensors, workspace)) -> None:
-        kernel(args)
+    def run(_: Sequence[Tensor] = tuple(kept)) -> None:
+        kernel(next(turn))
 
     return run
 
 
-def medians(arms: Mapping[str, Callable[[], object]], repeats: int, slice_seconds: float) -> dict[str, float]:
-    """Median seconds of one call of every arm; each repeat gives every arm a slice of time in turn."""
-    calls = {}
-    for name, run in arms.items():
-        run()
-        start = time.perf_counter()
-        run()
-        calls[name] = max(1, int(slice_seconds / (time.perf_counter() - start)))
-    samples: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(repeats):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            samples[name].append((time.perf_counter() - start) / calls[name])
-    return {name: statistics.median(s) for name, s in samples.items()}
+def in_turn(run: Callable[[Tensor], object], weights: Sequence[Tensor]) -> Callable[[], object]:
+    """``run`` with the next of the weights at every call."""
+    turn = itertools.cycle(weights)
+    return lambda: run(next(turn))
 
 
 def measure(
     n: int, k: int, rows: int, dtype: torch.dtype, target: Target, options: argparse.Namespace
-) -> dict[str, object]:
-    """One shape: seconds and GFLOP/s of every arm, and the floor."""
+) -> dict[str, Any]:
+    """One shape: milliseconds and GFLOP/s of every arm, and the floor."""
     problem, threads = Problem.make(rows, n, k, dtype), options.threads
-    launch = functools.partial(launcher, problem, target=target, threads=threads)
+    x, weight, bias = problem.x, problem.weight, problem.bias
+    # In a model other layers' weights come between two uses of one.
+    copies = 1 if options.warm else min(max(-(-3 * target.cache_bytes[2] // (2 * weight.nbytes)), 2), _MOST_COPIES)
+    launch = functools.partial(launcher, problem, target=target, threads=threads, copies=copies)
     plain, fused = (match_linear(problem, gelu, target) for gelu in (False, True))
     spaces = [[c for c in GemmFamily().space(m, target) if isinstance(c, GemmParameters)] for m in (plain, fused)]
-    x, weight, bias = problem.x, problem.weight, problem.bias
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    weights = [weight.clone() for _ in range(copies)]
+    packed = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
+    linear = torch.ops.mkldnn._linear_pointwise
     arms: dict[str, Callable[[], object]] = {
         "ours": launch(match=plain, parameters=spaces[0][0]),
         "ours+gelu": launch(match=fused, parameters=spaces[1][0]),
-        "linear": lambda: F.linear(x, weight, bias),
-        "linear+gelu": lambda: F.gelu(F.linear(x, weight, bias)),
-        "prepacked": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""),
-        "prepacked+gelu": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "none"),
+        "linear": in_turn(lambda w: F.linear(x, w, bias), weights),
+        "linear+gelu": in_turn(lambda w: F.gelu(F.linear(x, w, bias)), weights),
+        "prepacked": in_turn(lambda w: linear(x, w, bias, "none", [], ""), packed),
+        "prepacked+gelu": in_turn(lambda w: linear(x, w, bias, "gelu", [], "none"), packed),
     }
     if options.variants:
         arms |= {f"{c.mr}x{c.nr} kc={c.kc}": launch(match=plain, parameters=c) for c in spaces[0][1:]}
-    seconds = medians(arms, options.repeats, options.slice)
+    for name in ("ours", "ours+gelu"):
+        arms[name]()
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        exact = F.gelu(exact) if name.endswith("gelu") else exact
+        error = float((problem.out - exact).norm() / exact.norm())
+        if not error <= (1e-5 if dtype is torch.float32 else 1e-2):
+            raise SystemExit(f"{name} is wrong for {n}x{k} at {rows} rows: relative error {error:.2g}")
+    timings = interleave(arms, options.rounds, lead=_LEAD)
     flops = 2.0 * rows * n * k
     moved = sum(t.nbytes for t in (x, weight, bias, problem.out))
     # One instruction multiplies pairs of bf16 numbers, in the time of one fp32 multiply-add.
     peak = target.peak_flops * threads * (2 if spaces[0][0].pairs else 1)
-    floor = max(flops / peak, moved / target.bandwidth)
-    best = min(seconds[name] for name in ("linear", "prepacked"))
+    ours = timings["ours"].median_ms
     return {
         "n": n,
         "k": k,
         "rows": rows,
-        "seconds": seconds,
-        "gflops": {name: flops / s / 1e9 for name, s in seconds.items()},
-        "floor_seconds": floor,
-        "fraction_of_peak": flops / peak / seconds["ours"],
-        "speedup_over_linear": seconds["linear"] / seconds["ours"],
-        "speedup_over_best": best / seconds["ours"],
-        "gelu_cost": seconds["ours+gelu"] / seconds["ours"] - 1,
+        "dtype": options.dtype,
+        "copies": copies,
+        "arms": as_record(timings),
+        "gflops": {name: round(flops / t.median_ms / 1e6, 1) for name, t in timings.items()},
+        "floor_ms": 1e3 * max(flops / peak, moved / target.bandwidth),
+        "fraction_of_peak": flops / peak / ours * 1e3,
+        "faster_than": ratios(timings, "ours"),
+        "gelu_cost": timings["ours+gelu"].median_ms / ours - 1,
     }
 
 
@@ -167,10 +171,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 128, 512, 2048])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--slice", type=float, default=0.01, help="seconds that an arm runs in one repeat")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warm", action="store_true", help="use the same weights at every call")
     parser.add_argument("--variants", action="store_true", help="also measure the other choices of the family's space")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gemm.json")
     options = parser.parse_args()
     target = cpu_target(recalibrate=True)
     options.threads = options.threads or target.cores
@@ -184,13 +188,9 @@ def main() -> None:
             for rows in options.rows:
                 result = measure(n, k, rows, DTYPES[options.dtype], target, options)
                 results.append(result)
-                gflops = result["gflops"]
-                assert isinstance(gflops, dict)
-                row = "  ".join(f"{name} {value:.0f}" for name, value in gflops.items())
+                row = "  ".join(f"{name} {value:.0f}" for name, value in result["gflops"].items())
                 print(f"{n}x{k} rows {rows}: {row}  peak {result['fraction_of_peak']:.0%}", flush=True)
-    if options.json:
-        machine = {"peak_flops": peak, "bandwidth": target.bandwidth, "threads": options.threads, "arch": target.arch}
-        options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "results": results}, indent=1))
+    print(save("gemm", target, results, options.output))
 
 
 if __name__ == "__main__":

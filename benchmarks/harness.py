@@ -34,11 +34,13 @@ class Timing:
     runs: int
 
 
-def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+def interleave(
+    arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, lead: int = 1
+) -> dict[str, Timing]:
     """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all.
 
-    Before an arm's turn the threads of the one before get time to stop spinning, and one call is not counted, so that
-    no arm pays for its neighbour.
+    Before an arm's turn the threads of the one before get time to stop spinning, and ``lead`` calls are not counted, so
+    that no arm pays for its neighbour; calls of a few milliseconds need more of them, until the clock has settled.
     """
     for run in arms.values():
         for _ in range(warmup):
@@ -47,7 +49,8 @@ def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: in
     for _ in range(rounds):
         for name, run in arms.items():
             time.sleep(_SETTLE_SECONDS)
-            run()
+            for _ in range(lead):
+                run()
             start = time.perf_counter()
             run()
             samples[name].append(1e3 * (time.perf_counter() - start))

@@ -213,7 +213,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels: Mapping[str, Ke
 
 def test_nothing_to_do(kernels: Mapping[str, Kernel]) -> None:
     case = CASES["softmax"]
-    run(kernels["softmax"], case, [torch.empty(0, 4)], 0, 4)
+    (got,) = run(kernels["softmax"], case, [torch.empty(0, 4)], 0, 4)
+    assert got.shape == (0, 4)
 
 
 def test_sources_name_their_parameters(tmp_path: Path) -> None:

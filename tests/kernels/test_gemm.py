@@ -246,7 +246,7 @@ def test_bf16_storage(case: Case, kernels: Callable[[Case], Kernel]) -> None:
 
 def test_nothing_to_do(kernels: Callable[[Case], Kernel]) -> None:
     """No rows: nothing is read or written, not even through null addresses."""
-    kernels(SPECIAL)(KernelArgs.pack([0, 0, 0, 0], [0, SPECIAL.k, 0, 1, SPECIAL.n], 2))
+    assert kernels(SPECIAL).status(KernelArgs.pack([0, 0, 0, 0], [0, SPECIAL.k, 0, 1, SPECIAL.n], 2)) == 0
 
 
 def test_empty_sum_is_the_epilogue_of_zero(kernels: Callable[[Case], Kernel]) -> None:
