@@ -22,9 +22,10 @@ from fuser.codegen.render import TEMPLATES, render
 from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
-from fuser.kernels.attention import AttentionParameters, cached_plan, extents, workspace_bytes
+from fuser.kernels.attention import AttentionParameters, cached_plan, extents, keep_plans, workspace_bytes
 from fuser.kernels.base import FLOATING, STORAGE
 from fuser.kernels.plan import AttentionPlan
+from fuser.plans import CachedPlans
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.library import Kernel
 
@@ -334,6 +335,8 @@ def _say(reason: str) -> None:
 
 
 # ---- the kernel
+
+keep_plans(CachedPlans())
 
 
 def _launch(

@@ -17,7 +17,7 @@ from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import FLOATING, STORAGE, Cost, DType, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
-from fuser.kernels.planner import plan
+from fuser.kernels.planner import PlanStore, stored_plan
 
 TEMPLATE = "cpu/attention.cpp.j2"
 HEADS_IN_FLIGHT = 2
@@ -196,7 +196,16 @@ def _is_chain(operators: Sequence[Operator]) -> bool:
     return all(after.inputs[0] == before.output for before, after in itertools.pairwise(operators))
 
 
+_store: PlanStore | None = None
+
+
+def keep_plans(store: PlanStore | None) -> None:
+    """Let :func:`cached_plan` read plans from ``store`` and write new ones to it; None for this process alone."""
+    global _store
+    _store = store
+
+
 @functools.lru_cache(maxsize=128)
 def cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
-    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan."""
-    return plan(mask, q_len, kv_len, target)
+    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan, and processes where a store is set."""
+    return stored_plan(mask, q_len, kv_len, target, _store)

@@ -7,20 +7,37 @@ from their entries (:mod:`fuser.kernels.detection`).
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fuser.ir.masks import Mask, TensorMask
+from fuser.ir.errors import PlanError
+from fuser.ir.masks import Mask, MaskMod, TensorMask, from_dense
 from fuser.ir.masks.structure import Part, progressions
 from fuser.ir.target import Target
 from fuser.kernels.cover import COSTS, SPAN, Cover, GroupCost, by_class, from_parts, identity
 from fuser.kernels.detection import detect
-from fuser.kernels.plan import AttentionPlan, Int64s
+from fuser.kernels.plan import FORMAT, AttentionPlan, Int64s
 
 _SAMPLE = 48
 """Spans of rows on which arrangements are compared."""
+
+
+_VERSION = 1
+"""Counts the rules by which plans are made, so that stored ones of older rules are made anew."""
+
+
+class PlanStore(Protocol):
+    """A place that outlives the process and keeps plans as bytes; it may forget any of them at any time."""
+
+    def read(self, key: str) -> bytes | None:
+        """What was written for ``key``, intact, or None."""
+
+    def write(self, key: str, title: str, content: bytes) -> None:
+        """Keep ``content`` for ``key``; ``title`` is for people."""
 
 
 class _Piece(NamedTuple):
@@ -48,6 +65,34 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
         if part not in known:
             known[part] = list(_pieces(part, q_len, m, model))
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
+
+
+def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, store: PlanStore | None) -> AttentionPlan:
+    """:func:`plan`, from ``store`` where it has one; what is made is written to it.
+
+    The key covers the entries of the mask, the lengths, the costs of the target and the format. A stored plan that
+    cannot be read, or is one of other lengths or heads, is made anew.
+    """
+    if store is None:
+        return plan(mask, q_len, kv_len, target)
+    mask.validate(q_len, kv_len)
+    if isinstance(mask, MaskMod):
+        # A function is opaque: its entries are the key and what is planned, and are taken once.
+        mask = from_dense(mask.dense(q_len, kv_len))
+    costs = dataclasses.asdict(COSTS["cpu" if target is None else target.kind])
+    key = json.dumps([FORMAT, _VERSION, q_len, kv_len, mask.fingerprint(q_len, kv_len), costs], sort_keys=True)
+    content = store.read(key)
+    if content is not None:
+        try:
+            found = AttentionPlan.from_bytes(content)
+        except PlanError:
+            pass
+        else:
+            if (found.q_len, found.kv_len, found.heads) == (q_len, kv_len, mask.heads):
+                return found
+    made = plan(mask, q_len, kv_len, target)
+    store.write(key, f"{mask.name}, {q_len} x {kv_len}", made.to_bytes())
+    return made
 
 
 def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int, _Piece]]) -> AttentionPlan:

@@ -1,8 +1,9 @@
-"""The kernel cache on disk: content-addressed libraries and small records, safe under many processes.
+"""The kernel cache on disk: content-addressed libraries, plans and small records, safe under many processes.
 
 Layout below the root (mode 0700)::
 
     kernels/ab/<key>/{kernel.so, source.cpp, manifest.json}    one entry, renamed into place as a whole
+    plans/<sha256 of the key>.plan                             a line of JSON, then the plan; renamed into place
     records/<kind>/<sha256 of the key>.json                    one record, renamed into place
     locks/<key>.lock                                           held while a kernel is being built
     failed/<key>/                                              sources that did not compile, with the compiler's output
@@ -42,6 +43,9 @@ _ENTRY_FILES = ("kernel.so", "manifest.json", "source.cpp")
 DEFAULT_MAX_BYTES = 2 << 30
 _STALE_SECONDS = 86_400.0
 _FAILURES_KEPT = 32
+_LARGEST_PLAN = 1 / 8
+"""Part of the cache that one plan may take."""
+_LONGEST_HEADER = 1 << 16
 _UNWRITABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST}
     | {errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.ENOENT, errno.ENODEV, errno.EMLINK, errno.EFBIG}
@@ -152,13 +156,24 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class PlanEntry:
+    """One cached plan: its file's name, what it is a plan of, bytes, and its last use in seconds since 1970."""
+
+    name: str
+    title: str
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """What :meth:`KernelCache.verify` found: intact entries and records, and (name, reason) of damaged ones."""
+    """What :meth:`KernelCache.verify` found: intact entries, records and plans, and (name, reason) of damaged ones."""
 
     kernels: int
     records: int
     bytes: int
     damaged: tuple[tuple[str, str], ...]
+    plans: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class ImportReport:
 
 
 class KernelCache:
-    """Compiled kernels and small records on disk.
+    """Compiled kernels, plans and small records on disk.
 
     ``root`` defaults to ``$FUSER_CACHE_DIR``, else the user's cache directory. A directory that cannot be written
     (read-only, full, unusable HOME) is still read, and a private temporary directory takes what is new. Raises
@@ -241,13 +256,14 @@ class KernelCache:
         return [entry for _, entry in sorted(found, key=lambda item: (-item[0], item[1].key))]
 
     def size(self) -> int:
-        """Bytes of all kernels, with their sources and manifests."""
-        return sum(_folder_bytes(folder) for folder in self._folders([self.root]))
+        """Bytes of all kernels, with their sources and manifests, and of all plans."""
+        plans = _folder_bytes(self.root / "plans")
+        return plans + sum(_folder_bytes(folder) for folder in self._folders([self.root]))
 
     def verify(self) -> VerifyReport:
-        """Check every kernel and record against its checksum. Nothing is changed; damaged ones are misses anyway."""
+        """Check every kernel, record and plan against its checksum. Nothing is changed; what is damaged is a miss."""
         damaged: list[tuple[str, str]] = []
-        kernels = records = total = 0
+        kernels = records = plans = total = 0
         for folder in self._folders(self._roots()):
             try:
                 total += self._check(folder.name, folder, remember=False).size
@@ -260,12 +276,18 @@ class KernelCache:
                 records += 1
             except (OSError, CacheError) as error:
                 damaged.append((f"{path.parent.name}/{path.name}", str(error)))
-        return VerifyReport(kernels, records, total, tuple(damaged))
+        for path in self._plan_paths(self._roots()):
+            try:
+                _parse_plan(path.read_bytes(), path)
+                plans += 1
+            except (OSError, CacheError) as error:
+                damaged.append((f"plans/{path.name}", str(error)))
+        return VerifyReport(kernels, records, total, tuple(damaged), plans)
 
     def prune(self, max_bytes: int | None = None) -> list[str]:
-        """Remove the least recently used kernels until at most ``max_bytes`` are left; the keys that were removed.
+        """Remove the least recently used kernels and plans until at most ``max_bytes`` are left; what was removed.
 
-        Kernels that this process has used stay.
+        The result has the keys of kernels and the file names of plans. Kernels that this process has used stay.
         """
         limit = self.max_bytes if max_bytes is None else max_bytes
         found = []
@@ -273,6 +295,9 @@ class KernelCache:
             with contextlib.suppress(OSError):
                 accessed = max(path.stat().st_mtime for path in (folder / "manifest.json", folder) if path.exists())
                 found.append((accessed, folder.name, _folder_bytes(folder), folder))
+        for path in self._plan_paths([self.root]):
+            with contextlib.suppress(OSError):
+                found.append((path.stat().st_mtime, path.name, path.stat().st_size, path))
         total = sum(size for _, _, size, _ in found)
         removed = []
         for _, key, size, folder in sorted(found):
@@ -285,8 +310,8 @@ class KernelCache:
         return removed
 
     def clear(self) -> None:
-        """Remove all kernels, records and kept failures. Kernels that are loaded anywhere keep working."""
-        for name in ("kernels", "records", "failed"):
+        """Remove all kernels, plans, records and kept failures. Kernels that are loaded anywhere keep working."""
+        for name in ("kernels", "plans", "records", "failed"):
             self._remove(self.root / name)
         self._verified.clear()
         self._used.clear()
@@ -311,6 +336,47 @@ class KernelCache:
             mine, theirs = fields.get(name, "absent")[:16], other.get(name, "absent")[:16]
             lines.append(f"  {name}: {mine}" + ("" if mine == theirs else f"  differs from {theirs}"))
         return "\n".join(lines)
+
+    # Plans
+
+    def read_plan(self, key: str) -> bytes | None:
+        """What was written for ``key``, or None if there is nothing or it is damaged."""
+        for root in self._roots():
+            path = _plan_path(root, key)
+            try:
+                content = _parse_plan(path.read_bytes(), path)[1]
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, CacheError) as error:
+                logger.warning("a cached plan is damaged and will be made again: %s", error)
+                continue
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return content
+        return None
+
+    def write_plan(self, key: str, title: str, content: bytes) -> None:
+        """Keep the bytes of a plan for ``key`` (any text), unless they would fill a large part of the cache.
+
+        Raises :class:`CacheError` if nothing can be written anywhere.
+        """
+        if len(content) > _LARGEST_PLAN * self.max_bytes:
+            return
+        checksum = hashlib.sha256(content).hexdigest()
+        fields = {"format": FORMAT, "key": _plan_path(self.root, key).stem, "title": title, "sha256": checksum}
+        whole = json.dumps(fields).encode() + b"\n" + content
+        self._writing(lambda root: _write_atomic(_plan_path(root, key), whole, root / "tmp"))
+
+    def plans(self) -> list[PlanEntry]:
+        """All plans, most recently used first; damaged ones are left out."""
+        found = []
+        for path in self._plan_paths(self._roots()):
+            with contextlib.suppress(OSError, CacheError):
+                status = path.stat()
+                with path.open("rb") as file:
+                    title, _ = _plan_header(file.readline(_LONGEST_HEADER), path)
+                found.append(PlanEntry(path.name, title, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda entry: (-entry.used, entry.name))
 
     # Records
 
@@ -449,6 +515,9 @@ class KernelCache:
     def _record_paths(self) -> list[Path]:
         return sorted(path for root in self._roots() for path in (root / "records").glob("*/*.json"))
 
+    def _plan_paths(self, roots: Iterable[Path]) -> list[Path]:
+        return sorted(path for root in roots for path in (root / "plans").glob("*.plan"))
+
     def _check(self, key: str, folder: Path, *, remember: bool = True) -> Entry:
         """The manifest of an entry whose library matches it. Raises OSError or :class:`CacheError`."""
         manifest, library = folder / "manifest.json", folder / "kernel.so"
@@ -512,7 +581,7 @@ class KernelCache:
                 return
 
     def _remove(self, folder: Path) -> bool:
-        """Make a directory vanish at once: rename it away, then delete it. False if it could not be removed."""
+        """Make a directory or file vanish at once: rename it away, then delete it. False if it could not be removed."""
         try:
             trash = Path(tempfile.mkdtemp(prefix="trash-", dir=self.root / "tmp"))
             folder.rename(trash / "it")
@@ -610,7 +679,7 @@ def _prepare(root: Path) -> None:
             f"other users can write to the kernel cache {root} and could put code into it; "
             f"run `chmod 700 {root}`, or set FUSER_CACHE_DIR to another directory"
         )
-    for name in ("tmp", "locks", "kernels", "records"):
+    for name in ("tmp", "locks", "kernels", "plans", "records"):
         (root / name).mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryFile(dir=root / "tmp") as probe:
         probe.write(b"writable")
@@ -646,6 +715,29 @@ def _write_atomic(path: Path, content: bytes, temporary: Path) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _plan_path(root: Path, key: str) -> Path:
+    return root / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.plan"
+
+
+def _parse_plan(content: bytes, path: Path) -> tuple[str, bytes]:
+    """(title, plan) of a file. Raises :class:`CacheError` if it is damaged."""
+    line, _, plan = content.partition(b"\n")
+    title, checksum = _plan_header(line, path)
+    if hashlib.sha256(plan).hexdigest() != checksum:
+        raise CacheError(f"{path} does not match its checksum")
+    return title, plan
+
+
+def _plan_header(line: bytes, path: Path) -> tuple[str, str]:
+    try:
+        header = json.loads(line)
+        if header["format"] != FORMAT or header["key"] != path.stem:
+            raise ValueError("it belongs to another key or format")
+        return str(header["title"]), str(header["sha256"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheError(f"the plan {path} is damaged: {error}") from error
 
 
 def _record_path(root: Path, kind: str, key: str) -> Path:

@@ -1,4 +1,4 @@
-"""``fuserc cache``: the kernels on disk."""
+"""``fuserc cache``: the kernels and plans on disk."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _UNITS = {"": 0, "k": 10, "m": 20, "g": 30}
 
 @app.command("ls")
 def ls(json: Json = False) -> None:
-    """List the kernels, most recently used first."""
+    """List the kernels and attention plans, most recently used first."""
     from fuser.report import size_text
     from fuser.runtime.cache import default_cache
 
     cache = default_cache()
-    entries = cache.entries()
+    entries, plans = cache.entries(), cache.plans()
     if json:
-        listed = [dataclasses.asdict(entry) for entry in entries]
-        print_json({"root": str(cache.root), "bytes": cache.size(), "max_bytes": cache.max_bytes, "kernels": listed})
+        lists = {"kernels": [dataclasses.asdict(e) for e in entries], "plans": [dataclasses.asdict(p) for p in plans]}
+        print_json({"root": str(cache.root), "bytes": cache.size(), "max_bytes": cache.max_bytes, **lists})
         return
     rows = [
         (entry.symbol, entry.key[:12], size_text(entry.size), _age(entry.created), entry.compiler.splitlines()[0])
@@ -39,18 +39,19 @@ def ls(json: Json = False) -> None:
     out = console()
     if rows:
         out.print(table("", ("kernel", "key", ">size", ">built", "compiler"), rows))
-    out.print(
-        f"{len(entries)} kernels in {cache.root}, {size_text(cache.size())} of {size_text(cache.max_bytes)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    if plans:
+        listed = [(plan.title, plan.name[:12], size_text(plan.size), _age(plan.used)) for plan in plans]
+        out.print(table("", ("plan", "key", ">size", ">used"), listed))
+    used = f"{size_text(cache.size())} of {size_text(cache.max_bytes)}"
+    text = f"{len(entries)} kernels and {len(plans)} plans in {cache.root}, {used}"
+    out.print(text, markup=False, soft_wrap=True)
 
 
 @app.command("verify")
 def verify(json: Json = False) -> None:
-    """Check every kernel and record against its checksum. Exits with 1 when one is damaged.
+    """Check every kernel, plan and record against its checksum. Exits with 1 when one is damaged.
 
-    Damaged kernels are never loaded: they are built again when they are needed.
+    Damaged kernels and plans are never used: they are made again when they are needed.
     """
     from fuser.report import size_text
     from fuser.runtime.cache import default_cache
@@ -61,7 +62,8 @@ def verify(json: Json = False) -> None:
         print_json({"root": str(cache.root), **dataclasses.asdict(report)})
     else:
         out = console()
-        text = f"{report.kernels} kernels ({size_text(report.bytes)}) and {report.records} records are intact"
+        kernels = f"{report.kernels} kernels ({size_text(report.bytes)})"
+        text = f"{kernels}, {report.plans} plans and {report.records} records are intact"
         out.print(f"{text} in {cache.root}", markup=False, soft_wrap=True)
         for name, reason in report.damaged:
             out.print(f"damaged: {name}: {reason}", markup=False, soft_wrap=True)
@@ -75,11 +77,11 @@ def prune(
         str, typer.Option("--max-size", help="Keep at most this much: bytes, or with a unit as in 500M or 2G.")
     ] = "",
     everything: Annotated[
-        bool, typer.Option("--all", help="Remove all kernels, tuning results and kept failures.")
+        bool, typer.Option("--all", help="Remove all kernels, plans, tuning results and kept failures.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Remove the least recently used kernels."""
+    """Remove the least recently used kernels and plans."""
     from fuser.report import size_text
     from fuser.runtime.cache import default_cache
 
@@ -87,7 +89,7 @@ def prune(
     cache = default_cache()
     before = cache.size()
     if everything:
-        removed = [entry.key for entry in cache.entries()]
+        removed = [*(entry.key for entry in cache.entries()), *(plan.name for plan in cache.plans())]
         cache.clear()
     else:
         removed = cache.prune(limit)
@@ -95,7 +97,9 @@ def prune(
     if json:
         print_json({"root": str(cache.root), "removed": removed, "freed": freed, "bytes": cache.size()})
     else:
-        console().print(f"removed {len(removed)} kernels, {size_text(freed)}; {size_text(cache.size())} are left")
+        count = sum(name.endswith(".plan") for name in removed)
+        text = f"removed {len(removed) - count} kernels and {count} plans, {size_text(freed)}"
+        console().print(f"{text}; {size_text(cache.size())} are left")
 
 
 @app.command("export")

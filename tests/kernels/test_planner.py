@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import fuser
 from fuser import masks
 from fuser.ir.masks.structure import progressions
+from fuser.kernels import planner
 from fuser.kernels.plan import AttentionPlan
-from fuser.kernels.planner import plan
+from fuser.kernels.planner import plan, stored_plan
 
 NAMED = {
     "causal": masks.Causal(),
@@ -172,6 +173,59 @@ def test_rows_without_keys_add_no_phase() -> None:
     made = plan(mask, 1024)
     made.validate(mask)
     assert made.phases == 1
+
+
+class Store(dict[str, bytes]):
+    """Plans in memory."""
+
+    def read(self, key: str) -> bytes | None:
+        return self.get(key)
+
+    def write(self, key: str, title: str, content: bytes) -> None:
+        self[key] = content
+
+
+TABLE = torch.rand(70, 80, generator=torch.Generator().manual_seed(0)) < 0.3
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Longformer(9, 2) | masks.Strided(),
+        masks.from_dense(TABLE),
+        masks.from_mask_mod(lambda b, h, i, j: TABLE[i, j]),
+        masks.per_head([masks.Causal(), masks.from_dense(TABLE)]),
+    ],
+    ids=["structured", "entries", "function", "heads"],
+)
+def test_stored_plans_are_not_made_again(mask: masks.Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    made = stored_plan(mask, 70, 80, None, store)
+    made.validate(mask)
+    monkeypatch.setattr(planner, "plan", None)
+    assert stored_plan(mask, 70, 80, None, store) == made
+    assert len(store) == 1
+
+
+def test_what_a_plan_depends_on_is_in_its_key() -> None:
+    store = Store()
+    mask = masks.Dilated(5, 3)
+    for lengths in ((60, 60), (60, 61), (61, 60)):
+        stored_plan(mask, *lengths, None, store).validate(mask)
+    stored_plan(masks.Dilated(5, 4), 60, 60, None, store)
+    assert len(store) == 4
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"rubbish!", plan(masks.Causal(), 61, 60).to_bytes(), plan(masks.Causal(), 60).to_bytes()[:-8]]
+)
+def test_stored_rubbish_is_planned_anew(content: bytes) -> None:
+    store, mask = Store(), masks.Causal()
+    made = stored_plan(mask, 60, 60, None, store)
+    (key,) = store
+    store[key] = content
+    assert stored_plan(mask, 60, 60, None, store) == made
+    assert store[key] == made.to_bytes()
 
 
 def test_plan_is_public() -> None:

@@ -464,6 +464,58 @@ def test_records_come_back(key: str, value: dict[str, Any], cache: KernelCache) 
     assert cache.verify().damaged == ()
 
 
+@given(key=st.text(), title=st.text(), content=st.binary(max_size=300))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_plans_come_back(key: str, title: str, content: bytes, cache: KernelCache) -> None:
+    cache.write_plan(key, title, content)
+    assert cache.read_plan(key) == content
+    assert cache.read_plan(key + "x") is None
+    assert title in {entry.title for entry in cache.plans()}
+    assert not cache.verify().damaged
+
+
+@given(data=st.data())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_damage_changes_a_plan(data: st.DataObject, cache: KernelCache) -> None:
+    cache.write_plan("key", "title", b"content of the plan")
+    (path,) = cache.root.glob("plans/*.plan")
+    intact = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(intact) - 1))
+    intact[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(intact)
+    read = cache.read_plan("key")
+    assert read is None or read == b"content of the plan"
+    assert bool(cache.verify().damaged) == (read is None)
+
+
+def test_a_plan_of_another_key_is_a_miss(cache: KernelCache) -> None:
+    cache.write_plan("a", "a", b"plan of a")
+    cache.write_plan("b", "b", b"plan of b")
+    first, second = cache.root.glob("plans/*.plan")
+    first.write_bytes(second.read_bytes())
+    assert sorted([cache.read_plan("a") or b"", cache.read_plan("b") or b""])[0] == b""
+
+
+def test_plans_are_pruned_with_the_kernels(cache: KernelCache, tmp_path: Path) -> None:
+    old, new = (cache.root / "plans" / hashlib.sha256(key).hexdigest() for key in (b"old", b"new"))
+    for key in ("old", "new"):
+        cache.write_plan(key, key, bytes(1000))
+    for path, used in ((old, 1.0), (new, 3.0)):
+        os.utime(f"{path}.plan", (used, used))
+    assert cache.size() > 2000
+    assert cache.prune(1500) == [f"{old.name}.plan"]
+    assert [entry.title for entry in cache.plans()] == ["new"]
+    cache.clear()
+    assert cache.size() == 0
+
+
+def test_a_plan_that_would_fill_the_cache_is_not_kept(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "small", max_bytes=800)
+    cache.write_plan("small", "small", bytes(100))
+    cache.write_plan("large", "large", bytes(101))
+    assert [entry.title for entry in cache.plans()] == ["small"]
+
+
 def test_a_record_can_be_replaced(cache: KernelCache) -> None:
     cache.write_record("tuning", "a", {"x": 1})
     cache.write_record("tuning", "a", {"x": 2})
