@@ -35,6 +35,7 @@ _FLAGS = (
 )
 _CHECKED = (
     *("-O1", "-g1", "-DFUSER_CHECKED", "-fsanitize=thread,bounds-strict,alignment"),
+    "-fno-toplevel-reorder",  # variables stay in the order of their declarations: arrays and the gaps between them
     *("--param", "tsan-instrument-func-entry-exit=0"),
 )
 # What mma and conversions are quick with: all of it or nothing, so that there are two kinds of libraries.

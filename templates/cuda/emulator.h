@@ -34,8 +34,14 @@
 #include <utility>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(FUSER_EMULATOR_PORTABLE)
+#define FUSER_EMULATOR_F16C
 #include <immintrin.h>
+#endif
+
+// FUSER_EMULATOR_PORTABLE: what other processors get, for tests.
+#if defined(__x86_64__) && !defined(FUSER_EMULATOR_PORTABLE)
+#define FUSER_EMULATOR_X86
 #endif
 
 // CUDA's keywords. Shared memory is per OS thread because a block runs on one.
@@ -44,7 +50,14 @@
 #define __device__
 #define __host__
 #define __constant__
+#ifdef FUSER_CHECKED
+// A gap in front of every array, so that leaving one is noticed.
+#define FUSER_JOIN_NAMES(a, b) a##b
+#define FUSER_GAP(number) FUSER_JOIN_NAMES(fuser_gap_, number)
+#define __shared__ static thread_local __attribute__((used)) char FUSER_GAP(__COUNTER__)[128]; static thread_local
+#else
 #define __shared__ static thread_local
+#endif
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
@@ -152,7 +165,7 @@ struct List {
 
 struct Fiber {
     void* stack_pointer;
-#ifndef __x86_64__
+#ifndef FUSER_EMULATOR_X86
     ucontext_t context;
 #endif
     uint3 thread;
@@ -180,7 +193,8 @@ struct Rendezvous {
 
 struct Warp {
     uint32_t live;
-    Rendezvous pending[32];  // by the lowest lane of the mask
+    Rendezvous pending[32];      // by the lowest lane of the mask
+    const Rendezvous* carried_out;  // the one whose operation runs
     void* operands[32];
     Fiber* fibers;  // of lane 0; those of the other lanes follow
 };
@@ -283,7 +297,7 @@ constexpr size_t GAP = 0;
 
 // Context switches
 
-#ifdef __x86_64__
+#ifdef FUSER_EMULATOR_X86
 extern "C" void fuser_emulator_switch(void** from, void* to);
 asm(R"(
 .pushsection .text
@@ -356,7 +370,7 @@ inline Worker::~Worker() {
 // A place in the kernel: its line, or an address in this library that debug information gives a line to.
 struct Site {
     uint64_t address;
-    int line;
+    Where where;
 };
 
 // An address in this library, as addr2line wants it: relative to where the library is mapped.
@@ -375,7 +389,7 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
     fault = {};
     fault.block[0] = w.block.x, fault.block[1] = w.block.y, fault.block[2] = w.block.z;
     if (fiber) fault.thread[0] = fiber->thread.x, fault.thread[1] = fiber->thread.y, fault.thread[2] = fiber->thread.z;
-    fault.line = where.line, fault.other_line = other.line;
+    fault.line = where.line, fault.other_line = other.where.line;
     fault.address = relative_address(address), fault.other = relative_address(other.address);
     if (where.file) snprintf(fault.file, sizeof fault.file, "%s", where.file);
     vsnprintf(fault.text, sizeof fault.text, format, arguments);
@@ -399,7 +413,7 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
                                                                                       const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    record_fault(*worker, worker->current, {nullptr, site.line}, site.address, other, format, arguments);
+    record_fault(*worker, worker->current, site.where, site.address, other, format, arguments);
     va_end(arguments);
     leave(*worker);
 }
@@ -407,10 +421,11 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
 // A kernel that touches wild memory must not take the process with it. The handlers belong to the process: they are
 // there only while a launch runs, and signals of other threads go on to whoever handled them before.
 struct Signals {
-    static constexpr int NUMBERS[3] = {SIGSEGV, SIGBUS, SIGFPE};
+    static constexpr int COUNT = 4;
+    static constexpr int NUMBERS[COUNT] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
     std::mutex mutex;
     int launches = 0;
-    struct sigaction previous[3]{}, restore[3]{};
+    struct sigaction previous[COUNT]{}, restore[COUNT]{};
     bool captured = false;
 };
 inline Signals signals;
@@ -418,7 +433,7 @@ inline Signals signals;
 FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context) {
     Worker* w = worker;
     if (w == nullptr || w->current == nullptr) {
-        for (int i = 0; i < 3; ++i) {
+        for (int i = 0; i < Signals::COUNT; ++i) {
             if (Signals::NUMBERS[i] != number) continue;
             const struct sigaction& before = signals.previous[i];
             if (before.sa_flags & SA_SIGINFO) return before.sa_sigaction(number, info, context);
@@ -434,6 +449,7 @@ FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context
 #endif
     const auto* touched = static_cast<const char*>(info->si_addr);
     const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
+    if (number == SIGILL) fail_at(place, {}, "the compiler saw that this code divides by zero or uses a null pointer");
     if (number == SIGFPE) fail_at(place, {}, "integer division by zero");
     if (touched >= stack && touched < stack + GUARD_BYTES) {
         fail_at(place, {}, "more than %zu KiB of local memory in one thread", STACK_BYTES >> 10);
@@ -450,7 +466,7 @@ class SignalGuard {
         struct sigaction action {};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        for (int i = 0; i < 3; ++i) {
+        for (int i = 0; i < Signals::COUNT; ++i) {
             sigaction(Signals::NUMBERS[i], &action, &signals.restore[i]);
             // Set once, in the order of first launches: handlers of several kernels form a chain without a circle.
             if (!signals.captured) signals.previous[i] = signals.restore[i];
@@ -460,7 +476,7 @@ class SignalGuard {
     ~SignalGuard() {
         std::lock_guard<std::mutex> lock(signals.mutex);
         if (--signals.launches) return;
-        for (int i = 0; i < 3; ++i) {
+        for (int i = 0; i < Signals::COUNT; ++i) {
             struct sigaction present {};
             sigaction(Signals::NUMBERS[i], nullptr, &present);
             if (present.sa_sigaction == on_signal) sigaction(Signals::NUMBERS[i], &signals.restore[i], nullptr);
@@ -540,6 +556,7 @@ FUSER_UNCHECKED inline void complete(Worker& w, Warp& warp, Rendezvous& pending,
     const uint32_t lanes = pending.arrived;
     pending.arrived = 0;
     progress(w);
+    warp.carried_out = &pending;
     pending.operation(warp, lanes);
     for (uint32_t left = lanes; left; left &= left - 1) {
         Fiber* fiber = warp.fibers + __builtin_ctz(left);
@@ -569,8 +586,9 @@ FUSER_UNCHECKED inline void collective(uint32_t mask, void* operand, Operation o
     else wait_for(w, fiber, name, where);
 }
 
-FUSER_UNCHECKED inline void require_full_warp(uint32_t lanes, const char* name) {
-    if (lanes != 0xffffffffu) fail({nullptr, 0}, "%s needs all 32 lanes of a warp, but only 0x%08x came", name, lanes);
+FUSER_UNCHECKED inline void require_full_warp(const Warp& warp, uint32_t lanes) {
+    if (lanes == 0xffffffffu) return;
+    fail(warp.carried_out->where, "%s needs all 32 lanes of a warp, but only 0x%08x came", warp.carried_out->name, lanes);
 }
 
 // Barriers of a block
@@ -708,7 +726,8 @@ inline std::vector<StaticArray> read_static_arrays() {
         for (size_t k = 0; k < sections[i].sh_size / sizeof *symbols; ++k) {
             const char* name = names + symbols[k].st_name;
             // The emulator's own variables live there too.
-            if ((symbols[k].st_info & 15) != STT_TLS || symbols[k].st_size == 0 || std::strstr(name, "8emulator")) continue;
+            const bool own = std::strstr(name, "8emulator") || std::strstr(name, "fuser_gap_");
+            if ((symbols[k].st_info & 15) != STT_TLS || symbols[k].st_size == 0 || own) continue;
             arrays.push_back({symbols[k].st_value, symbols[k].st_size, name});
         }
     }

@@ -399,10 +399,10 @@ FUSER_UNCHECKED inline void touch(const void* address, size_t bytes, Access kind
 }
 
 FUSER_UNCHECKED inline void access(const void* pointer, size_t bytes, Access kind, Where where) {
-    touch(pointer, bytes, kind, {0, where.line});
+    touch(pointer, bytes, kind, {0, where});
 }
 FUSER_UNCHECKED inline void begin_async(const void* pointer, size_t bytes, Where where) {
-    touch(pointer, bytes, Access::write, {0, where.line});
+    touch(pointer, bytes, Access::write, {0, where});
     Shadow& s = *worker->shadow;
     for (Region* region : {&s.dynamic, &s.fixed}) {
         if (within(static_cast<const char*>(pointer), bytes, region->begin, region->bytes)) {
@@ -458,7 +458,7 @@ FUSER_EXPORT void fuser_emulator_allow(const uint64_t* spans, size_t count) {
 
 // What g++'s instrumentation calls. Hidden: every library has its own.
 #define FUSER_HOOK extern "C" __attribute__((visibility("hidden"), used, noinline)) FUSER_UNCHECKED
-#define FUSER_CALLER {reinterpret_cast<uintptr_t>(__builtin_return_address(0)), 0}
+#define FUSER_CALLER {reinterpret_cast<uintptr_t>(__builtin_return_address(0)), {nullptr, 0}}
 #define FUSER_ACCESS(kind, suffix, bytes)                                                                         \
     FUSER_HOOK void __tsan_##kind##suffix(void* pointer) {                                                        \
         emulator::checks::touch(pointer, bytes, emulator::Access::kind, FUSER_CALLER);                            \

@@ -35,7 +35,7 @@ FUSER_UNCHECKED inline void sync_warp(Warp& warp, uint32_t lanes) { checks::orde
 
 enum class Shuffle { index, up, down, exclusive_or };
 
-// Only the bits of the value move: T is any type of 1 to 8 bytes. A source that is not among the lanes gives poison.
+// A source that is not among the lanes gives poison.
 template <Shuffle KIND, typename T>
 FUSER_UNCHECKED void shuffle(Warp& warp, uint32_t lanes) {
     using Operand = Exchange<T, T>;
@@ -54,7 +54,7 @@ FUSER_UNCHECKED void shuffle(Warp& warp, uint32_t lanes) {
 }
 template <Shuffle KIND, typename T>
 FUSER_UNCHECKED T shuffle_lane(uint32_t mask, T value, int argument, int width, const char* name, Where where) {
-    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
+    static_assert(std::is_arithmetic<T>::value && sizeof(T) >= 4, "shuffles are of 32-bit and 64-bit numbers");
     if (width < 1 || width > 32 || (width & (width - 1))) fail(where, "%s: the width %d is no power of two", name, width);
     Exchange<T, T> operand{value, argument, width, T()};
     collective(mask, &operand, shuffle<KIND, T>, name, where);
@@ -387,7 +387,7 @@ using emulator::Where;
 
 namespace conversions {
 inline float half_to_float(uint16_t bits) {
-#ifdef __F16C__
+#ifdef FUSER_EMULATOR_F16C
     return _cvtsh_ss(bits);
 #else
     // The exponent is moved by a multiplication, which also normalizes subnormal numbers.
@@ -397,7 +397,7 @@ inline float half_to_float(uint16_t bits) {
 #endif
 }
 inline uint16_t float_to_half(float value) {
-#ifdef __F16C__
+#ifdef FUSER_EMULATOR_F16C
     return uint16_t(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
 #else
     const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
@@ -495,7 +495,7 @@ FUSER_UNCHECKED void multiply(emulator::Warp& warp, uint32_t lanes) {
     using Sum = typename Element<A>::Sum;
     using Row = typename Element<A>::Row;
     constexpr int COUNT = Element<A>::count, K = 8 * COUNT;
-    emulator::require_full_warp(lanes, "mma");
+    emulator::require_full_warp(warp, lanes);
     Sum a[16][K], b[K][8];
     Row d[16];
     for (int lane = 0; lane < 32; ++lane) {
@@ -588,7 +588,7 @@ struct Rows {
 };
 template <int N, bool TRANSPOSED>
 FUSER_UNCHECKED void load(emulator::Warp& warp, uint32_t lanes) {
-    emulator::require_full_warp(lanes, "ldmatrix");
+    emulator::require_full_warp(warp, lanes);
     for (int m = 0; m < N; ++m) {
         uint16_t values[8][8];
         for (int i = 0; i < 8; ++i) {
