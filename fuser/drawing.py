@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from xml.sax.saxutils import escape
 
 import networkx as nx
@@ -133,38 +134,68 @@ class _Edge:
     label: str
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a picture of a region shows whatever its scheme is, without the graph: texts only, so that it can be stored.
+
+    ``operators`` and ``values``, those that enter or leave, are (key, title, detail, hint); operators have their names
+    as keys. ``edges`` are (key, key, label).
+    """
+
+    operators: tuple[tuple[str, str, str, str], ...]
+    values: tuple[tuple[str, str, str, str], ...]
+    edges: tuple[tuple[str, str, str], ...]
+
+    @classmethod
+    def of(cls, region: Region) -> Outline:
+        """The outline of ``region``."""
+        graph = region.graph
+        operators = tuple(_operator_texts(graph, op) for op in region.operators)
+        edges = _edges(region)
+        values = []
+        group = graph.group(region.operators)
+        for value in dict.fromkeys(graph.base(v) for v in group.inputs if graph.base(v) not in graph.constants):
+            values.append(_value_texts(graph, value, "in"))
+            for op in region.operators:
+                labels = [_view_label(graph, v) for v in op.inputs if graph.base(v) == value]
+                if labels:
+                    edges.append((f"in:{value}", op.name, _first(labels)))
+        for value in group.outputs:
+            values.append(_value_texts(graph, value, "out"))
+            source = graph.source(value)
+            if source is not None:
+                edges.append((source.name, f"out:{value}", ""))
+        return cls(operators, tuple(values), tuple(edges))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Sequence[Sequence[str]]]) -> Outline:
+        """The outline that ``dataclasses.asdict`` made ``values`` of, also after a round trip through JSON."""
+        rows: Any = {name: tuple(map(tuple, found)) for name, found in values.items()}
+        return cls(rows["operators"], rows["values"], rows["edges"])
+
+
 def draw_region(region: Region, choice: Choice) -> str:
     """An SVG document (no external resources) of ``region``, grouped as ``choice`` says.
 
     ``choice`` must be one of this very region: its groups hold the region's operators. Predicted times carry "≈".
     """
-    graph = region.graph
-    blocks = [_kernel_block(graph, group) for group in choice.groups]
-    edges = _edges(region)
-    group = graph.group(region.operators)
-    entering = dict.fromkeys(graph.base(v) for v in group.inputs if graph.base(v) not in graph.constants)
-    for value in entering:
-        blocks.append(_Block("", "", [_value_node(graph, value, "in")]))
-        for op in region.operators:
-            labels = [_view_label(graph, v) for v in op.inputs if graph.base(v) == value]
-            if labels:
-                edges.append(_Edge(f"in:{value}", op.name, _first(labels)))
-    for value in group.outputs:
-        blocks.append(_Block("", "", [_value_node(graph, value, "out")]))
-        source = graph.source(value)
-        if source is not None:
-            edges.append(_Edge(source.name, f"out:{value}", ""))
-    return _render(blocks, edges)
+    kernels = []
+    for group in choice.groups:
+        time = duration(group.seconds)
+        names = tuple(op.name for op in group.group.operators)
+        kernels.append((family_of(group), time if group.measured else f"≈ {time}", names))
+    return draw_outline(Outline.of(region), kernels)
 
 
-def _kernel_block(graph: OperatorGraph, choice: GroupChoice) -> _Block:
-    family = family_of(choice)
-    nodes = [_operator_node(graph, op) for op in choice.group.operators]
-    time = duration(choice.seconds)
-    return _Block(family, time if choice.measured else f"≈ {time}", nodes)
+def draw_outline(outline: Outline, kernels: Iterable[tuple[str, str, Sequence[str]]]) -> str:
+    """An SVG document (no external resources) of a region whose kernels are (family, text, names of operators)."""
+    nodes = {texts[0]: texts for texts in outline.operators}
+    blocks = [_Block(family, text, [_Node(*nodes[name]) for name in names]) for family, text, names in kernels]
+    blocks += [_Block("", "", [_Node(*texts)]) for texts in outline.values]
+    return _render(blocks, [_Edge(*edge) for edge in outline.edges])
 
 
-def _operator_node(graph: OperatorGraph, op: Operator) -> _Node:
+def _operator_texts(graph: OperatorGraph, op: Operator) -> tuple[str, str, str, str]:
     out = graph.values[op.output]
     detail = shape_text(out)
     if op.kind is Kind.GEMM:
@@ -181,16 +212,16 @@ def _operator_node(graph: OperatorGraph, op: Operator) -> _Node:
     hint = f"{op.name}: {op.kind.value} → {shape_text(out)} {str(out.dtype).removeprefix('torch.')}"
     if op.expression is not None:
         hint += f"\n{op.expression}"
-    return _Node(op.name, op.kind.value, detail, hint)
+    return op.name, op.kind.value, detail, hint
 
 
-def _value_node(graph: OperatorGraph, value: str, side: str) -> _Node:
+def _value_texts(graph: OperatorGraph, value: str, side: str) -> tuple[str, str, str, str]:
     spec = graph.values[value]
     dtype = str(spec.dtype).removeprefix("torch.")
-    return _Node(f"{side}:{value}", value, f"{shape_text(spec)} {dtype}", f"{value}: {shape_text(spec)} {dtype}")
+    return f"{side}:{value}", value, f"{shape_text(spec)} {dtype}", f"{value}: {shape_text(spec)} {dtype}"
 
 
-def _edges(region: Region) -> list[_Edge]:
+def _edges(region: Region) -> list[tuple[str, str, str]]:
     graph = region.graph
     names = {op.name for op in region.operators}
     labels: dict[tuple[str, str], list[str]] = {}
@@ -199,7 +230,7 @@ def _edges(region: Region) -> list[_Edge]:
             source = graph.source(value)
             if source is not None and source.name in names:
                 labels.setdefault((source.name, op.name), []).append(_view_label(graph, value))
-    return [_Edge(a, b, _first(found)) for (a, b), found in labels.items()]
+    return [(a, b, _first(found)) for (a, b), found in labels.items()]
 
 
 def _first(labels: Sequence[str]) -> str:

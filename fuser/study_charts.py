@@ -62,7 +62,7 @@ def charts(study: StudySummary) -> dict[str, str]:
         if len(_pairs(study)) > 1:
             draw("model", (5, 3.9), lambda figure: _model(figure, study))
         if study.importance:
-            draw("importance", (5.6, 0.9 + 0.28 * len(study.importance)), lambda figure: _importance(figure, study))
+            draw("importance", (7, 0.9 + 0.28 * len(study.importance)), lambda figure: _importance(figure, study))
         for block in study.blocks:
             draw(block.region, (12.4, 2.3), lambda figure, block=block: _kernels(figure, block))  # type: ignore[misc]
     return drawn
@@ -72,42 +72,42 @@ def _convergence(figure: Any, study: StudySummary) -> None:
     from fuser.study_report import best_so_far
 
     left, right = figure.subplots(1, 2, sharey=True)
-    times = [1e3 * t.seconds for t in study.trials if t.seconds is not None]
-    for strategy, colour in zip(study.strategies, _cycle(len(study.strategies)), strict=True):
-        mine = [trial for trial in study.trials if trial.strategy == strategy]
-        done = [(n, trial.elapsed, trial.seconds) for n, trial in enumerate(mine, 1) if trial.seconds is not None]
-        line = best_so_far(mine)
+    curves = [(study.strategy, study.trials), *((curve.label, curve.trials) for curve in study.compared)]
+    for number, (label, trials) in enumerate(curves):
+        line = best_so_far(trials)
         for axes, at in ((left, 0), (right, 1)):
-            axes.scatter([d[at] for d in done], [1e3 * d[2] for d in done], s=9, color=colour, alpha=0.3, linewidths=0)
-            marker = "o" if len(line) == 1 else ""
             axes.step(
                 [p[at] for p in line],
                 [1e3 * p[2] for p in line],
                 where="post",
-                color=colour,
-                marker=marker,
+                color=_STRATEGY_COLOURS[number % len(_STRATEGY_COLOURS)],
+                marker="o" if len(line) == 1 else "",
                 linewidth=1.8,
-                label=strategy,
+                label=f"best of {label}",
             )
-    for axes, label in ((left, "trials of the strategy"), (right, "seconds of search")):
+    for number, strategy in enumerate(study.strategies, len(curves)):
+        colour = _STRATEGY_COLOURS[number % len(_STRATEGY_COLOURS)]
+        done = [
+            (count, trial.elapsed, 1e3 * trial.seconds)
+            for count, trial in enumerate(study.trials, 1)
+            if trial.seconds is not None and trial.strategy == strategy
+        ]
+        for axes, at in ((left, 0), (right, 1)):
+            label = f"trials: {strategy}"
+            axes.scatter([d[at] for d in done], [d[2] for d in done], s=14, color=colour, alpha=0.5, lw=0, label=label)
+    for axes, text in ((left, "trials"), (right, "seconds of search")):
         if study.before is not None:
             axes.axhline(1e3 * study.before, color=_GREY, linestyle="--", linewidth=1, label="default scheme")
-        axes.set_xlabel(label)
+        axes.set_xlabel(text)
         axes.grid(axis="y")
     # A few bad schemes are many times slower: what matters is near the best.
-    low = min(times)
-    shown = sorted([*times, *([1e3 * study.before] if study.before is not None else [])])
-    high = max(shown[int(0.9 * (len(shown) - 1))], 1e3 * (study.before or 0.0), low)
+    times = sorted(1e3 * t.seconds for _, trials in curves for t in trials if t.seconds is not None)
+    low, high = times[0], max(times[int(0.9 * (len(times) - 1))], 1e3 * (study.before or 0.0))
     if high > low:
         left.set_ylim(low - 0.06 * (high - low), high + 0.12 * (high - low))
     left.set_ylabel("time of one call, ms")
-    left.set_title("Best time so far (dots: single trials)")
-    handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, loc="upper right")
-
-
-def _cycle(count: int) -> list[str]:
-    return [_STRATEGY_COLOURS[i % len(_STRATEGY_COLOURS)] for i in range(count)]
+    left.set_title("Best time so far")
+    right.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
 
 
 def _pairs(study: StudySummary) -> list[tuple[float, float]]:
@@ -126,6 +126,9 @@ def _model(figure: Any, study: StudySummary) -> None:
     axes.set(xlabel="predicted, ms", ylabel="measured, ms")
     if ends[1] > _DECADES * ends[0]:
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda value, _: "")
     axes.set_title("Predicted and measured times")
     axes.grid(True)
 
@@ -133,11 +136,11 @@ def _model(figure: Any, study: StudySummary) -> None:
 def _importance(figure: Any, study: StudySummary) -> None:
     ordered = sorted(study.importance.items(), key=lambda item: item[1])
     axes = figure.subplots()
-    bars = axes.barh([_cut(name, 40) for name, _ in ordered], [100 * share for _, share in ordered], color="#93c5fd")
+    bars = axes.barh([_cut(name, 56) for name, _ in ordered], [100 * share for _, share in ordered], color="#93c5fd")
     axes.bar_label(bars, [f"{100 * share:.1f} %" for _, share in ordered], padding=3, color="#334155")
     axes.set_xlim(0, 115 * max(max(study.importance.values()), 1e-9))
-    axes.set_xlabel("share of the variance of times, %")
-    axes.set_title("Importance of parameters")
+    axes.set_xlabel("share, % (PED-ANOVA)")
+    figure.suptitle("What makes a program one of the fastest", x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def _kernels(figure: Any, block: BlockResult) -> None:

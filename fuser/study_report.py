@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from fuser.drawing import COLOURS, duration
+from fuser.drawing import COLOURS, Outline, draw_outline, duration
+from fuser.ir.errors import SearchError
 from fuser.study_charts import charts
 
+if TYPE_CHECKING:
+    from fuser.search.study import StudyView, TrialView
+
 _TEMPLATE = "study.html.j2"
-COMPLETE, FAILED, PRUNED = "complete", "failed", "pruned"
+_IMPORTANT = 12
+"""Parameters whose importance is shown."""
+COMPLETE = "complete"
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. ``seconds`` is the measured time of one call (None unless ``state`` is ``"complete"``), ``predicted``
-    the cost model's time of it, ``elapsed`` the seconds of search up to its end; ``reason`` says why a trial failed or
-    was pruned."""
+    """One trial. ``seconds`` is the measured time of one call, all blocks of the model (None unless ``state`` is
+    ``"complete"``), ``predicted`` the cost model's time of it, ``elapsed`` the seconds of search up to its end;
+    ``reason`` says why there is no time."""
 
     number: int
     strategy: str
@@ -70,18 +78,29 @@ class BlockResult:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """The trials of another study with the same objective, drawn beside."""
+
+    label: str
+    trials: tuple[TrialRow, ...]
+
+
+@dataclass(frozen=True)
 class StudySummary:
     """Everything that a report of a search says, as plain values.
 
     ``before`` and ``after`` are the measured seconds of one call with the default and with the best scheme, None before
-    both are known. ``rank_correlation`` is Spearman's, of predicted and measured times. ``pruned_unmeasured`` counts
-    programs that the cost model ruled out, by reason, before they became a trial. ``spent`` gives the seconds of the
-    search by what they were spent on. ``importance`` is the share of each parameter in the variance of the times;
-    ``importance_note`` says why there is none.
+    they are known; ``verified`` is their ratio when both were measured once more in a fresh process.
+    ``rank_correlation`` is Spearman's, of the predicted and measured times of kernels. ``pruned`` counts kernels that
+    the cost model ruled out by reason. ``spent`` gives the seconds of the search by what they were spent on.
+    ``importance`` is the share of each parameter in what makes a program one of the fastest (PED-ANOVA);
+    ``importance_note`` says why there is none; ``winner`` is the number of the trial that was fastest when the best
+    ones were measured again.
     """
 
     name: str
     model: str
+    strategy: str
     target: str
     threads: int
     storage: str
@@ -89,17 +108,22 @@ class StudySummary:
     blocks: tuple[BlockResult, ...]
     before: float | None
     after: float | None
-    distinct_programs: int | None
+    verified: float | None
+    distinct_programs: str
     rank_correlation: float | None
-    pruned_unmeasured: Mapping[str, int]
+    pruned: Mapping[str, int]
     spent: Mapping[str, float]
     importance: Mapping[str, float]
     importance_note: str = ""
+    stopped: str = ""
+    winner: int | None = None
+    compared: tuple[Curve, ...] = ()
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Trials by state."""
-        return Counter(trial.state for trial in self.trials)
+        """Trials by state, complete ones first."""
+        found = Counter(trial.state for trial in self.trials)
+        return {COMPLETE: found.pop(COMPLETE, 0), **found}
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -108,9 +132,10 @@ class StudySummary:
 
     @property
     def best(self) -> TrialRow | None:
-        """The fastest complete trial, the first of equals."""
+        """The trial that won when the fastest were measured again, before that the fastest, the first of equals."""
         done = [trial for trial in self.trials if trial.seconds is not None]
-        return min(done, key=lambda trial: (trial.seconds or 0.0, trial.number), default=None)
+        won = next((trial for trial in done if trial.number == self.winner), None)
+        return won or min(done, key=lambda trial: (trial.seconds or 0.0, trial.number), default=None)
 
     @property
     def reasons(self) -> Mapping[tuple[str, str], int]:
@@ -124,8 +149,9 @@ class StudySummary:
         return self.before / self.after if self.before and self.after else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The summary as JSON values, without pictures."""
+        """The summary as JSON values, without pictures and other studies' trials."""
         values = asdict(self)
+        values["compared"] = [curve.label for curve in self.compared]
         for block in values["blocks"]:
             del block["picture"]
         best = self.best
@@ -190,35 +216,39 @@ def best_so_far(trials: Sequence[TrialRow]) -> list[tuple[int, float, float]]:
     return found
 
 
+def count_text(number: int) -> str:
+    """A number of programs: with all its digits, or as a power of ten where nobody would count them."""
+    if number < 10**9:
+        return f"{number:,}"
+    exponent = len(str(number)) - 1
+    return f"{number / 10**exponent:.2f} · 10^{exponent}"
+
+
 def render_text(found: StudySummary) -> str:
     """The report as plain text."""
-    counts = found.counts
+    counts = ", ".join(f"{count} {state}" for state, count in found.counts.items())
+    stopped = f"; ended by {found.stopped}" if found.stopped else ""
     lines = [
         f"study     {found.name}",
+        f"storage   {found.storage}",
         f"model     {found.model}",
         f"target    {found.target}, {found.threads} threads",
+        f"space     {found.distinct_programs} distinct programs",
+        f"trials    {len(found.trials)} of strategy {found.strategy}: {counts}{stopped}",
     ]
-    lines.append(f"storage   {found.storage}")
-    lines.append(
-        f"trials    {len(found.trials)}: {counts.get(COMPLETE, 0)} complete, {counts.get(FAILED, 0)} failed, "
-        f"{counts.get(PRUNED, 0)} pruned"
-    )
-    if found.distinct_programs is not None:
-        lines.append(f"space     {found.distinct_programs:,} distinct programs")
     if found.before is not None:
         lines.append(f"default   {duration(found.before)}")
     if found.after is not None:
         gain = f", {found.speedup:.3f} times as fast as the default scheme" if found.speedup else ""
-        lines.append(f"best      {duration(found.after)}{gain}")
+        again = f", {found.verified:.3f} times when measured again in a fresh process" if found.verified else ""
+        lines.append(f"best      {duration(found.after)}{gain}{again}")
     if found.rank_correlation is not None:
-        lines.append(f"model     rank correlation of predicted and measured times {found.rank_correlation:.3f}")
+        lines.append(f"kernels   rank correlation of predicted and measured times {found.rank_correlation:.3f}")
     if found.spent:
         spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.spent.items())
         lines.append(f"time      {duration(sum(found.spent.values()))}: {spent}")
-    for reason, count in found.pruned_unmeasured.items():
-        lines.append(f"pruned    {count} programs before a trial: {reason}")
-    for (state, reason), count in found.reasons.items():
-        lines.append(f"{state:<9} {count} trials: {reason or 'no reason given'}")
+    lines += [f"pruned    {count} kernels: {reason}" for reason, count in found.pruned.items()]
+    lines += [f"{s:<9} {count} trials: {reason or 'no reason given'}" for (s, reason), count in found.reasons.items()]
     for block in found.blocks:
         lines += [
             "",
@@ -250,3 +280,166 @@ def render_html(found: StudySummary) -> str:
         colours=COLOURS,
         families=sorted({kernel.family for block in found.blocks for kernel in block.after}),
     )
+
+
+# ---- from a study
+
+
+def summarize(view: StudyView, others: Sequence[StudyView] = ()) -> StudySummary:
+    """The summary of a study; the trials of ``others`` are drawn beside its own.
+
+    Raises SearchError when one of ``others`` had another model or machine, so that times cannot be compared.
+    """
+    from fuser.search.storage import shown
+
+    for other in others:
+        if other.space["hash"] != view.space["hash"]:
+            raise SearchError(
+                f"the studies {view.name} and {other.name} are of different models, sizes or machines, so their times "
+                "cannot be compared; write a report for each"
+            )
+    result, context = view.result, view.context
+    best = _best(view)
+    importance, note = _importance(view)
+    spent = {name: result.get(f"seconds_{name}") for name in ("building", "measuring", "searching")}
+    exact = "" if view.space["exact"] else "at least "
+    return StudySummary(
+        name=view.name,
+        model=str(view.attributes.get("title", view.name)),
+        strategy=view.strategy,
+        target=str(view.attributes.get("machine", context.get("target", ""))),
+        threads=int(context.get("threads", 0)),
+        storage=shown(view.storage),
+        trials=_rows(view),
+        blocks=tuple(_blocks(view)),
+        before=view.default.seconds if view.default else None,
+        after=best.seconds if best else None,
+        verified=result.get("speedup"),
+        distinct_programs=f"{exact}{count_text(int(view.space['programs']))}",
+        rank_correlation=result.get("rank_correlation"),
+        pruned=dict(result.get("pruned", view.space["pruned"])),
+        spent={name: float(seconds) for name, seconds in spent.items() if seconds is not None},
+        importance=importance,
+        importance_note=note,
+        stopped=str(result.get("stopped", "")),
+        winner=best.number if best else None,
+        compared=tuple(Curve(f"{other.strategy} ({other.name})", _rows(other)) for other in others),
+    )
+
+
+def _best(view: StudyView) -> TrialView | None:
+    """The program that won when the fastest ones were measured again; before that the fastest trial."""
+    won = view.result.get("best")
+    return next((t for t in view.trials if t.state == COMPLETE and t.point == won), view.best)
+
+
+def _rows(view: StudyView) -> tuple[TrialRow, ...]:
+    counts = [region["count"] for region in view.space["regions"]]
+    rows = []
+    for trial, elapsed in zip(view.trials, _elapsed(view), strict=True):
+        predicted = None
+        if trial.kernels:
+            predicted = math.fsum(
+                count * kernel["predicted"]
+                for count, kernels in zip(counts, trial.kernels, strict=True)
+                for kernel in kernels
+            )
+        rows.append(
+            TrialRow(
+                trial.number, trial.strategy, trial.state, trial.seconds, predicted, elapsed, trial.point, trial.failure
+            )
+        )
+    return tuple(rows)
+
+
+def _elapsed(view: StudyView) -> Iterator[float]:
+    """Seconds of search up to the end of every trial: the time in which any process worked on the study, so without
+    the pauses before it was resumed."""
+    spans: dict[str, tuple[float, float]] = {}
+    for trial in view.trials:
+        begin, end = spans.get(trial.owner, (trial.started, trial.started))
+        spans[trial.owner] = min(begin, trial.started), max(end, trial.finished or trial.started)
+    ordered = sorted(spans.values())
+    if ordered:
+        # Kernels are measured before the first trial.
+        ordered[0] = min(view.created, ordered[0][0]), ordered[0][1]
+    for trial in view.trials:
+        at = trial.finished or trial.started
+        total, covered = 0.0, -math.inf
+        for begin, end in ordered:
+            begin = max(begin, covered)
+            total += max(min(end, at) - begin, 0.0)
+            covered = max(covered, end)
+        yield total
+
+
+def _blocks(view: StudyView) -> Iterator[BlockResult]:
+    best, default = _best(view), view.default
+    if best is None:
+        return
+    outlines = view.attributes.get("outlines", {})
+    for at, region in enumerate(view.space["regions"]):
+        after = _kernels(best, at)
+        before = _kernels(default or best, at)
+        outline = outlines.get(region["hash"])
+        picture = ""
+        if outline is not None:
+            drawn = [(k.family, f"{'' if k.measured else '≈ '}{duration(k.seconds)}", k.operators) for k in after]
+            picture = draw_outline(Outline.from_json(outline), drawn)
+        yield BlockResult(
+            region["hash"],
+            region["count"],
+            _scheme(region, before),
+            _scheme(region, after),
+            before,
+            after,
+            picture,
+        )
+
+
+def _kernels(trial: TrialView, at: int) -> tuple[KernelTime, ...]:
+    found = []
+    for kernel in trial.kernels[at]:
+        measured = kernel["seconds"] is not None
+        seconds = float(kernel["seconds"] if measured else kernel["predicted"])
+        found.append(KernelTime(kernel["family"], tuple(kernel["operators"]), seconds, measured))
+    return tuple(found)
+
+
+def _scheme(region: Mapping[str, Any], kernels: Sequence[KernelTime]) -> str:
+    """The scheme of a region as text, see :class:`fuser.ir.scheme.Scheme`."""
+    from fuser.ir.scheme import Scheme
+
+    owner = {name: number for number, kernel in enumerate(kernels) for name in kernel.operators}
+    names = [operator["name"] for operator in region["operators"]]
+    return str(Scheme(region["hash"], tuple(owner[names[a]] == owner[names[b]] for a, b in region["edges"])))
+
+
+def _importance(view: StudyView) -> tuple[dict[str, float], str]:
+    """The most important parameters with readable names, or why they are not known."""
+    import optuna
+
+    times = {trial.seconds for trial in view.trials if trial.state == COMPLETE}
+    if len(times) < 4:
+        return {}, "it needs at least four trials with different times"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = optuna.importance.get_param_importances(view.optuna)
+    except (ValueError, RuntimeError, ImportError) as error:
+        return {}, str(error)
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    return {_readable(name, view.space): share for name, share in ordered[:_IMPORTANT] if share > 0}, ""
+
+
+def _readable(name: str, space: Mapping[str, Any]) -> str:
+    """``gemm → bias`` for the parameter of an edge, ``kernel of gemm … norm`` for that of a group."""
+    number, _, what = name.partition(".")
+    region = space["regions"][int(number)]
+    operators = [operator["name"] for operator in region["operators"]]
+    if what.startswith("e"):
+        a, b = region["edges"][int(what[1:])]
+        return f"{operators[a]} → {operators[b]}"
+    mask = int(what[1:], 16)
+    names = [operator for i, operator in enumerate(operators) if mask >> i & 1]
+    return f"kernel of {names[0]} … {names[-1]}" if len(names) > 1 else f"kernel of {names[0]}"

@@ -148,7 +148,8 @@ class SearchResult:
 @dataclass(frozen=True)
 class StudyView:
     """A study as it is in its storage, for reports; ``space`` is :meth:`Space.describe`, ``kernels`` the measured
-    kernels, ``result`` the numbers of the last finished search, empty before."""
+    kernels, ``result`` the numbers of the last finished search, empty before; ``attributes`` what whoever started it
+    keeps with it."""
 
     name: str
     storage: str
@@ -158,6 +159,7 @@ class StudyView:
     trials_wanted: int
     space: Mapping[str, Any]
     context: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     trials: tuple[TrialView, ...]
     kernels: tuple[Mapping[str, Any], ...]
     result: Mapping[str, Any]
@@ -338,6 +340,7 @@ class Ledger:
             trials_wanted=int(header["trials"]),
             space=space,
             context=header["context"],
+            attributes=header.get("attributes", {}),
             trials=tuple(_trial_view(t, space, known) for t in self.trials()),
             kernels=tuple(kernels),
             result=dict(attrs.get("result", {})),
@@ -432,6 +435,7 @@ def search(
     decode: Decode | None = None,
     objective: Objective | None = None,
     space: Space | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """Search the programs of a model's graph (or of some regions) for the fastest.
 
@@ -450,6 +454,7 @@ def search(
         decode: ``fuser.schemes.from_atoffer``, for the atoffer strategies.
         objective: what to minimize; default: time measured in a child process.
         space: the space of ``graph`` if it is known already.
+        attributes: JSON values that are kept with a new study, see :attr:`StudyView.attributes`.
 
     Ctrl-C ends the search as a timeout does, with everything kept. The best program, measured again against the default
     one in a fresh process, is remembered in the cache as the tuning of its regions.
@@ -465,7 +470,7 @@ def search(
     space = Space.of(graph, target, threads) if space is None else space
     if strategy in ("default", "exact", "reward"):
         space = space.prune(_SLACK)
-    ledger = _ledger(space, storage, study, resume, strategy, seed, trials, label)
+    ledger = _ledger(space, storage, study, resume, strategy, seed, trials, label, attributes or {})
     trials = int(ledger.header["trials"]) if trials is None else trials
     if objective is None:
         from fuser.search.measured import MeasuredObjective
@@ -500,6 +505,7 @@ def _ledger(
     seed: int,
     trials: int | None,
     label: str,
+    attributes: Mapping[str, Any],
 ) -> Ledger:
     if name is None and resume:
         for known in reversed(list_studies(storage)):
@@ -520,6 +526,7 @@ def _ledger(
             "seed": seed,
             "trials": 200 if trials is None else trials,
             "context": context_of(space.target, space.threads),
+            "attributes": dict(attributes),
         }
         unique = "-".join(filter(None, [label or "model", stamp, uuid.uuid4().hex[:4]]))
         ledger = Ledger.create(name or unique, storage, header)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fuser.cli import bench, cache, cqs, demo, doctor, show
+from fuser.cli import bench, cache, cqs, demo, doctor, report, search, show
 from fuser.ir.errors import FuserError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
+app.command("search")(search.search)
+app.command("report")(report.report)
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)

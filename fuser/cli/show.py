@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fuser.cli.options import MODEL_HELP, Batch, Dtype, MaskText, Padding, Seq, Size, Threads
 from fuser.cli.output import Json, console, print_json, progress, table
 from fuser.ir.errors import FuserError
 
@@ -29,17 +30,8 @@ class Stage(str, enum.Enum):
     PLAN = "plan"
 
 
-_Size = Annotated[int | None, typer.Option(min=1, help="Size of a built-in configuration.", show_default=False)]
-
-
 def show(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A built-in configuration (bert-base, minilm, vit-b16, gpt2, transformer-encoder; random weights) "
-            "or module:callable, which returns an nn.Module or a pair (nn.Module, inputs)."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     stage: Annotated[
         Stage,
         typer.Option(
@@ -51,31 +43,21 @@ def show(
         bool, typer.Option("--profile", help="With --stage kernels: time every step beside its floor.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of --profile.")] = 20,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size.", show_default="1")] = None,
-    seq: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence, patches of an image.", show_default=False)
-    ] = None,
-    padding: Annotated[bool, typer.Option("--padding", help="Give a padding mask, as batches of text have.")] = False,
-    mask: Annotated[
-        str,
-        typer.Option(
-            help="Restrict self-attention: sliding-window:LEFT:RIGHT, longformer:WINDOW:GLOBAL, "
-            "bigbird:BLOCK:WINDOW:GLOBALS:RANDOM:SEED, dilated:WINDOW:DILATION, strided:STEP, fixed:STEP, causal."
-        ),
-    ] = "",
-    layers: _Size = None,
-    hidden: _Size = None,
-    heads: _Size = None,
-    intermediate: _Size = None,
-    vocabulary: _Size = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch: Batch = None,
+    seq: Seq = None,
+    padding: Padding = False,
+    mask: MaskText = "",
+    layers: Size = None,
+    hidden: Size = None,
+    heads: Size = None,
+    intermediate: Size = None,
+    vocabulary: Size = None,
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     search: Annotated[
         str, typer.Option(help="cached: measure kernels and remember; model: trust the cost model.")
     ] = "cached",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch and of kernels.", show_default="PyTorch's")
-    ] = None,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Show MODEL at one stage of compilation, or time its kernels."""

@@ -43,11 +43,12 @@ TRIALS = (
     TrialRow(2, "reward", "complete", 0.040, 0.028, 1.5, "1:0123456789abcdef:a"),
     TrialRow(3, "reward", "complete", 0.028, 0.022, 2.5, "1:0123456789abcdef:f"),
     TrialRow(4, "reward", "failed", None, None, 2.75, "1:0123456789abcdef:b", "wrong numbers"),
-    TrialRow(5, "reward", "pruned", None, 0.09, 3.0, "1:0123456789abcdef:c", "predicted 3 times the best"),
+    TrialRow(5, "reward", "duplicate", None, 0.09, 3.0, "1:0123456789abcdef:c", "another process has it"),
 )
 STUDY = StudySummary(
     name="tiny",
     model="tiny 1×16",
+    strategy="default",
     target="cpu avx512",
     threads=2,
     storage="sqlite:///studies.db",
@@ -55,24 +56,33 @@ STUDY = StudySummary(
     blocks=(BLOCK,),
     before=0.030,
     after=0.028,
-    distinct_programs=16640,
+    verified=1.05,
+    distinct_programs="16,640",
     rank_correlation=0.875,
-    pruned_unmeasured={"predicted above twice the best": 7},
+    pruned={"predicted above twice the best": 7},
     spent={"building": 2.0, "measuring": 0.9, "searching": 0.1},
     importance={"bit 0": 0.75, "bit 1": 0.25},
 )
 EMPTY = dataclasses.replace(
-    STUDY, trials=(), blocks=(), before=None, after=None, rank_correlation=None, importance={}, spent={}
+    STUDY,
+    trials=(),
+    blocks=(),
+    before=None,
+    after=None,
+    verified=None,
+    rank_correlation=None,
+    importance={},
+    spent={},
 )
 REFERENCES = r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\((?!#)"""
 
 
 def test_values() -> None:
-    assert STUDY.counts == {"complete": 3, "failed": 2, "pruned": 1}
+    assert STUDY.counts == {"complete": 3, "failed": 2, "duplicate": 1}
     assert STUDY.strategies == ("path", "reward")
     assert STUDY.best is TRIALS[3]
     assert STUDY.speedup == pytest.approx(30 / 28)
-    assert STUDY.reasons == {("failed", "wrong numbers"): 2, ("pruned", "predicted 3 times the best"): 1}
+    assert STUDY.reasons == {("failed", "wrong numbers"): 2, ("duplicate", "another process has it"): 1}
     assert EMPTY.best is None and EMPTY.speedup is None
     values = json.loads(json.dumps(STUDY.as_dict()))
     assert values["best"]["number"] == 3
@@ -103,21 +113,21 @@ def test_changes_are_the_finest_sets_that_no_scheme_cuts() -> None:
 
 def test_text_says_what_was_found() -> None:
     text = render_text(STUDY)
-    assert "6: 3 complete, 2 failed, 1 pruned" in text
+    assert "6 of strategy default: 3 complete, 2 failed, 1 duplicate" in text
     assert "16,640 distinct programs" in text
-    assert "28 ms, 1.071 times as fast as the default scheme" in text
+    assert "28 ms, 1.071 times as fast as the default scheme, 1.050 times when measured again" in text
     assert "measured times 0.875" in text
-    assert "7 programs before a trial: predicted above twice the best" in text
+    assert "7 kernels: predicted above twice the best" in text
     assert "2 trials: wrong numbers" in text
     assert "7 ms → 6 ms each" in text
-    assert "0: 0 complete" in render_text(EMPTY)
+    assert "0 of strategy default: 0 complete" in render_text(EMPTY)
 
 
 def test_html_stands_alone() -> None:
     html = render_html(STUDY)
     assert not re.search(REFERENCES, html)
     assert BLOCK.picture in html
-    for text in ("16,640", "0.875", "1.071×", "wrong numbers", "predicted above twice the best", BLOCK.scheme_after):
+    for text in ("16,640", "0.875", "1.071×", "1.050×", "wrong numbers", "predicted above twice the best", BLOCK.scheme_after):
         assert text in html
     # The pair c, d takes a third less.
     assert "-33.3 %" in html

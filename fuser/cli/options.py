@@ -1,0 +1,27 @@
+"""Options that several commands share: which model, in which size, on how many threads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = (
+    "A built-in configuration (bert-base, minilm, vit-b16, gpt2, transformer-encoder; random weights) "
+    "or module:callable, which returns an nn.Module or a pair (nn.Module, inputs)."
+)
+Batch = Annotated[int | None, typer.Option(min=1, help="Batch size.", show_default="1")]
+Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence, patches of an image.", show_default=False)]
+Padding = Annotated[bool, typer.Option("--padding", help="Give a padding mask, as batches of text have.")]
+MaskText = Annotated[
+    str,
+    typer.Option(
+        help="Restrict self-attention: sliding-window:LEFT:RIGHT, longformer:WINDOW:GLOBAL, "
+        "bigbird:BLOCK:WINDOW:GLOBALS:RANDOM:SEED, dilated:WINDOW:DILATION, strided:STEP, fixed:STEP, causal."
+    ),
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Size of a built-in configuration.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of PyTorch and of kernels.", show_default="PyTorch's")
+]
