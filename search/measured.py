@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ logger = logging.getLogger("fuser")
 KERNEL_RECORD = "kernel_measured"
 PROGRAM_RECORD = "program_measured"
 _BUDGET = 0.12
+_CONFIRM_BUDGET = 0.4
 _KERNEL_BUDGET = 0.06
 _AGAIN_BUDGET = 1.5
 
@@ -46,7 +48,7 @@ class MeasuredObjective:
 
     A model's time is the sum of its regions', each counted as often as it occurs. A region's program is timed in turns
     with the best one known, on weights that come from memory as in the model, and its time is the best one's times the
-    ratio of the two, so that a machine that changes its speed does not change the ranking.
+    median ratio of runs that followed each other, so that a machine that changes its speed does not change the ranking.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class MeasuredObjective:
         self._failed: dict[tuple[int, Groups], str] = {}
         self._kernels: dict[tuple[int, int, int], KernelTime] = {}
         self._best: dict[int, tuple[Groups, float]] = {}
-        self._scale: dict[str, float] = {}
+        self._ratios: dict[str, list[float]] = {}
 
     # ---- the objective
 
@@ -113,36 +115,36 @@ class MeasuredObjective:
             if known is not None:
                 name = self._family(region, mask, kernel)
                 ratio = known / max(self.space.predicted(region, mask, kernel), 1e-12)
-                self._scale[name] = min(self._scale.get(name, math.inf), ratio)
+                self._ratios.setdefault(name, []).append(ratio)
         return self._kernels[key]
 
     def costs(self, region: int, mask: int, kernel: int) -> float:
         found = self._kernels.get((region, mask, kernel))
         if found is not None:
             return math.inf if found.seconds is None else found.seconds
-        return self.space.predicted(region, mask, kernel) * self._scale.get(self._family(region, mask, kernel), 1.0)
+        ratios = self._ratios.get(self._family(region, mask, kernel))
+        # Predictions have to be bounds, but the one kernel that the model is furthest off for says little of others.
+        scale = max(min(ratios), 0.5 * statistics.median(ratios)) if ratios else 1.0
+        return self.space.predicted(region, mask, kernel) * scale
 
     def compare(self, points: list[Point]) -> list[float] | None:
         """Every point's seconds, regions that differ timed in turns in a new process; infinity for what failed."""
         totals = [0.0] * len(points)
         # All of them have been built, and a search ends with what it has verified.
         self.deadline = math.inf
-        with self._measuring():
-            self.worker.close()
-            for at, space in enumerate(self.space.regions):
-                programs = list(dict.fromkeys(point.regions[at] for point in points))
-                known = {p: self._regions[at, p].seconds for p in programs if (at, p) in self._regions}
-                if len(programs) > 1 or programs[0] not in known:
-                    paths = {p: self._built(at, p) for p in programs}
-                    units = [self._unit(at, p, found) for p, found in paths.items() if found is not None]
-                    timings = self.worker.time(units, _AGAIN_BUDGET)
-                    measured = dict(zip((p for p, found in paths.items() if found is not None), timings, strict=True))
-                    known = {
-                        p: math.inf if p not in measured or measured[p].seconds is None else float(measured[p].seconds)
-                        for p in programs
-                    }
-                for i, point in enumerate(points):
-                    totals[i] += space.count * known[point.regions[at]]
+        self.worker.close()
+        for at, space in enumerate(self.space.regions):
+            programs = list(dict.fromkeys(point.regions[at] for point in points))
+            known = {p: self._regions[at, p].seconds for p in programs if (at, p) in self._regions}
+            if len(programs) > 1 or programs[0] not in known:
+                paths = {p: found for p in programs if (found := self._built(at, p)) is not None}
+                with self._measuring():
+                    timings = self.worker.time([self._unit(at, p, found) for p, found in paths.items()], _AGAIN_BUDGET)
+                base = next((t.seconds for t in timings if t.seconds is not None), math.inf)
+                measured = {p: base * t.ratio for p, t in zip(paths, timings, strict=True) if t.seconds is not None}
+                known = {p: measured.get(p, math.inf) for p in programs}
+            for i, point in enumerate(points):
+                totals[i] += space.count * known[point.regions[at]]
         return totals
 
     def close(self) -> None:
@@ -175,13 +177,16 @@ class MeasuredObjective:
                 units = [self._unit(at, incumbent[0], theirs), unit]
         with self._measuring():
             timings = self.worker.time(units, _BUDGET, race=True, deadline=self.deadline)
+            if len(units) == 2 and timings[0].seconds and timings[1].seconds and timings[1].ratio < 1:
+                # Of many noisy times the least is too good: what seems to win is timed anew, and that time counts.
+                timings = self.worker.time(units, _CONFIRM_BUDGET, deadline=self.deadline)
         timing = timings[-1]
         if timing.seconds is None:
             self._failed[at, program] = timing.failure
             return None
         seconds = timing.seconds
         if len(timings) == 2 and incumbent is not None and timings[0].seconds:
-            seconds = incumbent[1] * timing.seconds / timings[0].seconds
+            seconds = incumbent[1] * timing.ratio
         name = self.space.regions[at].region.hash
         found = RegionTime(name, seconds, timing.spread, timing.runs, timing.early)
         self._learn(at, program, found)

@@ -65,12 +65,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a unit, interquartile range and number of runs, or why it has none; ``early`` when measuring
-    stopped because it was clearly slower than the first unit of its request."""
+    """Median seconds of a unit, interquartile range and number of runs, or why it has none.
+
+    ``ratio`` is the median over runs of its time to that of the first unit of its request just before; ``early`` tells
+    that measuring stopped because it was clearly slower than that.
+    """
 
     seconds: float | None
     spread: float = 0.0
     runs: int = 0
+    ratio: float = 1.0
     early: bool = False
     failure: str = ""
 
@@ -321,12 +325,13 @@ class _Bench:
                     break
             if done >= _LEAST_ROUNDS and time.perf_counter() - started > budget:
                 break
-        return {key: _timing(times[key], key in early) for key in ready}
+        return {key: _timing(times[key], times[first], key in early) for key in ready if first is not None}
 
 
-def _timing(times: Sequence[float], early: bool) -> Timing:
+def _timing(times: Sequence[float], beside: Sequence[float], early: bool) -> Timing:
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    return Timing(statistics.median(times), quarters[2] - quarters[0], len(times), early)
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(times, beside, strict=False))
+    return Timing(statistics.median(times), quarters[2] - quarters[0], len(times), ratio, early)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
