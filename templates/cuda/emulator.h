@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -121,6 +122,9 @@ constexpr int FAULT_STATUS = 900;  // kernels return 1000 + the number of a CUDA
 constexpr size_t STACK_BYTES = 96 << 10;
 constexpr size_t GUARD_BYTES = 4 << 10;
 constexpr size_t SHARED_LIMIT = 227 << 10;
+constexpr size_t SHARED_MARGIN = 32 << 10;  // in front of shared memory and behind it, for accesses to be noticed
+constexpr size_t SHARED_MAPPED = 2 * SHARED_LIMIT + 2 * SHARED_MARGIN;
+constexpr size_t SIGNAL_STACK_BYTES = 64 << 10;
 constexpr unsigned BLOCK_LIMIT = 1024;
 constexpr int NAMED_BARRIERS = 16;
 constexpr double POLL_SECONDS = 30;  // how long a kernel may poll global memory while nothing else happens
@@ -222,6 +226,7 @@ struct Launch {
     uint64_t next_block = 0;  // shared by workers, as is the next
     bool failed = false;
     std::mutex mutex;
+    std::condition_variable changed;
     FuserFault fault{};
 };
 
@@ -238,17 +243,21 @@ struct Worker {
     Fiber host{};  // the context that starts blocks
     Fiber* fibers = nullptr;
     Warp* warps = nullptr;
-    unsigned threads = 0, live = 0;
+    const unsigned threads;
+    unsigned live = 0;
     Barrier barriers[NAMED_BARRIERS];
     List<BulkCopy> bulk;
     char* stacks = nullptr;
     char* shared = nullptr;  // dynamic shared memory
+    char* signal_stack = nullptr;
+    uint64_t turns = 0;      // how often a fiber has got its turn
+    bool finished = false;
     unsigned polls = 0;      // failed polls since anything else happened
     double polling_since = 0;
     int internal = 0;             // above 0 while a fiber runs code of the emulator that is instrumented
     checks::Shadow* shadow = nullptr;
 
-    Worker();
+    explicit Worker(unsigned count);
     ~Worker();
     Worker(const Worker&) = delete;
     Worker& operator=(const Worker&) = delete;
@@ -345,24 +354,26 @@ inline void prepare(Fiber& fiber, char* stack, void (*entry)()) {
 }
 #endif
 
-inline Worker::Worker() {
-    const size_t bytes = BLOCK_LIMIT * (STACK_BYTES + GUARD_BYTES);
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    void* area = mmap(nullptr, 2 * SHARED_LIMIT + (64 << 10), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || area == MAP_FAILED) throw std::bad_alloc();
-    stacks = static_cast<char*>(memory);
-    for (unsigned i = 0; i < BLOCK_LIMIT; ++i) mprotect(stacks + i * (STACK_BYTES + GUARD_BYTES), GUARD_BYTES, PROT_NONE);
-    shared = static_cast<char*>(area) + (32 << 10);  // room for accesses in front of and behind it to be noticed
-    fibers = new Fiber[BLOCK_LIMIT]();
-    warps = new Warp[BLOCK_LIMIT / 32]();
+inline Worker::Worker(unsigned count) : threads(count) {
+    const auto map = [](size_t bytes) {
+        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        return static_cast<char*>(memory);
+    };
+    stacks = map(threads * (STACK_BYTES + GUARD_BYTES));
+    for (unsigned i = 0; i < threads; ++i) mprotect(stacks + i * (STACK_BYTES + GUARD_BYTES), GUARD_BYTES, PROT_NONE);
+    shared = map(SHARED_MAPPED) + SHARED_MARGIN;
+    signal_stack = map(SIGNAL_STACK_BYTES);
+    fibers = new Fiber[threads]();
+    warps = new Warp[(threads + 31) / 32]();
 }
 inline Worker::~Worker() {
     checks::end(*this);
     delete[] fibers;
     delete[] warps;
-    munmap(stacks, BLOCK_LIMIT * (STACK_BYTES + GUARD_BYTES));
-    munmap(shared - (32 << 10), 2 * SHARED_LIMIT + (64 << 10));
+    if (stacks) munmap(stacks, threads * (STACK_BYTES + GUARD_BYTES));
+    if (shared) munmap(shared - SHARED_MARGIN, SHARED_MAPPED);
+    if (signal_stack) munmap(signal_stack, SIGNAL_STACK_BYTES);
 }
 
 // Faults
@@ -418,6 +429,13 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
     leave(*worker);
 }
 
+// Seconds that a fiber may run without giving up its turn.
+inline double patience() {
+    const char* chosen = std::getenv("FUSER_EMULATOR_TIMEOUT");
+    const double seconds = chosen ? std::atof(chosen) : 0;
+    return seconds > 0 ? seconds : 60;
+}
+
 // A kernel that touches wild memory must not take the process with it. The handlers belong to the process: they are
 // there only while a launch runs, and signals of other threads go on to whoever handled them before.
 struct Signals {
@@ -432,7 +450,9 @@ inline Signals signals;
 
 FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context) {
     Worker* w = worker;
+    const bool watched = number == SIGILL && info->si_code == SI_TKILL && info->si_pid == getpid();  // see watch()
     if (w == nullptr || w->current == nullptr) {
+        if (watched) return;
         for (int i = 0; i < Signals::COUNT; ++i) {
             if (Signals::NUMBERS[i] != number) continue;
             const struct sigaction& before = signals.previous[i];
@@ -449,12 +469,14 @@ FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context
 #endif
     const auto* touched = static_cast<const char*>(info->si_addr);
     const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
+    if (watched) {
+        fail_at(place, {}, "runs for %g s without coming to a barrier or its end", patience());
+    }
     if (number == SIGILL) fail_at(place, {}, "the compiler saw that this code divides by zero or uses a null pointer");
     if (number == SIGFPE) fail_at(place, {}, "integer division by zero");
     if (touched >= stack && touched < stack + GUARD_BYTES) {
         fail_at(place, {}, "more than %zu KiB of local memory in one thread", STACK_BYTES >> 10);
     }
-    if (info->si_code <= 0) fail_at(place, {}, "stopped by signal %d", number);
     fail_at(place, {}, "access to address %p, where there is no memory", static_cast<const void*>(touched));
 }
 
@@ -513,6 +535,7 @@ FUSER_UNCHECKED inline void suspend(Worker& w, Fiber& fiber) {
     w.first = next->next;
     if (w.first == nullptr) w.last = nullptr;
     w.current = next;
+    ++w.turns;
     switch_fiber(fiber, *next);
 }
 FUSER_UNCHECKED inline void wait_for(Worker& w, Fiber& fiber, const char* what, Where where) {
@@ -669,6 +692,14 @@ FUSER_UNCHECKED inline void exit_thread(Worker& w, Fiber& fiber) {
     for (;;) suspend(w, fiber);
 }
 
+__attribute__((format(printf, 3, 4))) FUSER_UNCHECKED inline void report(Worker& w, const Fiber* fiber,
+                                                                         const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    record_fault(w, fiber, fiber ? fiber->where : Where{nullptr, 0}, 0, {}, format, arguments);
+    va_end(arguments);
+}
+
 FUSER_UNCHECKED inline void report_deadlock(Worker& w) {
     char text[1600];
     size_t used = 0;
@@ -691,16 +722,8 @@ FUSER_UNCHECKED inline void report_deadlock(Worker& w) {
                          count, count == 1 ? "" : "s", one->index, one->waits ? one->waits : "nothing", one->where.line);
         waiting = std::move(others);
     }
-    struct Report {
-        static void call(Worker& w, const Fiber* fiber, const char* format, ...) {
-            va_list arguments;
-            va_start(arguments, format);
-            record_fault(w, fiber, fiber->where, 0, {}, format, arguments);
-            va_end(arguments);
-        }
-    };
-    Report::call(w, first, "deadlock (divergent barrier): %u of %u threads have exited, the others wait forever: %s",
-                 w.threads - w.live, w.threads, text);
+    report(w, first, "deadlock (divergent barrier): %u of %u threads have exited, the others wait forever: %s",
+           w.threads - w.live, w.threads, text);
 }
 
 // The __shared__ arrays of this library, from its symbol table.
@@ -764,7 +787,8 @@ FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
     const Launch& launch = *w.launch;
     w.block = {unsigned(number % launch.grid.x), unsigned(number / launch.grid.x % launch.grid.y),
                unsigned(number / launch.grid.x / launch.grid.y)};
-    w.threads = w.live = launch.block.x * launch.block.y * launch.block.z;
+    w.live = w.threads;
+    ++w.turns;
     w.first = w.last = nullptr;
     w.polls = 0;
     w.internal = 0;
@@ -800,43 +824,51 @@ FUSER_UNCHECKED inline void run_block(Worker& w, uint64_t number) {
     if (w.live && !launch.failed) report_deadlock(w);
 }
 
-// Workers keep their stacks for later launches.
-struct Pool {
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Worker>> idle;
-    std::unique_ptr<Worker> take() {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (idle.empty()) return std::make_unique<Worker>();
-        std::unique_ptr<Worker> one = std::move(idle.back());
-        idle.pop_back();
-        return one;
-    }
-    void give(std::unique_ptr<Worker> one) {
-        std::lock_guard<std::mutex> lock(mutex);
-        idle.push_back(std::move(one));
-    }
-};
-inline Pool pool;
-
-FUSER_UNCHECKED inline void work(Launch& launch) {
-    std::unique_ptr<Worker> owned = pool.take();
-    Worker& w = *owned;
+FUSER_UNCHECKED inline void work(Worker& w) {
+    Launch& launch = *w.launch;
     worker = &w;
-    w.launch = &launch;
-    std::unique_ptr<char[]> memory(new char[64 << 10]);
     stack_t own{}, before{};
-    own.ss_sp = memory.get();
-    own.ss_size = 64 << 10;
+    own.ss_sp = w.signal_stack;
+    own.ss_size = SIGNAL_STACK_BYTES;
     sigaltstack(&own, &before);  // a fiber whose stack is full cannot handle a signal on it
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-    while (!__atomic_load_n(&launch.failed, __ATOMIC_RELAXED)) {
-        const uint64_t number = __atomic_fetch_add(&launch.next_block, 1, __ATOMIC_RELAXED);
-        if (number >= blocks) break;
-        run_block(w, number);
+    try {
+        while (!__atomic_load_n(&launch.failed, __ATOMIC_RELAXED)) {
+            const uint64_t number = __atomic_fetch_add(&launch.next_block, 1, __ATOMIC_RELAXED);
+            if (number >= blocks) break;
+            run_block(w, number);
+        }
+    } catch (const std::bad_alloc&) {
+        report(w, nullptr, "the emulator has not enough memory");
     }
     sigaltstack(&before, nullptr);
     worker = nullptr;
-    pool.give(std::move(owned));
+    std::lock_guard<std::mutex> lock(launch.mutex);
+    w.finished = true;
+    launch.changed.notify_all();
+}
+
+// Waits for all workers; one in which no other fiber gets a turn for too long is stopped by a signal.
+FUSER_UNCHECKED inline void watch(Launch& launch, std::vector<std::unique_ptr<Worker>>& workers, std::vector<std::thread>& team) {
+    std::vector<std::pair<uint64_t, std::chrono::steady_clock::time_point>> seen(
+        team.size(), {0, std::chrono::steady_clock::now()});
+    std::unique_lock<std::mutex> lock(launch.mutex);
+    for (;;) {
+        const auto now = std::chrono::steady_clock::now();
+        bool finished = true;
+        for (size_t i = 0; i < team.size(); ++i) {
+            if (workers[i]->finished) continue;
+            finished = false;
+            const uint64_t turns = __atomic_load_n(&workers[i]->turns, __ATOMIC_RELAXED);
+            if (turns != seen[i].first) seen[i] = {turns, now};
+            else if (now - seen[i].second > std::chrono::duration<double>(patience())) {
+                pthread_kill(team[i].native_handle(), SIGILL);
+                seen[i].second = now;
+            }
+        }
+        if (finished) return;
+        launch.changed.wait_for(lock, std::chrono::milliseconds(200));
+    }
 }
 
 inline thread_local FuserFault last_fault;
@@ -868,16 +900,23 @@ inline int run(Launch& launch) {
     if (launch.shared_bytes > SHARED_LIMIT) {
         return refuse("%zu bytes of dynamic shared memory; a block has at most %zu", launch.shared_bytes, SHARED_LIMIT);
     }
+    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    const auto count = unsigned(std::min<uint64_t>(blocks, usable_threads()));
+    SignalGuard guard;
+    std::vector<std::unique_ptr<Worker>> workers;
+    std::vector<std::thread> team;
     try {
-        SignalGuard guard;
-        const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-        const auto count = unsigned(std::min<uint64_t>(blocks, usable_threads()));
-        std::vector<std::thread> team;
-        for (unsigned i = 0; i < count; ++i) team.emplace_back(work, std::ref(launch));
-        for (std::thread& member : team) member.join();
+        for (unsigned i = 0; i < count; ++i) {
+            workers.push_back(std::make_unique<Worker>(unsigned(threads)));
+            workers.back()->launch = &launch;
+            team.emplace_back(work, std::ref(*workers.back()));
+        }
     } catch (const std::exception& error) {
-        return refuse("the emulator cannot run this kernel here: %s", error.what());
+        // The threads that did start do the work of all.
+        if (team.empty()) return refuse("the emulator cannot run this kernel here: %s", error.what());
     }
+    watch(launch, workers, team);
+    for (std::thread& member : team) member.join();
     if (!launch.failed) return 0;
     last_fault = launch.fault;
     return FAULT_STATUS;

@@ -43,7 +43,7 @@ struct Shadow {
     std::vector<Channel> channels;
     std::vector<Array> arrays;
     char* fixed_memory = nullptr;
-    size_t used = 0;  // bytes of the dynamic region that blocks have used
+    size_t used = 0;  // bytes of the dynamic region that are cleared for each block
 };
 
 // Global memory that kernels may touch; everything if empty. Set by the caller, for all launches.
@@ -81,18 +81,14 @@ FUSER_UNCHECKED inline Region map(char* begin, size_t bytes, unsigned warps) {
     return region;
 }
 
-FUSER_UNCHECKED inline void release_shadow(Shadow& shadow) {
+FUSER_UNCHECKED inline void end(Worker& w) {
+    if (w.shadow == nullptr) return;
+    Shadow& shadow = *w.shadow;
     unmap(shadow.dynamic, shadow.warps);
     unmap(shadow.fixed, shadow.warps);
     unmap(shadow.clocks, size_t(shadow.threads) * shadow.threads);
     unmap(shadow.barriers, size_t(NAMED_BARRIERS) * shadow.threads);
     for (Channel& channel : shadow.channels) unmap(channel.arrived, 2 * shadow.threads);
-    shadow.channels.clear();
-    shadow.used = 0;
-}
-FUSER_UNCHECKED inline void end(Worker& w) {
-    if (w.shadow == nullptr) return;
-    release_shadow(*w.shadow);
     delete w.shadow;
 }
 
@@ -119,24 +115,20 @@ FUSER_UNCHECKED inline Array loaded_library() {
 FUSER_UNCHECKED inline void begin_block(Worker& w) {
     if (w.shadow == nullptr) w.shadow = new Shadow();
     Shadow& s = *w.shadow;
-    char* fixed_memory = static_memory();
-    if (s.threads != w.threads || s.fixed_memory != fixed_memory) {
-        release_shadow(s);
-        s.threads = w.threads, s.warps = (w.threads + 31) / 32, s.now = 1, s.fixed_memory = fixed_memory;
+    if (s.threads == 0) {
+        s.threads = w.threads, s.warps = (w.threads + 31) / 32, s.fixed_memory = static_memory();
         s.clocks = zeros<uint32_t>(size_t(s.threads) * s.threads);
         s.barriers = zeros<uint32_t>(size_t(NAMED_BARRIERS) * s.threads);
-        s.dynamic = map(w.shared - (32 << 10), 2 * SHARED_LIMIT + (64 << 10), s.warps);
+        s.dynamic = map(w.shared - SHARED_MARGIN, SHARED_MAPPED, s.warps);
         size_t begin = SIZE_MAX, end = 0;
         for (const StaticArray& array : static_arrays()) {
             begin = std::min(begin, array.offset), end = std::max(end, array.offset + array.bytes);
         }
         if (end) {
-            s.fixed = map(fixed_memory + begin, end - begin, s.warps);
+            s.fixed = map(s.fixed_memory + begin, end - begin, s.warps);
             for (const StaticArray& array : static_arrays()) {
                 std::memset(s.fixed.allowed + (array.offset - begin), 1, array.bytes);
             }
-        } else {
-            s.fixed = Region();
         }
         library = loaded_library();
     }
@@ -151,8 +143,8 @@ FUSER_UNCHECKED inline void begin_block(Worker& w) {
         std::memset(channel.arrived, 0, 2 * s.threads * sizeof *channel.arrived);
     }
     if (s.fixed.bytes) std::memset(s.fixed.pending, 0, s.fixed.bytes);
-    // Room for the gaps between arrays; what an earlier launch used is cleared as well.
-    s.used = std::max(s.used, std::min(s.dynamic.bytes, w.launch->shared_bytes + (96 << 10)));
+    // With room for the gaps between arrays.
+    s.used = std::min(s.dynamic.bytes, w.launch->shared_bytes + 3 * SHARED_MARGIN);
     std::memset(s.dynamic.begin, 0xff, s.used);
     std::memset(s.dynamic.pending, 0, s.used);
     std::memset(s.dynamic.allowed, 0, s.used);

@@ -334,6 +334,12 @@ __global__ void trap_kernel(float* out) {
 }
 FUSER_TEST_FAULT(trap, 1, 32, 0)
 
+__global__ void endless_kernel(float* out) {
+    volatile float* x = out;
+    while (x[0] >= 0) x[1] = x[1] + 1;  // endless
+}
+FUSER_TEST_FAULT(endless, 1, 32, 0)
+
 __global__ void too_many_threads_kernel(float*) {}
 FUSER_TEST_FAULT(too_many_threads, 1, dim3(32, 33), 0)
 

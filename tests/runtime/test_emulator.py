@@ -415,7 +415,7 @@ def test_rounding_to_narrow_types(library: Path) -> None:
     # Where rounding is decided: ties between neighbours, subnormal results, the largest values.
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     ties = ((halves[:-1].astype(np.float64) + halves[1:]) / 2).astype(np.float32)
-    edges = np.array([65504, 65519.99, 65520, 1e-8, 2.0**-25, 2.0**-24, 3.5e38, np.inf, -np.inf, 0.0, -0.0], np.float32)
+    edges = np.array([65504, 65519.99, 65520, 1e-8, 2.0**-25, 2.0**-24, 3.4e38, np.inf, -np.inf, 0.0, -0.0], np.float32)
     x = np.concatenate([x[np.isfinite(x)], halves, ties, -ties, edges]).astype(np.float32)
     n = len(x)
     as_half, as_bf16 = np.zeros(n, np.uint16), np.zeros(n, np.uint16)

@@ -139,6 +139,12 @@ def test_local_memory_is_bounded(request: pytest.FixtureRequest, library: str) -
     assert "KiB of local memory" in caught(request.getfixturevalue(library), "local_memory").fault
 
 
+@pytest.mark.parametrize("library", ["plain", "checked"])
+def test_endless_loop_is_stopped(request: pytest.FixtureRequest, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSER_EMULATOR_TIMEOUT", "0.5")
+    assert "runs for 0.5 s without coming to a barrier" in caught(request.getfixturevalue(library), "endless").fault
+
+
 @pytest.mark.parametrize(("name", "words"), REFUSED.items())
 def test_launch_that_no_gpu_would_take(plain: Path, name: str, words: str) -> None:
     error = caught(plain, name)
