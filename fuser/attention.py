@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import math
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuser.codegen.render import TEMPLATES, render
-from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
+from fuser.codegen.render import header_folder, render
+from fuser.ir.errors import BuildError, CacheError, FuserError, KernelError, MaskError, ToolchainError
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
+from fuser.kernels import attention_cuda
 from fuser.kernels.attention import AttentionParameters, cached_plan, extents, keep_plans, workspace_bytes
-from fuser.kernels.base import FLOATING, STORAGE
+from fuser.kernels.attention_cuda import TF32, CudaAttentionParameters
+from fuser.kernels.attention_tiles import Tiles
+from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
 from fuser.runtime.abi import KernelArgs
@@ -60,9 +64,10 @@ def sparse_attention(
     heads). A row that may see nothing gives zeros, and -inf as its log-sum-exp.
 
     It runs as ``torch.ops.fuser.sparse_attention`` (or ``sparse_attention_lse``): eager, exported, compiled, and as
-    part of a fused program under ``fuser.optimize``. The kernel takes fp32 and bf16 on the CPU and heads up to 256
-    wide; everything else, and the backward pass, is plain PyTorch with all Sq x Sk scores in memory, said once in the
-    log. Under ``torch.compile``, make the mask outside of the compiled function: one made inside breaks the graph.
+    part of a fused program under ``fuser.optimize``. The kernels take fp32 and bf16, on GPUs fp16 as well, and heads
+    up to 256 wide; everything else, and the backward pass, is plain PyTorch with all Sq x Sk scores in memory, said
+    once in the log. Under ``torch.compile``, make the mask outside of the compiled function: one made inside breaks the
+    graph.
 
     Raises:
         ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
@@ -318,13 +323,17 @@ def _run(
 
 def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
     """Why the kernel cannot run, or an empty string."""
-    if q.device.type != "cpu" or q.layout is not torch.strided:
-        return f"there is no kernel for {q.device.type} tensors yet"
-    if q.dtype not in FLOATING:
+    if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
+        return f"there is no kernel for {q.device.type} tensors"
+    try:
+        floats = floating(_target(q.device))
+    except FuserError as error:
+        return str(error)
+    if q.dtype not in floats:
         return f"there is no kernel for {q.dtype}"
     if not 0 < v.shape[3] <= _LARGEST_HEAD or q.shape[3] > _LARGEST_HEAD:
         return f"there is no kernel for heads wider than {_LARGEST_HEAD}"
-    if runtime is not None and runtime.dtype not in (torch.bool, *FLOATING):
+    if runtime is not None and runtime.dtype not in (torch.bool, *floats):
         return f"there is no kernel for masks of {runtime.dtype}"
     return ""
 
@@ -349,9 +358,8 @@ def _launch(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    from fuser.runtime.device import cpu_target
-
-    run_plan(q, k, v, cached_plan(mask, q.shape[2], k.shape[2], cpu_target()), runtime, scale, out, lse)
+    tiles = cached_plan(mask, q.shape[2], k.shape[2], _target(q.device))
+    run_plan(q, k, v, tiles, runtime, scale, out, lse)
 
 
 def run_plan(
@@ -363,18 +371,19 @@ def run_plan(
     scale: float,
     out: Tensor,
     lse: Tensor | None,
+    target: Target | None = None,
 ) -> None:
     """Run the kernel for ``tiles`` on checked tensors, into ``out`` and, where it is given, ``lse``.
 
-    Raises BuildError, ToolchainError or CacheError when there is no kernel.
+    ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
+    BuildError, ToolchainError or CacheError when there is no kernel.
     """
     # The compiler imports the raising, which imports this module.
     from fuser.compiler import threads_now
-    from fuser.runtime.device import cpu_target
 
+    target = _target(q.device) if target is None else target
     q, k, v = (t.detach() if t.stride(3) == 1 else t.detach().contiguous() for t in (q, k, v))
     batch, heads, q_len, width = q.shape
-    target = cpu_target()
     tensors = [q, k, v]
     mask_strides: tuple[int, ...] | None = None
     if runtime is not None:
@@ -382,6 +391,12 @@ def run_plan(
         mask_strides = runtime.stride()
         tensors.append(runtime)
     storage = None if runtime is None else STORAGE[runtime.dtype]
+    if target.kind == "cuda":
+        chosen = _chosen(
+            width, v.shape[3], STORAGE[q.dtype], storage, lse is not None, tiles, batch, heads, _with_tf32(target)
+        )
+        _run_on_gpu(chosen, tensors, tiles, mask_strides, scale, out, lse, target)
+        return
     kernel = _kernel(AttentionParameters(width, v.shape[3], STORAGE[q.dtype], storage, lse is not None), target)
     addresses = [t.data_ptr() for t in tensors]
     addresses += [tiles.array.ctypes.data, out.data_ptr()]
@@ -394,13 +409,84 @@ def run_plan(
     kernel(KernelArgs.pack(addresses, sizes, threads_now(), workspace))
 
 
+def _run_on_gpu(
+    parameters: CudaAttentionParameters,
+    tensors: list[Tensor],
+    tiles: AttentionPlan,
+    mask_strides: tuple[int, ...] | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+    target: Target,
+) -> None:
+    """Run the CUDA kernel on q, k, v and the run-time mask, on the current stream of their device."""
+    from fuser.runtime.cuda import CUDA_ERROR, kernel_error
+    from fuser.runtime.emulator import FAULT_STATUS, fault
+
+    q, k, v = tensors[:3]
+    batch, heads = q.shape[:2]
+    chosen = attention_cuda.schedule(tiles, parameters, batch, heads, target.cores)
+    kernel = _kernel(parameters, target)
+    tensors = [*tensors, _on_device(chosen.tiles, q.device), out, *([] if lse is None else [lse])]
+    strides = [t.stride()[:3] for t in (q, k, v, out)]
+    sizes = attention_cuda.extents(batch, heads, k.shape[1], tiles, chosen, scale, strides, mask_strides)
+    scratch = torch.empty(chosen.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=q.device)
+    workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    args = KernelArgs.pack([t.data_ptr() for t in tensors], sizes, target.cores, workspace)
+    if target.emulated:
+        if (status := kernel.status(args)) == FAULT_STATUS:
+            raise fault(kernel.path, kernel.symbol)
+    else:
+        with torch.cuda.device(q.device):
+            status = kernel.status(args, torch.cuda.current_stream(q.device).cuda_stream)
+    if status >= CUDA_ERROR:
+        raise kernel_error(kernel.symbol, status)
+    if status:
+        raise KernelError(f"the kernel {kernel.symbol} cannot run {tuple(q.shape)} queries (status {status})")
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(
+    width: int,
+    value_width: int,
+    dtype: DType,
+    mask: DType | None,
+    lse: bool,
+    tiles: AttentionPlan,
+    batch: int,
+    heads: int,
+    target: Target,
+) -> CudaAttentionParameters:
+    """The parameters of the least predicted cost."""
+    found = attention_cuda.choices(width, value_width, dtype, mask, lse, target)
+    return min(found, key=lambda p: attention_cuda.cost(p, tiles, batch, heads, 0, target).seconds(target))
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(tiles: Tiles, device: torch.device) -> Tensor:
+    return torch.from_numpy(tiles.array.copy()).to(device)
+
+
+def _target(device: torch.device) -> Target:
+    from fuser.compiler import target_of
+
+    return target_of(device)
+
+
+def _with_tf32(target: Target) -> Target:
+    """The target that may use TF32 where PyTorch may."""
+    if not torch.backends.cuda.matmul.allow_tf32:
+        return target
+    return dataclasses.replace(target, features=target.features | {TF32})
+
+
 @functools.cache
-def _kernel(parameters: AttentionParameters, target: Target) -> Kernel:
+def _kernel(parameters: AttentionParameters | CudaAttentionParameters, target: Target) -> Kernel:
     from fuser.runtime.build import build
     from fuser.runtime.library import load
 
     source = render(parameters.spec)
-    (path,) = build([source], target, headers=TEMPLATES / target.kind).values()
+    (path,) = build([source], target, headers=header_folder(target)).values()
     return load(path, source.symbol)
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from fuser.ir.graph import Kind, Operator, OperatorGroup
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
-from fuser.kernels.base import FLOATING, STORAGE, Cost, DType, KernelCall, KernelSpec, Literal
+from fuser.kernels import attention_cuda
+from fuser.kernels.attention_cuda import CudaAttentionParameters
+from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Literal, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import PlanStore, stored_plan
 
@@ -96,7 +98,7 @@ class AttentionFamily:
 
     def match(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
-        if target.kind != "cpu" or any(op.kind not in _KINDS for op in group.operators):
+        if any(op.kind not in _KINDS for op in group.operators):
             return None
         by_kind = {kind: [op for op in group.operators if op.kind is kind] for kind in _KINDS}
         if any(len(by_kind[kind]) != 1 for kind in (Kind.QK, Kind.SOFTMAX, Kind.PV)) or len(by_kind[Kind.SCALE]) > 1:
@@ -107,7 +109,7 @@ class AttentionFamily:
         q, k = qk.inputs
         v = pv.inputs[1]
         runtime = [op.inputs[1] for op in by_kind[Kind.MASK] if len(op.inputs) > 1]
-        if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime):
+        if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime, target):
             return None
         pattern: Mask = Dense()
         for op in by_kind[Kind.MASK]:
@@ -122,40 +124,69 @@ class AttentionFamily:
         return AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
 
     @staticmethod
-    def _supported(group: OperatorGroup, operands: tuple[str, str, str], runtime: Sequence[str]) -> bool:
+    def _supported(
+        group: OperatorGroup, operands: tuple[str, str, str], runtime: Sequence[str], target: Target
+    ) -> bool:
         specs = [group.graph.values[value] for value in operands]
-        if len({spec.dtype for spec in specs}) != 1 or specs[0].dtype not in FLOATING:
+        if len({spec.dtype for spec in specs}) != 1 or specs[0].dtype not in floating(target):
             return False
         if any(spec.strides[-1] != 1 and spec.shape[-1] > 1 for spec in specs):
             return False
         if any(not 0 < spec.shape[-1] <= _LARGEST_HEAD for spec in specs) or specs[0].shape[1] % specs[1].shape[1]:
             return False
-        return all(group.graph.values[m].dtype in (*FLOATING, torch.bool) for m in runtime)
+        return all(group.graph.values[m].dtype in (*floating(target), torch.bool) for m in runtime)
 
-    def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
-        """Blocks of keys whose scores stay in the first cache."""
+    def space(
+        self, match: AttentionMatch, target: Target
+    ) -> Sequence[AttentionParameters] | Sequence[CudaAttentionParameters]:
+        """Blocks of keys whose scores stay in the first cache; on a GPU what its shared memory holds."""
         values = match.group.graph.values
         mask = None if match.mask is None else STORAGE[values[match.mask].dtype]
         dtype = STORAGE[values[match.q].dtype]
+        if target.kind == "cuda":
+            widths = values[match.q].shape[-1], values[match.v].shape[-1]
+            return attention_cuda.choices(*widths, dtype, mask, False, target)
         return [AttentionParameters(values[match.q].shape[-1], values[match.v].shape[-1], dtype, mask)]
 
-    def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
+    def cost(
+        self, match: AttentionMatch, parameters: AttentionParameters | CudaAttentionParameters, target: Target
+    ) -> Cost:
         values = match.group.graph.values
         batch, heads, q_len, _ = values[match.q].shape
-        pairs = batch * heads * cached_plan(match.pattern, q_len, values[match.k].shape[2], target).pairs_allowed
+        tiles = cached_plan(match.pattern, q_len, values[match.k].shape[2], target)
+        if isinstance(parameters, CudaAttentionParameters):
+            moved = sum(values[value].nbytes for value in (match.q, match.k, match.v, match.out))
+            return attention_cuda.cost(parameters, tiles, batch, heads, moved, target)
+        pairs = batch * heads * tiles.pairs_allowed
         if match.pattern.heads is not None:
             pairs //= heads
         flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
         moved = sum(values[value].nbytes for value in (match.q, match.k, match.v, match.out))
         return Cost(flops, float(moved), efficiency=0.7)
 
-    def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
+    def call(
+        self,
+        match: AttentionMatch,
+        parameters: AttentionParameters | CudaAttentionParameters,
+        target: Target,
+        threads: int,
+    ) -> KernelCall:
         values = match.group.graph.values
         q, k = values[match.q], values[match.k]
         batch, heads, q_len, _ = q.shape
         tiles = cached_plan(match.pattern, q_len, k.shape[2], target)
         strides = [values[value].strides[:3] for value in (match.q, match.k, match.v, match.out)]
         mask = [] if match.mask is None else [match.mask]
+        mask_strides = values[match.mask].strides if match.mask is not None else None
+        if isinstance(parameters, CudaAttentionParameters):
+            chosen = attention_cuda.schedule(tiles, parameters, batch, heads, threads)
+            return KernelCall(
+                parameters.spec,
+                (match.q, match.k, match.v, *mask, Literal(chosen.tiles.key, chosen.tiles.array), match.out),
+                attention_cuda.extents(batch, heads, k.shape[1], tiles, chosen, match.scale, strides, mask_strides),
+                (match.out,),
+                chosen.workspace_bytes,
+            )
         return KernelCall(
             parameters.spec,
             (match.q, match.k, match.v, *mask, Literal(f"plan:{tiles.hash}", tiles.array), match.out),
@@ -166,7 +197,7 @@ class AttentionFamily:
                 tiles,
                 match.scale,
                 strides,
-                values[match.mask].strides if match.mask is not None else None,
+                mask_strides,
             ),
             (match.out,),
             workspace_bytes(batch, heads, parameters.value_dim, tiles),

@@ -6,11 +6,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fuser.ir.target import Target
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
-from fuser.kernels.base import DType, KernelSpec
+from fuser.kernels.base import Cost, DType, KernelSpec
 from fuser.kernels.plan import AttentionPlan
 
 TEMPLATE = "cuda/attention.cu.j2"
+TF32 = "tf32"
+"""The feature of targets that may round fp32 operands of products to TF32."""
 _WARP_ROWS = 16
 _SHORTEST_PART = 8
 """Steps below which a tile is not cut into parts, since merging them would cost as much."""
@@ -20,6 +23,13 @@ _TILE_STEPS = 2.0
 """What a tile costs besides its steps, in steps."""
 _BLOCKS = 2
 """Blocks that share a multiprocessor and hide each other's waits."""
+_STAGES = (2, 3)
+# Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
+_MMA_SHARE = {"sm_80": 0.6, "sm_86": 0.6, "sm_87": 0.6, "sm_89": 0.6}
+_MMA_SHARE_LATER = 0.4
+_FMA_SHARE = 0.5
+_L2_BANDWIDTH = 4e10
+"""Bytes per second that one multiprocessor draws from the second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,29 @@ class CudaAttentionParameters:
             total += self.rows * pitch * size
         if self.order is BitOrder.VECTOR:
             total += self.rows * (self.keys + 4) * 4
-        slots = self.stages + 1
+        slots = 4 if self.stages < 4 else 8
         return total + slots * (self.keys * 4 + 16) + (slots * self.keys * 4 if self.mask else 0) + 16
+
+
+def choices(
+    head_dim: int, value_dim: int, dtype: DType, mask: DType | None, lse: bool, target: Target
+) -> list[CudaAttentionParameters]:
+    """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow."""
+    tf32 = dtype is DType.F32 and TF32 in target.features
+    vector = dtype is DType.F32 and not tf32
+    widest = max(head_dim, value_dim)
+    # A lane holds half a column's results and half a key's scores, besides its queries.
+    keys = (32 if widest <= 128 else 16) if vector else 64 if widest <= (64 if tf32 else 128) else 32
+    blocks = 1 if widest > 128 or (tf32 and widest > 64) else 3 if widest <= 64 and dtype is not DType.F32 else 2
+    found = []
+    for rows in (64, 128):
+        for stages in _STAGES:
+            made = CudaAttentionParameters(
+                head_dim, value_dim, dtype, mask, lse, tf32, rows, keys, stages, max(1, blocks * 64 // rows)
+            )
+            if made.shared_bytes <= target.shared_bytes and (rows == 64 or blocks > 1):
+                found.append(made)
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,3 +146,26 @@ def extents(
     of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, *cut.offsets)
     flat = [stride for tensor in strides for stride in tensor]
     return (batch, heads, key_heads, plan.q_len, plan.kv_len, bits, *of_tiles, *flat, *(mask_strides or ()))
+
+
+def cost(
+    parameters: CudaAttentionParameters, plan: AttentionPlan, batch: int, heads: int, moved: int, target: Target
+) -> Cost:
+    """The cost of one launch that reads and writes ``moved`` bytes: steps by products or by gathered bytes, whichever
+    takes longer, and no less than the longest tile, which a block computes alone."""
+    cut = schedule(plan, parameters, batch, heads, target.cores).tiles
+    units = batch if plan.heads else batch * heads
+    width = parameters.head_dim + parameters.value_dim
+    if parameters.order is BitOrder.VECTOR:
+        rate = target.peak_flops * _FMA_SHARE
+    else:
+        share = _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
+        rate = target.tensor_flops * (share / 2 if parameters.tf32 else share)
+    pairs = units * cut.pairs_computed
+    steps = units * max(1, cut.steps)
+    step = max(pairs * 2.0 * width / (steps * rate), STEP * width * parameters.dtype.bytes / _L2_BANDWIDTH)
+    whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
+    longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS
+    seconds = max(whole, longest)
+    flops = max(1.0, pairs * 2.0 * width)
+    return Cost(flops, float(moved), efficiency=flops / (seconds * target.peak_flops * target.cores))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,11 @@ class BitOrder(enum.Enum):
 class Tiles:
     """``array`` (int32, read-only) holds, each from a multiple of four on, in this order:
 
-    ``items`` x 4: first record, steps, head, 0; tiles with most steps first;
+    ``items`` x 4: first record, steps, head, a bit for every warp with partial steps; tiles with most steps first;
     ``items`` x ``rows`` x 4: row (-1 where idle), first state, part, parts of the row;
     records x 4: first key (or, where the next is 0, first entry of the key lists), distance of keys,
     ``steps << 16 | two bits for every warp (0 skips, 1 partial, 2 full)``, and the block of masks;
-    key lists: 64 a step, -1 beyond the last; masks: ``rows * 2`` words a block, 32 a warp.
+    key lists: 64 a step, the largest key again beyond the last; masks: ``rows * 2`` words a block, 32 a warp.
 
     Parts of a row are numbered from 0 in the order in which they are to be merged; their partial results are the states
     ``first state + part`` of ``states``.
@@ -66,6 +67,11 @@ class Tiles:
 
     def __post_init__(self) -> None:
         self.array.setflags(write=False)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A name that tells tiles apart."""
+        return f"tiles:{hashlib.sha256(self.array.tobytes()).hexdigest()}"
 
     @property
     def most_steps(self) -> int:
@@ -134,7 +140,7 @@ def tiles(plan: AttentionPlan, rows: int, order: BitOrder, most_steps: int) -> T
     longest = np.argsort(-part_steps, kind="stable")
     record_first = pointers(record_counts)[:-1]
     packed = np.stack([records[:, 1], records[:, 2], records[:, 3] << 16 | records[:, 4], records[:, 5]], axis=1)
-    table = np.stack([record_first, part_steps, heads, np.zeros_like(heads)], axis=1)[longest]
+    table = np.stack([record_first, part_steps, heads, _partial(records, record_counts, bits)], axis=1)[longest]
     pieces = [table, member[longest], packed, listed, blocks.view(np.int32)]
     sizes = [-(-piece.size // 4) * 4 for piece in pieces]
     offsets = pointers(np.array(sizes, np.int64))
@@ -276,7 +282,10 @@ def _lists(keys: Int64s) -> tuple[Int64s, Int64s, Int64s]:
     """Lists of keys that are no progression, each step's number among them, and the distance of those that are one."""
     distance = keys[:, 1] - keys[:, 0]
     regular = (np.diff(keys, axis=1) == distance[:, None]).all(axis=1) & (distance > 0) & (keys[:, -1] >= 0)
-    return keys[~regular], np.cumsum(~regular) - 1, np.where(regular, distance, 0)
+    listed = keys[~regular]
+    # Places beyond the last key repeat it, so that what is read there exists; their bits are zero.
+    listed = np.where(listed < 0, listed.max(axis=1, keepdims=True, initial=0), listed)
+    return listed, np.cumsum(~regular) - 1, np.where(regular, distance, 0)
 
 
 def _split(records: Int64s, items: int, most: int) -> tuple[Int64s, Int64s, Int64s, Int64s]:
@@ -302,6 +311,14 @@ def _split(records: Int64s, items: int, most: int) -> tuple[Int64s, Int64s, Int6
     item = np.repeat(np.arange(items), parts)
     steps = np.bincount(index, weights=cut[:, 3], minlength=len(item)).astype(np.int64)
     return item, steps, cut, np.bincount(index, minlength=len(item))
+
+
+def _partial(records: Int64s, counts: Int64s, bits: Int64s) -> Int64s:
+    """For every tile the warps that have partial steps."""
+    out = np.zeros(len(counts), np.int64)
+    marks = (((records[:, 4:5] >> bits & 3) == _PARTIAL).astype(np.int64) << np.arange(len(bits))).sum(axis=1)
+    np.bitwise_or.at(out, np.repeat(np.arange(len(counts)), counts), marks)
+    return out
 
 
 def _states(rows: Int64s, heads: Int64s, phases: Int64s, q_len: int) -> tuple[Int64s, int]:
