@@ -1,8 +1,9 @@
-"""Attention over three gloo ranks: the result, a rank that fails and one that dies."""
+"""Attention over gloo ranks: results, and ranks that fail, die or fall silent at any stage."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,50 +11,80 @@ import sys
 import pytest
 
 PROGRAM = """
-import os, sys, datetime, torch, torch.distributed as dist
+import os, sys, time, datetime, torch, torch.distributed as dist
 from fuser import cqs, masks
+from fuser.runtime import distributed
+distributed._PATIENCE_SECONDS = 4.0
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-rank, mode = dist.get_rank(), sys.argv[1]
+rank, victim, stage = dist.get_rank(), int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3)) if rank == 0 else (None,) * 3
-def fail(*_):
-    if mode == "dies":
-        os._exit(9)
+
+def attend(mask):
+    start = time.monotonic()
+    try:
+        return cqs.attention(q, k, v, mask=mask, group=dist.group.WORLD, timeout=45)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+        assert time.monotonic() - start < 40
+        return None
+
+def raises(*_):
     raise MemoryError("no memory left")
-if rank == 2 and mode != "works":
-    cqs.work = fail
-try:
-    out = cqs.attention(q, k, v, mask=masks.Causal(), group=dist.group.WORLD, timeout=30)
-except Exception as error:
-    print(type(error).__name__, error, flush=True)
-    os._exit(3)
-if rank == 0:
-    q, k, v = (t.double() for t in (q, k, v))
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert (out - wanted).norm() <= 8e-7 * wanted.norm()
-dist.barrier()
+
+def dies(*_):
+    os._exit(9)
+
+work = cqs.work
+for mask in (masks.Causal(), masks.Strided(7), ~masks.Dense()):
+    out = attend(mask)
+    if rank == 0:
+        assert (out - cqs.attention(q, k, v, mask=mask)).norm() <= 1e-6 * out.norm()
+        if isinstance(mask, masks.Causal):
+            q64, k64, v64 = (t.double() for t in (q, k, v))
+            wanted = torch.nn.functional.scaled_dot_product_attention(q64, k64, v64, is_causal=True)
+            assert (out - wanted).norm() <= 8e-7 * wanted.norm()
+if rank == 1:
+    cqs.work = raises
+attend(masks.Causal())
+cqs.work = work
+if rank == victim:
+    if stage == "work":
+        cqs.work = dies
+    else:
+        setattr(distributed.Ranks, stage, dies)
+attend(masks.Causal())
+os._exit(0)
 """
 
 
 @pytest.mark.parametrize(
-    ("mode", "codes", "words"),
-    [("works", [0, 0, 0], ""), ("raises", [3, 3, 3], "rank 2: MemoryError"), ("dies", [3, 3, 9], "DistributedError")],
+    ("victim", "stage", "words"),
+    [
+        (2, "work", "rank 2 has died"),
+        (1, "merge", "rank 1 has died"),
+        (0, "merge", "store of the process group is gone, so what kept it has died: rank 0"),
+    ],
 )
-def test_ranks(mode: str, codes: list[int], words: str) -> None:
+def test_a_dead_rank_is_named(victim: int, stage: str, words: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", PROGRAM, str(victim), stage]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, mode], env={**common, "RANK": str(r)}, stdout=subprocess.PIPE, text=True
-        )
-        for r in range(3)
+        subprocess.Popen(command, env={**common, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(3)
     ]
     try:
-        texts = [rank.communicate(timeout=120)[0] for rank in ranks]
+        texts = [rank.communicate(timeout=200)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == codes
-    assert all(words in text for text, code in zip(texts[:2], codes[:2], strict=True))
+    assert [rank.returncode for rank in ranks] == [9 if r == victim else 0 for r in range(3)]
+    for r, text in enumerate(texts):
+        first, *rest = text.splitlines()
+        assert re.match("MemoryError" if r == 1 else "DistributedError.* rank 1: MemoryError", first)
+        if r != victim:
+            (second,) = rest
+            assert second.startswith("DistributedError")
+            assert words in second
