@@ -459,8 +459,8 @@ def optimize(
             first call compiles.
         attention: a mask that every self-attention is restricted to, beside the masks it has.
         quantize: reserved for dynamic quantization of attention; must be None.
-        search: ``"cached"`` takes measured kernel choices from the cache and measures what it lacks; ``"model"``
-            trusts the cost model alone.
+        search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
+            number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
             CUDA kernels on the CPU. Default: the device of the inputs, calibrated once.
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.

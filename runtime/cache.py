@@ -400,6 +400,12 @@ class KernelCache:
         content = _format_record(kind, key, value)
         self._writing(lambda root: _write_atomic(_record_path(root, kind, key), content, root / "tmp"))
 
+    def records(self, kind: str) -> Iterator[dict[str, Any]]:
+        """The values of all intact records of ``kind``, by the names of their files."""
+        for path in sorted((p for p in self._record_paths() if p.parent.name == kind), key=lambda p: p.name):
+            with contextlib.suppress(OSError, CacheError):
+                yield _parse_record(path.read_bytes(), kind, None)[1]
+
     # Archives
 
     def export(self, path: Path, keys: Iterable[str] | None = None) -> int:

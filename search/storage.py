@@ -9,19 +9,33 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import optuna
-import platformdirs
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from fuser.ir.errors import SearchError
+from fuser.runtime.cache import default_cache
 
 
 def default_storage() -> str:
-    """The journal file in ``$FUSER_STUDIES_DIR``, else in the user's data folder."""
-    folder = os.environ.get("FUSER_STUDIES_DIR") or platformdirs.user_data_path("fuser") / "studies"
-    return str(Path(folder) / "studies.journal")
+    """The folder ``studies`` of the kernel cache, which keeps a journal file for every study."""
+    return str(default_cache().root / "studies")
+
+
+def located(storage: str | None, study: str) -> str:
+    """The storage that a study is in: of a folder (the default), its journal file there."""
+    where = default_storage() if storage is None else storage
+    if storage is None or ("://" not in where and Path(where).expanduser().is_dir()):
+        return str(Path(where).expanduser().absolute() / f"{quote(study, safe='')}.journal")
+    return where
+
+
+def studies_in(folder: Path) -> list[str]:
+    """Names of the studies in a folder, by the age of their files, the newest last."""
+    files = sorted(folder.glob("*.journal"), key=lambda path: path.stat().st_mtime)
+    return [unquote(path.name.removesuffix(".journal")) for path in files]
 
 
 def shown(storage: str) -> str:
@@ -29,13 +43,12 @@ def shown(storage: str) -> str:
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage)
 
 
-def open_storage(storage: str | None, *, create: bool = True) -> tuple[BaseStorage, str]:
+def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
     """The storage at a path (``.db`` and ``.sqlite``: SQLite, else a journal file) or URL, and its full name.
 
     Raises SearchError when it is not there and not to be made, cannot be reached or written, or is of another version.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name = default_storage() if storage is None else storage
     with translated(name):
         if "://" not in name:
             path = Path(name).expanduser().absolute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import socket
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 
 from fuser.codegen.partition import Choice
-from fuser.ir.errors import SearchError
+from fuser.ir.errors import CacheError, SearchError
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.target import Target
-from fuser.runtime.cache import KernelCache
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.search import records
 from fuser.search.objective import KernelTime, Objective, Outcome
 from fuser.search.space import Point, Space
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from fuser.search.samplers import Decode
 
+logger = logging.getLogger("fuser")
 STRATEGIES = ("default", "exact", "reward", "random", "anneal", "tpe", "gp", "atoffer", "atoffer-published")
 """``default`` is the shortest path over measured kernels, then group rewards around it; ``exact`` the shortest path
 alone; the others propose every program by themselves, from the default scheme on."""
@@ -181,10 +184,11 @@ def list_studies(storage: str | None = None) -> list[str]:
     """Names of all studies of fuser in a storage, the newest last; none when there is no storage yet."""
     import optuna
 
-    from fuser.search.storage import default_storage, open_storage, translated
+    from fuser.search.storage import default_storage, open_storage, studies_in, translated
 
-    if storage is None and not Path(default_storage()).exists():
-        return []
+    folder = Path(default_storage() if storage is None else storage).expanduser()
+    if storage is None or ("://" not in storage and folder.is_dir()):
+        return studies_in(folder)
     found, name = open_storage(storage, create=False)
     with translated(name):
         summaries = optuna.get_all_study_summaries(found)
@@ -214,17 +218,19 @@ class Ledger:
         """The study called ``name``, which must exist."""
         import optuna
 
-        from fuser.search.storage import open_storage, shown, translated
+        from fuser.search.storage import located, open_storage, shown, translated
 
-        found, where = open_storage(storage, create=False)
+        place = located(storage, name)
+        if place != storage and not Path(place).exists():
+            known = ", ".join(list_studies(storage)[-5:]) or "none"
+            raise SearchError(f"there is no study {name!r} in {Path(place).parent}; the newest there: {known}")
+        found, where = open_storage(place, create=False)
         with translated(where):
             try:
                 study = optuna.load_study(study_name=name, storage=found)
             except KeyError as error:
                 known = ", ".join(list_studies(storage)[-5:]) or "none"
-                raise SearchError(
-                    f"there is no study {name!r} in {shown(where)}; the newest there are: {known}"
-                ) from error
+                raise SearchError(f"there is no study {name!r} in {shown(where)}; the newest there: {known}") from error
         ledger = cls(study, where)
         ledger._check_version()
         return ledger
@@ -234,9 +240,9 @@ class Ledger:
         """The study called ``name``, made with ``header`` unless another process was first."""
         import optuna
 
-        from fuser.search.storage import open_storage, translated
+        from fuser.search.storage import located, open_storage, translated
 
-        found, where = open_storage(storage)
+        found, where = open_storage(located(storage, name))
         with translated(where):
             study = optuna.create_study(study_name=name, storage=found, load_if_exists=True)
             ledger = cls(study, where)
@@ -444,8 +450,8 @@ def search(
         timeout: seconds after which this call stops proposing and measuring.
         strategy: one of :data:`STRATEGIES`.
         seed: the same seed proposes the same programs for the same measured times.
-        storage: a journal file or SQLite file by its path, or a database URL; None: a journal file in the user's data
-            folder.
+        storage: a journal file or SQLite file by its path, a folder, which keeps a journal file for each study, or a
+            database URL; None: the folder ``studies`` of the kernel cache.
         study: the study's name; an existing one is joined, so that processes and machines share its trials. None: a new
             one, or with ``resume`` the newest of this model in the storage.
         plateau: stop after so many trials in a row without a better one; the default strategy after 60, others never.
@@ -853,7 +859,7 @@ class _Run:
             strategy=self.strategy,
             space=self.space,
             best=best,
-            choices=self.space.choices(best),
+            choices=self._choices(best),
             seconds=seconds,
             default_seconds=self.default if self.default is not None else math.inf,
             speedup=speedup,
@@ -881,7 +887,34 @@ class _Run:
         if math.isinf(plain["default_seconds"]):
             plain["default_seconds"] = None
         self.ledger.note("result", plain)
+        if speedup is not None or (self.default is None and stopped != "interrupted"):
+            self._remember(result)
         return result
+
+    def _choices(self, point: Point) -> dict[str, Choice]:
+        """The choices of a point, with the times of kernels that were measured."""
+        found = {}
+        for at, (space, program) in enumerate(zip(self.space.regions, point.regions, strict=True)):
+            choice = space.choice(program)
+            kernels = []
+            for (mask, kernel), group in zip(program, choice.groups, strict=True):
+                known = self.kernel_times.get((at, mask, kernel))
+                if known is not None and known.seconds is not None:
+                    group = dataclasses.replace(group, seconds=known.seconds, measured=True)
+                kernels.append(group)
+            found[space.region.hash] = Choice(choice.scheme, tuple(kernels))
+        return found
+
+    def _remember(self, result: SearchResult) -> None:
+        """Keep the best program as the tuning of its regions."""
+        cache = default_cache() if self.cache is None else self.cache
+        details = {"study": result.study, "speedup": result.speedup, "trials": result.trials}
+        for space in self.space.regions:
+            choice = result.choices[space.region.hash]
+            try:
+                records.write(cache, space.region, choice, self.space.target, self.space.threads, details)
+            except CacheError as error:
+                logger.warning("what the search found could not be remembered: %s", error)
 
     def rank_correlation(self) -> float | None:
         """Spearman's rank correlation of predicted and measured times of kernels; None for fewer than three."""

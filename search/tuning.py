@@ -1,8 +1,8 @@
-"""Kernel-level tuning: what the cost model cannot tell is measured once and remembered.
+"""What ``optimize(search=…)`` measures: tuning records first, else the least that the cost model cannot tell.
 
-For every GEMM of a scheme the fused kernel is compared with the library's GEMM followed by the rest of the group, and,
-when asked for more, with the other parameters of its family. Results are records of the kernel cache, so they are
-reused by later programs and travel with ``fuserc cache export``.
+Without a tuning record, for every GEMM of a scheme the fused kernel is compared with the library's GEMM followed by the
+rest of the group. Results are records of the kernel cache, so they are reused by later programs and travel with
+``fuserc cache export``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from fuser.codegen.partition import Choice, GroupChoice, choose
 from fuser.codegen.render import render
-from fuser.ir.errors import BuildError, SchemeError
+from fuser.ir.errors import BuildError, FuserError, SchemeError
 from fuser.ir.graph import Kind, Region
 from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
@@ -25,7 +25,9 @@ from fuser.kernels.base import KernelCall, canonical
 from fuser.kernels.families import FAMILIES
 from fuser.kernels.gemm import GemmFamily, LibraryParameters
 from fuser.runtime.cache import KernelCache, default_cache
+from fuser.search import records
 from fuser.search.measure import measure, prepare
+from fuser.search.study import search
 
 logger = logging.getLogger("fuser")
 RECORD = "kernel_time"
@@ -36,7 +38,8 @@ _MARGIN = 0.03
 class Tuner:
     """Refines choices by measurement on one target with one number of threads.
 
-    ``trials`` bounds how many parameter sets a group may have measured beside the default and the library's GEMM.
+    What a search has found for a region, or for one that differs only in its number of rows, is taken as it is. With
+    ``trials``, a search of so many runs first for regions that have had none.
     """
 
     def __init__(self, target: Target, threads: int, trials: int = 0, cache: KernelCache | None = None) -> None:
@@ -45,21 +48,46 @@ class Tuner:
         self.trials = trials
         self.cache = cache
         self.measured = 0
-        """Kernels measured by this tuner, not counting those remembered."""
+        """Kernels measured by this tuner beside its search, not counting those remembered."""
 
     def refine(self, choices: Sequence[tuple[Choice, Region]]) -> list[Choice]:
-        """The choices with the fastest measured way to run each of their GEMM groups; kernels that lack a measurement
-        are built together first."""
-        candidates = [[self._candidates(group) for group in choice.groups] for choice, _ in choices]
+        """The choices that a search found, and for other regions the given ones with the fastest measured way to run
+        each of their GEMM groups; kernels that lack a measurement are built together first."""
+        if self.trials:
+            self._search([region for _, region in choices])
+        tuned = [records.read(self._store, region, self.target, self.threads) for _, region in choices]
+        candidates = [
+            [self._candidates(group) for group in choice.groups] if found is None else []
+            for (choice, _), found in zip(choices, tuned, strict=True)
+        ]
         self._prepare([c for groups in candidates for c in groups if len(c) > 1])
         refined = []
-        for (choice, region), groups in zip(choices, candidates, strict=True):
+        for (choice, region), groups, known in zip(choices, candidates, tuned, strict=True):
+            if known is not None:
+                refined.append(known)
+                continue
             found = [way for c in groups for way in (self._fastest(c) if len(c) > 1 else c[0])]
             try:
                 refined.append(Choice(Scheme.from_groups(region, (g.group for g in found)), tuple(found)))
             except SchemeError:
                 refined.append(choice)
         return refined
+
+    def _search(self, regions: Sequence[Region]) -> None:
+        """Search the regions unless each has a record of its own; what goes wrong leaves the cost model's choice."""
+        known = [records.read(self._store, region, self.target, self.threads, exact=True) for region in regions]
+        if not regions or all(choice is not None for choice in known):
+            return
+        hashes = {region.hash for region in regions}
+        occurring = [region for region in regions[0].graph.regions if region.hash in hashes]
+        try:
+            found = search(
+                occurring, self.target, self.threads, trials=self.trials, label="optimize", cache=self._store
+            )
+        except FuserError as error:
+            logger.warning("the search failed, so nothing was tuned: %s", error)
+        else:
+            logger.info("%s", found.summary())
 
     def _prepare(self, groups: Sequence[Sequence[list[GroupChoice]]]) -> None:
         """Build what is about to be measured, in parallel."""
@@ -81,10 +109,8 @@ class Tuner:
         if choice.family is None or choice.family.name != GemmFamily.name:
             return [[choice]]
         found = [[choice]]
-        others = [p for p in choice.family.space(choice.match, self.target) if p != choice.parameters]
-        generated = [p for p in others if not isinstance(p, LibraryParameters)][: self.trials]
-        for parameters in [*generated, *(p for p in others if isinstance(p, LibraryParameters))]:
-            found.append([_with(choice, parameters, self.target)])
+        library = [p for p in choice.family.space(choice.match, self.target) if isinstance(p, LibraryParameters)]
+        found += [[_with(choice, p, self.target)] for p in library if p != choice.parameters]
         split = self._library(choice)
         return [*found, split] if split is not None else found
 
@@ -118,20 +144,17 @@ class Tuner:
                 logger.warning("a candidate kernel did not build and is not considered: %s", error)
                 return candidates[0]
             self.measured += len(candidates)
-            if times[0] is None or any(t is None for t in times):
-                return candidates[0]
-            seconds = [t.seconds for t in times if t is not None]
+            seconds = [t.seconds for t in times]
             for candidate, time in zip(candidates, times, strict=True):
-                if time is not None:
-                    value = {
-                        "seconds": time.seconds,
-                        "spread": time.spread,
-                        "runs": time.runs,
-                        "operators": [op.kind.value for c in candidate for op in c.group.operators],
-                        "families": [c.family.name if c.family else "pytorch" for c in candidate],
-                        "torch": torch.__version__,
-                    }
-                    cache.write_record(RECORD, self._key(candidate), value)
+                value = {
+                    "seconds": time.seconds,
+                    "spread": time.spread,
+                    "runs": time.runs,
+                    "operators": [op.kind.value for c in candidate for op in c.group.operators],
+                    "families": [c.family.name if c.family else "pytorch" for c in candidate],
+                    "torch": torch.__version__,
+                }
+                cache.write_record(RECORD, self._key(candidate), value)
         else:
             seconds = [float(record["seconds"]) for record in records if record is not None]
         best = min(range(1, len(seconds)), key=seconds.__getitem__)
@@ -168,12 +191,12 @@ def _with(choice: GroupChoice, parameters: object, target: Target) -> GroupChoic
 def tuner_for(search: str | int, target: Target, threads: int) -> Tuner | None:
     """The tuner that ``optimize(search=…)`` asks for: None for ``"model"``, which trusts the cost model.
 
-    Raises ValueError for anything but ``"cached"``, ``"model"`` or a number of trials.
+    Raises ValueError for anything but ``"cached"``, ``"model"`` or a positive number of trials.
     """
     if search == "model":
         return None
     if search == "cached":
         return Tuner(target, threads)
-    if isinstance(search, int) and not isinstance(search, bool) and search >= 0:
+    if isinstance(search, int) and not isinstance(search, bool) and search > 0:
         return Tuner(target, threads, trials=search)
-    raise ValueError(f'search must be "cached", "model" or a number of trials, not {search!r}')
+    raise ValueError(f'search must be "cached", "model" or a positive number of trials, not {search!r}')

@@ -12,6 +12,7 @@ import fuser
 from fuser.capture import capture, flatten_call
 from fuser.codegen.partition import Choice, default_scheme
 from fuser.compiler import choose_all
+from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.kernels.families import FAMILIES
 from fuser.kernels.gemm import LibraryParameters
@@ -20,6 +21,7 @@ from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning
 from fuser.search.standalone import subgraph
+from fuser.search.study import SearchResult, search
 from fuser.search.tuning import RECORD, Tuner, tuner_for
 
 TARGET = cpu_target()
@@ -41,6 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
     shared = default_cache()
     monkeypatch.setattr(shared, "read_record", records.read_record)
     monkeypatch.setattr(shared, "write_record", records.write_record)
+    monkeypatch.setattr(shared, "records", records.records)
     return shared
 
 
@@ -141,14 +144,39 @@ def test_a_damaged_record_is_measured_again(cache: KernelCache, monkeypatch: pyt
     assert len(calls) == 2 * once
 
 
-def test_trials_add_candidates(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = pretend(monkeypatch, 2.0)
+def test_trials_search_once_and_later_compilations_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[SearchResult] = []
+
+    def count(*arguments, **options):  # type: ignore[no-untyped-def]
+        searches.append(search(*arguments, **options))
+        return searches[-1]
+
+    monkeypatch.setattr(tuning, "search", count)
+    cache = KernelCache(tmp_path / "cache")
     graph = graph_of(mlp())
-    chosen(graph, Tuner(TARGET, 2, trials=0, cache=cache))
-    few = list(calls)
-    calls.clear()
-    chosen(graph, Tuner(TARGET, 2, trials=8, cache=cache))
-    assert all(more > less for more, less in zip(calls, few, strict=True))
+    tuned = chosen(graph, Tuner(TARGET, 2, trials=6, cache=cache))
+    (found,) = searches
+    assert 1 <= found.trials <= 6
+    assert [str(c.scheme) for c in tuned] == [str(c.scheme) for c in found.choices.values()]
+    assert chosen(graph, Tuner(TARGET, 2, trials=6, cache=cache)) == tuned
+    cached = Tuner(TARGET, 2, cache=cache)
+    assert chosen(graph, cached) == tuned
+    assert cached.measured == 0
+    assert len(searches) == 1
+
+
+def test_a_search_that_fails_leaves_the_measured_choice(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments, **options):  # type: ignore[no-untyped-def]
+        raise SearchError("the storage is gone")
+
+    monkeypatch.setattr(tuning, "search", fail)
+    pretend(monkeypatch, 2.0)
+    graph = graph_of(mlp())
+    found = chosen(graph, Tuner(TARGET, 2, trials=5, cache=cache))
+    assert "the storage is gone" in caplog.text
+    assert found == chosen(graph, Tuner(TARGET, 2, cache=cache))
 
 
 def test_subgraph_is_the_work_of_its_groups() -> None:
@@ -165,6 +193,6 @@ def test_what_search_may_be() -> None:
     cached, more = tuner_for("cached", TARGET, 2), tuner_for(7, TARGET, 2)
     assert cached is not None and cached.trials == 0
     assert more is not None and more.trials == 7
-    for wrong in ("best", -1, True, 1.5):
+    for wrong in ("best", -1, 0, True, 1.5):
         with pytest.raises(ValueError, match="search must be"):
             tuner_for(wrong, TARGET, 2)  # type: ignore[arg-type]
