@@ -500,9 +500,26 @@ def reference(
 
     16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
     """
-    probabilities, lse = _probabilities(q, k, mask, runtime, scale)
-    out = probabilities @ _wide(v, q.shape[1] // k.shape[1], probabilities.dtype)
-    return out.to(q.dtype), lse
+    scores = _scores(q, k, mask, runtime, scale)
+    probabilities, lse = _probabilities(scores)
+    values = _wide(v, q.shape[1] // k.shape[1], scores.dtype)
+    return weighted_sum(probabilities, values, torch.isneginf(scores)).to(q.dtype), lse
+
+
+def weighted_sum(weights: Tensor, values: Tensor, forbidden: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weights`` (…, S, K) times ``values`` (…, K, D), where weight 0 of a ``forbidden`` (…, S, K) key keeps out NaN.
+
+    ``out`` (…, S, D) receives the result, if it is given.
+    """
+    poison = ~torch.isfinite(values)
+    if not poison.any():
+        return torch.matmul(weights, values, out=out)
+    out = torch.matmul(weights, values.masked_fill(poison, 0.0), out=out)
+    for key in poison.any(-1).view(-1, values.shape[-2]).any(0).nonzero().flatten().tolist():
+        one = slice(key, key + 1)
+        part = weights[..., one] * values[..., one, :].where(poison[..., one, :], 0.0)
+        out += part.masked_fill_(forbidden[..., one], 0.0)
+    return out
 
 
 def _wide(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -510,19 +527,24 @@ def _wide(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).repeat_interleave(group, 1)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Mask, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, mask: Mask, runtime: Tensor | None, scale: float) -> Tensor:
+    """(B, H, Sq, Sk); -inf for pairs that are not allowed, whatever they hold."""
     dtype = _lse_dtype(q)
     scores = (q.to(dtype) * scale) @ _wide(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
     if runtime is not None and runtime.dtype != torch.bool:
-        scores = scores + runtime.to(dtype)
+        scores = (scores + runtime.to(dtype)).masked_fill(torch.isneginf(runtime), -math.inf)
     if not isinstance(mask, Dense):
         allowed = mask.dense(q.shape[2], k.shape[2]).to(q.device)
         scores = scores.masked_fill(~allowed, -math.inf)
     if runtime is not None and runtime.dtype == torch.bool:
         scores = scores.masked_fill(~runtime, -math.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over keys, zeros where there are none, and the log-sum-exp."""
     empty = torch.isneginf(scores).all(-1, keepdim=True)
-    probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
-    return probabilities, torch.logsumexp(scores, -1)
+    return torch.softmax(scores, -1).masked_fill(empty, 0.0), torch.logsumexp(scores, -1)
 
 
 # ---- the backward pass
@@ -548,7 +570,7 @@ def _gradients(
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    p, _ = _probabilities(q, k, mask_of(mask), runtime, scale)
+    p, _ = _probabilities(_scores(q, k, mask_of(mask), runtime, scale))
     group = q.shape[1] // max(k.shape[1], 1)
     grad = grad.to(p.dtype)
     dp = grad @ _wide(v, group, p.dtype).mT

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuser.attention import _check_operands, _check_runtime, _empty_out, sparse_attention
+from fuser.attention import _check_operands, _check_runtime, _empty_out, sparse_attention, weighted_sum
 from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Dense, Mask
 from fuser.kernels.flat import Choice, Granularity, Tile, check_tile, choose, largest_rows, live_elements, tile_of
@@ -37,7 +37,7 @@ __all__ = [
 
 FLASH = "flash"
 """Name that stands beside the granularities for the fused kernel of :func:`fuser.sparse_attention`."""
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 128
 """Rows of a tile where the keys leave no room for more in the cache, so that reading them is worth it."""
 
 
@@ -133,7 +133,7 @@ def buffer_bytes(
     """Bytes that :func:`attention` allocates beside its arguments and results when there is no mask.
 
     The logits of a tile; for 16-bit types also its operands and output in fp32. A mask adds one or two bytes for every
-    logit of a tile.
+    logit of a tile, and values that are not finite a copy of those of a tile.
     """
     _check_operands(q, k, v)
     made = _tile(q, k, v, granularity, tile)
@@ -238,6 +238,8 @@ def _run(
         rows, keys = tile.batch * tile.heads * tile.rows, tile.batch * _key_heads(q, k, tile) * kv_len
         sizes = [rows * q.shape[3], keys * q.shape[3], keys * v.shape[3], rows * v.shape[3]]
         wide = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
+    # NaN and infinity must not reach rows that may not see them, though their weight there is zero.
+    poisoned = mask is not None and not bool(torch.isfinite(v.sum()))
     # A mask that all heads share is expanded once for each block of rows.
     shared = isinstance(mask, Mask) and mask.heads is None
     last: slice | None = None
@@ -266,12 +268,17 @@ def _run(
                 forbidden = cut.logical_not()
             else:
                 logits.add_(cut)
+                # -inf forbids, also where NaN was.
+                forbidden = torch.isneginf(cut)
         if forbidden is not None:
             logits.masked_fill_(forbidden, -math.inf)
         empty = _softmax(logits, None if lse is None else lse[b, h, n], mask is not None)
         for i, at, key in pairs:
             left, right, to = logits[i, at], parts[2][i, key], parts[3][i, at]
-            (torch.mm if left.dim() == 2 else torch.bmm)(left, right, out=to)
+            if poisoned and forbidden is not None:
+                to.copy_(weighted_sum(left, right, forbidden.expand(logits.shape)[i, at]))
+            else:
+                (torch.mm if left.dim() == 2 else torch.bmm)(left, right, out=to)
         if empty is not None:
             parts[3].masked_fill_(empty, 0.0)
         if wide is not None:

@@ -2,38 +2,5 @@
 
 from __future__ import annotations
 
-from fuser.ir.masks import (
-    BigBird,
-    Causal,
-    Columns,
-    Dense,
-    Dilated,
-    Fixed,
-    Longformer,
-    Mask,
-    PerHead,
-    Progressions,
-    SlidingWindow,
-    Strided,
-    from_dense,
-    from_mask_mod,
-    per_head,
-)
-
-__all__ = [
-    "Mask",
-    "Dense",
-    "Causal",
-    "SlidingWindow",
-    "Strided",
-    "Fixed",
-    "Dilated",
-    "Longformer",
-    "BigBird",
-    "from_dense",
-    "from_mask_mod",
-    "per_head",
-    "PerHead",
-    "Columns",
-    "Progressions",
-]
+from fuser.ir.masks import *  # noqa: F403
+from fuser.ir.masks import __all__ as __all__

@@ -19,7 +19,7 @@ import numpy as np
 
 from fuser.ir.errors import PlanError
 from fuser.ir.masks import Columns, Dense, Mask, Progressions
-from fuser.ir.masks.base import Bools, Ints, integer
+from fuser.ir.masks.base import Bools, Derived, Ints, integer
 from fuser.ir.target import Target
 from fuser.kernels.plan import AttentionPlan, Group
 from fuser.kernels.planner import plan as plan_mask
@@ -410,26 +410,17 @@ def partition(workers: int, seq_len: int, base: Sequence[int] | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Gathered(Mask):
+class Gathered(Derived):
     """Part of ``operand``, a mask of ``seq_len`` x ``seq_len``, for gathered rows and columns.
 
     Row and column positions count through the ascending, disjoint token ranges ``queries`` and ``keys``; row range r
     sees the column ranges ``visible[r]`` (ascending positions in ``keys``), as far as the operand allows.
     """
 
-    operand: Mask
     seq_len: int
     queries: tuple[tuple[int, int], ...]
     keys: tuple[tuple[int, int], ...]
     visible: tuple[tuple[int, ...], ...]
-
-    @property
-    def heads(self) -> int | None:
-        return self.operand.heads
-
-    @property
-    def structured(self) -> bool:
-        return self.operand.structured
 
     @property
     def name(self) -> str:

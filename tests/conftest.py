@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# What tests of several folders share; they are imported by path, and so are not on it.
+sys.path.append(str(Path(__file__).parent / "support"))
 
 _cache = ROOT / "build" / "test-cache"
 _cache.mkdir(mode=0o700, parents=True, exist_ok=True)

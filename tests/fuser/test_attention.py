@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from attention_reference import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,30 +26,6 @@ from fuser.ir.errors import BuildError, MaskError
 
 OPERATOR = torch.ops.fuser.sparse_attention.default
 WITH_LSE = torch.ops.fuser.sparse_attention_lse.default
-
-
-def exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    allowed: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Float64 output and log-sum-exp, row by row as the definition has it."""
-    q, k, v = (t.detach().double() for t in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = (torch.stack([t[:, h // group] for h in range(q.shape[1])], 1) for t in (k, v))
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias.double()
-    if allowed is not None:
-        scores = torch.where(allowed, scores, -math.inf)
-    top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    out = torch.einsum("bhqk,bhkd->bhqd", weights / total.clamp(min=1e-300), v)
-    return out, (top + total.log())[..., 0]
 
 
 def inputs(
@@ -202,6 +179,28 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         out = sparse_attention(q, k, v, masks.Causal())
     assert "the compiler is broken" in caplog.text
     torch.testing.assert_close(out.double(), exact(q, k, v, masks.Causal().dense(70, 90))[0], rtol=0, atol=5e-6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("given", ["mask", "tensor", "bias"])
+def test_poison_reaches_only_rows_that_may_see_it(given: str, poison: float, dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in inputs(kv_heads=4))
+    allowed = masks.Strided(7).dense(70, 90)
+    mask = {"mask": masks.Strided(7), "tensor": allowed, "bias": torch.where(allowed, 0.0, -math.inf).to(dtype)}[given]
+    sees = allowed[:, 21]
+    clean = sparse_attention(q, k, v, mask)
+    for poisoned in (k, v):
+        poisoned[:, :, 21] = math.nan
+        out = sparse_attention(q, k, v, mask)
+        torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees])
+        assert out[:, :, sees].isnan().all()
+        poisoned[:, :, 21] = 0.0
+        clean = sparse_attention(q, k, v, mask)
+    v[:, :, 21] = poison
+    out = sparse_attention(q, k, v, mask)
+    torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees])
+    assert not out[:, :, sees].isfinite().any()
 
 
 def test_threads_change_nothing() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attention_reference
 import pytest
 import torch
 from torch import Tensor
@@ -54,16 +55,10 @@ def inputs(kv_heads: int = 4, seed: int = 0, **to: Any) -> tuple[Tensor, Tensor,
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), *(t.double().repeat_interleave(group, 1) for t in (k, v))
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.shape[-1])
     if isinstance(mask, masks.Mask):
         mask = mask.dense(70, 90)
-    if mask is not None:
-        scores = scores + mask.double() if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, -1)
-    weights = torch.where(torch.isneginf(scores).all(-1, keepdim=True), 0.0, weights)
-    return torch.einsum("bhqk,bhkd->bhqd", weights, v), torch.logsumexp(scores, -1)
+    biased = mask is not None and mask.is_floating_point()
+    return attention_reference.exact(q, k, v, *((None, mask) if biased else (mask, None)))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -80,6 +75,26 @@ def test_exact(granularity: str, tile: tuple[int, int, int] | None, name: str) -
             torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=3e-6)
         if name == "empty rows":
             assert not alone[:, :, ::5].any() and bool(torch.isneginf(lse[:, :, ::5]).all())
+
+
+@pytest.mark.parametrize("granularity", ["all", "batch", "head", "row"])
+@pytest.mark.parametrize("where", [1, 2])
+@pytest.mark.parametrize("given", ["mask", "heads", "tensor", "bias"])
+def test_poison_reaches_only_rows_that_may_see_it(given: str, where: int, granularity: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = inputs(2, dtype=dtype)
+        pattern = masks.Strided(7)
+        allowed = pattern.dense(70, 90)
+        bias = torch.where(allowed, 0.0, -math.inf)
+        mask = {"mask": pattern, "heads": masks.per_head([pattern] * 4), "tensor": allowed, "bias": bias}[given]
+        operands[where][:, :, 21] = 0.0
+        clean = flat.attention(*operands, granularity=granularity, mask=mask)
+        operands[where][:, :, 21] = math.nan
+        out = flat.attention(*operands, granularity=granularity, mask=mask)
+        assert isinstance(out, Tensor) and isinstance(clean, Tensor)
+        sees = allowed[:, 21]
+        torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees])
+        assert out[:, :, sees].isnan().all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.half, 2e-3)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -103,29 +104,6 @@ def attend(
     return out, sums
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    allowed: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in float64; rows without keys give zeros and -inf."""
-    q, k, v = q.double(), k.double(), v.double()
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias.double()
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -math.inf)
-    if k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -math.inf)
-    lse = scores.logsumexp(-1)
-    return torch.softmax(scores, -1).masked_fill(lse.isneginf()[..., None], 0.0) @ v, lse
-
-
 def error(result: Tensor, expected: Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
@@ -152,7 +130,7 @@ def test_odd_sizes_with_shared_key_heads(mask: masks.Mask, isa: Isa) -> None:
     for q_len, kv_len in [(1, 1), (1, 200), (7, 65), (63, 7), (65, 63), (200, 65), (200, 201)]:
         q, k, v = heads(1, 2, 4, q_len, 59), heads(2, 2, 2, kv_len, 59), heads(3, 2, 2, kv_len, 16)
         result = attend(q, k, v, plan(mask, q_len, kv_len), isa=isa, scale=0.2)
-        check(result, reference(q, k, v, mask.dense(q_len, kv_len), scale=0.2))
+        check(result, exact(q, k, v, mask.dense(q_len, kv_len), scale=0.2))
 
 
 def test_views_of_one_projection_and_untouched_neighbours() -> None:
@@ -163,7 +141,7 @@ def test_views_of_one_projection_and_untouched_neighbours() -> None:
     memory = torch.full((batch, length + 2, count, dim + 3), 5.0)
     out = memory[:, 1:-1, :, 1:-2].transpose(1, 2)
     attend(q, k, v, plan(masks.Causal(), length), out=out, lse=False)
-    assert error(out, reference(q, k, v, masks.Causal().dense(length))[0]) <= FP32
+    assert error(out, exact(q, k, v, masks.Causal().dense(length))[0]) <= FP32
     memory[:, 1:-1, :, 1:-2] = 5.0
     assert (memory == 5.0).all()
 
@@ -179,7 +157,7 @@ def test_empty_sequences(q_len: int, kv_len: int) -> None:
 def test_heads_with_masks_of_their_own() -> None:
     mask = masks.per_head([masks.Causal(), masks.Strided(4), ~masks.Dense(), masks.Dense()])
     q, k, v = heads(1, 2, 4, 90, 59), heads(2, 2, 2, 80, 59), heads(3, 2, 2, 80, 16)
-    check(attend(q, k, v, plan(mask, 90, 80)), reference(q, k, v, mask.dense(90, 80)))
+    check(attend(q, k, v, plan(mask, 90, 80)), exact(q, k, v, mask.dense(90, 80)))
 
 
 MASK_SHAPES = [(1, 1, 1, 200), (2, 1, 1, 200), (2, 4, 1, 200), (1, 1, 130, 200), (2, 4, 130, 200), (1, 4, 130, 1)]
@@ -195,21 +173,21 @@ def test_runtime_masks_compose_with_plans(shape: tuple[int, ...], isa: Isa) -> N
     noise = torch.randn(shape, generator=generator)
     for mask in (masks.Dense(), masks.Causal(5), masks.Strided(9)):
         tiles, pattern = plan(mask, 130, 200), mask.dense(130, 200)
-        check(attend(q, k, v, tiles, allowed, isa=isa), reference(q, k, v, pattern & allowed))
+        check(attend(q, k, v, tiles, allowed, isa=isa), exact(q, k, v, pattern & allowed))
         transposed = allowed.expand(2, 4, 130, 200).mT.contiguous().mT
-        check(attend(q, k, v, tiles, transposed, isa=isa), reference(q, k, v, pattern & allowed))
+        check(attend(q, k, v, tiles, transposed, isa=isa), exact(q, k, v, pattern & allowed))
         for low in (-math.inf, torch.finfo(torch.float32).min):
             bias = torch.where(allowed, noise, low)
-            check(attend(q, k, v, tiles, bias, isa=isa), reference(q, k, v, pattern, bias))
+            check(attend(q, k, v, tiles, bias, isa=isa), exact(q, k, v, pattern, bias))
         bias = torch.where(allowed, noise, -math.inf).expand(2, 4, 130, 200).mT.contiguous().mT
-        check(attend(q, k, v, tiles, bias, isa=isa), reference(q, k, v, pattern, bias))
+        check(attend(q, k, v, tiles, bias, isa=isa), exact(q, k, v, pattern, bias))
 
 
 def test_half_precision_masks() -> None:
     q, k, v = (heads(i, 1, 2, 90, 32) for i in range(3))
     bias = torch.randn(90, 90, generator=torch.Generator().manual_seed(4)).bfloat16()
     bias[:, 50:] = torch.finfo(torch.bfloat16).min
-    check(attend(q, k, v, plan(masks.Dense(), 90), bias[None, None]), reference(q, k, v, bias=bias))
+    check(attend(q, k, v, plan(masks.Dense(), 90), bias[None, None]), exact(q, k, v, bias=bias))
 
 
 def test_rows_that_see_only_the_lowest_bias_are_uniform() -> None:
@@ -261,7 +239,7 @@ def test_poison_reaches_only_rows_that_may_see_it(given: str, where: str, poison
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = heads(1, 1, 2, 100, 64) * 1e3, heads(2, 1, 2, 100, 64) * 1e2, heads(3, 1, 2, 100, 64)
     out, _ = attend(q, k, v, plan(masks.Causal(), 100), lse=False)
-    expected = reference(q, k, v, masks.Causal().dense(100))
+    expected = exact(q, k, v, masks.Causal().dense(100))
     # Scores near 1e6 carry errors near 0.1 whoever computes them, so compare with what eager does.
     eager = torch.softmax((q @ k.mT / 8).masked_fill(~masks.Causal().dense(100), -math.inf), -1) @ v
     assert out.isfinite().all()
@@ -272,7 +250,7 @@ def test_half_precision_storage() -> None:
     q, k, v = (heads(i, 2, h, 130, d, torch.bfloat16) for i, h, d in ((1, 4, 24), (2, 2, 24), (3, 2, 80)))
     mask = masks.Strided(9)
     out, _ = attend(q, k, v, plan(mask, 130), lse=False)
-    expected, _ = reference(q, k, v, mask.dense(130))
+    expected, _ = exact(q, k, v, mask.dense(130))
     scores = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(24)).masked_fill(~mask.dense(130), -math.inf)
     eager = torch.softmax(scores, -1) @ v.repeat_interleave(2, 1)
     assert error(out, expected) <= 2 * error(eager, expected)
@@ -284,7 +262,7 @@ def test_largest_heads() -> None:
     q, k, v = (heads(i, 1, 2, 90, 256, torch.bfloat16) for i in range(3))
     allowed = torch.rand(1, 1, 90, 90, generator=torch.Generator().manual_seed(1)) > 0.5
     out, _ = attend(q, k, v, plan(masks.Dense(), 90), allowed, lse=False)
-    assert error(out, reference(q, k, v, allowed)[0]) <= 2.0**-9
+    assert error(out, exact(q, k, v, allowed)[0]) <= 2.0**-9
 
 
 def two_phases(length: int, step: int, width: int) -> AttentionPlan:
@@ -310,7 +288,7 @@ def test_phases_of_gathered_rows_merge_exactly(width: int, isa: Isa) -> None:
     tiles.validate(mask)
     assert tiles.phases == 2
     q, k, v = heads(1, 2, 4, length, 59), heads(2, 2, 2, length, 59), heads(3, 2, 2, length, 16)
-    expected = reference(q, k, v, mask.dense(length))
+    expected = exact(q, k, v, mask.dense(length))
     results = [attend(q, k, v, tiles, threads=t, in_flight=f, isa=isa) for t, f in ((1, 1), (2, 1), (3, 2), (2, 8))]
     check(results[0], expected)
     for out, lse in results[1:]:
@@ -324,7 +302,7 @@ def test_phases_of_gathered_rows_merge_exactly(width: int, isa: Isa) -> None:
 def test_planned_phases_merge_exactly(mask: masks.Mask, phases: int) -> None:
     length = 601
     q, k, v = heads(1, 2, 4, length, 59), heads(2, 2, 2, length, 59), heads(3, 2, 2, length, 16)
-    expected = reference(q, k, v, mask.dense(length))
+    expected = exact(q, k, v, mask.dense(length))
     tiles = plan(mask, length)
     assert tiles.phases == phases
     check(attend(q, k, v, tiles), expected)
@@ -372,7 +350,7 @@ def test_any_partition_gives_the_same(seed: int, q_len: int, kv_len: int, phases
     tiles.validate(masks.from_dense(pattern))
     q, k, v = heads(seed, 1, 2, q_len, 59), heads(seed + 1, 1, 2, kv_len, 59), heads(seed + 2, 1, 2, kv_len, 16)
     results = [attend(q, k, v, tiles, threads=t) for t in (1, 2, 3)]
-    check(results[0], reference(q, k, v, pattern), 1e-6)
+    check(results[0], exact(q, k, v, pattern), 1e-6)
     assert all(torch.equal(results[0][0], out) and torch.equal(results[0][1], lse) for out, lse in results[1:])
 
 
@@ -426,7 +404,7 @@ def test_family_matches_attention_and_calls_its_kernel() -> None:
     array = torch.from_numpy(literal.array.copy())
     addresses = [(tensors[t] if isinstance(t, str) else array).data_ptr() for t in call.tensors]
     kernel(parameters, NATIVE)(KernelArgs.pack(addresses, call.extents, 2))
-    expected = reference(tensors["q"], tensors["k"], tensors["v"], allowed)[0]
+    expected = exact(tensors["q"], tensors["k"], tensors["v"], allowed)[0]
     assert error(tensors["t4"], expected) <= FP32
     meaning = family.reference(match)({n: t.double() for n, t in tensors.items() if n != "t4"})
     assert error(meaning["t4"], expected) <= 1e-14

@@ -311,14 +311,23 @@ class Mask(ABC):
 
 
 @dataclass(frozen=True)
-class Not(Mask):
-    """Pairs that the operand does not allow."""
+class Derived(Mask):
+    """A mask made from one other, ``operand``, with as many heads."""
 
     operand: Mask
 
     @property
     def heads(self) -> int | None:
         return self.operand.heads
+
+    @property
+    def structured(self) -> bool:
+        return self.operand.structured
+
+
+@dataclass(frozen=True)
+class Not(Derived):
+    """Pairs that the operand does not allow."""
 
     @property
     def structured(self) -> bool:
@@ -573,19 +582,10 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
 
 
 @dataclass(frozen=True)
-class Shifted(Mask):
+class Shifted(Derived):
     """Query ``i`` sees what query ``i + offset`` of the operand sees; made by ``Mask.shift``."""
 
-    operand: Mask
     offset: int
-
-    @property
-    def heads(self) -> int | None:
-        return self.operand.heads
-
-    @property
-    def structured(self) -> bool:
-        return self.operand.structured
 
     @property
     def name(self) -> str:
