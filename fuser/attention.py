@@ -24,7 +24,7 @@ from fuser.ir.errors import BuildError, CacheError, FuserError, KernelError, Mas
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
-from fuser.kernels.attention import AttentionParameters, cached_plan, extents, keep_plans, workspace_bytes
+from fuser.kernels.attention import LARGEST_HEAD, AttentionParameters, cached_plan, extents, keep_plans, workspace_bytes
 from fuser.kernels.attention_cuda import TF32, CudaAttentionParameters
 from fuser.kernels.attention_tiles import Tiles
 from fuser.kernels.base import STORAGE, DType, floating
@@ -34,7 +34,6 @@ from fuser.runtime.abi import KernelArgs
 from fuser.runtime.library import Kernel
 
 logger = logging.getLogger("fuser")
-_LARGEST_HEAD = 256
 _REGISTERED = 64
 _ALIGNMENT = 64
 
@@ -331,8 +330,8 @@ def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
         return str(error)
     if q.dtype not in floats:
         return f"there is no kernel for {q.dtype}"
-    if not 0 < v.shape[3] <= _LARGEST_HEAD or q.shape[3] > _LARGEST_HEAD:
-        return f"there is no kernel for heads wider than {_LARGEST_HEAD}"
+    if not 0 < v.shape[3] <= LARGEST_HEAD or q.shape[3] > LARGEST_HEAD:
+        return f"there is no kernel for heads wider than {LARGEST_HEAD}"
     if runtime is not None and runtime.dtype not in (torch.bool, *floats):
         return f"there is no kernel for masks of {runtime.dtype}"
     return ""

@@ -28,6 +28,7 @@ from fuser.attention import _check_operands, _empty_out, _say, _unsupported, ref
 from fuser.ir.errors import BuildError, CacheError, FuserError, MaskError, PlanError, ToolchainError
 from fuser.ir.masks import Dense, Mask, from_dense, per_head
 from fuser.kernels import cqs as kernel
+from fuser.kernels.attention import LARGEST_HEAD
 from fuser.kernels.base import FLOATING
 from fuser.kernels.cqs import Gathered, Partition, Share, base_set, check_base, partition, plan, search, singer_set
 from fuser.kernels.plan import AttentionPlan
@@ -351,7 +352,7 @@ def _step_bytes(q: Tensor, k: Tensor, v: Tensor, part: Partition, batch: int, he
 def _plain(q: Tensor, v: Tensor) -> bool:
     """Whether steps run in plain PyTorch, with all scores of a step in memory."""
     if q.device.type == "cpu" and q.dtype in (torch.float16, *FLOATING):
-        return max(q.shape[3], v.shape[3]) > 256 or v.shape[3] == 0
+        return max(q.shape[3], v.shape[3]) > LARGEST_HEAD or v.shape[3] == 0
     return bool(_unsupported(q, v, None))
 
 

@@ -73,7 +73,8 @@ def workspace_bytes(
 
 
 _KINDS = frozenset({Kind.QK, Kind.SCALE, Kind.MASK, Kind.SOFTMAX, Kind.PV})
-_LARGEST_HEAD = 256
+LARGEST_HEAD = 256
+"""Widest heads of queries, keys and values that the kernel takes."""
 _EXP_FLOPS = 20
 
 
@@ -132,7 +133,7 @@ class AttentionFamily:
             return False
         if any(spec.strides[-1] != 1 and spec.shape[-1] > 1 for spec in specs):
             return False
-        if any(not 0 < spec.shape[-1] <= _LARGEST_HEAD for spec in specs) or specs[0].shape[1] % specs[1].shape[1]:
+        if any(not 0 < spec.shape[-1] <= LARGEST_HEAD for spec in specs) or specs[0].shape[1] % specs[1].shape[1]:
             return False
         return all(group.graph.values[m].dtype in (*floating(target), torch.bool) for m in runtime)
 
