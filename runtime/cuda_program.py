@@ -22,7 +22,7 @@ from fuser.ir.errors import DeviceMemoryError, IndexRangeError, KernelError
 from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, TorchStep
+from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan
 
 logger = logging.getLogger("fuser")
 GRAPH_BYTES = 64 << 20
@@ -155,7 +155,7 @@ class CudaProgram(_KernelProgram):
     ) -> None:
         self._graph: _Graph | None = None
         self._calls = 0
-        self._graphs = graphs and graphs_wanted() and _copied_bytes(plan) <= GRAPH_BYTES and _can_copy_results(plan)
+        self._graphs = graphs and graphs_wanted() and _copied_bytes(plan) <= GRAPH_BYTES
         self.graph_error = ""
         """Why the program is not a CUDA graph although it might be."""
         with torch.cuda.device(arena.device):
@@ -272,8 +272,3 @@ def _copied_bytes(plan: ProgramPlan) -> int:
         total += size * slot.dtype.itemsize
     return total
 
-
-def _can_copy_results(plan: ProgramPlan) -> bool:
-    """Whether fresh tensors can take the results: PyTorch's own may overlap themselves."""
-    made = {slot for step in plan.steps if isinstance(step, TorchStep) for slot in step.results}
-    return not any(slot.memory is Memory.RESULT and 0 in slot.strides for slot in (*made, *plan.returns))

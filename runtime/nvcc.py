@@ -38,6 +38,7 @@ _SINCE = {
 }
 _PACKAGES = ("nvidia.cu13", "nvidia.cuda_nvcc")
 _LIBRARY_FOLDERS = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
+_DEFAULT = Path("/usr/local/cuda/bin/nvcc")
 _TIMEOUT = 120.0
 _RELEASE = re.compile(r"release (\d+)\.(\d+)")
 _CHECK = """
@@ -146,9 +147,8 @@ def _candidates() -> Iterator[Path]:
             # Older packages hold ptxas alone.
             if nvcc.exists():
                 yield nvcc
-    default = Path("/usr/local/cuda/bin/nvcc")
-    if default.exists():
-        yield default
+    if _DEFAULT.exists():
+        yield _DEFAULT
 
 
 def _toolchain(path: Path, target: Target, cache: KernelCache | None) -> Toolchain:
