@@ -59,7 +59,8 @@ class RowProgram:
         return touched + sum(self.rows * self.columns * d.bytes for d in self.output_dtypes)
 
 
-def _same_matrix(spec: TensorSpec, base: TensorSpec) -> bool:
+def same_matrix(spec: TensorSpec, base: TensorSpec) -> bool:
+    """Whether a view shows its base as the same matrix, by other leading dimensions at most."""
     return (
         spec.offset == 0
         and spec.is_contiguous
@@ -95,7 +96,7 @@ def compose(
         spec = graph.values[value]
         base = graph.base(value)
         if base in at:
-            return at[base] if value == base or _same_matrix(spec, graph.values[base]) else None
+            return at[base] if value == base or same_matrix(spec, graph.values[base]) else None
         bound = bind(value, spec, shape)
         if bound is None or spec.dtype not in storage:
             return None

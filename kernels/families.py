@@ -9,9 +9,10 @@ from fuser.kernels import gemm, gemm_cuda
 from fuser.kernels.attention import AttentionFamily
 from fuser.kernels.base import KernelFamily, Literal, Packed
 from fuser.kernels.gemm import GemmFamily
+from fuser.kernels.mlp import MlpFamily
 from fuser.kernels.rowwise import PointwiseFamily, RowwiseFamily
 
-FAMILIES: tuple[KernelFamily, ...] = (AttentionFamily(), GemmFamily(), RowwiseFamily(), PointwiseFamily())
+FAMILIES: tuple[KernelFamily, ...] = (AttentionFamily(), GemmFamily(), MlpFamily(), RowwiseFamily(), PointwiseFamily())
 
 
 def materialize(constant: Packed | Literal, value: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.expression import Expression, Op
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target
 from fuser.kernels.base import (
     STORAGE,
@@ -54,7 +56,6 @@ _TENSOR_TILES = (
     (128, 256, 2, 4),
     (256, 128, 4, 2),
     (128, 128, 2, 2),
-    (128, 128, 2, 4),
     (128, 64, 2, 2),
     (64, 256, 1, 4),
     (64, 128, 2, 2),
@@ -67,7 +68,7 @@ _TENSOR_TILES = (
     (16, 64, 1, 4),
 )
 _FMA_TILES = (
-    (128, 128, 4, 2),
+    (128, 128, 2, 4),
     (128, 64, 4, 1),
     (64, 256, 2, 4),
     (64, 128, 2, 2),
@@ -80,15 +81,16 @@ _FMA_TILES = (
 _CUBLAS_ACTIVATIONS = frozenset({Op.RELU, Op.GELU_TANH})
 # Of one SM, about the same on all architectures from sm_80 on.
 _REGISTERS = 65536
-_THREADS = 2048
 _SHARED_BANDWIDTH = 2e11  # bytes/s: 128 a clock
 _L2_BANDWIDTH = 6e10  # bytes/s that one SM draws
-_LATENCY = 7e-7  # seconds from asking for a tile to having it
+LATENCY = 7e-7
+"""Seconds from asking for a tile to having it."""
 _BLOCK_SECONDS = 1e-6  # start of a block and of its pipeline
 # Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
 _MMA_SHARE = {"sm_80": 0.85, "sm_86": 0.85, "sm_87": 0.85, "sm_89": 0.85}
 _MMA_SHARE_LATER = 0.62
 _FMA_SHARE = 0.85
+_COPY_INSTRUCTIONS = 10
 _LIBRARY_SHARE = 0.75
 
 
@@ -108,6 +110,16 @@ class Tile:
     @property
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
+
+    @property
+    def registers(self) -> int:
+        """What a thread may have: twice its sums, beside which fragments and addresses need room."""
+        return 128 if self.bm * self.bn <= 64 * self.threads else 255
+
+    @property
+    def blocks(self) -> int:
+        """Blocks whose registers fit into an SM."""
+        return _REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
 
     def shared_bytes(self, itemsize: int) -> int:
         """Dynamic shared memory: the pipeline, whose place the accumulators (in padded fp32 rows) take at the end."""
@@ -262,10 +274,15 @@ def library(match: GemmMatch) -> CublasParameters | None:
 
 def weight(match: GemmMatch) -> tuple[TensorRef, int]:
     """The weight as rows (N, K) of A's type, and their stride: as it is where it is that, else packed."""
-    spec, dtype = match.group.graph.values[match.weight], product_dtype(match)
-    if match.transposed and spec.strides[1] == 1 and STORAGE[spec.dtype] is dtype:
-        return match.weight, spec.strides[0]
-    return Packed(match.weight, ("gemm_cuda", match.transposed, dtype)), match.k
+    return rows_of(match.weight, match.group.graph, match.transposed, product_dtype(match))
+
+
+def rows_of(value: str, graph: OperatorGraph, transposed: bool, dtype: DType) -> tuple[TensorRef, int]:
+    """A weight, (N, K) when ``transposed``, else (K, N), as rows of K elements of ``dtype``, and their stride."""
+    spec = graph.values[value]
+    if transposed and spec.strides[1] == 1 and STORAGE[spec.dtype] is dtype:
+        return value, spec.strides[0]
+    return Packed(value, ("gemm_cuda", transposed, dtype)), spec.shape[1 if transposed else 0]
 
 
 def product_dtype(match: GemmMatch) -> DType:
@@ -355,20 +372,19 @@ def _seconds(
     per_block = -(-steps // tile.split)
     blocks = -(-rows // tile.bm) * -(-n // tile.bn) * tile.split
     busiest = -(-blocks // target.cores)
-    resident = min(busiest, resident_blocks(tile, dtype, tensor_cores, target))
-    size = dtype.bytes
-    if tensor_cores:
-        rate = target.tensor_flops * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) * (0.5 if size == 4 else 1.0)
-    else:
-        rate = target.peak_flops * _FMA_SHARE
-    multiply = 2.0 * tile.bm * tile.bn * tile.bk / rate
-    loaded = (tile.bm + tile.bn) * tile.bk * size
-    fragments = (tile.bm * tile.warps_n + tile.bn * tile.warps_m) * tile.bk * size + loaded
-    step = max(multiply, fragments / _SHARED_BANDWIDTH, loaded / _L2_BANDWIDTH)
+    resident = min(busiest, resident_blocks(tile, dtype, target))
+    loaded = (tile.bm + tile.bn) * tile.bk * dtype.bytes
+    fragments = (tile.bm * tile.warps_n + tile.bn * tile.warps_m) * tile.bk * dtype.bytes
+    flops = 2.0 * tile.bm * tile.bn * tile.bk
+    if not tensor_cores:
+        # Copies take the place of multiply-adds in the instruction stream.
+        flops += 2.0 * _COPY_INSTRUCTIONS * loaded / 16
+    step = block_seconds(flops, loaded, fragments, dtype, tensor_cores, target)
     epilogue = tile.bm * tile.bn * 8 / _L2_BANDWIDTH
     work = busiest * (per_block * step + epilogue)
-    hidden = -(-busiest // resident) * (_BLOCK_SECONDS + per_block * _LATENCY / (tile.stages - 1))
-    time = max(work, hidden)
+    hidden = -(-busiest // resident) * (_BLOCK_SECONDS + per_block * LATENCY / (tile.stages - 1))
+    # Neither hides the other completely.
+    time = math.hypot(work, hidden)
     if tile.split > 1 or (reduces and tile.bn < n):
         moved = 8.0 * tile.split * rows * n
         spills = moved / 2 > target.cache_bytes[1] / 2
@@ -376,13 +392,23 @@ def _seconds(
     return time
 
 
-def resident_blocks(tile: Tile, dtype: DType, tensor_cores: bool, target: Target) -> int:
+def block_seconds(
+    flops: float, loaded: float, fragments: float, dtype: DType, tensor_cores: bool, target: Target
+) -> float:
+    """The least time that one SM takes for so many operations, bytes from L2, and bytes read from shared memory."""
+    if tensor_cores:
+        rate = (
+            target.tensor_flops * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) * (0.5 if dtype is DType.F32 else 1.0)
+        )
+    else:
+        rate = target.peak_flops * _FMA_SHARE
+    return max(flops / rate, (fragments + loaded) / _SHARED_BANDWIDTH, loaded / _L2_BANDWIDTH)
+
+
+def resident_blocks(tile: Tile, dtype: DType, target: Target) -> int:
     """Blocks that one SM runs at a time, at least one."""
     shared = (target.shared_bytes + 1024) // (tile.shared_bytes(dtype.bytes) + 1024)
-    rows, columns = tile.bm // tile.warps_m, tile.bn // tile.warps_n
-    fragments = (rows // 4 + columns // 4) * 2 if tensor_cores else columns // 2
-    registers = min(rows * columns // 32 + fragments + 48, 255)
-    return max(1, min(shared, _REGISTERS // (registers * tile.threads), _THREADS // tile.threads))
+    return max(1, min(shared, tile.blocks))
 
 
 def cost(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters, target: Target) -> Cost:

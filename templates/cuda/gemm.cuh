@@ -23,7 +23,8 @@ template <int kRows, int kDepth, int kThreads, class T>
 __device__ __forceinline__ void load(
     T* tile, const T* source, int64_t stride, int64_t row, int64_t rows, int64_t k, int64_t columns, bool vectors) {
   constexpr int kChunks = kDepth / kVector<T>, kCopies = kRows * kChunks;
-#pragma unroll
+  // Not more at once: their addresses would take registers from the sums.
+#pragma unroll 4
   for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
     const int at = i * kThreads + int(threadIdx.x);
     if (kCopies % kThreads != 0 && at >= kCopies) break;
@@ -77,15 +78,17 @@ template <class Product, int kTilesM, int kTilesN>
 struct Sums {
   float value[kTilesM][kTilesN][4] = {};
 
-  template <int kDepth, class T>
+  // With kAhead = 1, fragments are loaded a step ahead, at the price of registers for two.
+  template <int kDepth, int kAhead = 1, class T>
   __device__ __forceinline__ void multiply(const T* tile_a, int row, const T* tile_w, int column) {
     constexpr int kSteps = kDepth / kVector<T> / 2;
-    Fragments<Product, kDepth, kTilesM, kTilesN> fragments[2];
-    fragments[0].load(tile_a, row, tile_w, column, 0);
+    Fragments<Product, kDepth, kTilesM, kTilesN> fragments[kAhead + 1];
+    if (kAhead) fragments[0].load(tile_a, row, tile_w, column, 0);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step + 1 < kSteps) fragments[(step + 1) % 2].load(tile_a, row, tile_w, column, step + 1);
-      const auto& f = fragments[step % 2];
+      const int next = step + kAhead;
+      if (next < kSteps) fragments[next % (kAhead + 1)].load(tile_a, row, tile_w, column, next);
+      const auto& f = fragments[step % (kAhead + 1)];
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
@@ -116,7 +119,7 @@ struct ExactSums {
   template <int kDepth>
   __device__ __forceinline__ void multiply(const float* tile_a, int row, const float* tile_w, int column) {
     row += lane_id() / 8, column += lane_id() % 8;
-#pragma unroll 2
+#pragma unroll 1
     for (int chunk = 0; chunk < kDepth / 4; ++chunk) {
       float4 w[kTilesN];
 #pragma unroll

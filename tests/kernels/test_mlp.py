@@ -1,0 +1,196 @@
+"""The `mlp` family against float64, run by the emulator: tails, epilogues, whole rows, types; and what it declines."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuser.codegen.render import header_folder, render
+from fuser.ir.expression import Op, binary, layer_norm, unary
+from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.target import Isa, Target, cuda_target, emulated_target
+from fuser.kernels import mlp
+from fuser.kernels.base import KernelCall, KernelSpec
+from fuser.kernels.families import materialize
+from fuser.kernels.gemm_cuda import TF32
+from fuser.kernels.mlp import MlpFamily, MlpParameters
+from fuser.runtime import emulator
+from fuser.runtime.build import build
+
+FAMILY = MlpFamily()
+EMULATED = emulated_target()
+WITH_TF32 = dataclasses.replace(EMULATED, features=EMULATED.features | {TF32})
+# One element may be off by a few roundings where eager's happens to be exact; TF32 rounds all factors to 10 bits.
+FLOOR = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-10}
+
+UP = Operator("up", Kind.GEMM, ("x", "w1"), ("up",), attributes={"transposed": True})
+BIAS = Operator("bias1", Kind.BIAS, ("up", "b1"), ("biased1",), binary(Op.ADD))
+GELU = Operator("gelu", Kind.ACTIVATION, ("biased1",), ("active",), unary(Op.GELU))
+DOWN = Operator("down", Kind.GEMM, ("active", "w2"), ("down",), attributes={"transposed": True})
+BIAS2 = Operator("bias2", Kind.BIAS, ("down", "b2"), ("biased2",), binary(Op.ADD))
+ADD = Operator("add", Kind.RESIDUAL, ("biased2", "residual"), ("total",), binary(Op.ADD))
+NORM = Operator("norm", Kind.NORM, ("total", "gamma", "beta"), ("normal",), layer_norm(1e-5))
+PLAIN = [UP, BIAS, GELU, DOWN, BIAS2]
+BLOCK = [*PLAIN, ADD, NORM]
+
+
+def graph(
+    chain: Sequence[Operator],
+    outputs: Sequence[str],
+    sizes: tuple[int, int, int] = (64, 128, 64),
+    rows: tuple[int, ...] = (3, 7),
+    dtype: torch.dtype = torch.float16,
+) -> OperatorGraph:
+    """A graph of ``chain``; ``sizes`` are columns of the input, the hidden layer and the result."""
+    k, h, n = sizes
+    shapes: dict[str, tuple[int, ...]] = {"x": (*rows, k), "residual": (*rows, n), "w1": (h, k), "w2": (n, h)}
+    shapes |= {"b1": (h,), "b2": (n,), "gamma": (n,), "beta": (n,)}
+    wide = {"up", "biased1", "active"}
+    shapes |= {name: (*rows, h if name in wide else n) for op in chain for name in op.outputs}
+    gemms = {op.output: op for op in chain if op.kind is Kind.GEMM}
+    for name, weight in (("up", "w1"), ("down", "w2")):
+        if name in gemms and not gemms[name].attributes["transposed"]:
+            shapes[weight] = shapes[weight][::-1]
+    values = {name: TensorSpec.contiguous(shape, dtype) for name, shape in shapes.items()}
+    constants = {v: Constant(v) for v in ("w1", "w2", "b1", "b2", "gamma", "beta")}
+    return OperatorGraph(tuple(chain), values, ("x", "residual"), tuple(outputs), constants)
+
+
+def inputs(of: OperatorGraph) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    made = {v: torch.randn(of.values[v].shape, generator=g) for v in (*of.inputs, *of.constants)}
+    # Scaled as in a trained layer.
+    for weight in ("w1", "w2"):
+        made[weight] /= max(of.values[weight].shape) ** 0.5
+    return {v: t.to(of.values[v].dtype) for v, t in made.items()}
+
+
+def run(call: KernelCall, of: OperatorGraph, values: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+    source = render(call.spec)
+    path = build([source], target, headers=header_folder(target))[source.symbol]
+    results = {v: torch.full(of.values[v].shape, float("nan"), dtype=of.values[v].dtype) for v in call.outputs}
+    known = {**values, **results}
+    tensors = [known[ref] if isinstance(ref, str) else materialize(ref, values[ref.value]) for ref in call.tensors]
+    emulator.run(path, source.symbol, tensors, call.extents)
+    return results
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Relative L2 error."""
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def check(of: OperatorGraph, chain: Sequence[Operator], target: Target = EMULATED, bm: int | None = None) -> None:
+    match = FAMILY.match(of.group(chain), target)
+    assert match is not None
+    choices = [p for p in FAMILY.space(match, target) if bm in (None, p.bm)]
+    values = inputs(of)
+    call = FAMILY.call(match, choices[0], target, 4)
+    assert call.outputs == of.outputs
+    results = run(call, of, values, target)
+    exact = FAMILY.reference(match)({v: t.double() for v, t in values.items()})
+    eager = FAMILY.reference(match)(values)
+    for name, got in results.items():
+        bound = 2 * error(eager[name], exact[name]) + FLOOR[got.dtype]
+        assert error(got, exact[name]) <= bound
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "dtype"),
+    [
+        ((64, 128, 64), (64,), torch.float16),
+        ((70, 200, 100), (75,), torch.float16),
+        ((33, 65, 17), (1,), torch.bfloat16),
+        ((128, 100, 256), (2, 40), torch.bfloat16),
+        ((3, 5, 2), (5,), torch.float16),
+    ],
+    ids=str,
+)
+def test_sizes(sizes: tuple[int, int, int], rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whole tiles and tails of every size; rows that do not start at multiples of 16 bytes."""
+    check(graph(PLAIN, ["biased2"], sizes, rows, dtype), PLAIN)
+
+
+@pytest.mark.parametrize("bm", [64, 32, 16])
+def test_every_block_with_a_norm_behind(bm: int) -> None:
+    check(graph(BLOCK, ["normal"], (64, 96, 64), (3, 27)), BLOCK, bm=bm)
+
+
+def test_several_outputs_and_no_activation() -> None:
+    straight = [UP, dataclasses.replace(DOWN, inputs=("up", "w2")), BIAS2, ADD, NORM]
+    check(graph(straight, ["total", "normal"]), straight)
+
+
+def test_tf32_where_it_is_allowed() -> None:
+    of = graph(BLOCK, ["normal"], (40, 72, 50), dtype=torch.float32)
+    assert FAMILY.match(of.group(BLOCK), EMULATED) is None
+    check(of, BLOCK, WITH_TF32)
+
+
+def test_weights_stored_the_other_way() -> None:
+    chain = [dataclasses.replace(op, attributes={"transposed": False}) if op.kind is Kind.GEMM else op for op in PLAIN]
+    of = graph(chain, ["biased2"], (40, 72, 50))
+    check(of, chain)
+
+
+def test_no_rows() -> None:
+    of = graph(PLAIN, ["biased2"], rows=(0,))
+    match = FAMILY.match(of.group(PLAIN), EMULATED)
+    assert match is not None
+    call = FAMILY.call(match, FAMILY.space(match, EMULATED)[0], EMULATED, 4)
+    assert run(call, of, inputs(of), EMULATED)["biased2"].shape == (0, 64)
+
+
+def test_declines_what_it_cannot_run() -> None:
+    cpu = Target("cpu", Isa.PORTABLE.value, frozenset(), 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 1e-6)
+    of = graph(BLOCK, ["normal"])
+    assert FAMILY.match(of.group(BLOCK), EMULATED) is not None
+    assert FAMILY.match(of.group(BLOCK), cpu) is None
+    # One product; a hidden layer that something else reads; rows too wide for a block.
+    assert FAMILY.match(of.group([UP, BIAS, GELU]), EMULATED) is None
+    seen = graph(BLOCK, ["active", "normal"])
+    assert FAMILY.match(seen.group(BLOCK), EMULATED) is None
+    wide = graph(BLOCK, ["normal"], (64, 128, 1024))
+    assert FAMILY.match(wide.group(BLOCK), EMULATED) is None
+    # Two products side by side, and a norm between two.
+    side = [UP, dataclasses.replace(DOWN, inputs=("x", "w2")), BIAS2]
+    assert FAMILY.match(graph(side, ["up", "biased2"]).group(side), EMULATED) is None
+    inner = Operator("inner", Kind.NORM, ("up",), ("active",), layer_norm(1e-5, weight=False, bias=False))
+    between = [UP, inner, DOWN]
+    assert FAMILY.match(graph(between, ["down"]).group(between), EMULATED) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+def test_choices_fit_and_cost_something(arch: str) -> None:
+    target = cuda_target(arch)
+    for sizes in ((384, 1536, 384), (256, 1024, 256), (128, 512, 128)):
+        of = graph(BLOCK, ["normal"], sizes, (8, 512))
+        match = FAMILY.match(of.group(BLOCK), target)
+        assert match is not None
+        for choice in FAMILY.space(match, target):
+            assert choice.shared_bytes <= target.shared_bytes
+            seconds = FAMILY.cost(match, choice, target).seconds(target)
+            assert 2.0 * 8 * 512 * 2 * sizes[0] * sizes[1] / (target.tensor_flops * target.cores) < seconds < 1e-2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator's checking mode needs g++")
+def test_no_race_and_no_access_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
+    check(graph(BLOCK, ["normal"], (40, 100, 50), (19,)), BLOCK, bm=16)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_registers_spill(arch: str, compile_cuda: object) -> None:
+    target = cuda_target(arch)
+    of = graph(BLOCK, ["normal"], (384, 1536, 384), (8, 512))
+    match = FAMILY.match(of.group(BLOCK), target)
+    assert match is not None and callable(compile_cuda)
+    best = min(FAMILY.space(match, target), key=lambda p: FAMILY.cost(match, p, target).seconds(target))
+    assert isinstance(best, MlpParameters) and best.sums <= mlp._MAX_SUMS
+    for kernel in compile_cuda(KernelSpec("mlp", "cuda/mlp.cu.j2", best), arch):
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
