@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="Where studies are kept: a journal file, a SQLite file (.db), or the URL of a database that several "
-        "machines share (postgresql://…).",
-        show_default="a journal file in the user's data folder",
+        help="Where studies are kept: a folder or a journal file, a SQLite file (.db), or the URL of a database that "
+        "several machines share (postgresql://…).",
+        show_default="a folder in the kernel cache",
     ),
 ]
 _LINE_SECONDS = 10.0
@@ -180,15 +180,14 @@ def _run(
 
 
 def _graph(options: Mapping[str, Any]) -> OperatorGraph:
-    from fuser.capture import capture
     from fuser.cli.models import parse_mask, resolve
-    from fuser.raising import raise_graph
+    from fuser.searching import graph_of
 
     names = ("batch", "seq", "layers", "hidden", "heads", "intermediate", "vocabulary")
     attention = parse_mask(options["mask"])
     sizes = {name: options[name] for name in names}
     named = resolve(options["model"], sizes, padding=options["padding"], dtype=options["dtype"])
-    return raise_graph(capture(named.model, named.call), attention)
+    return graph_of(named.model, named.args, named.kwargs, attention=attention)
 
 
 def _outlines(graph: OperatorGraph) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import fuser.cli
+from fuser.runtime.device import cpu_target
 from fuser.search.objective import AdditiveObjective, Outcome
 from fuser.search.space import Point
 from fuser.search.study import Progress, open_study
@@ -31,13 +32,21 @@ class Predicted(AdditiveObjective):
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSER_STUDIES_DIR", str(tmp_path / "studies"))
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies are in the cache by default, and so are records of what was found. The target is the same everywhere: a
+    new cache would have it measured anew."""
+    target = cpu_target()
+    monkeypatch.setattr("fuser.runtime.device.cpu_target", lambda: target)
+    monkeypatch.setenv("FUSER_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def predicted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuser.search.measured.MeasuredObjective", Predicted)
 
 
@@ -106,6 +115,7 @@ def test_resume_needs_no_other_argument(run: Any) -> None:
     assert [t.point for t in resumed.trials] == [t.point for t in straight.trials]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_interrupted_search_keeps_what_it_found_and_says_how_to_go_on(run: Any, monkeypatch: Any) -> None:
     calls = itertools.count(1)
 
@@ -126,6 +136,7 @@ def test_interrupted_search_keeps_what_it_found_and_says_how_to_go_on(run: Any, 
     assert [t.state for t in open_study("night").trials].count("complete") == 6
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_failed_trials_are_listed_with_reasons(run: Any, monkeypatch: Any) -> None:
     calls = itertools.count(1)
 
@@ -264,11 +275,14 @@ def test_progress_in_one_line() -> None:
 
 def test_measured_search(run: Any) -> None:
     """The whole way, in a child process on the clock."""
+    where = ["--storage", "m.journal"]
     sizes = ["--layers", "1", "--hidden", "16", "--heads", "1", "--intermediate", "16", "--seq", "8"]
-    code, out, err = run("search", "--model", "transformer-encoder", *sizes, "--trials", "2", "--study", "m", "--json")
+    code, out, err = run(
+        "search", "--model", "transformer-encoder", *sizes, *where, "--trials", "2", "--study", "m", "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
     assert found["measured"] + found["remembered"] == 2
     assert min(found["seconds"], found["default_seconds"]) > 0
-    report = json.loads(run("report", "m", "--json")[1])
+    report = json.loads(run("report", "m", *where, "--json")[1])
     assert any(kernel["measured"] for block in report["blocks"] for kernel in block["after"])
