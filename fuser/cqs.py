@@ -44,6 +44,7 @@ __all__ = [
     "attention",
     "base_set",
     "check_base",
+    "parse_bytes",
     "partition",
     "plan",
     "search",
@@ -276,7 +277,7 @@ def streaming(
     """
     mask = _mask(mask)
     n = _check(q, k, v, mask)
-    budget = _bytes(memory_budget)
+    budget = parse_bytes(memory_budget)
     if workers is not None:
         candidates = [workers]
     else:
@@ -299,7 +300,8 @@ def streaming(
     )
 
 
-def _bytes(size: str | int) -> int:
+def parse_bytes(size: str | int) -> int:
+    """Bytes of a size such as 1000, "512MB" or "1GiB". Raises PlanError for what is none."""
     if isinstance(size, int) and not isinstance(size, bool):
         found, scale = float(size), 1
     else:
