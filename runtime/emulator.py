@@ -9,12 +9,14 @@ misaligned vectors. It is some ten times slower and needs g++.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,17 @@ class _Fault(ctypes.Structure):
     )
 
 
+class _Launch(ctypes.Structure):
+    """``FuserLaunch`` of ``emulator.h``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("function", ctypes.c_char * 4000),
+    )
+
+
 def checking() -> bool:
     """Whether ``FUSER_EMULATOR_CHECKED`` asks for the checking mode."""
     return os.environ.get("FUSER_EMULATOR_CHECKED", "") not in ("", "0")
@@ -128,6 +141,59 @@ def run(
             raise fault(path, symbol)
     if status != 0:
         raise KernelError(f"the kernel {symbol} failed with status {status} (library: {path})")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a ``__global__`` function: its mangled name, blocks and threads by (x, y, z), and the bytes of
+    dynamic shared memory of a block."""
+
+    function: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return math.prod(self.block)
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.grid)
+
+
+def launches(
+    path: Path,
+    symbol: str,
+    tensors: Sequence[int],
+    extents: Sequence[int] = (),
+    *,
+    workspace: int = 0,
+    threads: int = 4,
+) -> tuple[Launch, ...]:
+    """What the kernel ``symbol`` would launch for tensors at these addresses, which are not touched: any will do that
+    have the alignment of the real ones.
+
+    Raises :class:`KernelError` for extents that it refuses.
+    """
+    kernel = load(path, symbol)
+    library = ctypes.CDLL(str(path))
+    library.fuser_emulator_list(1)
+    try:
+        status = kernel.status(KernelArgs.pack(tensors, extents, threads, workspace))
+        first = ctypes.POINTER(_Launch)()
+        library.fuser_emulator_listed.restype = ctypes.c_size_t
+        count = library.fuser_emulator_listed(ctypes.byref(first))
+        found = [first[i] for i in range(count)]
+        listed = tuple(
+            Launch(one.function.decode(), tuple(one.grid), tuple(one.block), one.shared_bytes) for one in found
+        )
+    finally:
+        library.fuser_emulator_list(0)
+    if status != 0:
+        raise KernelError(f"the kernel {symbol} refuses these extents with status {status} (library: {path})")
+    return listed
 
 
 @contextmanager

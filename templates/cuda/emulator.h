@@ -114,6 +114,14 @@ typedef struct {
     char text[2048];
 } FuserFault;
 
+// What a launch was asked for, while launches are only listed; `function` is the kernel's mangled name.
+typedef struct {
+    uint32_t grid[3];
+    uint32_t block[3];
+    uint64_t shared_bytes;
+    char function[4000];
+} FuserLaunch;
+
 }
 
 namespace emulator {
@@ -726,34 +734,45 @@ FUSER_UNCHECKED inline void report_deadlock(Worker& w) {
            w.threads - w.live, w.threads, text);
 }
 
-// The __shared__ arrays of this library, from its symbol table.
-inline std::vector<StaticArray> read_static_arrays() {
-    std::vector<StaticArray> arrays;
-    Dl_info info;
-    if (!dladdr(reinterpret_cast<const void*>(&read_static_arrays), &info) || !info.dli_fname) return arrays;
-    std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(info.dli_fname, "rb"), std::fclose);
-    if (!file) return arrays;
-    // The image stays: names point into it.
-    auto* image = new std::vector<char>;
-    char buffer[1 << 14];
-    for (size_t got; (got = std::fread(buffer, 1, sizeof buffer, file.get())) > 0;) {
-        image->insert(image->end(), buffer, buffer + got);
-    }
-    const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(image->data());
-    if (image->size() < sizeof *header) return arrays;
-    const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(image->data() + header->e_shoff);
+// The file of this library, for its symbol table. It stays in memory: names point into it.
+FUSER_UNCHECKED inline const std::vector<char>& library_image() {
+    static const std::vector<char> image = [] {
+        std::vector<char> bytes;
+        Dl_info info;
+        if (!dladdr(reinterpret_cast<const void*>(&library_image), &info) || !info.dli_fname) return bytes;
+        std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(info.dli_fname, "rb"), std::fclose);
+        char buffer[1 << 14];
+        for (size_t got; file && (got = std::fread(buffer, 1, sizeof buffer, file.get())) > 0;) {
+            bytes.insert(bytes.end(), buffer, buffer + got);
+        }
+        return bytes;
+    }();
+    return image;
+}
+// Calls visit(name, symbol) for every symbol of this library.
+template <typename F>
+void visit_symbols(F visit) {
+    const std::vector<char>& image = library_image();
+    const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(image.data());
+    if (image.size() < sizeof *header) return;
+    const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(image.data() + header->e_shoff);
     for (int i = 0; i < header->e_shnum; ++i) {
         if (sections[i].sh_type != SHT_SYMTAB) continue;
-        const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(image->data() + sections[i].sh_offset);
-        const char* names = image->data() + sections[sections[i].sh_link].sh_offset;
-        for (size_t k = 0; k < sections[i].sh_size / sizeof *symbols; ++k) {
-            const char* name = names + symbols[k].st_name;
-            // The emulator's own variables live there too.
-            const bool own = std::strstr(name, "8emulator") || std::strstr(name, "fuser_gap_");
-            if ((symbols[k].st_info & 15) != STT_TLS || symbols[k].st_size == 0 || own) continue;
-            arrays.push_back({symbols[k].st_value, symbols[k].st_size, name});
-        }
+        const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(image.data() + sections[i].sh_offset);
+        const char* names = image.data() + sections[sections[i].sh_link].sh_offset;
+        for (size_t k = 0; k < sections[i].sh_size / sizeof *symbols; ++k) visit(names + symbols[k].st_name, symbols[k]);
     }
+}
+// The __shared__ arrays of this library.
+inline std::vector<StaticArray> read_static_arrays() {
+    std::vector<StaticArray> arrays;
+    visit_symbols([&](const char* name, const ElfW(Sym)& symbol) {
+        // The emulator's own variables live there too.
+        const bool own = std::strstr(name, "8emulator") || std::strstr(name, "fuser_gap_");
+        if ((symbol.st_info & 15) == STT_TLS && symbol.st_size && !own) {
+            arrays.push_back({symbol.st_value, symbol.st_size, name});
+        }
+    });
     return arrays;
 }
 FUSER_UNCHECKED inline const std::vector<StaticArray>& static_arrays() {
@@ -768,7 +787,7 @@ FUSER_UNCHECKED inline char* static_memory() {
     };
     static thread_local char* memory = [] {
         Dl_info info;
-        dladdr(reinterpret_cast<const void*>(&read_static_arrays), &info);
+        dladdr(reinterpret_cast<const void*>(&library_image), &info);
         Found found{reinterpret_cast<uintptr_t>(info.dli_fbase), nullptr};
         dl_iterate_phdr(
             [](dl_phdr_info* module, size_t, void* data) {
@@ -888,6 +907,31 @@ inline int refuse(const char* format, ...) {
     return FAULT_STATUS;
 }
 
+// Set while launches are listed instead of carried out.
+struct Listing {
+    bool active = false;
+    std::vector<FuserLaunch> launches;
+};
+inline thread_local Listing listing;
+
+inline int list(const Launch& launch, const void* function) {
+    FuserLaunch one{};
+    one.grid[0] = launch.grid.x, one.grid[1] = launch.grid.y, one.grid[2] = launch.grid.z;
+    one.block[0] = launch.block.x, one.block[1] = launch.block.y, one.block[2] = launch.block.z;
+    one.shared_bytes = launch.shared_bytes;
+    Dl_info info;
+    if (dladdr(function, &info)) {
+        const auto offset = reinterpret_cast<uintptr_t>(function) - reinterpret_cast<uintptr_t>(info.dli_fbase);
+        visit_symbols([&](const char* name, const ElfW(Sym)& symbol) {
+            if ((symbol.st_info & 15) == STT_FUNC && symbol.st_value == offset) {
+                snprintf(one.function, sizeof one.function, "%s", name);
+            }
+        });
+    }
+    listing.launches.push_back(one);
+    return 0;
+}
+
 inline int run(Launch& launch) {
     const dim3 &grid = launch.grid, &block = launch.block;
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -926,6 +970,16 @@ inline int run(Launch& launch) {
 
 // The fault of the last launch of this thread that failed.
 FUSER_EXPORT const FuserFault* fuser_emulator_fault() { return &emulator::last_fault; }
+
+// From here on this thread's launches are only listed, or carried out again.
+FUSER_EXPORT void fuser_emulator_list(int only) {
+    emulator::listing.active = only != 0;
+    if (only) emulator::listing.launches.clear();
+}
+FUSER_EXPORT size_t fuser_emulator_listed(const FuserLaunch** launches) {
+    *launches = emulator::listing.launches.data();
+    return emulator::listing.launches.size();
+}
 
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block_index())

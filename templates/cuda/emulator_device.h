@@ -825,6 +825,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
         const Call& own = *static_cast<const Call*>(data);
         std::apply(own.first, own.second);
     };
+    if (emulator::listing.active) return emulator::list(one, reinterpret_cast<const void*>(kernel));
     return emulator::run(one);
 }
 inline int multiprocessors() { return 4; }
@@ -833,7 +834,7 @@ int resident_blocks(void (*)(Parameters...), int, size_t) {
     return 2;
 }
 inline int clear(void* pointer, size_t bytes, void*) {
-    std::memset(pointer, 0, bytes);
+    if (!emulator::listing.active) std::memset(pointer, 0, bytes);
     return 0;
 }
 

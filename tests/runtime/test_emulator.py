@@ -15,7 +15,7 @@ from fuser.ir.errors import ToolchainError
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import default_cache
-from fuser.runtime.emulator import compile_flags, run
+from fuser.runtime.emulator import compile_flags, launches, run
 from fuser.runtime.nvcc import find_nvcc, resources
 
 SOURCE = Path(__file__).with_name("primitives.cu").read_text()
@@ -87,6 +87,17 @@ def test_threads_of_the_host(library: Path, monkeypatch: pytest.MonkeyPatch) -> 
         out = np.zeros(50, dtype=np.float32)
         run(library, "row_sums", [x, out], x.shape)
         np.testing.assert_allclose(out, x.astype(np.float64).sum(1), atol=1e-4)
+
+
+def test_launches_can_be_listed_instead_of_run(library: Path) -> None:
+    nowhere = [1 << 20] * 3
+    (one,) = launches(library, "product", nowhere, [1000, 200, 64])
+    assert one.grid == (4, 16, 1)
+    assert one.block == (128, 1, 1) and one.threads == 128 and one.blocks == 64
+    assert one.shared_bytes == 4 * 64 * 40 * 2
+    assert "multiply_tiles" in one.function
+    assert launches(library, "product", nowhere, [0, 200, 64]) == ()
+    test_row_sums(library, 31)  # what is asked for next is carried out
 
 
 # Barriers
