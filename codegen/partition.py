@@ -28,7 +28,8 @@ MAX_DOWNSETS = 96
 """Up to so many downsets the search covers every legal scheme, beyond it those along two orders of execution."""
 PYTORCH = "pytorch"
 """Stands for a family where PyTorch runs an operator that no family matches."""
-_PYTORCH_LAUNCH_SECONDS = 5e-6
+# On a GPU an operator is several launches from Python, and each costs the CPU more than a small kernel takes.
+_PYTORCH_LAUNCH_SECONDS = {"cpu": 5e-6, "cuda": 2e-5}
 _PYTORCH_EFFICIENCY = 0.4
 """Of the peak, for batched products of attention's sizes in PyTorch, whose operands and results go through memory."""
 _CONTRACTIONS = frozenset({Kind.GEMM, Kind.QK, Kind.PV})
@@ -169,7 +170,9 @@ def _kernels(group: OperatorGroup, families: Sequence[KernelFamily], target: Tar
             yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False)
     if not matched and len(group.operators) == 1:
         cost = _pytorch_cost(group)
-        yield GroupChoice(group, None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS, False)
+        yield GroupChoice(
+            group, None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS[target.kind], False
+        )
 
 
 def _best(
