@@ -207,7 +207,11 @@ class CublasLinear:
             torch.mm(a, columns, out=out)
         elif self.parameters.activation is not None:
             gelu = self.parameters.activation is Op.GELU_TANH
-            torch._addmm_activation(rest[0], a, columns, use_gelu=gelu, out=out)
+            if gelu and not a.is_cuda:
+                # PyTorch's fused GELU is the approximation by tanh on CUDA, but exact on a CPU.
+                out.copy_(torch.nn.functional.gelu(torch.addmm(rest[0], a, columns), approximate="tanh"))
+            else:
+                torch._addmm_activation(rest[0], a, columns, use_gelu=gelu, out=out)
         else:
             torch.addmm(_matrix(rest[0]) if self.parameters.residual else rest[0], a, columns, out=out)
 
