@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,6 +62,9 @@ class Objective(Protocol):
     """Seconds of points of one space. Implementations never raise for a point that cannot be built or run: that is an
     :class:`Outcome` with a failure."""
 
+    deadline: float
+    """Of ``time.perf_counter``, when the search's time ends."""
+
     def expect(self, points: Iterable[Point]) -> None:
         """Points that will be asked for soon, so that their kernels can be built ahead."""
 
@@ -87,6 +91,7 @@ class AdditiveObjective:
     def __init__(self, space: Space, costs: Costs | None = None) -> None:
         self.space = space
         self._costs = space.predicted if costs is None else costs
+        self.deadline = math.inf
         self.evaluated = 0
 
     def expect(self, points: Iterable[Point]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import optuna
@@ -17,6 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from fuser.ir.errors import SearchError
 from fuser.runtime.cache import default_cache
+
+_LOCK_SECONDS = 20.0
 
 
 def default_storage() -> str:
@@ -63,8 +68,29 @@ def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
             name = f"sqlite:///{path}"
         elif name.startswith("sqlite:///") and not create and not Path(name.removeprefix("sqlite:///")).is_file():
             raise SearchError(f"there are no studies at {name}")
-        engine = {"connect_args": {"timeout": 10}} if name.startswith("sqlite") else {"pool_pre_ping": True}
-        return RDBStorage(_with_driver(name), engine_kwargs=engine), name
+        url = _with_driver(name)
+        engine: dict[str, Any] = {"pool_pre_ping": True}
+        if url.startswith("sqlite"):
+            engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
+        elif "+psycopg" in url:
+            # A server without an encoding answers in bytes otherwise.
+            engine["connect_args"] = {"client_encoding": "utf8"}
+        return _database(url, engine), name
+
+
+def _database(url: str, engine: dict[str, Any]) -> RDBStorage:
+    """A database, with its tables. Raises what SQLAlchemy raises."""
+    import sqlalchemy.exc
+
+    for attempt in itertools.count(1):
+        try:
+            return RDBStorage(url, engine_kwargs=engine)
+        except sqlalchemy.exc.DBAPIError as error:
+            # Another process makes the same tables at this moment.
+            if attempt >= 10 or not re.search("already exists|duplicate key|UNIQUE constraint", str(error)):
+                raise
+            time.sleep(0.1 * attempt)
+    raise AssertionError
 
 
 def _with_driver(url: str) -> str:

@@ -247,7 +247,8 @@ class Ledger:
             study = optuna.create_study(study_name=name, storage=found, load_if_exists=True)
             ledger = cls(study, where)
             if _OURS not in study.user_attrs:
-                if study.get_trials(deepcopy=False):
+                # Read again: another process may have made the study, its header and a trial in this order.
+                if study.get_trials(deepcopy=False) and _OURS not in study.user_attrs:
                     raise SearchError(f"the study {name!r} in {where} was not made by fuser; choose another name")
                 study.set_user_attr(_OURS, dict(header))
         ledger._check_version()
@@ -607,10 +608,15 @@ class _Run:
     def run(self) -> SearchResult:
         stopped = "trials"
         try:
-            self._sync(self.ledger.fail_stale())
-            if hasattr(self.objective, "deadline"):
-                self.objective.deadline = self.deadline
+            died = self.ledger.fail_stale()
+            self._sync()
+            self.objective.deadline = self.deadline
             self._start()
+            for text in died:
+                # A proposal is not lost with the process that made it.
+                if text not in self.values and self.counted < self.trials:
+                    self._check_time()
+                    self._attempt(Point.parse(text), self.strategy)
             if self.strategy in ("default", "exact"):
                 self._shortest_path()
             if self.strategy != "exact":
@@ -619,7 +625,8 @@ class _Run:
             stopped = str(reason)
         except KeyboardInterrupt:
             stopped = "interrupted"
-        self._give_up_waiting(stopped)
+        for trial, _ in self.waiting:
+            self.mirror.tell(trial, state=_state("FAIL"))
         if self.best is None:
             raise self._nothing(stopped)
         return self._result(stopped)
@@ -695,8 +702,8 @@ class _Run:
                     self.waiting.append(self._propose())
                 except ExhaustedError:
                     exhausted = True
-            if not self.waiting:
-                raise _Stop("exhausted" if exhausted else "trials")
+            if not self.waiting or self.counted >= self.trials:
+                raise _Stop("exhausted" if exhausted and self.counted < self.trials else "trials")
             self.objective.expect([point for _, point in self.waiting])
             trial, point = self.waiting.pop(0)
             self._attempt(point, self.strategy, trial)
@@ -804,9 +811,8 @@ class _Run:
             )
         )
 
-    def _sync(self, retried: Sequence[str] = ()) -> None:
+    def _sync(self) -> None:
         """Learn from trials that other processes, or earlier ones, have ended."""
-        del retried
         for trial in self.ledger.trials():
             details = trial.user_attrs.get("details", {})
             if trial.number in self.imported or not trial.state.is_finished() or "point" not in trial.user_attrs:
@@ -824,12 +830,6 @@ class _Run:
     def _check_time(self) -> None:
         if time.perf_counter() >= self.deadline:
             raise _Stop("timeout")
-
-    def _give_up_waiting(self, reason: str) -> None:
-        for trial, _ in self.waiting:
-            self.mirror.tell(trial, state=_state("FAIL"))
-        self.waiting.clear()
-        del reason
 
     def _contenders(self) -> list[Point]:
         """The default program and the fastest others."""
