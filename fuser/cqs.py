@@ -78,17 +78,17 @@ def attention(
     group: torch.distributed.ProcessGroup | None = None,
     timeout: float = 300.0,
 ) -> Tensor:
-    """Exact self-attention by fork and join over the workers of a CQS partition.
+    """Exact attention by fork and join over the workers of a CQS partition.
 
     Args:
         q: (B, H, N, D).
-        k: (B, Hkv, N, D); H is a multiple of Hkv.
-        v: (B, Hkv, N, Dv).
-        workers: at most N; default 7 (or N), or the size of ``group``, or what ``memory_budget`` allows.
+        k: (B, Hkv, M, D); H is a multiple of Hkv. Where M is not N, queries and keys are divided apart.
+        v: (B, Hkv, M, Dv).
+        workers: at most N and M; default 7 (or N, or M), or the size of ``group``, or what ``memory_budget`` allows.
         memory_budget: most bytes to use beside q, k, v and the output: an integer or a string such as "512MB" or
             "1GiB". The smallest number of workers that fits is taken, and within it as many heads at a time as fit;
             see :func:`streaming`. Without it, all workers are one plan, run by one kernel.
-        mask: one of ``fuser.masks`` or a bool tensor (N, N) or (H, N, N), True = may attend; of all N x N pairs.
+        mask: one of ``fuser.masks`` or a bool tensor (N, M) or (H, N, M), True = may attend; of all N x M pairs.
         scale: default 1 / sqrt(D).
         base: base set, default :func:`base_set` of the workers.
         group: spread the workers over the ranks of this process group, one a rank. Every rank calls with the same mask;
@@ -109,11 +109,13 @@ def attention(
         if memory_budget is not None:
             raise PlanError("memory_budget streams on one device: leave it out with group")
         return _distributed(q, k, v, workers, mask, scale, base, group, timeout)
-    n = _check(q, k, v, mask)
+    n, m = _check(q, k, v, mask)
+    if not (n and m):
+        return _empty_out(q, v).zero_()
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if memory_budget is not None:
         return _stream(q, k, v, streaming(q, k, v, memory_budget, workers, mask, base=base), mask, scale)
-    part = partition(min(WORKERS, n) if workers is None else workers, n, base)
+    part = partition(min(WORKERS, n, m) if workers is None else workers, n, base, m)
     reason = _unsupported(q, v, None)
     if not reason:
         out = _empty_out(q, v)
@@ -143,19 +145,16 @@ def _mask(mask: Mask | Tensor | None) -> Mask:
     return mask
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> int:
-    """The length of the sequence."""
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int]:
+    """The numbers of queries and keys."""
     _check_operands(q, k, v)
-    n = q.shape[2]
-    if k.shape[2] != n:
-        raise ValueError(f"CQS divides self-attention: q has {n} tokens, k {k.shape[2]}")
+    n, m = q.shape[2], k.shape[2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("CQS attention computes no gradients: call it under torch.no_grad(), or use sparse_attention")
     if mask.heads not in (None, q.shape[1]):
         raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {q.shape[1]}")
-    if n:
-        mask.validate(n)
-    return n
+    mask.validate(n, m)
+    return n, m
 
 
 # ---- scheduler, worker and tiler
@@ -163,15 +162,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker has to know: ``ranges`` of tokens to gather from q, k and v, and the ``mask`` over those."""
+    """What one worker has to know: ``ranges`` of tokens to gather from q, ``key_ranges`` to gather from k and v, which
+    are the same for as many keys as queries, and the ``mask`` over those."""
 
     worker: int
     ranges: tuple[tuple[int, int], ...]
+    key_ranges: tuple[tuple[int, int], ...]
     mask: Gathered
 
-    def gather(self, *tensors: Tensor) -> list[Tensor]:
-        """The worker's tokens of tensors (B, H, N, D): (B, H, L, D) each."""
-        return [_gather(tensor, self.ranges) for tensor in tensors]
+    def gather(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The worker's tokens of q (B, H, N, D), k (B, Hkv, M, D) and v: (B, H, L, D), (B, Hkv, Lk, D) and alike."""
+        return _gather(q, self.ranges), _gather(k, self.key_ranges), _gather(v, self.key_ranges)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Scheduler:
 
     def task(self, worker: int) -> Task:
         mask = kernel.local_mask(self.partition, worker, self.mask)
-        return Task(worker, mask.queries, mask)
+        return Task(worker, mask.queries, mask.keys, mask)
 
     def __iter__(self) -> Iterator[Task]:
         return map(self.task, range(self.partition.workers))
@@ -276,15 +277,15 @@ def streaming(
     PlanError if nothing fits, with the smallest budget that does.
     """
     mask = _mask(mask)
-    n = _check(q, k, v, mask)
+    n, m = _check(q, k, v, mask)
     budget = parse_bytes(memory_budget)
     if workers is not None:
         candidates = [workers]
     else:
-        candidates = [w for w in (_CANDIDATES if base is None else (WORKERS,)) if w <= max(1, n)]
+        candidates = [w for w in (_CANDIDATES if base is None else (WORKERS,)) if w <= max(1, min(n, m))]
     smallest: Streaming | None = None
     for count in candidates:
-        part = partition(count, n, base)
+        part = partition(count, n, base, m)
         planning = _planning_bytes(part, mask)
         for batch, heads in _chunks(q.shape[0], k.shape[1]):
             made = Streaming(part, batch, heads, _step_bytes(q, k, v, part, batch, heads) + planning)
@@ -338,7 +339,7 @@ def _step_bytes(q: Tensor, k: Tensor, v: Tensor, part: Partition, batch: int, he
     size = 8 if q.dtype == torch.float64 else 4
     group, width, value = q.shape[1] // max(1, k.shape[1]), q.shape[3], v.shape[3]
     rows = -(-part.seq_len // part.workers)
-    keys = rows * max(map(len, part.roles))
+    keys = -(-part.kv_len // part.workers) * max(map(len, part.roles))
     wide = q.element_size() != size
     sums = part.seq_len * (1 + (value if wide else 0))
     # Output, its product with the weights, sums and weights; queries where they are converted.
@@ -361,9 +362,8 @@ def _plain(q: Tensor, v: Tensor) -> bool:
 def _planning_bytes(part: Partition, mask: Mask) -> int:
     """Most bytes that the plan of a step takes while it is made, judged by some rows of some steps."""
     if part.workers == 1:
-        n = part.seq_len
-        bounds = ((0, n),)
-        steps = [Gathered(mask, n, bounds, bounds, ((0,),))]
+        n, m = part.seq_len, part.kv_len
+        steps = [Gathered(mask, (n, m), ((0, n),), ((0, m),), ((0,),))]
     else:
         workers = np.unique(np.linspace(0, part.workers - 1, 5).astype(int)).tolist()
         steps = [piece for worker in workers for piece in kernel.pieces(part, worker, mask)]
@@ -393,7 +393,7 @@ def _stream(q: Tensor, k: Tensor, v: Tensor, how: Streaming, mask: Mask, scale: 
         from fuser.runtime.device import cpu_target
 
         try:
-            run_plan(q, k, v, plan_mask(mask, part.seq_len, part.seq_len, cpu_target()), None, scale, out, None)
+            run_plan(q, k, v, plan_mask(mask, part.seq_len, part.kv_len, cpu_target()), None, scale, out, None)
         except (BuildError, ToolchainError, CacheError) as error:
             raise FuserError(f"the memory budget counts on a kernel, which could not be built: {error}") from error
         return out
@@ -444,10 +444,10 @@ def _distributed(
         try:
             if q is None or k is None or v is None:
                 raise ValueError("rank 0 must pass q, k and v")
-            n = _check(q, k, v, mask)
+            n, m = _check(q, k, v, mask)
             if workers not in (None, ranks.size):
                 raise PlanError(f"{workers} workers need {workers} ranks, and there are {ranks.size}")
-            part = partition(ranks.size, n, base)
+            part = partition(ranks.size, n, base, m)
             known = part, [tuple(t.shape) for t in (q, k, v)], q.dtype, q.device.type
         except (ValueError, FuserError) as caught:
             error, problem = caught, str(caught)
@@ -457,7 +457,7 @@ def _distributed(
             raise error
         raise PlanError(f"rank 0 refused the problem: {problem}")
     part, shapes, dtype, _ = known
-    ranges = [part.ranges(worker) for worker in range(part.workers)]
+    ranges = [(part.ranges(worker), part.key_ranges(worker), part.key_ranges(worker)) for worker in range(part.workers)]
     whole = None if q is None or k is None or v is None else [t.detach() for t in (q, k, v)]
     mine = ranks.scatter(whole if ranks.rank == 0 else None, ranges, shapes, dtype)
     failure: Exception | None = None
@@ -475,7 +475,7 @@ def _distributed(
         raise
     if result is None:
         raise FuserError("a worker ended without a result")
-    merged = ranks.merge(*result, ranges[ranks.rank], part.seq_len)
+    merged = ranks.merge(*result, ranges[ranks.rank][0], part.seq_len)
     if merged is None:
         return torch.empty(0, dtype=dtype)
     return merged[0].to(dtype).to(q.device if q is not None else "cpu")

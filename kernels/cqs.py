@@ -1,9 +1,10 @@
 """CQS: attention divided among W workers by a cyclic quorum set, so that each needs only about N / sqrt(W) tokens.
 
-The sequence is cut into W groups of tokens. Worker w holds the groups of its *quorum*, the *base set* shifted by w, and
-owns W of the W x W (query group, key group) blocks, all inside its quorum; every block has exactly one owner. After
-Bian and Somani, "CQS-Attention", IEEE Access 13 (2025), doi:10.1109/ACCESS.2025.3544550; even W are divided more evenly
-here than there: of the two blocks at distance W / 2, each worker owns one.
+The sequence is cut into W groups of tokens (queries and keys apart, where there are not as many). Worker w holds the
+groups of its *quorum*, the *base set* shifted by w, and owns W of the W x W (query group, key group) blocks, all inside
+its quorum; every block has exactly one owner. After Bian and Somani, "CQS-Attention", IEEE Access 13 (2025),
+doi:10.1109/ACCESS.2025.3544550; even W are divided more evenly here than there: of the two blocks at distance W / 2,
+each worker owns one.
 """
 
 from __future__ import annotations
@@ -250,7 +251,8 @@ def _workers(workers: int) -> int:
 class Share:
     """What one worker has: its ``groups``, how many ``tokens`` they hold, and how many (query, key) ``pairs`` it owns.
 
-    ``pairs_visible`` counts only pairs that a mask allows; ``fraction`` is tokens over the length of the sequence.
+    ``pairs_visible`` counts only pairs that a mask allows; ``fraction`` is tokens over the length of the sequence. Of
+    rectangular problems ``tokens`` are the queries; the keys are ``keys`` in any case.
     """
 
     worker: int
@@ -259,22 +261,23 @@ class Share:
     fraction: float
     pairs: int
     pairs_visible: int
+    keys: int
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The division of ``seq_len`` x ``seq_len`` pairs among ``workers``; made by :func:`partition`."""
+    """The division of ``seq_len`` x ``kv_len`` pairs among ``workers``; made by :func:`partition`."""
 
     workers: int
     seq_len: int
     base: tuple[int, ...]
+    kv_len: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", check_base(self.workers, self.base))
-        if integer("seq_len", self.seq_len, 1) < self.workers:
-            raise PlanError(
-                f"{self.workers} workers cannot share {self.seq_len} tokens: use {self.seq_len} workers or fewer"
-            )
+        least = min(integer("seq_len", self.seq_len, 1), integer("kv_len", self.kv_len, 1))
+        if least < self.workers:
+            raise PlanError(f"{self.workers} workers cannot share {least} tokens: use {least} workers or fewer")
 
     @property
     def quorums(self) -> tuple[tuple[int, ...], ...]:
@@ -284,10 +287,12 @@ class Partition:
     @functools.cached_property
     def bounds(self) -> Ints:
         """(W + 1,) int64: group g is tokens bounds[g] to bounds[g + 1]; the last N mod W groups have one more."""
-        size, extra = divmod(self.seq_len, self.workers)
-        sizes = np.full(self.workers, size)
-        sizes[self.workers - extra :] += 1
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        return _bounds(self.seq_len, self.workers)
+
+    @functools.cached_property
+    def key_bounds(self) -> Ints:
+        """As ``bounds``, for the keys."""
+        return _bounds(self.kv_len, self.workers)
 
     @functools.cached_property
     def roles(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -316,6 +321,10 @@ class Partition:
         """The tokens of :meth:`groups` as one range (start, stop) a group."""
         return tuple((int(self.bounds[g]), int(self.bounds[g + 1])) for g in self.groups(worker))
 
+    def key_ranges(self, worker: int) -> tuple[tuple[int, int], ...]:
+        """As :meth:`ranges`, for the keys."""
+        return tuple((int(self.key_bounds[g]), int(self.key_bounds[g + 1])) for g in self.groups(worker))
+
     def tokens(self, worker: int) -> Ints:
         """The tokens that ``worker`` needs, int64, ascending."""
         return np.concatenate([np.arange(*r) for r in self.ranges(worker)])
@@ -331,22 +340,22 @@ class Partition:
 
     def shares(self, mask: Mask | None = None) -> tuple[Share, ...]:
         """What each worker has; with ``mask``, ``pairs_visible`` counts its pairs (summed over heads if it has any)."""
-        sizes = np.diff(self.bounds)
+        sizes, key_sizes = np.diff(self.bounds), np.diff(self.key_bounds)
         shares = []
         for worker in range(self.workers):
             blocks = np.array(self.blocks(worker))
-            pairs = int((sizes[blocks[:, 0]] * sizes[blocks[:, 1]]).sum())
-            tokens = sum(stop - start for start, stop in self.ranges(worker))
+            pairs = int((sizes[blocks[:, 0]] * key_sizes[blocks[:, 1]]).sum())
+            tokens, keys = (sum(b - a for a, b in r) for r in (self.ranges(worker), self.key_ranges(worker)))
             visible = pairs
             if mask is not None:
-                visible = local_mask(self, worker, mask).count(tokens, tokens)
-            shares.append(Share(worker, self.groups(worker), tokens, tokens / self.seq_len, pairs, visible))
+                visible = local_mask(self, worker, mask).count(tokens, keys)
+            shares.append(Share(worker, self.groups(worker), tokens, tokens / self.seq_len, pairs, visible, keys))
         return tuple(shares)
 
     @property
     def responsibility_ratio(self) -> float:
         """All pairs over those of the busiest worker: the speed-up that the division allows, at most W."""
-        return self.seq_len**2 / max(share.pairs for share in self.shares())
+        return self.seq_len * self.kv_len / max(share.pairs for share in self.shares())
 
     def draw(self, path: str | Path) -> None:
         """Write a PNG: the attention matrix, every block in the colour of its owner. Needs matplotlib.
@@ -359,28 +368,28 @@ class Partition:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise PlanError("drawing needs matplotlib: pip install matplotlib") from error
-        w, owners, edges = self.workers, self.owners, self.bounds
+        w, owners, edges, key_edges = self.workers, self.owners, self.bounds, self.key_bounds
         # Golden-ratio steps keep the hues of neighbouring workers apart.
         hues = np.arange(w) * 0.618034 % 1.0
         colours = hsv_to_rgb(np.stack([hues, np.full(w, 0.5), 0.75 + 0.25 * (np.arange(w) % 2)], axis=1))
         figure = Figure(figsize=(7, 7.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.pcolormesh(edges, edges, colours[owners])
+        axes.pcolormesh(key_edges, edges, colours[owners])
         axes.invert_yaxis()
         axes.set_aspect("equal")
         axes.set_xlabel("key")
         axes.set_ylabel("query")
         longest = max(share.fraction for share in self.shares())
         axes.set_title(
-            f"{w} workers, {self.seq_len} tokens, base set {{{', '.join(map(str, self.base))}}}\n"
+            f"{w} workers, {self.seq_len} x {self.kv_len} tokens, base set {{{', '.join(map(str, self.base))}}}\n"
             f"each worker holds up to {longest:.1%} of the tokens",
             fontsize=10,
         )
         if w <= 31:
-            centres = (edges[1:] + edges[:-1]) / 2
+            centres, key_centres = ((e[1:] + e[:-1]) / 2 for e in (edges, key_edges))
             for i, j in np.ndindex(w, w):
-                x, y, size = float(centres[j]), float(centres[i]), max(4, 11 - w / 4)
+                x, y, size = float(key_centres[j]), float(centres[i]), max(4, 11 - w / 4)
                 axes.text(x, y, str(owners[i, j]), ha="center", va="center", fontsize=size)
         figure.savefig(Path(path), format="png", dpi=150)
 
@@ -391,19 +400,28 @@ class Partition:
         return number
 
 
-def partition(workers: int, seq_len: int, base: Sequence[int] | None = None) -> Partition:
-    """The division of attention over ``seq_len`` tokens among ``workers``.
+def partition(workers: int, seq_len: int, base: Sequence[int] | None = None, kv_len: int | None = None) -> Partition:
+    """The division of attention over ``seq_len`` tokens (and ``kv_len`` keys, default as many) among ``workers``.
 
     ``base`` defaults to :func:`base_set`. Raises PlanError for more workers than tokens, or if ``base`` is no base set.
     """
     workers = _workers(workers)
     try:
         seq_len = integer("seq_len", seq_len, 1)
+        kv_len = seq_len if kv_len is None else integer("kv_len", kv_len, 1)
     except ValueError as error:
         raise PlanError(str(error)) from error
-    if seq_len < workers:
-        raise PlanError(f"{workers} workers cannot share {seq_len} tokens: use {seq_len} workers or fewer")
-    return Partition(workers, seq_len, base_set(workers) if base is None else check_base(workers, base))
+    least = min(seq_len, kv_len)
+    if least < workers:
+        raise PlanError(f"{workers} workers cannot share {least} tokens: use {least} workers or fewer")
+    return Partition(workers, seq_len, base_set(workers) if base is None else check_base(workers, base), kv_len)
+
+
+def _bounds(length: int, workers: int) -> Ints:
+    size, extra = divmod(length, workers)
+    sizes = np.full(workers, size)
+    sizes[workers - extra :] += 1
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 # ---- masks of parts of the matrix
@@ -411,13 +429,13 @@ def partition(workers: int, seq_len: int, base: Sequence[int] | None = None) -> 
 
 @dataclass(frozen=True)
 class Gathered(Derived):
-    """Part of ``operand``, a mask of ``seq_len`` x ``seq_len``, for gathered rows and columns.
+    """Part of ``operand``, a mask of ``size`` = (rows, columns), for gathered rows and columns.
 
     Row and column positions count through the ascending, disjoint token ranges ``queries`` and ``keys``; row range r
     sees the column ranges ``visible[r]`` (ascending positions in ``keys``), as far as the operand allows.
     """
 
-    seq_len: int
+    size: tuple[int, int]
     queries: tuple[tuple[int, int], ...]
     keys: tuple[tuple[int, int], ...]
     visible: tuple[tuple[int, ...], ...]
@@ -439,11 +457,11 @@ class Gathered(Derived):
         table = np.zeros((len(self.queries), len(self.keys)), np.bool_)
         for r, seen in enumerate(self.visible):
             table[r, list(seen)] = True
-        return table[row, column] & self.operand._allowed(query, key, self.seq_len, self.seq_len)
+        return table[row, column] & self.operand._allowed(query, key, *self.size)
 
     def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
         row, query = _global(self.queries, i)
-        part = self.operand._progressions(query, self.seq_len, self.seq_len)
+        part = self.operand._progressions(query, *self.size)
         if part is None:
             return None
         # Every progression (R, K, 1) meets every visible range (R, 1, C) of its row.
@@ -473,7 +491,7 @@ class Gathered(Derived):
         if not self.structured:
             return super()._columns(i, n, m)
         row, query = _global(self.queries, i)
-        found = self.operand._columns(query, self.seq_len, self.seq_len)
+        found = self.operand._columns(query, *self.size)
         of = np.repeat(np.arange(len(i)), np.diff(found.indptr))
         starts = np.array([start for start, _ in self.keys])
         stops = np.array([stop for _, stop in self.keys])
@@ -491,7 +509,7 @@ class Gathered(Derived):
     def _check(self, n: int, m: int) -> None:
         if (n, m) != (self.q_len, self.kv_len):
             raise PlanError(f"{self.name} is for {self.q_len} x {self.kv_len}, not {n} x {m}")
-        self.operand._check(self.seq_len, self.seq_len)
+        self.operand._check(*self.size)
 
     def _head(self, index: int) -> Mask:
         return replace(self, operand=self.operand.head(index))
@@ -500,10 +518,10 @@ class Gathered(Derived):
         return self._part(self.operand._key())
 
     def _shape_key(self, n: int, m: int) -> Any:
-        return self._part(self.operand._shape_key(self.seq_len, self.seq_len))
+        return self._part(self.operand._shape_key(*self.size))
 
     def _part(self, key: Any) -> Any:
-        return ["gathered", self.seq_len, self.queries, self.keys, self.visible, key]
+        return ["gathered", self.size, self.queries, self.keys, self.visible, key]
 
 
 def _global(ranges: tuple[tuple[int, int], ...], local: Ints) -> tuple[Ints, Ints]:
@@ -517,38 +535,39 @@ def _global(ranges: tuple[tuple[int, int], ...], local: Ints) -> tuple[Ints, Int
 
 def local_mask(partition: Partition, worker: int, mask: Mask | None = None) -> Gathered:
     """The pairs that ``worker`` owns and ``mask`` allows, at the positions of the worker's own tokens."""
-    groups, ranges = partition.groups(worker), partition.ranges(worker)
-    blocks = partition.blocks(worker)
+    groups, blocks = partition.groups(worker), partition.blocks(worker)
     visible = tuple(tuple(c for c, key in enumerate(groups) if (query, key) in blocks) for query in groups)
-    return Gathered(mask or Dense(), partition.seq_len, ranges, ranges, visible)
+    ranges = partition.ranges(worker), partition.key_ranges(worker)
+    return Gathered(mask or Dense(), (partition.seq_len, partition.kv_len), *ranges, visible)
 
 
 def pieces(partition: Partition, worker: int, mask: Mask | None = None) -> Iterator[Gathered]:
     """:func:`local_mask` a query group at a time: one row range each, with only the key groups that it sees."""
-    bounds = partition.bounds.tolist()
+    bounds, key_bounds = partition.bounds.tolist(), partition.key_bounds.tolist()
+    size = partition.seq_len, partition.kv_len
     for query, part in itertools.groupby(partition.blocks(worker), key=lambda block: block[0]):
-        columns = tuple((bounds[key], bounds[key + 1]) for _, key in part)
+        columns = tuple((key_bounds[key], key_bounds[key + 1]) for _, key in part)
         row = (bounds[query], bounds[query + 1])
-        yield Gathered(mask or Dense(), partition.seq_len, (row,), columns, (tuple(range(len(columns))),))
+        yield Gathered(mask or Dense(), size, (row,), columns, (tuple(range(len(columns))),))
 
 
 def plan(partition: Partition, mask: Mask | None = None, target: Target | None = None) -> AttentionPlan:
     """All workers as one plan. For every query group, the p-th member of the base set has one worker, in whose quorum
     the group is the p-th; the blocks of each such role share phases, so there are about as many as members.
 
-    Raises MaskError if ``mask`` does not fit the length.
+    Raises MaskError if ``mask`` does not fit the lengths.
     """
     mask = mask or Dense()
-    n, w, bounds = partition.seq_len, partition.workers, partition.bounds.tolist()
-    mask.validate(n)
-    every = tuple(itertools.pairwise(bounds))
+    n, m, w = partition.seq_len, partition.kv_len, partition.workers
+    mask.validate(n, m)
+    queries, keys = (tuple(itertools.pairwise(b.tolist())) for b in (partition.bounds, partition.key_bounds))
     groups: list[Group] = []
     phases = 0
     for role in partition.roles:
         if role:
             visible = tuple(tuple(sorted((i + b - a) % w for a, b in role)) for i in range(w))
-            part = plan_mask(Gathered(mask, n, every, every, visible), n, n, target)
+            part = plan_mask(Gathered(mask, (n, m), queries, keys, visible), n, m, target)
             # The first role has the diagonal blocks and keeps the rows that see nothing at all.
             groups += [g._replace(phase=phases + g.phase) for g in part if phases == 0 or len(g.runs) or len(g.keys)]
             phases += part.phases
-    return AttentionPlan.of(n, n, groups, mask.heads)
+    return AttentionPlan.of(n, m, groups, mask.heads)

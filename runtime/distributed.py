@@ -41,9 +41,10 @@ class _Pulse:
     """The counts of the ranks of one group in its store: a thread raises this rank's own until the process ends."""
 
     def __init__(self, store: Any, prefix: str, rank: int, size: int) -> None:
-        self._store = dist.PrefixStore(f"fuser/{prefix}", store)
+        self._store = store
+        self._prefix = f"fuser/{prefix}"
         self._rank = rank
-        self._keys = [f"beat/{r}" for r in range(size)]
+        self._keys = [f"{self._prefix}/beat/{r}" for r in range(size)]
         self._seen = [(-1, time.monotonic())] * size
         self._checked = 0.0
         self.calls = itertools.count()
@@ -61,21 +62,22 @@ class _Pulse:
                 time.sleep(_BEAT_SECONDS)
 
     def put(self, key: str, value: Any) -> None:
-        self._store.set(key, pickle.dumps(value))
+        self._store.set(f"{self._prefix}/{key}", pickle.dumps(value).hex())
 
     def retire(self, keys: Sequence[str]) -> None:
         """Delete the keys retired before: all ranks have come to ``keys``, and so left what was before them."""
         if self._rank == 0:
             for key in self._old:
-                self._store.delete_key(key)
+                self._store.delete_key(f"{self._prefix}/{key}")
             self._old = list(keys)
 
     def take(self, keys: Sequence[str]) -> list[Any] | None:
         """The values of ``keys``, or None while one of them is missing."""
-        if not self._store.check(list(keys)):
+        names = [f"{self._prefix}/{key}" for key in keys]
+        if not self._store.check(names):
             return None
         # Ranks are trusted with each other's code anyway.
-        return [pickle.loads(self._store.get(key)) for key in keys]
+        return [pickle.loads(bytes.fromhex(self._store.get(name).decode())) for name in names]
 
     def begin(self) -> None:
         """Count patience from now on."""
@@ -170,19 +172,19 @@ class Ranks:
     def scatter(
         self,
         tensors: Sequence[Tensor] | None,
-        ranges: Sequence[Sequence[tuple[int, int]]],
+        ranges: Sequence[Sequence[Sequence[tuple[int, int]]]],
         shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        """Give rank r the token ranges ``ranges[r]`` of ``tensors``, which only rank 0 has; each is (B, H, N, D).
+        """Give rank r the token ranges ``ranges[r][t]`` of ``tensors[t]``, which only rank 0 has; each is (B, H, N, D).
 
         ``shapes`` are those of the whole tensors. Returns this rank's (B, H, L, D), on :attr:`device`.
         """
         with self._stage("the tokens were handed out"):
             if self.rank:
-                length = sum(stop - start for start, stop in ranges[self.rank])
                 mine = []
-                for b, h, _, d in shapes:
+                for (b, h, _, d), own in zip(shapes, ranges[self.rank], strict=True):
+                    length = sum(stop - start for start, stop in own)
                     part = torch.empty(b, h, length, d, dtype=dtype, device=self.device)
                     self._wait(dist.irecv(part, src=self._global(0), group=self.group))
                     mine.append(part)
@@ -190,10 +192,10 @@ class Ranks:
             whole = list(tensors or ())
             # One rank at a time: rank 0 holds one copy beside the problem.
             for rank in range(1, self.size):
-                for tensor in whole:
-                    part = _gather(tensor, ranges[rank]).to(self.device)
+                for tensor, theirs in zip(whole, ranges[rank], strict=True):
+                    part = _gather(tensor, theirs).to(self.device)
                     self._wait(dist.isend(part, dst=self._global(rank), group=self.group))
-            return [_gather(tensor, ranges[0]).to(self.device) for tensor in whole]
+            return [_gather(tensor, own).to(self.device) for tensor, own in zip(whole, ranges[0], strict=True)]
 
     def merge(
         self, out: Tensor, lse: Tensor, ranges: Sequence[tuple[int, int]], length: int

@@ -14,6 +14,7 @@ from fuser.cli.output import Json, console, print_json, table
 def cqs(
     workers: Annotated[int, typer.Option("--workers", help="Number of workers.")] = 7,
     seq: Annotated[int, typer.Option("--seq", help="Tokens of the sequence.")] = 4096,
+    kv: Annotated[Optional[int], typer.Option("--kv", help="Keys, where they are not as many.")] = None,  # noqa: UP045
     width: Annotated[int, typer.Option("--width", min=1, help="Head size, for the memory of a worker in fp32.")] = 64,
     draw: Annotated[Optional[Path], typer.Option("--draw", help="Write a PNG of the owners.", dir_okay=False)] = None,  # noqa: UP045
     json: Json = False,
@@ -22,17 +23,24 @@ def cqs(
     from fuser.kernels.cqs import partition
     from fuser.report import size_text
 
-    part = partition(workers, seq)
+    part = partition(workers, seq, kv_len=kv)
     shares = part.shares()
     # Queries, keys and values in, output and log-sum-exp out, for one head.
-    memory = [4 * share.tokens * (4 * width + 1) for share in shares]
+    memory = [4 * (share.tokens * (2 * width + 1) + 2 * share.keys * width) for share in shares]
     if draw is not None:
         part.draw(draw)
     ratio = part.responsibility_ratio
     if json:
         listed = [{**dataclasses.asdict(s), "bytes": size} for s, size in zip(shares, memory, strict=True)]
         print_json(
-            {"workers": workers, "seq_len": seq, "base": part.base, "responsibility_ratio": ratio, "shares": listed}
+            {
+                "workers": workers,
+                "seq_len": seq,
+                "kv_len": part.kv_len,
+                "base": part.base,
+                "responsibility_ratio": ratio,
+                "shares": listed,
+            }
         )
         return
     rows = [
