@@ -203,6 +203,28 @@ def test_poison_reaches_only_rows_that_may_see_it(given: str, poison: float, dty
     assert not out[:, :, sees].isfinite().any()
 
 
+def _segment(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    raise KeyError("segment")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_segment, r"mask_mod\(_segment\) raised KeyError: 'segment'"),
+        (lambda b, h, i, j: bool(i > j), "use & | ~ and torch.where"),
+        (lambda b, h, i, j: torch.rand((i + j).shape) < 0.5, r"must return one value|different answers"),
+        (lambda b, h, i, j: (i >= j) & (j < torch.tensor([5])[b]), "depends on b"),
+        (lambda b, h, i, j: i - j, "must return a bool tensor"),
+    ],
+    ids=["raises", "branches", "random", "batch", "dtype"],
+)
+def test_functions_that_are_no_masks(function: Any, message: str) -> None:
+    mask = masks.from_mask_mod(function)
+    for use in (lambda: sparse_attention(*inputs(), mask), lambda: fuser.plan(mask, 70, 90)):
+        with pytest.raises(MaskError, match=message):
+            use()
+
+
 def test_threads_change_nothing() -> None:
     q, k, v = inputs()
     before = torch.get_num_threads()
