@@ -196,13 +196,14 @@ def program(space: Space, value: int) -> Point:
 @dataclass(frozen=True)
 class Round:
     """One run of one strategy. ``curve`` is (seconds of measuring so far, best milliseconds so far) after every
-    evaluation; ``searcher`` the seconds that the strategy itself took."""
+    evaluation; ``searcher`` the seconds that the strategy itself took; ``best`` the fastest program."""
 
     curve: tuple[tuple[float, float], ...]
     programs: int
     kernels: int
     measuring: float
     searcher: float
+    best: str = ""
 
 
 def run_round(strategy: str, table: Table, target: Target, threads: int, seed: int, evaluations: int) -> Round:
@@ -238,14 +239,15 @@ def summarized(log: Sequence[Evaluation], searcher: float) -> Round:
     """A round from what its strategy asked: what was measured before costs nothing, but counts as an evaluation."""
     curve = []
     paid: dict[str, float] = {}
-    best = math.inf
+    best, winner = math.inf, ""
     for found in log:
         paid.update(found.parts)
-        best = min(best, 1e3 * found.seconds if found.seconds is not None else best)
+        if found.seconds is not None and 1e3 * found.seconds < best:
+            best, winner = 1e3 * found.seconds, found.name
         curve.append((math.fsum(paid.values()), best))
     programs = {found.name for found in log if found.is_program}
     kernels = {found.name for found in log if not found.is_program}
-    return Round(tuple(curve), len(programs), len(kernels), math.fsum(paid.values()), searcher)
+    return Round(tuple(curve), len(programs), len(kernels), math.fsum(paid.values()), searcher, winner)
 
 
 def record(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -293,11 +295,13 @@ def setting(mask: str, length: int, options: argparse.Namespace, target: Target)
             ]
             print(f"{mask} {length} {strategy}: {record(rounds[strategy])}", flush=True)
         default = table(table.default).seconds
+        again = compared(table, [found.best for found in itertools.chain(*rounds.values())])
     times = [1e3 * outcome.seconds for outcome in table.outcomes.values() if outcome.seconds is not None]
     strategies = {}
     for strategy, found in rounds.items():
         strategies[strategy] = record(found)
         strategies[strategy]["evaluations_to_within_2_percent"] = reaching(found, 1.02 * min(times))
+        strategies[strategy]["best_ms_again"] = [again.get(r.best) for r in found]
     return {
         "mask": mask,
         "length": length,
@@ -307,8 +311,17 @@ def setting(mask: str, length: int, options: argparse.Namespace, target: Target)
         "schemes": str(space.schemes),
         "best_ms_of_all": round(min(times), 4),
         "default_ms": None if default is None else round(1e3 * default, 4),
+        "default_ms_again": again.get(str(table.default)),
         "strategies": strategies,
     }, rounds
+
+
+def compared(table: Table, programs: Iterable[str]) -> dict[str, float]:
+    """Milliseconds of the default and of other programs, all timed in turns once more in a new process: of many noisy
+    times the least is too good."""
+    points = list(dict.fromkeys([table.default, *map(Point.parse, programs)]))
+    seconds = table.inner.compare(points)
+    return {} if seconds is None else {str(p): round(1e3 * s, 4) for p, s in zip(points, seconds, strict=True)}
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def test_a_round_pays_once_and_counts_every_evaluation(run: ModuleType) -> None:
     ]
     found = run.summarized(log, 0.25)
     assert found.curve == ((3.0, 4.0), (3.5, 4.0), (7.5, 3.0), (7.5, 3.0))
+    assert found.best == "q"
     assert (found.programs, found.kernels, found.measuring, found.searcher) == (2, 1, 7.5, 0.25)
     assert run.at(found, 2) == (3.5, 4.0) and run.at(found, 99) == (7.5, 3.0)
     kept = run.record([found, found])
