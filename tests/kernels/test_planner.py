@@ -103,7 +103,7 @@ def test_progressions_are_the_mask(mask: masks.Mask, q_len: int, kv_len: int) ->
     assert np.array_equal(count, mask.dense(q_len, kv_len).numpy())
 
 
-@pytest.mark.parametrize("length", [1024, 4096])
+@pytest.mark.parametrize("length", [1024, 4096, 16384])
 @pytest.mark.parametrize("name", [*NAMED, *UNIONS])
 def test_little_is_computed_in_vain(name: str, length: int) -> None:
     mask = (NAMED | UNIONS)[name]
