@@ -122,7 +122,8 @@ class AttentionFamily:
         if pattern.heads not in (None, heads):
             return None
         scale = math.prod(op.attributes["scale"] for op in by_kind[Kind.SCALE])
-        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
+        match = AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
+        return match if self.space(match, target) else None
 
     @staticmethod
     def _supported(

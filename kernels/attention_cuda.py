@@ -85,7 +85,10 @@ class CudaAttentionParameters:
 def choices(
     head_dim: int, value_dim: int, dtype: DType, mask: DType | None, lse: bool, target: Target
 ) -> list[CudaAttentionParameters]:
-    """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow."""
+    """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow.
+
+    None where its shared memory is too small: for wide fp32 heads on GPUs with 99 KiB a block.
+    """
     tf32 = dtype is DType.F32 and TF32 in target.features
     vector = dtype is DType.F32 and not tf32
     widest = max(head_dim, value_dim)
@@ -94,12 +97,16 @@ def choices(
     blocks = 1 if widest > 128 or (tf32 and widest > 64) else 3 if widest <= 64 and dtype is not DType.F32 else 2
     found = []
     for rows in (64, 128):
+        if rows > 64 and blocks == 1:
+            continue
         for stages in _STAGES:
-            made = CudaAttentionParameters(
-                head_dim, value_dim, dtype, mask, lse, tf32, rows, keys, stages, max(1, blocks * 64 // rows)
-            )
-            if made.shared_bytes <= target.shared_bytes and (rows == 64 or blocks > 1):
-                found.append(made)
+            for fewer in sorted({keys, 16}, reverse=True):
+                made = CudaAttentionParameters(
+                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows)
+                )
+                if made.shared_bytes <= target.shared_bytes:
+                    found.append(made)
+                    break
     return found
 
 

@@ -1,0 +1,471 @@
+"""The CUDA attention kernel on the emulator against float64, its checks by the emulator, and what nvcc makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuser import masks
+from fuser.attention import cached_plan, run_plan
+from fuser.codegen.render import header_folder, render
+from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.target import cuda_target, emulated_target
+from fuser.kernels import attention_cuda
+from fuser.kernels.attention import AttentionFamily
+from fuser.kernels.attention_cuda import CudaAttentionParameters, choices, extents, schedule
+from fuser.kernels.base import STORAGE, DType, Literal
+from fuser.kernels.plan import AttentionPlan
+from fuser.runtime.build import build
+from fuser.runtime.nvcc import Resources
+
+TARGET = emulated_target()
+Run = Callable[..., int]
+
+HALF = CudaAttentionParameters(64, 64, lse=True)
+LARGE = CudaAttentionParameters(64, 64, DType.BF16, lse=True, rows=128, stages=3)
+EXACT = CudaAttentionParameters(64, 64, DType.F32, lse=True, keys=32)
+TF32 = CudaAttentionParameters(64, 64, DType.F32, lse=True, tf32=True)
+BOOLEAN = CudaAttentionParameters(32, 32, mask=DType.BOOL, lse=True)
+ADDITIVE = CudaAttentionParameters(32, 32, mask=DType.F32, lse=True)
+HALF_ADDITIVE = CudaAttentionParameters(32, 32, DType.BF16, mask=DType.BF16, lse=True)
+EXACT_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, keys=16)
+WIDTHS = [
+    CudaAttentionParameters(59, 16, lse=True),
+    CudaAttentionParameters(80, 128, DType.BF16, lse=True, rows=128),
+    CudaAttentionParameters(128, 72, lse=True, stages=3),
+    CudaAttentionParameters(256, 256, lse=True, keys=32),
+    CudaAttentionParameters(200, 256, DType.F32, lse=True, keys=16),
+    CudaAttentionParameters(25, 40, DType.F32, lse=True, tf32=True),
+    CudaAttentionParameters(96, 52, DType.F32, lse=True, tf32=True, keys=32),
+]
+KINDS = [HALF, LARGE, EXACT, TF32]
+ALL = [*KINDS, BOOLEAN, ADDITIVE, HALF_ADDITIVE, EXACT_ADDITIVE, *WIDTHS]
+DESIGN = [
+    masks.Dense(),
+    masks.Causal(),
+    masks.Strided(),
+    masks.Fixed(),
+    masks.SlidingWindow(20, 10),
+    masks.Dilated(9, 4),
+    masks.Longformer(11, 5),
+    masks.BigBird(16, 3, 1, 2, 0),
+    masks.from_dense(torch.rand(150, 150, generator=torch.Generator().manual_seed(7)) > 0.7),
+    masks.per_head([masks.Causal(), masks.Strided(4), ~masks.Dense(), masks.Dense()]),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    """All kernels of this file, side by side."""
+    build([render(p.spec) for p in ALL], TARGET, headers=header_folder(TARGET))
+
+
+def name(p: CudaAttentionParameters) -> str:
+    mask = f"-{p.mask.value}" if p.mask else ""
+    return f"{'tf32' if p.tf32 else p.dtype.value}-{p.head_dim}-{p.value_dim}-{p.rows}x{p.keys}x{p.stages}{mask}"
+
+
+def attend(
+    run: Run,
+    p: CudaAttentionParameters,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: AttentionPlan,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cores: int = TARGET.cores,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, width = q.shape
+    assert (width, v.shape[3], STORAGE[q.dtype]) == (p.head_dim, p.value_dim, p.dtype)
+    chosen = schedule(tiles, p, batch, heads, cores)
+    out = torch.full((batch, heads, rows, v.shape[3]), 7.0, dtype=q.dtype) if out is None else out
+    lse = torch.full((batch, heads, rows), math.nan)
+    full = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
+    tensors = [q, k, v, *([] if full is None else [full]), torch.from_numpy(chosen.tiles.array.copy()), out]
+    sizes = extents(
+        batch,
+        heads,
+        k.shape[1],
+        tiles,
+        chosen,
+        1 / math.sqrt(width) if scale is None else scale,
+        [t.stride()[:3] for t in (q, k, v, out)],
+        None if full is None else full.stride(),
+    )
+    given = [*tensors, lse] if p.lse else tensors
+    status = run(p.spec, given, sizes, workspace_bytes=chosen.workspace_bytes, threads=cores)
+    assert status == 0
+    return out, lse
+
+
+def scores(
+    q: Tensor, k: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float | None, dtype: torch.dtype
+) -> Tensor:
+    wide = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    s = (1 / math.sqrt(q.shape[3]) if scale is None else scale) * (q.to(dtype) @ wide.mT)
+    s = s if bias is None else s + bias.to(dtype)
+    return s if allowed is None else s.masked_fill(~allowed, -math.inf)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    s = scores(q, k, allowed, bias, scale, dtype)
+    p = torch.softmax(s, -1).masked_fill(torch.isneginf(s).all(-1, keepdim=True), 0.0)
+    return p @ v.to(dtype).repeat_interleave(q.shape[1] // v.shape[1], 1), torch.logsumexp(s.double(), -1)
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def check(
+    p: CudaAttentionParameters,
+    result: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    """Within twice the error of eager PyTorch in the same dtype (rounded operands for TF32), empty rows exactly."""
+    expected, sums = attention(q, k, v, allowed, bias, scale)
+    if p.tf32:
+        # Eager rounds operands to 11 bits as well; three roundings of half a unit each.
+        limit = 3 * 2.0**-11 / math.sqrt(3)
+    else:
+        eager = attention(q, k, v, allowed, bias, scale, q.dtype)[0]
+        limit = 2 * max(error(eager, expected), {DType.F32: 2e-7}.get(p.dtype, 0.0))
+    out, lse = result
+    assert error(out, expected) <= limit
+    empty = torch.isneginf(sums)
+    assert (out[empty] == 0).all()
+    assert torch.equal(torch.isneginf(lse), empty)
+    assert torch.allclose(lse[~empty].double(), sums[~empty], atol=2e-3 if p.tf32 else 4e-6, rtol=1e-6)
+
+
+def operands(
+    p: CudaAttentionParameters, batch: int, heads: int, key_heads: int, q_len: int, kv_len: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch, heads, q_len, p.head_dim),
+        (batch, key_heads, kv_len, p.head_dim),
+        (batch, key_heads, kv_len, p.value_dim),
+    ]
+    q, k, v = (torch.randn(shape, generator=generator).to(p.dtype.torch) for shape in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("mask", DESIGN, ids=lambda mask: mask.name[:24])
+@pytest.mark.parametrize("p", KINDS, ids=name)
+def test_masks_of_the_design(run_cuda: Run, p: CudaAttentionParameters, mask: masks.Mask) -> None:
+    q, k, v = operands(p, 1, 4, 2, 150, 150)
+    tiles = cached_plan(mask, 150, 150, TARGET)
+    result = attend(run_cuda, p, q, k, v, tiles)
+    check(p, result, q, k, v, mask.dense(150))
+    again = attend(run_cuda, p, q, k, v, tiles)
+    assert torch.equal(again[0], result[0])
+    assert torch.equal(again[1], result[1])
+
+
+@pytest.mark.parametrize("p", WIDTHS, ids=name)
+def test_head_sizes_and_rectangles(run_cuda: Run, p: CudaAttentionParameters) -> None:
+    for q_len, kv_len, mask in ((70, 131, masks.Causal(3) | masks.Strided(7)), (1, 65, masks.Dense())):
+        q, k, v = operands(p, 2, 2, 1, q_len, kv_len)
+        check(
+            p,
+            attend(run_cuda, p, q, k, v, cached_plan(mask, q_len, kv_len, TARGET)),
+            q,
+            k,
+            v,
+            mask.dense(q_len, kv_len),
+        )
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (5, 64), (64, 63), (65, 1), (129, 257)])
+@pytest.mark.parametrize("p", [HALF, LARGE, EXACT], ids=name)
+def test_lengths(run_cuda: Run, p: CudaAttentionParameters, q_len: int, kv_len: int) -> None:
+    q, k, v = operands(p, 1, 2, 1, q_len, kv_len)
+    for mask in (masks.Dense(), masks.SlidingWindow(2, 3)):
+        tiles = cached_plan(mask, q_len, kv_len, TARGET)
+        check(p, attend(run_cuda, p, q, k, v, tiles), q, k, v, mask.dense(q_len, kv_len))
+
+
+def test_empty_sequences(run_cuda: Run) -> None:
+    for q_len, kv_len in ((0, 5), (5, 0), (0, 0)):
+        q, k, v = operands(HALF, 2, 2, 1, q_len, kv_len)
+        out, lse = attend(run_cuda, HALF, q, k, v, cached_plan(masks.Dense(), q_len, kv_len, TARGET))
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("cores", [1, 4, 200])
+def test_cut_tiles_and_few_blocks_give_the_same(run_cuda: Run, cores: int) -> None:
+    """Long rows in parts, rows in several phases, and many units through few states, whatever runs side by side."""
+    for p, length, mask in ((HALF, 700, masks.Longformer(20, 2)), (EXACT, 300, masks.Strided(16))):
+        q, k, v = operands(p, 3, 8, 4, length, length)
+        tiles = cached_plan(mask, length, length, TARGET)
+        results = [attend(run_cuda, p, q, k, v, tiles, cores=cores) for _ in range(2)]
+        check(p, results[0], q, k, v, mask.dense(length))
+        assert torch.equal(results[0][0], results[1][0])
+    q, k, v = operands(HALF, 1, 2, 1, 1, 1500)
+    tiles = cached_plan(masks.Dense(), 1, 1500, TARGET)
+    assert schedule(tiles, HALF, 1, 2, 200).tiles.states == 3
+    check(HALF, attend(run_cuda, HALF, q, k, v, tiles, cores=cores), q, k, v)
+
+
+@pytest.mark.parametrize("p", [HALF, TF32], ids=name)
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_heads_of_a_packed_projection(run_cuda: Run, p: CudaAttentionParameters, offset: int) -> None:
+    """Heads as views of a (B, S, 3HD) tensor at any alignment, and an output inside a larger one."""
+    batch, heads, length, width = 2, 3, 70, 64
+    generator = torch.Generator().manual_seed(offset)
+    packed = torch.randn(batch, length, 3 * heads * width + 2 * offset, generator=generator).to(p.dtype.torch)
+    inner = packed[..., offset : packed.shape[2] - offset]
+    q, k, v = inner.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+    memory = torch.full((batch, length + 2, heads, width + offset), 5.0, dtype=p.dtype.torch)
+    out = memory[:, 1:-1, :, offset:].transpose(1, 2)
+    result = attend(run_cuda, p, q, k, v, cached_plan(masks.Causal(), length, length, TARGET), out=out)
+    check(p, result, q, k, v, masks.Causal().dense(length))
+    memory[:, 1:-1, :, offset:] = 5.0
+    assert (memory == 5.0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4, 3.0])
+def test_scales(run_cuda: Run, scale: float) -> None:
+    q, k, v = operands(HALF, 1, 2, 2, 70, 70)
+    mask = masks.Causal()
+    result = attend(run_cuda, HALF, q, k, v, cached_plan(mask, 70, 70, TARGET), scale=scale)
+    check(HALF, result, q, k, v, mask.dense(70), scale=scale)
+
+
+MASK_SHAPES = [(2, 1, 1, 110), (2, 4, 90, 110), (1, 4, 90, 1)]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_runtime_masks_compose_with_plans(run_cuda: Run, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    allowed = torch.rand(shape, generator=generator) > 0.6
+    allowed[..., : shape[-1] // 3] = False
+    noise = torch.randn(shape, generator=generator)
+    for pattern in (masks.Dense(), masks.Strided(9)):
+        tiles, dense = cached_plan(pattern, 90, 110, TARGET), pattern.dense(90, 110)
+        q, k, v = operands(BOOLEAN, 2, 4, 2, 90, 110)
+        for given in (allowed, allowed.expand(2, 4, 90, 110).mT.contiguous().mT):
+            check(BOOLEAN, attend(run_cuda, BOOLEAN, q, k, v, tiles, given), q, k, v, dense & allowed)
+        for low in (-math.inf, torch.finfo(torch.float32).min):
+            bias = torch.where(allowed, noise, low)
+            for p in (ADDITIVE, EXACT_ADDITIVE):
+                q, k, v = operands(p, 2, 4, 2, 90, 110)
+                # Scores beside the lowest bias vanish in its rounding, whoever adds them.
+                result = attend(run_cuda, p, q, k, v, tiles, bias)
+                expected, sums = attention(q, k, v, dense, bias)
+                tolerance = 2e-3 if p is ADDITIVE else 1e-6
+                assert error(result[0], expected) <= tolerance
+                assert torch.allclose(result[1].double(), sums, rtol=1e-6, atol=4e-6)
+
+
+def test_rows_that_see_only_the_lowest_bias_are_uniform(run_cuda: Run) -> None:
+    """As in eager PyTorch: the lowest float is a bias, and only -inf excludes."""
+    q, k, v = operands(ADDITIVE, 1, 2, 2, 40, 40)
+    tiles = cached_plan(masks.Dense(), 40, 40, TARGET)
+    bias = torch.zeros(1, 1, 40, 40)
+    bias[:, :, 3] = torch.finfo(torch.float32).min
+    bias[:, :, 4] = -math.inf
+    out, lse = attend(run_cuda, ADDITIVE, q, k, v, tiles, bias)
+    assert torch.allclose(out[:, :, 3].float(), v.float().mean(2), atol=1e-3)
+    assert (out[:, :, 4] == 0).all()
+    assert (lse[:, :, 4] == -math.inf).all()
+    padding = torch.full((1, 1, 1, 40), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16)
+    q, k, v = operands(HALF_ADDITIVE, 1, 2, 2, 40, 40)
+    out, _ = attend(run_cuda, HALF_ADDITIVE, q, k, v, tiles, padding)
+    assert torch.allclose(out.float(), v.float().mean(2, keepdim=True).expand_as(out), atol=4e-3)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("given", ["plan", "phases", "rows", "keys", "bias"])
+def test_poison_reaches_only_rows_that_may_see_it(run_cuda: Run, given: str, where: str, poison: float) -> None:
+    n = 110
+    pattern = masks.Strided(7).dense(n)
+    tiles, mask, p = cached_plan(masks.Dense(), n, n, TARGET), pattern[None, None], BOOLEAN
+    if given == "plan":
+        tiles, mask = cached_plan(masks.Strided(7), n, n, TARGET), torch.ones(1, 1, 1, n, dtype=torch.bool)
+    elif given == "phases":
+        # Cut into parts, so that partial results are merged.
+        pattern = masks.Causal().dense(n)
+        tiles, mask = cached_plan(masks.Causal(), n, n, TARGET), torch.ones(1, 1, 1, n, dtype=torch.bool)
+    elif given == "keys":
+        pattern = torch.arange(n)[None, :].ne(21) & masks.Causal().dense(n)
+        tiles, mask = cached_plan(masks.Causal(), n, n, TARGET), torch.arange(n).ne(21)[None, None, None]
+    elif given == "bias":
+        mask, p = torch.where(mask, 0.0, -math.inf), ADDITIVE
+    q, k, v = operands(p, 1, 2, 2, n, n)
+    clean = attend(run_cuda, p, q, k, v, tiles, mask)[0]
+    (k if where == "key" else v)[:, :, 21] = poison
+    out = attend(run_cuda, p, q, k, v, tiles, mask)[0]
+    sees = pattern[:, 21]
+    # Rows that do not see the poison are computed again in another order, in fp32 throughout.
+    assert torch.allclose(out[:, :, ~sees], clean[:, :, ~sees], rtol=4e-3, atol=1e-3)
+    probabilities = torch.softmax(scores(q, k, pattern, None, None, torch.float64), -1)
+    terms = torch.where(pattern[..., None], probabilities[..., None] * v.double()[:, :, None], 0.0)
+    expected = terms.sum(-2)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+def test_poison_in_a_part_of_a_row(run_cuda: Run) -> None:
+    """A row that is merged from several parts, one of which must be computed again."""
+    q, k, v = operands(HALF, 1, 2, 2, 20, 1200)
+    allowed = torch.ones(20, 1200, dtype=torch.bool)
+    allowed[::2, 700] = False
+    tiles = cached_plan(masks.from_dense(allowed), 20, 1200, TARGET)
+    assert schedule(tiles, HALF, 1, 2, 200).tiles.states > 0
+    clean, _ = attend(run_cuda, HALF, q, k, v, tiles, cores=200)
+    v[:, :, 700] = math.nan
+    out, _ = attend(run_cuda, HALF, q, k, v, tiles, cores=200)
+    assert torch.allclose(out[:, :, ::2], clean[:, :, ::2], rtol=4e-3, atol=1e-3)
+    assert out[:, :, 1::2].isnan().all()
+
+
+def test_large_scores_do_not_overflow(run_cuda: Run) -> None:
+    q, k, v = operands(EXACT, 1, 2, 2, 100, 100)
+    q, k = q * 1e3, k * 1e2
+    out, _ = attend(run_cuda, EXACT, q, k, v, cached_plan(masks.Causal(), 100, 100, TARGET))
+    allowed = masks.Causal().dense(100)
+    expected, eager = attention(q, k, v, allowed)[0], attention(q, k, v, allowed, dtype=torch.float32)[0]
+    # Scores near 1e6 carry errors near 0.1 whoever computes them, so compare with what eager does.
+    assert out.isfinite().all()
+    assert error(out, expected) <= 2 * error(eager, expected) + 8e-7
+
+
+@pytest.mark.parametrize("p", [HALF, LARGE, EXACT, BOOLEAN], ids=name)
+def test_nothing_races_or_leaves_its_arrays(
+    run_cuda: Run, monkeypatch: pytest.MonkeyPatch, p: CudaAttentionParameters
+) -> None:
+    """In the checking mode of the emulator; the output alone may be written."""
+    monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
+    length, mask = 130, masks.Strided(11)
+    q, k, v = operands(p, 1, 2, 1, length, length)
+    padding = torch.arange(length).lt(99)[None, None, None] if p.mask else None
+    tiles = cached_plan(mask, length, length, TARGET)
+    allowed = mask.dense(length) if padding is None else mask.dense(length) & padding
+    check(p, attend(run_cuda, p, q, k, v, tiles, padding, cores=1), q, k, v, allowed)
+
+
+def test_sparse_attention_runs_choices_on_the_emulator() -> None:
+    """What ``fuser.sparse_attention`` calls for tensors on a GPU, and its choice by predicted cost."""
+    q, k, v = operands(HALF, 1, 2, 2, 130, 130)
+    out, lse, mask = torch.empty_like(q), torch.empty(1, 2, 130), masks.Longformer(9, 2)
+    run_plan(q, k, v, cached_plan(mask, 130, 130, TARGET), None, 0.125, out, lse, TARGET)
+    check(HALF, (out, lse), q, k, v, mask.dense(130))
+
+
+def operators(*kinds: tuple[Kind, Sequence[str], dict[str, object]]) -> tuple[Operator, ...]:
+    return tuple(
+        Operator(f"op{i}", kind, tuple(inputs), (f"t{i}",), attributes=attributes)
+        for i, (kind, inputs, attributes) in enumerate(kinds)
+    )
+
+
+def test_family_matches_attention_and_calls_its_kernel(run_cuda: Run) -> None:
+    pattern = masks.Longformer(6, 2)
+    ops = operators(
+        (Kind.QK, ("q", "k"), {}),
+        (Kind.SCALE, ("t0",), {"scale": 0.125}),
+        (Kind.MASK, ("t1", "mask"), {"causal": True, "pattern": pattern}),
+        (Kind.SOFTMAX, ("t2",), {}),
+        (Kind.PV, ("t3", "v"), {}),
+    )
+    half = torch.float16
+    values = {name: TensorSpec.contiguous((2, heads, 50, 32), half) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    values["mask"] = TensorSpec((2, 4, 50, 50), torch.bool, (50, 0, 0, 1))
+    values |= {op.output: TensorSpec.contiguous((2, 4, 50, 32 if op.kind is Kind.PV else 50), half) for op in ops}
+    made = OperatorGraph(ops, values, ("q", "k", "v", "mask"), ("t4",), {})
+    family = AttentionFamily()
+    match = family.match(made.group(ops), TARGET)
+    assert match is not None
+    found = family.space(match, TARGET)
+    assert all(isinstance(p, CudaAttentionParameters) and p.mask is DType.BOOL for p in found)
+    assert {p.rows for p in found} == {64, 128}
+    p = dataclasses.replace(found[0], lse=False)
+    call = family.call(match, p, TARGET, TARGET.cores)
+    assert family.cost(match, p, TARGET).seconds(TARGET) > 0
+    assert call.outputs == ("t4",)
+    q, k, v = operands(p, 2, 4, 2, 50, 50)
+    padding = torch.arange(50).lt(torch.tensor([[44], [50]]))
+    tensors = {"q": q, "k": k, "v": v, "mask": padding[:, None, None].expand(2, 4, 50, 50), "t4": torch.zeros_like(q)}
+    given = [
+        torch.from_numpy(ref.array.copy()) if isinstance(ref, Literal) else tensors[str(ref)] for ref in call.tensors
+    ]
+    assert run_cuda(call.spec, given, call.extents, workspace_bytes=call.workspace_bytes, threads=TARGET.cores) == 0
+    allowed = (pattern & masks.Causal()).dense(50) & padding[:, None, None]
+    expected, _ = attention(q, k, v, allowed, scale=0.125)
+    assert error(tensors["t4"], expected) <= 2.0**-11
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a", "sm_89"])
+def test_choices_fit_the_device(arch: str) -> None:
+    target = cuda_target(arch)
+    for widths in ((32, 32), (64, 64), (80, 96), (128, 128), (192, 128), (256, 256)):
+        for dtype in (DType.F16, DType.BF16, DType.F32):
+            for mask in (None, DType.BOOL, DType.F32):
+                found = choices(*widths, dtype, mask, True, target)
+                if arch == "sm_89" and dtype is DType.F32 and widths[0] >= 192:
+                    # The queries of a tile alone fill most of its shared memory.
+                    assert not found
+                    continue
+                assert found[0].rows == 64
+                assert all(p.shared_bytes <= target.shared_bytes for p in found)
+
+
+def test_costs_prefer_what_gathers_less() -> None:
+    """Many rows with the same keys share them in tall tiles; few tiles must not be made fewer."""
+    target = cuda_target("sm_90")
+    small, tall = (dataclasses.replace(HALF, rows=rows) for rows in (64, 128))
+    seconds = {}
+    for batch, length in ((16, 4096), (1, 256)):
+        tiles = cached_plan(masks.Dense(), length, length, target)
+        for p in (small, tall):
+            seconds[batch, p.rows] = attention_cuda.cost(p, tiles, batch, 12, 0, target).seconds(target)
+    assert seconds[16, 128] < seconds[16, 64]
+    assert seconds[1, 64] <= seconds[1, 128]
+    causal = cached_plan(masks.Causal(), 4096, 4096, target)
+    half = attention_cuda.cost(small, causal, 16, 12, 0, target).seconds(target)
+    assert 0.4 < half / seconds[16, 64] < 0.7
+
+
+COMPILED = [
+    *((arch, p) for arch in ("sm_80", "sm_90", "sm_90a") for p in (0, 1)),
+    *(("sm_80", p) for p in (2, 3, 4)),
+]
+DEFAULTS = [(64, DType.F16, None), (128, DType.BF16, None), (64, DType.F32, None), (64, DType.F16, DType.BOOL)]
+DEFAULTS.append((256, DType.F16, None))
+
+
+@pytest.mark.parametrize(("arch", "index"), COMPILED)
+def test_defaults_compile_without_spills(
+    compile_cuda: Callable[..., tuple[Resources, ...]], arch: str, index: int
+) -> None:
+    width, dtype, mask = DEFAULTS[index]
+    p = choices(width, width, dtype, mask, False, cuda_target(arch))[0]
+    (kernel,) = compile_cuda(p.spec, arch)
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
+    # As many blocks as the parameters promise fit the registers of a multiprocessor.
+    assert kernel.registers * 32 * (p.rows // 16) * p.blocks <= 65536
