@@ -325,15 +325,20 @@ def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
     if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
         return f"there is no kernel for {q.device.type} tensors"
     try:
-        floats = floating(_target(q.device))
+        target = _target(q.device)
     except FuserError as error:
         return str(error)
+    floats = floating(target)
     if q.dtype not in floats:
         return f"there is no kernel for {q.dtype}"
     if not 0 < v.shape[3] <= LARGEST_HEAD or q.shape[3] > LARGEST_HEAD:
         return f"there is no kernel for heads wider than {LARGEST_HEAD}"
     if runtime is not None and runtime.dtype not in (torch.bool, *floats):
         return f"there is no kernel for masks of {runtime.dtype}"
+    if target.kind == "cuda" and not attention_cuda.choices(
+        q.shape[3], v.shape[3], STORAGE[q.dtype], None, False, target
+    ):
+        return f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
     return ""
 
 
