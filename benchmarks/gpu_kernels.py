@@ -234,9 +234,9 @@ def document(cases: Sequence[str], archs: Sequence[str]) -> str:
         "Made by `python benchmarks/gpu_kernels.py --write`; nothing here is measured. Registers, shared memory and",
         f"spills are ptxas's ({release}).",
         "Occupancy is calculated from them and the launch (`runtime/occupancy.py`). Work is the cost model's, for one",
-        "call of a kernel with all of its functions; the floor is its arithmetic or its traffic, whichever takes longer",
-        "at the peak of the architecture's reference GPU (`fuser/ir/target.py`), and the prediction is what the cost",
-        "model chooses kernels by, with launch overhead.",
+        "call of a kernel with all of its functions; the floor is its arithmetic or its traffic, whichever takes more",
+        "time at the peak of the architecture's reference GPU (`fuser/ir/target.py`), and the prediction is what the",
+        "cost model chooses kernels by, with launch overhead. Steps that run a library (cuBLASLt) have no rows.",
     ]
     for case in cases:
         name, shape, dtype, *mask = case.split(":")
