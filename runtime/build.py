@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 _ANNOUNCE_SECONDS = 2.0
 _REPEAT_SECONDS = 15.0
+_STOP_SECONDS = 0.1
 _LOCK_SECONDS = 120.0
 _MESSAGE_CHARACTERS = 6000
 _SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
@@ -84,12 +86,13 @@ def build(
     headers: Path,
     cache: KernelCache | None = None,
     jobs: int | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Path]:
     """The shared object of every source, from the cache or built now in parallel; by symbol.
 
     ``headers`` is the folder of the headers that sources include; ``jobs`` bounds the compilers that run at once
-    (default: the CPUs that this process may use). Without a working compiler, kernels that any compiler has built for
-    this target are taken from the cache.
+    (default: the CPUs that this process may use); setting ``stop`` ends them with a :class:`BuildError`. Without a
+    working compiler, kernels that any compiler has built for this target are taken from the cache.
 
     Raises :class:`CompilationError` (a :class:`BuildError`) if sources do not compile, after all others have been
     published; :class:`ToolchainError` if something must be built and there is no compiler or ninja;
@@ -115,7 +118,7 @@ def build(
                 built[job.source.symbol] = path
         missing = [job for job in missing if job.source.symbol not in built]
         if missing:
-            built |= _compile(missing, target, toolchain, ninja, cache, jobs or _usable_cpus())
+            built |= _compile(missing, target, toolchain, ninja, cache, jobs or _usable_cpus(), stop)
             cache.prune()
     return built
 
@@ -217,14 +220,20 @@ def _locked(cache: KernelCache, jobs: Sequence[_Job]) -> Iterator[None]:
 
 
 def _compile(
-    jobs: Sequence[_Job], target: Target, toolchain: Toolchain, ninja: Path, cache: KernelCache, parallel: int
+    jobs: Sequence[_Job],
+    target: Target,
+    toolchain: Toolchain,
+    ninja: Path,
+    cache: KernelCache,
+    parallel: int,
+    stop: threading.Event | None,
 ) -> dict[str, Path]:
     """Build ``jobs`` with one ninja run and publish what compiled. Raises :class:`CompilationError` for the rest."""
     with cache.workspace() as folder:
         try:
             _write_project(folder, jobs, toolchain)
             log = _run_ninja(
-                [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs)
+                [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
         except OSError as error:
             raise CacheError(f"cannot build in {folder}: {error}; free some space, or set FUSER_CACHE_DIR") from error
@@ -286,7 +295,7 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> 
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
-def _run_ninja(command: Sequence[str], folder: Path, count: int) -> str:
+def _run_ninja(command: Sequence[str], folder: Path, count: int, stop: threading.Event | None) -> str:
     """Run ninja to its end and return what it printed; whatever interrupts the wait ends ninja and its compilers."""
     started = time.monotonic()
     next_message = started + _ANNOUNCE_SECONDS
@@ -304,9 +313,14 @@ def _run_ninja(command: Sequence[str], folder: Path, count: int) -> str:
         try:
             while True:
                 try:
-                    process.wait(timeout=max(next_message - time.monotonic(), 0.01))
+                    left = max(next_message - time.monotonic(), 0.01)
+                    process.wait(timeout=left if stop is None else min(left, _STOP_SECONDS))
                     break
                 except subprocess.TimeoutExpired:
+                    if stop is not None and stop.is_set():
+                        raise BuildError("the build was stopped") from None
+                    if time.monotonic() < next_message:
+                        continue
                     done = sum(1 for _ in folder.glob("k*.so"))
                     first = next_message == started + _ANNOUNCE_SECONDS
                     logger.log(

@@ -260,7 +260,7 @@ class MeasuredObjective:
     def _ninja(self, sources: Sequence[Source]) -> Mapping[str, Path]:
         target = self.space.target
         jobs = self._spare or None
-        return build(sources, target, headers=TEMPLATES / target.kind, cache=self.cache, jobs=jobs)
+        return build(sources, target, headers=TEMPLATES / target.kind, cache=self.cache, jobs=jobs, stop=self.stop)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def _sources(self, at: int, program: Groups) -> tuple[Source, ...]:

@@ -220,3 +220,14 @@ def test_errors_are_relative_and_find_what_is_not_finite() -> None:
     infinite = torch.tensor([1.0, float("-inf")], dtype=torch.float64)
     assert relative_error(torch.tensor([1.0, float("-inf")]), infinite) == 0.0
     assert TOLERANCES[torch.float32] < 1e-4
+
+
+def test_closing_ends_compilers(space: Space, cache: KernelCache) -> None:
+    objective = MeasuredObjective(space, cache)
+    text = "#include <regex>\n" + "\n".join(f'static std::regex r{i}(".*");' for i in range(400))
+    slow = Source("fuser_slow", text + '\nextern "C" int fuser_slow(const void*, void*) { return 0; }')
+    future = objective._pool.submit(objective._build_quietly, (slow,))
+    time.sleep(0.5)
+    objective.close()
+    with pytest.raises(BuildError, match="stopped"):
+        future.result()
