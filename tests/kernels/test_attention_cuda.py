@@ -427,8 +427,8 @@ def test_choices_fit_the_device(arch: str) -> None:
         for dtype in (DType.F16, DType.BF16, DType.F32):
             for mask in (None, DType.BOOL, DType.F32):
                 found = choices(*widths, dtype, mask, True, target)
-                if arch == "sm_89" and dtype is DType.F32 and widths[0] >= 192:
-                    # The queries of a tile alone fill most of its shared memory.
+                # The queries of a tile alone fill most of the shared memory of smaller GPUs.
+                if arch == "sm_89" and dtype is DType.F32 and widths == (256, 256):
                     assert not found
                     continue
                 assert found[0].rows == 64
