@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from fuser.codegen.render import header_folder
 from fuser.ir.errors import DeviceMemoryError, FuserError
 from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
-from fuser.ir.target import EMULATED, Target, emulated_target
+from fuser.ir.target import EMULATED, TF32, Target, emulated_target
 from fuser.kernels.base import floating
 from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
@@ -165,8 +166,17 @@ def target_of(device: torch.device) -> Target:
     if device.type == "cpu":
         return cpu_target()
     if device.type == "cuda":
-        return gpu_target(device)
+        return with_tf32(gpu_target(device))
     raise FuserError(f"fuser has kernels for CPUs and NVIDIA GPUs, not for devices of type {device.type!r}")
+
+
+def with_tf32(target: Target) -> Target:
+    """``target`` with the feature ``"tf32"`` where PyTorch's settings allow TF32 in products on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    # The older setting cannot be read once a program has used the newer one.
+    precision = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
+    return dataclasses.replace(target, features=target.features | {TF32}) if allowed else target
 
 
 def named_target(name: str | torch.device) -> Target:
@@ -175,7 +185,7 @@ def named_target(name: str | torch.device) -> Target:
     Raises FuserError for a name that is none of these, or a device that this machine does not have.
     """
     if name == f"cuda:{EMULATED}":
-        return emulated_target()
+        return with_tf32(emulated_target())
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fuser.ir.expression import Expression, Op
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.target import Target
+from fuser.ir.target import TF32, Target
 from fuser.kernels.base import (
     STORAGE,
     Access,
@@ -41,9 +41,6 @@ from fuser.kernels.base import (
 
 if TYPE_CHECKING:
     from fuser.kernels.gemm import GemmMatch
-
-TF32 = "tf32"
-"""The feature of targets that may round fp32 operands of a product to TF32."""
 
 _CHOICES = 6
 _MAX_ITEMS = 8

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fuser.ir.expression import Expression
 from fuser.ir.graph import Kind, Operator, OperatorGroup
-from fuser.ir.target import Target
+from fuser.ir.target import TF32, Target
 from fuser.kernels import gemm_cuda
 from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Operand, TensorRef, floating
 from fuser.kernels.compose import RowProgram, compose, reference, same_matrix
@@ -279,4 +279,4 @@ def _columns(gemm: Operator, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _multiplied(target: Target) -> frozenset[torch.dtype]:
     """Types that the tensor cores of ``target`` multiply as asked for."""
     halves = frozenset({torch.float16, torch.bfloat16})
-    return halves | {torch.float32} if gemm_cuda.TF32 in target.features else halves
+    return halves | {torch.float32} if TF32 in target.features else halves

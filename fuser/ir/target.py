@@ -23,6 +23,8 @@ VECTOR_BYTES = {Isa.AVX512: 64, Isa.AVX2: 32, Isa.NEON: 16, Isa.PORTABLE: 16}
 
 EMULATED = "emulated"
 """The feature of targets whose CUDA kernels run on the CPU."""
+TF32 = "tf32"
+"""The feature of targets that may round the fp32 operands of a product to TF32."""
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,22 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
+from fuser.compiler import named_target
 from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms_norm, softmax, unary
 from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
-from fuser.ir.target import Target, cuda_target, emulated_target
+from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, LibraryParameters, Operand, Packed
 from fuser.kernels.families import materialize
 from fuser.kernels.gemm import GemmFamily
-from fuser.kernels.gemm_cuda import TF32, CublasParameters, CudaGemmParameters, Tile
+from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
@@ -255,6 +257,21 @@ def test_many_tiles_run_in_groups(kernels: dict[Case, Path]) -> None:
     check(case, kernels[case], 11 * case.tile.bm + 1)
 
 
+def test_offsets_beyond_32_bits(kernels: dict[Case, Path]) -> None:
+    """Rows of A that lie gigabytes apart; memory that is never touched costs nothing."""
+    case, stride = next(c for c in SHAPES if c.n == 96), (1 << 30) + 8
+    try:
+        store = torch.empty(3 * stride + case.k, dtype=case.dtype.torch)
+    except RuntimeError:
+        pytest.skip("this machine does not lend out 6 GiB of addresses")
+    problem = Problem.make(case, 4)
+    far = store.as_strided((4, case.k), (stride, 1))
+    far.copy_(problem.a)
+    (near,) = problem.run(case, kernels[case])
+    (got,) = dataclasses.replace(problem, a=far).run(case, kernels[case])
+    assert torch.equal(got, near)
+
+
 @pytest.mark.parametrize("dtype", [F16, F32])
 def test_nan_and_infinity_reach_their_rows_only(dtype: DType, kernels: dict[Case, Path]) -> None:
     """Also where K ends inside of a copy, and rows and columns inside of a tile."""
@@ -465,6 +482,14 @@ def test_family_refuses_a_weight_that_is_wider_than_its_input() -> None:
     half = graph([GEMM], ["product"])
     cpu = dataclasses.replace(EMULATED, kind="cpu", arch="portable", features=frozenset())
     assert FAMILY.match(half.group([GEMM]), cpu) is None
+
+
+def test_tf32_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact by default; both of PyTorch's settings allow TF32."""
+    assert TF32 not in named_target("cuda:emulated").features
+    for matmul in (SimpleNamespace(fp32_precision="tf32"), SimpleNamespace(allow_tf32=True)):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+        assert TF32 in named_target("cuda:emulated").features
 
 
 def defaults(target: Target, chain: Sequence[Operator], dtype: torch.dtype, sizes: tuple[int, int, int]) -> Tile:

@@ -13,11 +13,10 @@ from torch import Tensor
 from fuser.codegen.render import header_folder, render
 from fuser.ir.expression import Op, binary, layer_norm, unary
 from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
-from fuser.ir.target import Isa, Target, cuda_target, emulated_target
+from fuser.ir.target import TF32, Isa, Target, cuda_target, emulated_target
 from fuser.kernels import mlp
 from fuser.kernels.base import KernelCall, KernelSpec
 from fuser.kernels.families import materialize
-from fuser.kernels.gemm_cuda import TF32
 from fuser.kernels.mlp import MlpFamily, MlpParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
