@@ -106,17 +106,17 @@ def read(
     if record is not None:
         found.append((-1.0, region.hash, record))
     if not found and not exact:
-        for value in cache.records(RECORD):
-            if [value.get(name) for name in ("structure", "target", "cores", "threads")] != [
+        for other in cache.records(RECORD):
+            if [other.get(name) for name in ("structure", "target", "cores", "threads")] != [
                 context[0],
                 target.key,
                 target.cores,
                 threads,
             ]:
                 continue
-            distance = abs(math.log(max(int(value.get("rows", 1)), 1) / mine))
+            distance = abs(math.log(max(int(other.get("rows", 1)), 1) / mine))
             if distance <= math.log(_FARTHEST):
-                found.append((distance, str(value.get("region")), value))
+                found.append((distance, str(other.get("region")), other))
     for _, _, value in sorted(found, key=lambda f: f[:2]):
         try:
             choice = _restore(value, region, target, families)
