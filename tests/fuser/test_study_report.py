@@ -127,7 +127,15 @@ def test_html_stands_alone() -> None:
     html = render_html(STUDY)
     assert not re.search(REFERENCES, html)
     assert BLOCK.picture in html
-    for text in ("16,640", "0.875", "1.071×", "1.050×", "wrong numbers", "predicted above twice the best", BLOCK.scheme_after):
+    for text in (
+        "16,640",
+        "0.875",
+        "1.071×",
+        "1.050×",
+        "wrong numbers",
+        "predicted above twice the best",
+        BLOCK.scheme_after,
+    ):
         assert text in html
     # The pair c, d takes a third less.
     assert "-33.3 %" in html
