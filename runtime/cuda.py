@@ -167,7 +167,7 @@ def _fastest(run: Callable[[], object], rounds: int) -> float:
     run()
     best = float("inf")
     for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
@@ -179,9 +179,8 @@ def _fastest(run: Callable[[], object], rounds: int) -> float:
 def _parse(record: Mapping[str, Any] | None) -> GpuRates | None:
     names = [field.name for field in dataclasses.fields(GpuRates)]
     values = [record.get(name) for name in names] if record is not None else []
-    if not values or not all(isinstance(v, float) and 0 < v < float("inf") for v in values):
-        return None
-    return GpuRates(*values)
+    rates = [v for v in values if isinstance(v, float) and 0 < v < float("inf")]
+    return GpuRates(*rates) if len(rates) == len(names) else None
 
 
 @functools.cache
