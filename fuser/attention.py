@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 import logging
 import math
@@ -25,7 +24,7 @@ from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import LARGEST_HEAD, AttentionParameters, cached_plan, extents, keep_plans, workspace_bytes
-from fuser.kernels.attention_cuda import TF32, CudaAttentionParameters
+from fuser.kernels.attention_cuda import CudaAttentionParameters
 from fuser.kernels.attention_tiles import Tiles
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
@@ -479,9 +478,9 @@ def _target(device: torch.device) -> Target:
 
 def _with_tf32(target: Target) -> Target:
     """The target that may use TF32 where PyTorch may."""
-    if not torch.backends.cuda.matmul.allow_tf32:
-        return target
-    return dataclasses.replace(target, features=target.features | {TF32})
+    from fuser.compiler import with_tf32
+
+    return with_tf32(target)
 
 
 @functools.cache

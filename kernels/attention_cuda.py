@@ -6,14 +6,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuser.ir.target import Target
+from fuser.ir.target import TF32, Target
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, KernelSpec
 from fuser.kernels.plan import AttentionPlan
 
 TEMPLATE = "cuda/attention.cu.j2"
-TF32 = "tf32"
-"""The feature of targets that may round fp32 operands of products to TF32."""
 _WARP_ROWS = 16
 _SHORTEST_PART = 8
 """Steps below which a tile is not cut into parts, since merging them would cost as much."""

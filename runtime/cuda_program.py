@@ -271,4 +271,3 @@ def _copied_bytes(plan: ProgramPlan) -> int:
             size *= extent
         total += size * slot.dtype.itemsize
     return total
-
