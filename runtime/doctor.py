@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from fuser.ir.errors import FuserError
-from fuser.ir.target import Isa, Target
+from fuser.ir.target import Isa, Target, cuda_target
+from fuser.runtime import cuda
 from fuser.runtime.cache import KernelCache, default_cache, default_root
 from fuser.runtime.device import cpu_name, cpu_target, detect_isa
 from fuser.runtime.library import loaded_runtimes, openmp_runtime
+from fuser.runtime.nvcc import INSTALL_NVCC, find_nvcc
 from fuser.runtime.toolchain import INSTALL_COMPILER, INSTALL_NINJA, find_ninja, find_toolchain
 
 _LOW_DISK_BYTES = 256 << 20
@@ -50,6 +52,7 @@ def diagnose() -> list[Check]:
         return [*checks, Check("target", False, str(error), "correct FUSER_ISA or FUSER_CACHE_DIR")]
     checks.append(_guard("C++ compiler", lambda: _compiler(target), INSTALL_COMPILER))
     checks.append(_guard("target", lambda: _rates(target)))
+    checks.append(_guard("GPU", _gpu, INSTALL_NVCC))
     return checks
 
 
@@ -135,3 +138,18 @@ def _rates(target: Target) -> Check:
         f"{target.launch_seconds * 1e6:.2f} µs a launch"
     )
     return Check("target", True, detail)
+
+
+def _gpu() -> Check:
+    """Whether kernels can be built for the GPU, where there is one: a machine without is as it should be, too."""
+    driver = cuda.driver_version()
+    if driver is None:
+        return Check("GPU", True, "no NVIDIA driver: kernels run on the CPU")
+    if not torch.cuda.is_available():
+        advice = "install a build of torch for CUDA that this driver can run"
+        return Check("GPU", False, f"a driver for CUDA {driver[0]}.{driver[1]}, but torch cannot use it", advice)
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = cuda.architecture(device)
+    compiler = find_nvcc(cuda_target(arch))
+    name = torch.cuda.get_device_name(device)
+    return Check("GPU", True, f"{name} ({arch}), a driver for CUDA {driver[0]}.{driver[1]}, {compiler.name}")

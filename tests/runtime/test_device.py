@@ -255,6 +255,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             "ninja",
             "C++ compiler",
             "target",
+            "GPU",
         ),
     ]
     assert [check for check in checks if not check.ok or not check.detail or check.advice] == []
@@ -300,3 +301,35 @@ def test_trouble_is_named(
     checks = {check.name: check for check in doctor.diagnose()}
     assert {name for name, check in checks.items() if not check.ok} == expected
     assert all(checks[name].advice for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("driver", "usable", "nvcc", "ok", "words"),
+    [
+        (None, False, "", True, "no NVIDIA driver"),
+        ((13, 0), False, "", False, "torch cannot use it"),
+        ((13, 0), True, "#!/bin/sh\nexit 1\n", False, "no nvcc here can build for sm_90a"),
+    ],
+)
+def test_what_is_said_of_a_gpu(
+    driver: tuple[int, int] | None,
+    usable: bool,
+    nvcc: str,
+    ok: bool,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fuser.runtime import cuda, doctor
+
+    broken = tmp_path / "nvcc"
+    broken.write_text(nvcc)
+    broken.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(broken))
+    monkeypatch.setattr(cuda, "driver_version", lambda: driver)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    (check,) = (check for check in doctor.diagnose() if check.name == "GPU")
+    assert check.ok is ok and words in check.detail
+    assert bool(check.advice) is not ok
