@@ -382,7 +382,7 @@ def run_plan(
     BuildError, ToolchainError or CacheError when there is no kernel.
     """
     # The compiler imports the raising, which imports this module.
-    from fuser.compiler import threads_now
+    from fuser.compiler import threads_now, with_tf32
 
     target = _target(q.device) if target is None else target
     q, k, v = (t.detach() if t.stride(3) == 1 else t.detach().contiguous() for t in (q, k, v))
@@ -396,7 +396,7 @@ def run_plan(
     storage = None if runtime is None else STORAGE[runtime.dtype]
     if target.kind == "cuda":
         chosen = _chosen(
-            width, v.shape[3], STORAGE[q.dtype], storage, lse is not None, tiles, batch, heads, _with_tf32(target)
+            width, v.shape[3], STORAGE[q.dtype], storage, lse is not None, tiles, batch, heads, with_tf32(target)
         )
         _run_on_gpu(chosen, tensors, tiles, mask_strides, scale, out, lse, target)
         return
@@ -474,13 +474,6 @@ def _target(device: torch.device) -> Target:
     from fuser.compiler import target_of
 
     return target_of(device)
-
-
-def _with_tf32(target: Target) -> Target:
-    """The target that may use TF32 where PyTorch may."""
-    from fuser.compiler import with_tf32
-
-    return with_tf32(target)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fuser.drawing import colours, duration
 
 if TYPE_CHECKING:
-    from fuser.study_report import BlockResult, KernelTime, StudySummary
+    from fuser.report import Group
+    from fuser.study_report import BlockResult, StudySummary
 
 _STRATEGY_COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#db2777", "#475569")
 _GREY = "#64748b"
@@ -146,7 +147,7 @@ def _importance(figure: Any, study: StudySummary) -> None:
 def _kernels(figure: Any, block: BlockResult) -> None:
     axes = figure.subplots()
     longest = max(block.seconds_before, block.seconds_after)
-    rows: Sequence[tuple[str, tuple[KernelTime, ...]]] = (("default", block.before), ("best found", block.after))
+    rows: Sequence[tuple[str, tuple[Group, ...]]] = (("default", block.before), ("best found", block.after))
     for number, (name, kernels) in enumerate(rows):
         start = 0.0
         for kernel in kernels:

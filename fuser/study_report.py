@@ -14,6 +14,7 @@ import jinja2
 
 from fuser.drawing import COLOURS, Outline, draw_outline, duration
 from fuser.ir.errors import SearchError
+from fuser.report import Group
 from fuser.study_charts import charts
 
 if TYPE_CHECKING:
@@ -42,16 +43,6 @@ class TrialRow:
 
 
 @dataclass(frozen=True)
-class KernelTime:
-    """One kernel of a block and the seconds of one call; ``measured`` is False for predictions."""
-
-    family: str
-    operators: tuple[str, ...]
-    seconds: float
-    measured: bool
-
-
-@dataclass(frozen=True)
 class BlockResult:
     """Equal regions: ``count`` of them, with the kernels of the default scheme and of the best one found.
 
@@ -62,8 +53,8 @@ class BlockResult:
     count: int
     scheme_before: str
     scheme_after: str
-    before: tuple[KernelTime, ...]
-    after: tuple[KernelTime, ...]
+    before: tuple[Group, ...]
+    after: tuple[Group, ...]
     picture: str = ""
 
     @property
@@ -169,8 +160,8 @@ class Change:
     """The same operators before and after: the kernels that run them, and nothing else."""
 
     operators: tuple[str, ...]
-    before: tuple[KernelTime, ...]
-    after: tuple[KernelTime, ...]
+    before: tuple[Group, ...]
+    after: tuple[Group, ...]
 
     @property
     def seconds_before(self) -> float:
@@ -397,16 +388,16 @@ def _blocks(view: StudyView) -> Iterator[BlockResult]:
         )
 
 
-def _kernels(trial: TrialView, at: int) -> tuple[KernelTime, ...]:
+def _kernels(trial: TrialView, at: int) -> tuple[Group, ...]:
     found = []
     for kernel in trial.kernels[at]:
         measured = kernel["seconds"] is not None
         seconds = float(kernel["seconds"] if measured else kernel["predicted"])
-        found.append(KernelTime(kernel["family"], tuple(kernel["operators"]), seconds, measured))
+        found.append(Group(kernel["family"], tuple(kernel["operators"]), seconds, measured))
     return tuple(found)
 
 
-def _scheme(region: Mapping[str, Any], kernels: Sequence[KernelTime]) -> str:
+def _scheme(region: Mapping[str, Any], kernels: Sequence[Group]) -> str:
     """The scheme of a region as text, see :class:`fuser.ir.scheme.Scheme`."""
     from fuser.ir.scheme import Scheme
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,6 @@ from fuser.ir.masks import BigBird, Causal, SlidingWindow
 
 TINY = ["transformer-encoder", "--layers", "2", "--hidden", "32", "--heads", "2", "--intermediate", "64"]
 SHOW = ["show", *TINY, "--seq", "16", "--search", "model"]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run ``fuserc`` with arguments; (exit code, standard output, standard error)."""
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fuserc", *arguments])
-        code = 0
-        try:
-            fuser.cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return start
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import sqlite3
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import fuser.cli
 from fuser.runtime.device import cpu_target
 from fuser.search.objective import AdditiveObjective, Outcome
 from fuser.search.space import Point
@@ -48,23 +46,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def predicted(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuser.search.measured.MeasuredObjective", Predicted)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run ``fuserc`` with arguments; (exit code, standard output, standard error)."""
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fuserc", *arguments])
-        code = 0
-        try:
-            fuser.cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return start
 
 
 @pytest.mark.usefixtures("predicted")

@@ -11,10 +11,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from fuser.report import Group
 from fuser.study_charts import charts
 from fuser.study_report import (
     BlockResult,
-    KernelTime,
     StudySummary,
     TrialRow,
     best_so_far,
@@ -24,15 +24,15 @@ from fuser.study_report import (
 )
 
 BEFORE = (
-    KernelTime("gemm", ("a", "b"), 3e-3, True),
-    KernelTime("pointwise", ("c",), 1e-3, False),
-    KernelTime("gemm", ("d",), 2e-3, True),
-    KernelTime("rowwise", ("e",), 1e-3, True),
+    Group("gemm", ("a", "b"), 3e-3, True),
+    Group("pointwise", ("c",), 1e-3, False),
+    Group("gemm", ("d",), 2e-3, True),
+    Group("rowwise", ("e",), 1e-3, True),
 )
 AFTER = (
-    KernelTime("gemm", ("a", "b"), 3e-3, True),
-    KernelTime("gemm", ("c", "d"), 2e-3, True),
-    KernelTime("rowwise", ("e",), 1e-3, True),
+    Group("gemm", ("a", "b"), 3e-3, True),
+    Group("gemm", ("c", "d"), 2e-3, True),
+    Group("rowwise", ("e",), 1e-3, True),
 )
 BLOCK = BlockResult(
     "0123456789abcdef", 12, "1:0123456789abcdef:8", "1:0123456789abcdef:f", BEFORE, AFTER, "<svg></svg>"
@@ -103,9 +103,9 @@ def test_changes_are_the_finest_sets_that_no_scheme_cuts() -> None:
     crossing = dataclasses.replace(
         BLOCK,
         after=(
-            KernelTime("gemm", ("a",), 1e-3, True),
-            KernelTime("gemm", ("b", "c"), 1e-3, True),
-            KernelTime("gemm", ("d", "e"), 1e-3, True),
+            Group("gemm", ("a",), 1e-3, True),
+            Group("gemm", ("b", "c"), 1e-3, True),
+            Group("gemm", ("d", "e"), 1e-3, True),
         ),
     )
     assert [change.operators for change in changes(crossing)] == [("a", "b", "c"), ("d", "e")]
@@ -169,7 +169,7 @@ def test_text_of_others_is_escaped() -> None:
         TrialRow(6, evil, "complete", 0.05, 0.05, 4.0, "s"),
         TrialRow(7, "x", "failed", None, 1, 5, "s", evil),
     )
-    block = dataclasses.replace(BLOCK, before=(KernelTime(evil, ("a", evil), 1e-3, True),), after=(AFTER[0],))
+    block = dataclasses.replace(BLOCK, before=(Group(evil, ("a", evil), 1e-3, True),), after=(AFTER[0],))
     study = dataclasses.replace(
         STUDY, name=evil, model=evil, storage=evil, trials=trials, blocks=(block,), importance={evil: 1.0}
     )
