@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of re
 def tables(folder: Path = RESULTS) -> str:
     """All tables as Markdown; says so when there are no results."""
     parts = []
-    for name, make in (("encoders", encoders), ("attention", attention)):
+    for name, make in (("encoders", encoders), ("attention", attention), ("search", search)):
         path = folder / f"{name}.json"
         if path.exists():
             parts.append(make(json.loads(path.read_text())))
@@ -75,6 +76,41 @@ def attention(report: Mapping[str, Any]) -> str:
     over = ["over the fastest other"] if len(arms) > 1 else []
     columns = ["mask, tokens", *(PEERS.get(arm, arm) for arm in arms), *over, "pairs computed / allowed"]
     return f"{_table(title, [*columns, 'of the floor'], rows)}\n\n{_machine(report['machine'])}"
+
+
+def search(report: Mapping[str, Any]) -> str:
+    """Searches over BERT-base by shape: what they cost, and what they found."""
+    rows = []
+    for result in report["results"]:
+        layer, ratios = result["layer"], result["default_over_best"]
+        rows.append(
+            [
+                result["shape"],
+                f"{float(result['programs']):.1e}",
+                *(f"{result[kind]['seconds']:.0f}" for kind in ("cold", "warm")),
+                f"{result['warm']['overhead_share']:.1%}",
+                f"{statistics.median(ratios):.3f}× ({min(ratios):.3f}–{max(ratios):.3f})",
+                str(layer["evaluations_until_within_2_percent"]),
+                f"{layer['gap_to_exhaustive']:+.1%}",
+                f"{layer['gap_to_best_seen']:+.1%}",
+            ]
+        )
+    columns = [
+        "batch × tokens",
+        "programs",
+        "cold, s",
+        "warm, s",
+        "searcher's share",
+        "default / found, again (range)",
+        "measured until within 2 %",
+        "to the exhaustive best",
+        "to the best seen",
+    ]
+    title = (
+        "Searches over BERT-base: cost of the whole model's; default over found, each time in a fresh process; one "
+        "layer's measurements, its gap to an exhaustive search over all kernels and to the best program of any search"
+    )
+    return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 
 
 def _best_settings(timings: Mapping[str, Any]) -> dict[str, float]:

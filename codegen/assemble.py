@@ -285,9 +285,11 @@ def _compute(op: Operator, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         scores = inputs[0]
         q_len, kv_len = scores.shape[-2:]
         if op.attributes["causal"]:
-            scores = scores.masked_fill(~torch.ones(q_len, kv_len, dtype=torch.bool).tril(), float("-inf"))
+            allowed = torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, float("-inf"))
         if op.attributes["pattern"] is not None:
-            scores = scores.masked_fill(~op.attributes["pattern"].dense(q_len, kv_len), float("-inf"))
+            allowed = op.attributes["pattern"].dense(q_len, kv_len).to(scores.device)
+            scores = scores.masked_fill(~allowed, float("-inf"))
         if len(inputs) > 1:
             scores = scores.masked_fill(~inputs[1], float("-inf"))
         return scores

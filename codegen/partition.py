@@ -52,7 +52,8 @@ Measured = Callable[[Candidate], float | None]
 @dataclass(frozen=True)
 class GroupChoice:
     """The kernel of one group and its time in ``seconds``; ``family``, ``match`` and ``parameters`` are None where
-    PyTorch runs the group's one operator. ``cost`` is the prediction; ``measured`` tells where ``seconds`` is from."""
+    PyTorch runs the group's one operator. ``cost`` is the prediction; ``measured`` tells where ``seconds`` is from,
+    ``offline`` that the kernel takes about a minute to build, so that only a search may choose it."""
 
     group: OperatorGroup
     family: KernelFamily | None
@@ -61,6 +62,7 @@ class GroupChoice:
     cost: Cost
     seconds: float
     measured: bool
+    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,12 @@ def default_scheme(
     return Choice(Scheme.from_groups(region, (c.group for c in chosen)), chosen)
 
 
-def kernels_of(region: Region, families: Sequence[KernelFamily], target: Target) -> dict[int, tuple[GroupChoice, ...]]:
+def kernels_of(
+    region: Region, families: Sequence[KernelFamily], target: Target, *, offline: bool = False
+) -> dict[int, tuple[GroupChoice, ...]]:
     """All kernels, with predicted times, of every group that can be part of a scheme: by the group's operators as a bit
-    mask over their positions. Groups that are no difference of two :func:`downsets` are left out."""
+    mask over their positions; with ``offline`` also those that take about a minute each to build. Groups that are no
+    difference of two :func:`downsets` are left out."""
     precedence = Precedence(region)
     complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
     found: dict[int, tuple[GroupChoice, ...]] = {}
@@ -148,7 +153,7 @@ def kernels_of(region: Region, families: Sequence[KernelFamily], target: Target)
             continue
         single = not mask & (mask - 1)
         possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
-        kernels = tuple(_kernels(precedence.group(mask), families, target)) if possible else ()
+        kernels = tuple(_kernels(precedence.group(mask), families, target, offline)) if possible else ()
         if kernels:
             found[mask] = kernels
         else:
@@ -156,7 +161,15 @@ def kernels_of(region: Region, families: Sequence[KernelFamily], target: Target)
     return found
 
 
-def _kernels(group: OperatorGroup, families: Sequence[KernelFamily], target: Target) -> Iterator[GroupChoice]:
+def offline_space(family: KernelFamily, match: Any, target: Target) -> Sequence[Any]:
+    """Choices of a family beside its space, whose kernels take about a minute each to build; few families have any."""
+    more: Callable[[Any, Target], Sequence[Any]] | None = getattr(family, "offline_space", None)
+    return more(match, target) if more is not None else ()
+
+
+def _kernels(
+    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, offline: bool = False
+) -> Iterator[GroupChoice]:
     """Every kernel for ``group`` with its predicted time, in the order of families and their spaces; PyTorch only where
     there is no other for a single operator."""
     matched = False
@@ -164,10 +177,12 @@ def _kernels(group: OperatorGroup, families: Sequence[KernelFamily], target: Tar
         match = family.match(group, target)
         if match is None:
             continue
-        for parameters in family.space(match, target):
+        quick = [(parameters, False) for parameters in family.space(match, target)]
+        slow = [(parameters, True) for parameters in offline_space(family, match, target)] if offline else []
+        for parameters, is_slow in (*quick, *slow):
             matched = True
             cost = family.cost(match, parameters, target)
-            yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False)
+            yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False, is_slow)
     if not matched and len(group.operators) == 1:
         cost = _pytorch_cost(group)
         yield GroupChoice(

@@ -182,10 +182,8 @@ class OptimizedModule(nn.Module):
     def _compile(self, call: FlatCall, key: int | torch.device, device: torch.device) -> Compiled:
         target = self._target = self._wanted or target_of(device)
         threads = key if isinstance(key, int) and target.kind == "cpu" else target.cores
-        if target.kind == "cpu" and self._tuner is None:
+        if self._tuner is None or self._tuner.target != target:
             self._tuner = tuner_for(self._search, target, threads)
-        elif target.kind == "cuda" and self._search not in ("cached", "model"):
-            logger.warning("CUDA kernels are chosen by the cost model: search=%r measures on CPUs only", self._search)
         like = next(
             (c for (known, _), c in self._programs.items() if known == call.key and c.program.device == device), None
         )

@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from fuser.capture import capture, flatten_call
-from fuser.compiler import threads_now
+from fuser.compiler import named_target, on_device, target_of, threads_now
+from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
+from fuser.kernels.base import FLOATING, floating
 from fuser.raising import raise_graph
-from fuser.runtime.device import cpu_target
+from fuser.runtime.program import CPU
 from fuser.schemes import from_atoffer
-from fuser.search.study import SearchResult, search
+from fuser.search.run import SearchResult
+from fuser.search.space import Space
+from fuser.search.study import search
 
 
 def graph_of(
@@ -25,10 +29,20 @@ def graph_of(
     kwargs: Mapping[str, Any] | None = None,
     *,
     attention: Mask | None = None,
+    target: Target | None = None,
 ) -> OperatorGraph:
-    """The operators of one call of ``model``. Raises CaptureError when it cannot be captured."""
+    """The operators of one call of ``model``, for kernels of ``target`` (default: a CPU). Raises CaptureError when it
+    cannot be captured."""
+    dtypes = FLOATING if target is None else floating(target)
     with torch.inference_mode(False), torch.no_grad():
-        return raise_graph(capture(model, flatten_call(args, kwargs or {})), attention)
+        return raise_graph(capture(model, flatten_call(args, kwargs or {})), attention, dtypes)
+
+
+def team_of(target: Target, threads: int | None = None) -> int:
+    """The team size that ``optimize`` compiles for: ``threads`` (default: PyTorch's) on a CPU, on a GPU its SMs."""
+    if target.kind == "cuda":
+        return target.cores
+    return threads_now() if threads is None else threads
 
 
 def search_model(
@@ -37,17 +51,34 @@ def search_model(
     kwargs: Mapping[str, Any] | None = None,
     *,
     attention: Mask | None = None,
-    target: Target | None = None,
+    target: Target | str | torch.device | None = None,
     threads: int | None = None,
+    offline: bool = False,
     **options: Any,
 ) -> SearchResult:
     """Search the programs of ``model`` for inputs like these; later calls of ``optimize`` use what it finds.
 
-    ``attention`` is a mask that every self-attention is restricted to, ``target`` the device (default: this machine's
-    CPU), ``threads`` the team size (default: PyTorch's), ``options`` those of :func:`fuser.search.study.search`. Raises
-    like it, and CaptureError when the model cannot be captured.
+    Args:
+        model: in evaluation mode, on the device of the inputs.
+        args, kwargs: the inputs of one call.
+        attention: a mask that every self-attention is restricted to.
+        target: as for ``optimize``; default: the device of the inputs.
+        threads: the team size on a CPU; default: PyTorch's.
+        offline: whether kernels that take about a minute each to build are tried, too.
+        options: those of :func:`fuser.search.study.search`.
+
+    Raises like that search, CaptureError when the model cannot be captured, and FuserError for a target that this
+    machine does not have or that the inputs are not on.
     """
-    graph = graph_of(model, args, kwargs, attention=attention)
-    target = cpu_target() if target is None else target
-    threads = threads_now() if threads is None else threads
-    return search(graph, target, threads, **{"decode": from_atoffer, **options})
+    tensors = flatten_call(args, kwargs or {}).tensors
+    device = tensors[0].device if tensors else CPU
+    if not isinstance(target, Target):
+        target = target_of(device) if target is None else named_target(target)
+    if device.type != target.device:
+        raise FuserError(f"the inputs are on {device}, this target's tensors on {target.device}: move model and inputs")
+    with on_device(device):
+        graph = graph_of(model, args, kwargs, attention=attention, target=target)
+        team = team_of(target, threads)
+        if offline:
+            options = {"space": Space.of(graph, target, team, offline=True), **options}
+        return search(graph, target, team, **{"decode": from_atoffer, **options})

@@ -18,7 +18,7 @@ from fuser.report import Group
 from fuser.study_charts import charts
 
 if TYPE_CHECKING:
-    from fuser.search.study import StudyView, TrialView
+    from fuser.search.ledger import StudyView, TrialView
 
 _TEMPLATE = "study.html.j2"
 _IMPORTANT = 12

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramP
 logger = logging.getLogger("fuser")
 GRAPH_BYTES = 64 << 20
 """Inputs and outputs of a graph are copied to and from its memory; above this, launches cost less than copies."""
+_UNSUPPORTED_STATUS = 2
 _INDEX_MESSAGE = "an index is outside the table that it looks up"
 Held = dict[tuple[Memory, int], Tensor]
 
@@ -83,6 +85,11 @@ class _KernelProgram(Program):
     def _error(self, symbol: str, status: int) -> KernelError:
         if status >= cuda.CUDA_ERROR:
             return cuda.kernel_error(symbol, status)
+        if status == _UNSUPPORTED_STATUS:
+            return KernelError(
+                f"the kernel {symbol} cannot run tensors as large as these (status {status}): a grid has at most 2^31 "
+                "blocks, and rows of attention are at most 2^28 elements apart; use smaller batches"
+            )
         return super()._error(symbol, status)
 
 
@@ -122,6 +129,20 @@ class DeviceArena(Arena):
             self._record()
         return self.buffer
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """While this lasts, memory comes from a place of its own and nothing is released; call with the lock held.
+
+        A graph that the caller captures may be replayed at any time, also when this arena has other work or is gone.
+        What it is given meanwhile, PyTorch keeps for it.
+        """
+        kept = self.buffer, self.programs
+        self.buffer, self.programs = torch.empty(0, dtype=torch.uint8), weakref.WeakSet()
+        try:
+            yield
+        finally:
+            self.buffer, self.programs = kept
+
     def _record(self) -> None:
         # When the memory is given back, the allocator must not hand it on before this stream is done with it.
         if self._stream is not None and self.buffer.numel() and not torch.cuda.is_current_stream_capturing():
@@ -142,7 +163,8 @@ class CudaProgram(_KernelProgram):
 
     It runs on PyTorch's current stream, on its own device whichever is current. From the second call on it is a CUDA
     graph, replayed on copies of the inputs, unless ``FUSER_CUDA_GRAPHS=0``, the inputs and outputs are large, or what
-    PyTorch does between the kernels cannot be captured. Inside of a capture that the caller has begun it only launches.
+    PyTorch does between the kernels cannot be captured. Inside of a capture that the caller has begun it only launches,
+    in memory of that graph.
     """
 
     def __init__(
@@ -180,9 +202,9 @@ class CudaProgram(_KernelProgram):
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with self._arena.lock, self._running():
             self._raise_late(" (in an earlier call)")
-            if not self._graphs or torch.cuda.is_current_stream_capturing():
-                return self._launched(inputs)
-            return self._replayed(inputs)
+            if torch.cuda.is_current_stream_capturing():
+                return self._launched_aside(inputs)
+            return self._replayed(inputs) if self._graphs else self._launched(inputs)
 
     @contextlib.contextmanager
     def stepping(
@@ -205,7 +227,8 @@ class CudaProgram(_KernelProgram):
                     arena.enter(torch.cuda.current_stream(self.device))
                 yield
             except torch.OutOfMemoryError as error:
-                arena.release()
+                if not torch.cuda.is_current_stream_capturing():
+                    arena.release()
                 raise DeviceMemoryError(
                     f"{self.device} has not enough free memory: this call needs {self.plan.arena_bytes >> 20} MiB for "
                     f"intermediate results beside its inputs and outputs; use smaller batches, or free memory ({error})"
@@ -215,6 +238,14 @@ class CudaProgram(_KernelProgram):
         held = self._bind(inputs)
         self._execute(held)
         return self._results(held)
+
+    def _launched_aside(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with contextlib.ExitStack() as stack:
+            if isinstance(self._arena, DeviceArena):
+                stack.enter_context(self._arena.aside())
+            # The next call must move back.
+            stack.callback(super().leave)
+            return self._launched(inputs)
 
     # ---- graphs
 

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 
 from fuser.codegen.assemble import assemble
 from fuser.codegen.partition import PYTORCH
-from fuser.codegen.render import TEMPLATES
+from fuser.codegen.render import header_folder
 from fuser.ir.errors import CacheError, FuserError
 from fuser.ir.graph import Region
 from fuser.kernels.base import canonical
@@ -47,8 +46,9 @@ class MeasuredObjective:
     """Seconds of programs on this machine.
 
     A model's time is the sum of its regions', each counted as often as it occurs. A region's program is timed in turns
-    with the best one known, on weights that come from memory as in the model, and its time is the best one's times the
-    median ratio of runs that followed each other, so that a machine that changes its speed does not change the ranking.
+    with the best one known, and where it seems to win with the first one, on weights that come from memory as in the
+    model; its time is the other one's times the median ratio of runs that followed each other, so that a machine that
+    changes its speed does not change the ranking.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class MeasuredObjective:
         self.worker = Worker(space.target, space.threads, answer_seconds)
         self.stop = threading.Event()
         self._build = self._ninja if builder is None else builder
-        spare = len(os.sched_getaffinity(0)) - space.threads if hasattr(os, "sched_getaffinity") else 0
+        # Beside kernels of a GPU runs the one thread that launches them.
+        busy = 1 if space.target.device == "cuda" else space.threads
+        spare = len(os.sched_getaffinity(0)) - busy if hasattr(os, "sched_getaffinity") else 0
         self._spare = max(spare, 0)
         # Without spare cores a compiler beside a measurement would be measured too.
         self._quiet = threading.Lock()
@@ -74,6 +76,7 @@ class MeasuredObjective:
         self._regions: dict[tuple[int, Groups], RegionTime] = {}
         self._failed: dict[tuple[int, Groups], str] = {}
         self._kernels: dict[tuple[int, int, int], KernelTime] = {}
+        self._first: dict[int, tuple[Groups, float]] = {}
         self._best: dict[int, tuple[Groups, float]] = {}
         self._ratios: dict[str, list[float]] = {}
 
@@ -123,8 +126,9 @@ class MeasuredObjective:
         if found is not None:
             return math.inf if found.seconds is None else found.seconds
         ratios = self._ratios.get(self._family(region, mask, kernel))
-        # Predictions have to be bounds, but the one kernel that the model is furthest off for says little of others.
-        scale = max(min(ratios), 0.5 * statistics.median(ratios)) if ratios else 1.0
+        # Hopeful, but not as much as the one kernel that the model is furthest off for: kernels differ by less than
+        # predictions err, and a true bound would have nearly all of them measured.
+        scale = sorted(ratios)[(len(ratios) - 1) // 4] if ratios else 1.0
         return self.space.predicted(region, mask, kernel) * scale
 
     def compare(self, points: list[Point]) -> list[float] | None:
@@ -169,24 +173,15 @@ class MeasuredObjective:
     def _measure(self, at: int, program: Groups, paths: Mapping[str, Path]) -> RegionTime | None:
         """Time a region's program against the best one; None when it failed."""
         unit = self._unit(at, program, paths)
-        incumbent = self._best.get(at)
-        units = [unit]
-        if incumbent is not None:
-            theirs = self._built(at, incumbent[0])
-            if theirs is not None:
-                units = [self._unit(at, incumbent[0], theirs), unit]
-        with self._measuring():
-            timings = self.worker.time(units, _BUDGET, race=True, deadline=self.deadline)
-            if len(units) == 2 and timings[0].seconds and timings[1].seconds and timings[1].ratio < 1:
-                # Of many noisy times the least is too good: what seems to win is timed anew, and that time counts.
-                timings = self.worker.time(units, _CONFIRM_BUDGET, deadline=self.deadline)
-        timing = timings[-1]
-        if timing.seconds is None:
+        best = self._best.get(at)
+        timing, seconds = self._against(best, at, unit, _BUDGET, race=True)
+        if best is not None and seconds is not None and seconds < best[1]:
+            # Of many noisy times the least is too good, and of winners over winners the more so: what seems to win is
+            # timed anew against the first program, and that time counts.
+            timing, seconds = self._against(self._first[at], at, unit, _CONFIRM_BUDGET)
+        if seconds is None:
             self._failed[at, program] = timing.failure
             return None
-        seconds = timing.seconds
-        if len(timings) == 2 and incumbent is not None and timings[0].seconds:
-            seconds = incumbent[1] * timing.ratio
         name = self.space.regions[at].region.hash
         found = RegionTime(name, seconds, timing.spread, timing.runs, timing.early)
         self._learn(at, program, found)
@@ -198,27 +193,43 @@ class MeasuredObjective:
         )
         return found
 
+    def _against(
+        self, rival: tuple[Groups, float] | None, at: int, unit: Unit, budget: float, *, race: bool = False
+    ) -> tuple[Timing, float | None]:
+        """The timing of a unit in turns with another program of known time, and its seconds by that one's."""
+        paths = None if rival is None else self._built(at, rival[0])
+        units = [unit] if rival is None or paths is None else [self._unit(at, rival[0], paths), unit]
+        with self._measuring():
+            timings = self.worker.time(units, budget, race=race, deadline=self.deadline)
+        timing = timings[-1]
+        if rival is not None and len(units) == 2 and timings[0].seconds and timing.seconds is not None:
+            return timing, rival[1] * timing.ratio
+        return timing, timing.seconds
+
     def _kernel(self, at: int, mask: int, kernel: int) -> KernelTime:
         program = ((mask, kernel),)
         key = self._record_key(at, program)
         record = self.cache.read_record(KERNEL_RECORD, key)
         if record is not None and isinstance(record.get("seconds"), float):
             return KernelTime(at, mask, kernel, record["seconds"], record["spread"])
+        clock = time.perf_counter()
         paths = self._built(at, program)
+        building = time.perf_counter() - clock
         if paths is None:
-            return KernelTime(at, mask, kernel, None, failure=self._failed[at, program])
+            return KernelTime(at, mask, kernel, None, failure=self._failed[at, program], building=building)
         with self._measuring():
             (timing,) = self.worker.time([self._unit(at, program, paths)], _KERNEL_BUDGET, deadline=self.deadline)
         if timing.seconds is None:
-            return KernelTime(at, mask, kernel, None, failure=timing.failure)
+            return KernelTime(at, mask, kernel, None, failure=timing.failure, building=building)
         choice = self.space.regions[at].kernels[mask][kernel]
         operators = [op.kind.value for op in choice.group.operators]
         value = {**_plain(timing), "operators": operators, "family": self._family(at, mask, kernel)}
         self._write(KERNEL_RECORD, key, {**value, **self._context()})
-        return KernelTime(at, mask, kernel, timing.seconds, timing.spread)
+        return KernelTime(at, mask, kernel, timing.seconds, timing.spread, building=building)
 
     def _learn(self, at: int, program: Groups, found: RegionTime) -> None:
         self._regions[at, program] = found
+        self._first.setdefault(at, (program, found.seconds))
         if at not in self._best or found.seconds < self._best[at][1]:
             self._best[at] = (program, found.seconds)
 
@@ -235,7 +246,7 @@ class MeasuredObjective:
     def _start_build(self, at: int, program: Groups) -> concurrent.futures.Future[Mapping[str, Path]]:
         key = (at, program)
         if key not in self._builds:
-            self._builds[key] = self._pool.submit(self._build_quietly, self._sources(at, program))
+            self._builds[key] = self._pool.submit(self._build_quietly, self.sources(at, program))
         return self._builds[key]
 
     def _build_quietly(self, sources: Sequence[Source]) -> Mapping[str, Path]:
@@ -260,10 +271,11 @@ class MeasuredObjective:
     def _ninja(self, sources: Sequence[Source]) -> Mapping[str, Path]:
         target = self.space.target
         jobs = self._spare or None
-        return build(sources, target, headers=TEMPLATES / target.kind, cache=self.cache, jobs=jobs, stop=self.stop)
+        return build(sources, target, headers=header_folder(target), cache=self.cache, jobs=jobs, stop=self.stop)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def _sources(self, at: int, program: Groups) -> tuple[Source, ...]:
+    def sources(self, at: int, program: Groups) -> tuple[Source, ...]:
+        """What has to be built for some groups of a region."""
         space = self.space.regions[at]
         choices = [space.kernels[mask][kernel] for mask, kernel in program]
         return assemble(subgraph(choices), choices, self.space.target, self.space.threads).sources
@@ -279,7 +291,7 @@ class MeasuredObjective:
         parts = [work.hash, str(space.count), *(f"{k}={v}" for k, v in sorted(self._context().items()))]
         for choice in choices:
             parts.append(PYTORCH if choice.family is None else f"{choice.family.name} {canonical(choice.parameters)}")
-        parts += [_digest(source, self.space.target.kind) for source in self._sources(at, program)]
+        parts += [_digest(source, header_folder(self.space.target)) for source in self.sources(at, program)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def _context(self) -> dict[str, Any]:
@@ -349,8 +361,8 @@ def _plain(timing: Timing) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(source: Source, kind: str) -> str:
+def _digest(source: Source, headers: Path) -> str:
     found = hashlib.sha256(source.text.encode())
-    for name, content in sorted(included_headers(source.text, TEMPLATES / kind).items()):
+    for name, content in sorted(included_headers(source.text, headers).items()):
         found.update(name.encode() + b"\0" + content)
     return found.hexdigest()

@@ -28,7 +28,8 @@ class RegionTime:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """What is known about one kernel of a space: measured seconds, or why it cannot be used."""
+    """What is known about one kernel of a space: measured seconds, or why it cannot be used. ``building`` is how long
+    it took to build."""
 
     region: int
     mask: int
@@ -36,6 +37,7 @@ class KernelTime:
     seconds: float | None
     spread: float = 0.0
     failure: str = ""
+    building: float = 0.0
 
 
 @dataclass(frozen=True)

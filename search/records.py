@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fuser.codegen.partition import PYTORCH, Choice, GroupChoice, choose
+from fuser.codegen.partition import PYTORCH, Choice, GroupChoice, choose, offline_space
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import Kind, Region
 from fuser.ir.scheme import Scheme, groups
@@ -62,7 +62,7 @@ def write(
     position = {op.name: i for i, op in enumerate(region.operators)}
     kernels = []
     for group in choice.groups:
-        space = [] if group.family is None else list(group.family.space(group.match, target))
+        space = [] if group.family is None else _space(group.family, group.match, target, group.offline)
         kernels.append(
             {
                 "operators": [position[op.name] for op in group.group.operators],
@@ -70,6 +70,7 @@ def write(
                 "parameters": None if group.family is None else canonical(group.parameters),
                 "index": space.index(group.parameters) if group.parameters in space else 0,
                 "seconds": group.seconds if group.measured else None,
+                "offline": group.offline,
             }
         )
     key = "\0".join([*_context(region, target, threads), region.hash])
@@ -147,11 +148,13 @@ def _restore(value: Mapping[str, Any], region: Region, target: Target, families:
             raise ValueError("no kernel of this version runs one of its groups")
         family = by_name.get(entry["family"])
         match = None if family is None else family.match(group, target)
-        if family is None or match is None:
+        offline = bool(entry.get("offline"))
+        space = [] if family is None or match is None else _space(family, match, target, offline)
+        same = [p for p in space if canonical(p) == entry["parameters"]]
+        if family is None or match is None or (offline and not same):
+            # No other kernel is like one that was built offline, say of headers that are gone.
             chosen.extend(choose([group], families, target))
             continue
-        space = list(family.space(match, target))
-        same = [p for p in space if canonical(p) == entry["parameters"]]
         parameters = same[0] if same else space[min(int(entry["index"]), len(space) - 1)]
         cost = family.cost(match, parameters, target)
         seconds = entry.get("seconds") if same and value.get("region") == region.hash else None
@@ -164,6 +167,12 @@ def _restore(value: Mapping[str, Any], region: Region, target: Target, families:
                 cost,
                 cost.seconds(target) if seconds is None else float(seconds),
                 seconds is not None,
+                offline,
             )
         )
     return Choice(Scheme.from_groups(region, (c.group for c in chosen)), tuple(chosen))
+
+
+def _space(family: KernelFamily, match: Any, target: Target, offline: bool) -> Sequence[Any]:
+    """Where a record's parameters are looked up."""
+    return offline_space(family, match, target) if offline else family.space(match, target)

@@ -18,6 +18,7 @@ from fuser.ir.errors import SearchError
 from fuser.ir.graph import Kind, OperatorGraph, Region
 from fuser.ir.scheme import Precedence, Scheme, groups
 from fuser.ir.target import Target
+from fuser.kernels import gemm_cutlass
 from fuser.kernels.base import KernelFamily, canonical
 from fuser.kernels.families import FAMILIES
 from fuser.search.standalone import standalone
@@ -304,8 +305,14 @@ class Space:
         target: Target,
         threads: int,
         families: Sequence[KernelFamily] = FAMILIES,
+        *,
+        offline: bool = False,
     ) -> Space:
-        """The space of a model's graph, or of regions that are counted once each time that they occur."""
+        """The space of a model's graph, or of regions that are counted once each time that they occur.
+
+        With ``offline`` also kernels that take about a minute each to build, which ``optimize`` does not consider by
+        itself. Raises SearchError for a graph without regions, and for ``offline`` where there are no such kernels.
+        """
         found: dict[str, list[Region]] = {}
         for region in graph.regions if isinstance(graph, OperatorGraph) else graph:
             found.setdefault(region.hash, []).append(region)
@@ -314,9 +321,11 @@ class Space:
         spaces = []
         for equal in found.values():
             alone = standalone(equal[0])
-            kernels = kernels_of(alone, families, target)
+            kernels = kernels_of(alone, families, target, offline=offline)
             allowed = {mask: tuple(range(len(choices))) for mask, choices in kernels.items()}
             spaces.append(RegionSpace(alone, len(equal), kernels, allowed))
+        if offline and not any(k.offline for space in spaces for choices in space.kernels.values() for k in choices):
+            raise SearchError(f"there are no kernels to build offline: {_why_none_offline(target)}")
         return cls(tuple(spaces), target, threads)
 
     @functools.cached_property
@@ -353,8 +362,12 @@ class Space:
         return self.regions[region].kernels[mask][kernel].seconds
 
     def default(self) -> Point:
-        """The program of the least predicted time: what is compiled without a search."""
-        return self.shortest(self.predicted)
+        """The program of the least predicted time of kernels that need no search: what is compiled without one."""
+        return self.shortest(self._quick)
+
+    def _quick(self, region: int, mask: int, kernel: int) -> float:
+        offline = self.regions[region].kernels[mask][kernel].offline
+        return math.inf if offline else self.predicted(region, mask, kernel)
 
     def shortest(self, costs: Costs) -> Point:
         """The program with the least sum of ``costs``. Raises SearchError when no legal program has finite ones."""
@@ -391,14 +404,18 @@ class Space:
         Single operators keep their best kernel, so every bit string stays repairable.
         """
         costs = self.predicted if costs is None else costs
+        start = self.default()
         kept = []
         dropped = 0
         for at, space in enumerate(self.regions):
             through = _through(space, functools.partial(costs, at))
             limit = min(through.values()) * slack
+            kept_always = set(start.regions[at])
             allowed: dict[int, tuple[int, ...]] = {}
             for mask, choices in space.allowed.items():
-                some = tuple(k for k in choices if through.get((mask, k), math.inf) <= limit)
+                some = tuple(
+                    k for k in choices if through.get((mask, k), math.inf) <= limit or (mask, k) in kept_always
+                )
                 if not some and not mask & (mask - 1):
                     some = (min(choices, key=functools.partial(costs, at, mask)),)
                 dropped += len(choices) - len(some)
@@ -443,6 +460,12 @@ class Space:
                 for space in self.regions
             ],
         }
+
+
+def _why_none_offline(target: Target) -> str:
+    if target.arch == "sm_90a" and not target.emulated and gemm_cutlass.include_folder() is None:
+        return "they need CUTLASS's headers; pip install 'sparse-fuser[cuda]'"
+    return "they run linear layers in fp16 or bf16 on sm_90a (H100, H200), and this model or target has none"
 
 
 def _family(choice: GroupChoice) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from fuser.codegen.partition import Choice, GroupChoice, choose
 from fuser.codegen.render import render
-from fuser.ir.errors import BuildError, FuserError, SchemeError
+from fuser.ir.errors import BuildError, FuserError, KernelError, SchemeError
 from fuser.ir.graph import Kind, Region
 from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
@@ -106,7 +106,8 @@ class Tuner:
 
     def _candidates(self, choice: GroupChoice) -> list[list[GroupChoice]]:
         """Ways to run a group, the given one first."""
-        if choice.family is None or choice.family.name != GemmFamily.name:
+        if choice.family is None or choice.family.name != GemmFamily.name or self.target.emulated:
+            # How fast the emulator is says nothing about a GPU.
             return [[choice]]
         found = [[choice]]
         library = [p for p in choice.family.space(choice.match, self.target) if isinstance(p, LibraryParameters)]
@@ -124,10 +125,13 @@ class Tuner:
             return None
         first = group.graph.group(head)
         match = GemmFamily().match(first, self.target)
-        if match is None or match.library is None:
+        if match is None:
             return None
-        cost = GemmFamily().cost(match, match.library, self.target)
-        library = GroupChoice(first, GemmFamily(), match, match.library, cost, cost.seconds(self.target), False)
+        known = (p for p in GemmFamily().space(match, self.target) if isinstance(p, LibraryParameters))
+        if (parameters := next(known, None)) is None:
+            return None
+        cost = GemmFamily().cost(match, parameters, self.target)
+        library = GroupChoice(first, GemmFamily(), match, parameters, cost, cost.seconds(self.target), False)
         try:
             return [library, *choose([group.graph.group(rest)], FAMILIES, self.target)]
         except ValueError:
@@ -140,8 +144,8 @@ class Tuner:
             # All together: only times of one run may be compared.
             try:
                 times = measure(candidates, self.target, self.threads, cache)
-            except BuildError as error:
-                logger.warning("a candidate kernel did not build and is not considered: %s", error)
+            except (BuildError, KernelError, torch.OutOfMemoryError) as error:
+                logger.warning("ways to run a product could not be compared, so the first is taken: %s", error)
                 return candidates[0]
             self.measured += len(candidates)
             seconds = [t.seconds for t in times]

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,11 +30,12 @@ from torch import Tensor
 from fuser.codegen.assemble import Assembly, OperatorMeaning, assemble
 from fuser.codegen.partition import GroupChoice
 from fuser.ir.graph import OperatorGraph, TensorSpec
-from fuser.ir.target import Target
+from fuser.ir.target import TF32, Target
 from fuser.kernels.base import Literal, TensorRef
+from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.library import load
-from fuser.runtime.program import Arena, Program
-from fuser.search.measure import constant, random_tensor
+from fuser.runtime.program import CPU, Program
+from fuser.search.measure import constant, copies_of, device_of, random_tensor, timer
 from fuser.search.standalone import subgraph
 
 logger = logging.getLogger("fuser")
@@ -42,8 +43,9 @@ logger = logging.getLogger("fuser")
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Largest relative L2 error against double precision, by the least precise dtype of the operators: twenty times what
 eager PyTorch shows on layers of transformers, a thousandth of what a wrong kernel does."""
-_MOST_COPIES = 6
 _LEAST_ROUNDS = 5
+_FEW_ROUNDS = 3  # for units so slow that more would take many times the budget
+_LONG = 4.0
 _MOST_ROUNDS = 30
 _CLEARLY = 1.08
 _MEMORY = 3 << 30
@@ -81,11 +83,15 @@ class Timing:
 
 
 class Worker:
-    """The process and the way to it. ``timeout`` is how long, in seconds, one step of one candidate may take."""
+    """The process and the way to it. ``timeout`` is how long, in seconds, one step of one candidate may take.
+
+    For a GPU the process uses the one that is current here when the worker is made.
+    """
 
     def __init__(self, target: Target, threads: int, timeout: float = _ANSWER_SECONDS) -> None:
         self.target = target
         self.threads = threads
+        self.device = device_of(target)
         self.timeout = timeout
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -141,6 +147,8 @@ class Worker:
                     times: dict[str, Timing] = content[0]
                     return times
                 else:
+                    if kind == "lost":
+                        self.close()
                     return current, content[0]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return current, f"{self._end()} while {doing}"
@@ -155,10 +163,12 @@ class Worker:
         back, away = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         paths = os.pathsep.join(p for p in sys.path if p)
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads)}
-        if "OMP_PROC_BIND" not in environment and "GOMP_CPU_AFFINITY" not in environment:
-            # Threads that wander between cores find cold caches there.
-            environment |= {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+        environment = {**os.environ, "PYTHONPATH": paths}
+        if self.target.kind == "cpu":
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+            if "OMP_PROC_BIND" not in environment and "GOMP_CPU_AFFINITY" not in environment:
+                # Threads that wander between cores find cold caches there.
+                environment |= {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
         command = [sys.executable, "-c", "from fuser.search.worker import main; main()", str(there), str(away)]
         self._process = subprocess.Popen(
             command,
@@ -174,7 +184,7 @@ class Worker:
         os.close(away)
         self._connection = Connection(here, readable=False)
         self._answers = Connection(back, writable=False)
-        self._connection.send((self.target, self.threads))
+        self._connection.send((self.target, self.threads, self.device))
         return self._connection, self._answers
 
     def _end(self) -> str:
@@ -210,11 +220,12 @@ class _Loaded:
 class _Bench:
     """The candidates that this process has loaded."""
 
-    def __init__(self, target: Target, threads: int, say: Any) -> None:
+    def __init__(self, target: Target, threads: int, device: torch.device, say: Any) -> None:
         self.target = target
         self.threads = threads
+        self.device = device
         self.say = say
-        self.arena = Arena()
+        self.arena = arena_of(device)
         self.loaded: dict[str, _Loaded] = {}
         self.wrong: dict[str, str] = {}
         self.weights: dict[tuple[str, str, int], Tensor] = {}
@@ -225,7 +236,7 @@ class _Bench:
         ready: dict[str, _Loaded] = {}
         found: dict[str, Timing] = {}
         if self._bytes() > _MEMORY:
-            for kept in (self.loaded, self.weights, self.packed):
+            for kept in (self.loaded, self.weights, self.packed, self.references):
                 kept.clear()
         for unit in units:
             self.say("doing", unit.key, "loading and checking it")
@@ -233,6 +244,8 @@ class _Bench:
                 if unit.key not in self.loaded and unit.key not in self.wrong:
                     self._load(unit)
             except Exception as error:
+                if self.is_lost():
+                    raise
                 self.wrong[unit.key] = f"{type(error).__name__}: {error}"
             if unit.key in self.wrong:
                 found[unit.key] = Timing(None, failure=self.wrong[unit.key])
@@ -240,30 +253,48 @@ class _Bench:
                 ready[unit.key] = self.loaded[unit.key]
         return found | self._interleaved(ready, budget, race)
 
+    def is_lost(self) -> bool:
+        """Whether a kernel has left the GPU unusable for this process, as one does that writes where it may not."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError:
+                return True
+        return False
+
     def _bytes(self) -> int:
-        return sum(t.nbytes for kept in (self.weights, self.packed) for t in kept.values())
+        found = sum(t.nbytes for kept in (self.weights, self.packed) for t in kept.values())
+        return found + sum(t.nbytes for results in self.references.values() for t in results.values())
 
     def _load(self, unit: Unit) -> None:
         graph = subgraph(unit.choices)
         assembly = assemble(graph, unit.choices, self.target, self.threads)
         kernels = {s.symbol: load(unit.paths[s.symbol], s.symbol) for s in assembly.sources}
-        size = sum(graph.values[v].nbytes for v in graph.constants)
-        enough = max(-(-3 * self.target.cache_bytes[2] // (2 * max(size, 1))), 1)
-        copies = max(min(enough, _MOST_COPIES, unit.copies), 1)
+        copies = self._copies(unit, graph)
         inputs = [self._tensor(unit.region, v, graph.values[v], 0) for v in graph.inputs]
         programs = []
         for copy in range(copies):
             constants = [self._constant(unit.region, graph, ref, copy) for ref in assembly.plan.constants]
-            programs.append(Program(assembly.plan, kernels, constants, self.arena))
+            programs.append(program_of(assembly.plan, kernels, constants, self.target, self.arena, graphs=False))
         if reason := self._error(unit, graph, assembly, programs[0], inputs):
             self.wrong[unit.key] = reason
         else:
             self.loaded[unit.key] = _Loaded(programs, inputs, graph.outputs)
 
+    def _copies(self, unit: Unit, graph: OperatorGraph) -> int:
+        """So many sets of the unit's weights that they come from memory, or stay in the cache, as in the model."""
+
+        def weights(graph: OperatorGraph) -> int:
+            return sum(graph.values[v].nbytes for v in graph.constants)
+
+        enough = copies_of(graph, self.target)
+        model = unit.copies * weights(unit.choices[0].group.graph)
+        return enough if 2 * model >= 3 * self.target.cache_bytes[2] else max(min(enough, unit.copies), 1)
+
     def _tensor(self, region: str, name: str, spec: TensorSpec, copy: int) -> Tensor:
         key = (region, name, copy)
         if key not in self.weights:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}\0{copy}".encode()))
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name}\0{copy}".encode()))
             self.weights[key] = random_tensor(spec, generator)
         return self.weights[key]
 
@@ -272,7 +303,7 @@ class _Bench:
         if key not in self.packed:
             names = [ref] if isinstance(ref, str) else [] if isinstance(ref, Literal) else [ref.value]
             weights = {v: self._tensor(region, v, graph.values[v], copy) for v in names}
-            self.packed[key] = constant(ref, weights)
+            self.packed[key] = constant(ref, weights, self.device)
         return self.packed[key]
 
     def _error(
@@ -281,13 +312,15 @@ class _Bench:
         """Why the numbers of a program are wrong, empty when they are right."""
         key = (unit.region, frozenset(op.name for op in graph.compute))
         if key not in self.references:
-            self.references[key] = reference(graph, lambda name: self._tensor(unit.region, name, graph.values[name], 0))
+            self.references[key] = reference(
+                graph, lambda name: self._tensor(unit.region, name, graph.values[name], 0), self.device
+            )
         expected = self.references[key]
         program(inputs)
         results = program(inputs)
-        # The least precise dtype that anything passes through bounds what can be expected.
-        dtypes = {graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)}
-        tolerance = max((TOLERANCES[d] for d in dtypes if d in TOLERANCES), default=0.0)
+        limit = tolerance(
+            (graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)), self.target
+        )
         for name, got in zip(graph.outputs, results, strict=True):
             want = expected[name]
             if tuple(got.shape) != tuple(want.shape):
@@ -297,36 +330,42 @@ class _Bench:
                     return f"wrong numbers: {name} differs"
                 continue
             error = relative_error(got, want)
-            if not error <= tolerance:
-                return f"wrong numbers: the relative error of {name} is {error:.1e}, over {tolerance:.0e}"
+            if not error <= limit:
+                return f"wrong numbers: the relative error of {name} is {error:.1e}, over {limit:.0e}"
         return ""
 
     def _interleaved(self, ready: Mapping[str, _Loaded], budget: float, race: bool) -> dict[str, Timing]:
         times: dict[str, list[float]] = {key: [] for key in ready}
+        with self.arena.lock:
+            # Timers on a GPU hold addresses of the arena, which must not grow while they are used.
+            self.arena.require(max((u.programs[0].plan.arena_bytes for u in ready.values()), default=0))
+        timers = {}
+        for key, loaded in ready.items():
+            self.say("doing", key, "timing it")
+            timers[key] = timer(loaded.programs, loaded.inputs)
         early: set[str] = set()
         first = next(iter(ready), None)
         started = time.perf_counter()
         done = -1
         while first is not None and done < _MOST_ROUNDS:
-            for key, loaded in ready.items():
+            for key, run in timers.items():
                 if key in early:
                     continue
                 self.say("doing", key, "timing it")
-                for program in loaded.programs:
-                    clock = time.perf_counter()
-                    program(loaded.inputs)
-                    if done >= 0:
-                        # The round before the first loads code and data.
-                        times[key].append(time.perf_counter() - clock)
+                found = run()
+                if done >= 0:
+                    # The round before the first loads code and data.
+                    times[key] += found
             done += 1
-            if done >= 3 and race:
+            if done >= _FEW_ROUNDS and race:
                 bar = statistics.median(times[first])
                 for key in ready:
                     if key != first and statistics.median(times[key]) > _CLEARLY * bar and min(times[key]) > bar:
                         early.add(key)
                 if len(early) == len(ready) - 1:
                     break
-            if done >= _LEAST_ROUNDS and time.perf_counter() - started > budget:
+            spent = time.perf_counter() - started
+            if spent > budget and (done >= _LEAST_ROUNDS or (done >= _FEW_ROUNDS and spent > _LONG * budget)):
                 break
         return {key: _timing(times[key], times[first], key in early) for key in ready if first is not None}
 
@@ -335,6 +374,15 @@ def _timing(times: Sequence[float], beside: Sequence[float], early: bool) -> Tim
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     ratio = statistics.median(mine / theirs for mine, theirs in zip(times, beside, strict=False))
     return Timing(statistics.median(times), quarters[2] - quarters[0], len(times), ratio, early)
+
+
+def tolerance(dtypes: Iterable[torch.dtype], target: Target) -> float:
+    """The largest relative error that is right for operators with values of these types: that of the least precise."""
+    found = set(dtypes)
+    if TF32 in target.features and torch.float32 in found:
+        # It has as many bits of mantissa.
+        found.add(torch.float16)
+    return max((TOLERANCES[dtype] for dtype in found if dtype in TOLERANCES), default=0.0)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -349,14 +397,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def reference(graph: OperatorGraph, tensor: Any) -> dict[str, Tensor]:
-    """The outputs of a graph by PyTorch in double precision; ``tensor(name)`` gives inputs and constants."""
+def reference(graph: OperatorGraph, tensor: Any, device: torch.device = CPU) -> dict[str, Tensor]:
+    """The outputs of a graph by PyTorch in double precision; ``tensor(name)`` gives inputs and constants on
+    ``device``."""
     storages: dict[str, Tensor] = {}
 
     def storage(base: str) -> Tensor:
         if base not in storages:
             spec = graph.values[base]
-            storages[base] = torch.zeros(max(spec.extent, 1), dtype=_wide(spec.dtype))
+            storages[base] = torch.zeros(max(spec.extent, 1), dtype=_wide(spec.dtype), device=device)
         return storages[base]
 
     def view(name: str) -> Tensor:
@@ -390,15 +439,24 @@ def main() -> None:
         # A hanging kernel must not outlive a search that was killed.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     try:
-        target, threads = requests.recv()
-        torch.set_num_threads(threads)
-        bench = _Bench(target, threads, lambda *message: answers.send(message))
+        target, threads, device = requests.recv()
+        if target.kind == "cpu":
+            torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high" if TF32 in target.features else "highest")
+        bench = _Bench(target, threads, device, lambda *message: answers.send(message))
         while True:
             _, units, budget, race = requests.recv()
             try:
                 answers.send(("times", bench.time(units, budget, race)))
             except Exception as error:
                 traceback.print_exc()
-                answers.send(("failed", f"{type(error).__name__}: {error}"))
+                reason = f"{type(error).__name__}: {error}"
+                if bench.is_lost():
+                    # Nothing that this process asks of the GPU from here on would be answered.
+                    answers.send(("lost", f"made the GPU unusable for its process: {reason}"))
+                    return
+                answers.send(("failed", reason))
     except (EOFError, BrokenPipeError):
         return

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,21 +36,14 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))
 
 import loops
+from bert_layer import Builder, layer, objective
 from harness import RESULTS, machine
 
-from fuser import zoo
-from fuser.capture import capture, flatten_call
-from fuser.codegen.render import TEMPLATES
-from fuser.ir.errors import SchemeError
-from fuser.ir.graph import Region
 from fuser.ir.masks import Fixed, Mask, Strided
 from fuser.ir.target import Target
-from fuser.raising import raise_graph
-from fuser.runtime.build import Source, build
-from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.cache import default_cache
 from fuser.runtime.device import cpu_target
 from fuser.schemes import from_atoffer
-from fuser.search.measured import MeasuredObjective
 from fuser.search.objective import AdditiveObjective, KernelTime, Objective, Outcome
 from fuser.search.space import Groups, Point, Space
 from fuser.search.study import search
@@ -68,24 +61,6 @@ LABELS = {
     "annealing": "simulated annealing, 16-bit schemes",
 }
 _COLOURS = ("#2563eb", "#0891b2", "#ea580c", "#64748b", "#9333ea")
-
-
-def layer(mask: Mask, batch: int, length: int) -> list[Region]:
-    """The attention half and the feed-forward half of a BERT-base layer, as they are captured."""
-    configuration = zoo.configuration("bert-base")
-    model, sizes = configuration.build(layers=1, batch=batch, seq=length)
-    captured = capture(model, flatten_call((), configuration.example(sizes, False)))
-    found = {region.hash: region for region in raise_graph(captured, mask).regions}
-    return [region for region in found.values() if is_half(region)]
-
-
-def is_half(region: Region) -> bool:
-    """Whether 16-bit schemes say something about a region."""
-    try:
-        from_atoffer(loops.START, region)
-    except SchemeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -333,27 +308,19 @@ def tabled(space: Space, kind: str) -> Iterator[Table]:
     if kind == "predicted":
         yield Table(space, lambda: AdditiveObjective(space))
         return
-    spent: list[float] = []
-
-    def built(sources: Sequence[Source]) -> Mapping[str, Path]:
-        begin = time.perf_counter()
-        paths = build(sources, space.target, headers=TEMPLATES / space.target.kind, cache=default_cache())
-        spent.append(time.perf_counter() - begin)
-        return paths
-
+    builder = Builder(space, default_cache())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        Path(folder).chmod(0o700)
         worker: list[Worker] = []
 
         def fresh() -> Objective:
-            made = MeasuredObjective(space, cache=KernelCache(Path(folder)), builder=built)
+            made = objective(space, Path(folder), builder)
             stack.callback(made.close)
             # One process measures for all, so that none pays for its start.
             worker.append(made.worker)
             made.worker = worker[0]
             return made
 
-        yield Table(space, fresh, lambda: math.fsum(spent))
+        yield Table(space, fresh, lambda: builder.seconds)
 
 
 _FRESH = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fuser import zoo
@@ -42,6 +43,15 @@ class Named:
     @property
     def call(self) -> FlatCall:
         return flatten_call(self.args, self.kwargs)
+
+    def to(self, device: torch.device) -> Named:
+        """The same on ``device``; the model itself moves."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        args, kwargs = pytree.tree_map(move, (self.args, dict(self.kwargs)))
+        return Named(self.name, self.model.to(device), args, kwargs)
 
 
 def parse_mask(text: str) -> Mask | None:

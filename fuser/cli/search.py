@@ -15,8 +15,12 @@ from fuser.cli.output import Json, console, print_json, progress
 from fuser.ir.errors import FuserError
 
 if TYPE_CHECKING:
+    import torch
+
     from fuser.ir.graph import OperatorGraph
-    from fuser.search.study import Progress, SearchResult, StudyView
+    from fuser.ir.target import Target
+    from fuser.search.ledger import StudyView
+    from fuser.search.run import Progress, SearchResult
 
 Storage = Annotated[
     str | None,
@@ -43,6 +47,20 @@ def search(
     vocabulary: Size = None,
     dtype: Dtype = "float32",
     threads: Threads = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What to search for: cpu, cuda, cuda:1 …, or cuda:emulated, which runs CUDA kernels on the CPU; how "
+            "long that takes says nothing about a GPU.",
+            show_default="cpu",
+        ),
+    ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline", help="Also kernels that take about a minute each to build: those of CUTLASS, on sm_90a."
+        ),
+    ] = False,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Programs to try, those of earlier runs of the study included.")
     ] = None,
@@ -93,6 +111,8 @@ def search(
         "vocabulary": vocabulary,
         "dtype": dtype,
         "threads": threads,
+        "target": target,
+        "offline": offline,
     }
     if resume:
         view = _resumed(study, storage)
@@ -113,7 +133,7 @@ def search(
 
 
 def _resumed(study: str | None, storage: str | None) -> StudyView:
-    from fuser.search.study import list_studies, open_study
+    from fuser.search.ledger import list_studies, open_study
 
     if study is None:
         known = list_studies(storage)
@@ -145,21 +165,31 @@ def _run(
 ) -> SearchResult:
     import torch
 
+    from fuser.compiler import named_target, on_device
     from fuser.report import target_text
+    from fuser.runtime.cuda import resolve_device
     from fuser.runtime.device import cpu_name, cpu_target
+    from fuser.runtime.program import CPU
     from fuser.schemes import from_atoffer
+    from fuser.search.space import Space
     from fuser.search.study import search as run
+    from fuser.searching import team_of
 
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    target = cpu_target()
-    with progress(f"capturing {options['model']}"):
-        graph = _graph(options)
-    with _display() as show:
+    wanted = options.get("target")
+    target = cpu_target() if wanted is None else named_target(wanted)
+    device = resolve_device(torch.device(wanted or "cpu")) if target.device == "cuda" else CPU
+    threads = team_of(target)
+    with on_device(device), progress(f"capturing {options['model']}"):
+        graph = _graph(options, target, device)
+        space = Space.of(graph, target, threads, offline=bool(options.get("offline")))
+    with on_device(device), _display() as show:
         return run(
             graph,
             target,
-            torch.get_num_threads(),
+            threads,
+            space=space,
             trials=trials,
             timeout=timeout,
             strategy=strategy,
@@ -170,7 +200,8 @@ def _run(
             label=_label(options),
             attributes={
                 "title": _title(options),
-                "machine": f"{cpu_name()}, {target_text(target)}",
+                "machine": f"{cpu_name() if device == CPU else torch.cuda.get_device_name(device)}, "
+                f"{target_text(target)}",
                 "options": dict(options),
                 "outlines": _outlines(graph),
             },
@@ -179,15 +210,15 @@ def _run(
         )
 
 
-def _graph(options: Mapping[str, Any]) -> OperatorGraph:
+def _graph(options: Mapping[str, Any], target: Target, device: torch.device) -> OperatorGraph:
     from fuser.cli.models import parse_mask, resolve
     from fuser.searching import graph_of
 
     names = ("batch", "seq", "layers", "hidden", "heads", "intermediate", "vocabulary")
     attention = parse_mask(options["mask"])
     sizes = {name: options[name] for name in names}
-    named = resolve(options["model"], sizes, padding=options["padding"], dtype=options["dtype"])
-    return graph_of(named.model, named.args, named.kwargs, attention=attention)
+    named = resolve(options["model"], sizes, padding=options["padding"], dtype=options["dtype"]).to(device)
+    return graph_of(named.model, named.args, named.kwargs, attention=attention, target=target)
 
 
 def _outlines(graph: OperatorGraph) -> dict[str, Any]:
@@ -200,10 +231,10 @@ def _outlines(graph: OperatorGraph) -> dict[str, Any]:
 
 def _title(options: Mapping[str, Any]) -> str:
     parts = [str(options["model"])]
-    for name in ("batch", "seq", "layers", "hidden", "heads", "intermediate", "vocabulary", "mask"):
-        if options[name]:
+    for name in ("batch", "seq", "layers", "hidden", "heads", "intermediate", "vocabulary", "mask", "target"):
+        if options.get(name):
             parts.append(f"{name} {options[name]}")
-    parts += ["padding"] if options["padding"] else []
+    parts += [name for name in ("padding", "offline") if options.get(name)]
     parts += [options["dtype"]] if options["dtype"] != "float32" else []
     return ", ".join(parts)
 
@@ -212,7 +243,7 @@ def _label(options: Mapping[str, Any]) -> str:
     """The start of the name of a new study, such as ``bert-base-b8-s512-strided``."""
     parts = [str(options["model"]).replace(":", "."), f"b{options['batch'] or 1}"]
     parts += [f"s{options['seq']}"] if options["seq"] else []
-    parts += [options["mask"].replace(":", ".")] if options["mask"] else []
+    parts += [str(options[name]).replace(":", ".") for name in ("mask", "target") if options.get(name)]
     return "-".join(parts)
 
 

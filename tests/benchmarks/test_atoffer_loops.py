@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from fuser.schemes import from_atoffer
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def loops() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("atoffer_loops", ROOT / "benchmarks" / "atoffer" / "loops.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("atoffer/loops")
 
 
 def runs_attention_kernel(value: int) -> bool:

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from fuser.ir.target import Target
 from fuser.schemes import bert_layer
 from fuser.search.objective import AdditiveObjective
 from fuser.search.space import Space
 
-FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "atoffer"
 TARGET = Target("cpu", "avx2", frozenset(), 2, (32768, 2**20, 2**25), 5e10, 1e10, 1e-6)
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("atoffer_run", FOLDER / "run.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up.
-        patch.setitem(sys.modules, "atoffer_run", module)
-        patch.setattr(sys, "path", [*sys.path])
-        spec.loader.exec_module(module)
-        yield module
+def run() -> ModuleType:
+    return load_script("atoffer/run")
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_table", ROOT / "benchmarks" / "table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("table")
 
 
 MACHINE = {"cpu": "Some CPU", "arch": "avx512", "threads": 2, "peak_gflops_a_core": 99.6, "commit": "abcdef0123456"}
@@ -80,6 +76,31 @@ def test_attention(table: ModuleType) -> None:
     )
     assert "| strided 1024 | 1.23 | 7.5 | – | – | **6.10×** | 1.50 | 50% |" in lines
     assert "| dense 1024 | 2 | – | 4 | 3 | **1.50×** | 1.00 | 75% |" in lines
+    assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
+
+
+SEARCH: dict[str, Any] = {
+    "machine": MACHINE,
+    "results": [
+        {
+            "shape": "8x128",
+            "programs": "125108160",
+            "cold": {"seconds": 120.4, "overhead_share": 0.01},
+            "warm": {"seconds": 31.6, "overhead_share": 0.0123},
+            "default_over_best": [1.02, 0.998, 1.01],
+            "layer": {
+                "evaluations_until_within_2_percent": 22,
+                "gap_to_exhaustive": -0.0042,
+                "gap_to_best_seen": 0.0111,
+            },
+        }
+    ],
+}
+
+
+def test_search(table: ModuleType) -> None:
+    lines = table.search(SEARCH).splitlines()
+    assert "| 8x128 | 1.3e+08 | 120 | 32 | 1.2% | 1.010× (0.998–1.020) | 22 | -0.4% | +1.1% |" in lines
     assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fuser.ir.target import emulated_target
 from fuser.runtime.device import cpu_target
+from fuser.search.ledger import open_study
 from fuser.search.objective import AdditiveObjective, Outcome
+from fuser.search.run import Progress
 from fuser.search.space import Point
-from fuser.search.study import Progress, open_study
 
 TINY = ["--model", "transformer-encoder", "--layers", "2", "--hidden", "32", "--heads", "2", "--intermediate", "64"]
 SEARCH = ["search", *TINY, "--seq", "16"]
@@ -196,6 +199,8 @@ def test_wrong_usage_exits_with_2(run: Any, arguments: list[str]) -> None:
         (["search", "--model", "no-such-model"], "no built-in configuration"),
         ([*SEARCH, "--mask", "triangle"], "no mask 'triangle'"),
         ([*SEARCH, "--timeout", "0"], "timeout must be a positive number"),
+        ([*SEARCH, "--target", "gpu"], "there is no target 'gpu'"),
+        ([*SEARCH, "--offline"], "no kernels to build offline"),
         ([*SEARCH, "--storage", "/dev/null/studies.journal"], "the storage /dev/null/studies.journal failed"),
         ([*SEARCH, "--storage", "nonsense://somewhere"], "the storage nonsense://somewhere failed"),
         (["search", "--resume"], "there is no study to resume"),
@@ -211,6 +216,26 @@ def test_errors_are_one_line_and_exit_with_1(run: Any, arguments: list[str], mes
     assert code == 1 and out == ""
     assert err.startswith("fuserc: ") and message in err
     assert "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("predicted")
+def test_cuda_targets(run: Any) -> None:
+    small = [*SEARCH, "--layers", "1", "--trials", "2", "--dtype", "float16"]
+    code, out, _ = run(*small, "--target", "cuda:emulated", "--json")
+    assert code == 0
+    view = open_study(json.loads(out)["study"])
+    assert view.context["target"] == emulated_target().key and view.context["threads"] == emulated_target().cores
+    assert view.attributes["title"].endswith("target cuda:emulated, float16")
+    assert {k["family"] for region in view.space["regions"] for ks in region["kernels"].values() for k in ks} >= {
+        "attention",
+        "gemm",
+        "rowwise",
+    }
+    # The study knows its target.
+    assert json.loads(run("search", "--resume", "--trials", "3", "--json")[1])["trials"] == 3
+    if not torch.cuda.is_available():
+        code, _, err = run(*small, "--target", "cuda")
+        assert code == 1 and err.startswith("fuserc: this ") and ("CUDA" in err or "driver" in err)
 
 
 @pytest.mark.usefixtures("predicted")

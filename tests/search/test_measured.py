@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,11 +23,13 @@ from fuser.raising import raise_graph
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
+from fuser.search.ledger import open_study
 from fuser.search.measured import KERNEL_RECORD, PROGRAM_RECORD, MeasuredObjective
+from fuser.search.objective import KernelTime
 from fuser.search.space import Point, Space
 from fuser.search.standalone import subgraph
-from fuser.search.study import open_study, search
-from fuser.search.worker import TOLERANCES, reference, relative_error
+from fuser.search.study import search
+from fuser.search.worker import TOLERANCES, Timing, Unit, reference, relative_error
 
 TARGET = dataclasses.replace(cpu_target(), peak_flops=1e11, bandwidth=1e10, launch_seconds=1e-6)
 SPOILT = {
@@ -136,6 +139,44 @@ def test_nothing_is_measured_twice(space: Space, cache: KernelCache) -> None:
     for kind in (PROGRAM_RECORD, KERNEL_RECORD):
         (record,) = cache.records(kind)
         assert record["target"] == TARGET.key and record["threads"] == 2 and record["torch"] == torch.__version__
+
+
+def test_luck_does_not_add_up(space: Space, cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = MeasuredObjective(space, cache, builder=lambda sources: {})
+
+    def lucky(units: Sequence[Unit], budget: float, **options: object) -> list[Timing]:
+        return [Timing(1e-3, runs=5), Timing(0.99e-3, runs=5, ratio=0.99)][-len(units) :]
+
+    monkeypatch.setattr(objective.worker, "time", lucky)
+    generator = np.random.default_rng(0)
+    points = list(dict.fromkeys(space.random(generator) for _ in range(40)))
+    times = [objective(point).seconds or 0.0 for point in points]
+    assert len(points) > 10
+    first = sum(region.count * objective._first[at][1] for at, region in enumerate(space.regions))
+    assert min(times) == pytest.approx(0.99 * first, rel=1e-9)
+    objective.close()
+
+
+def test_kernels_that_were_not_measured_are_predicted_from_their_family(
+    space: Space, cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = MeasuredObjective(space, cache, builder=built)
+    keys = [
+        (at, mask, kernel)
+        for at, region in enumerate(space.regions)
+        for mask, kernels in region.kernels.items()
+        for kernel, choice in enumerate(kernels)
+        if choice.family is not None and choice.family.name == "gemm"
+    ]
+    times = {key: space.predicted(*key) * factor for key, factor in zip(keys, (1.5, 1.1, 3.0, 1.2, 1.4), strict=False)}
+    monkeypatch.setattr(objective, "_kernel", lambda *key: KernelTime(*key, times[key]))
+    assert objective.costs(*keys[0]) == space.predicted(*keys[0])
+    for key in times:
+        objective.kernel(*key)
+        assert objective.costs(*key) == times[key]
+    rest = keys[len(times) :]
+    assert rest and all(objective.costs(*key) == pytest.approx(1.2 * space.predicted(*key)) for key in rest)
+    objective.close()
 
 
 def test_other_threads_are_measured_anew(space: Space, cache: KernelCache) -> None:

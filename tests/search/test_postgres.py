@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fuser.ir.errors import SearchError
-from fuser.search.study import list_studies, open_study
+from fuser.search.ledger import list_studies, open_study
 
 TESTS = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("study_tests", TESTS / "test_study.py")

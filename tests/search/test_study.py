@@ -21,9 +21,11 @@ import pytest
 from fuser.ir.errors import SearchError
 from fuser.runtime.device import cpu_target
 from fuser.schemes import bert_layer, from_atoffer
+from fuser.search.ledger import list_studies, open_study
 from fuser.search.objective import AdditiveObjective, Outcome
+from fuser.search.run import Progress, SearchResult, spearman
 from fuser.search.space import Point, RegionSpace, Space
-from fuser.search.study import STRATEGIES, Progress, SearchResult, list_studies, open_study, search, spearman
+from fuser.search.study import STRATEGIES, search
 
 TARGET = dataclasses.replace(cpu_target(), peak_flops=1e11, bandwidth=1e10, launch_seconds=1e-6)
 LAYER = bert_layer(sequence=16, hidden=64, heads=2, inner=128)
@@ -134,6 +136,28 @@ def test_failures_are_kept_with_their_reasons(tmp_path: Path) -> None:
 def test_a_plateau_ends_the_search(tmp_path: Path) -> None:
     found = run(tmp_path, trials=500, plateau=12)
     assert found.stopped == "plateau" and found.trials < 100
+
+
+def test_gains_of_the_size_of_noise_do_not_prolong_a_search(tmp_path: Path) -> None:
+    class Luckier(AdditiveObjective):
+        """Every program is a little faster than those before."""
+
+        def __call__(self, point: Point) -> Outcome:
+            return dataclasses.replace(super().__call__(point), seconds=1e-3 * (1 - 1e-6 * self.evaluated))
+
+    found = run(tmp_path, "reward", trials=500, plateau=12, objective=Luckier(SPACE, costs))
+    assert found.stopped == "plateau" and found.trials == 13
+
+
+def test_slow_trials_that_bring_nothing_end_the_default_search_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = run(tmp_path, study="patient", trials=500)
+    monkeypatch.setattr("fuser.search.study._PATIENCE_SECONDS", 0.0)
+    found = run(tmp_path, trials=500)
+    assert found.stopped == patient.stopped == "plateau"
+    assert 8 <= found.trials < patient.trials
+    assert run(tmp_path, study="asked", trials=40, plateau=1000).trials == 40
 
 
 def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:

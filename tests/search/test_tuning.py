@@ -10,18 +10,21 @@ from torch import nn
 
 import fuser
 from fuser.capture import capture, flatten_call
-from fuser.codegen.partition import Choice, default_scheme
+from fuser.codegen.partition import Choice, GroupChoice, default_scheme
 from fuser.compiler import choose_all
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
+from fuser.ir.target import cuda_target
+from fuser.kernels.base import floating
 from fuser.kernels.families import FAMILIES
 from fuser.kernels.gemm import LibraryParameters
 from fuser.raising import raise_graph
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning
+from fuser.search.run import SearchResult
 from fuser.search.standalone import subgraph
-from fuser.search.study import SearchResult, search
+from fuser.search.study import search
 from fuser.search.tuning import RECORD, Tuner, tuner_for
 
 TARGET = cpu_target()
@@ -111,6 +114,41 @@ def test_the_library_is_taken_only_where_it_is_faster(cache: KernelCache, monkey
     assert sum(isinstance(g.parameters, LibraryParameters) for c in won for g in c.groups) == 2
     names = [op.name for c in won for g in c.groups for op in g.group.operators]
     assert sorted(names) == sorted(op.name for r in graph.regions for op in r.operators)
+
+
+def on_gpu(cache: KernelCache) -> list[GroupChoice]:
+    """What a tuner for a GPU chooses for the groups of a model."""
+    target = cuda_target("sm_80")
+    model = nn.Sequential(nn.Linear(40, 72), nn.GELU()).eval().half()
+    graph = raise_graph(capture(model, flatten_call((torch.randn(9, 40).half(),), {})), None, floating(target))
+    regions = {region.hash: region for region in graph.regions}.values()
+    tuner = Tuner(target, target.cores, cache=cache)
+    refined = tuner.refine([(default_scheme(region, FAMILIES, target), region) for region in regions])
+    return [group for choice in refined for group in choice.groups]
+
+
+def test_on_a_gpu_a_product_is_compared_with_cublas(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "prepare", lambda *arguments: None)
+    pretend(monkeypatch, 0.5)
+    library = [group for group in on_gpu(cache) if isinstance(group.parameters, LibraryParameters)]
+    assert library
+    for group in library:
+        assert group.family is not None and group.measured
+        # A record that names it is found again.
+        assert group.parameters in list(group.family.space(group.match, cuda_target("sm_80")))
+
+
+def test_without_memory_to_measure_in_the_model_decides(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(tuning, "measure", full)
+    groups = on_gpu(cache)
+    assert groups and not any(group.measured for group in groups)
+    assert "CUDA out of memory" in caplog.text
 
 
 def test_programs_with_the_library_are_right(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
