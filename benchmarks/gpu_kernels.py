@@ -1,8 +1,9 @@
 """What is known of the CUDA kernels of real models without a GPU: registers, shared memory and spills as ptxas reports
-them, occupancy by calculation, and flops and bytes against the floor. Needs nvcc and a C++ compiler.
+them, occupancy by calculation, flops and bytes against the floor, and instructions by disassembly; and the registers of
+every tile that products can choose from. Needs nvcc and a C++ compiler, and for instructions nvdisasm.
 
-    python benchmarks/gpu_kernels.py --write                # docs/cuda-kernels.md
-    python benchmarks/gpu_kernels.py --cases bert-base:1x128:float16 --archs sm_90a
+    python benchmarks/gpu_kernels.py --write                # docs/cuda-kernels.md; minutes
+    python benchmarks/gpu_kernels.py --cases bert-base:1x128:float16 --archs sm_90a --tiles
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from torch import Tensor, nn
 import fuser
 from fuser.capture import capture, flatten_call
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.render import header_folder
+from fuser.codegen.render import header_folder, render
 from fuser.compiler import choose_all
+from fuser.ir.expression import Builder, Op
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target, cuda_target, emulated_target
-from fuser.kernels.base import Cost, floating
+from fuser.kernels import gemm_cuda
+from fuser.kernels.base import Access, Cost, DType, KernelSpec, Operand, floating
 from fuser.raising import raise_graph
 from fuser.runtime import emulator
-from fuser.runtime.build import Source, build
-from fuser.runtime.nvcc import Resources, find_nvcc, resources
+from fuser.runtime.build import build
+from fuser.runtime.nvcc import Resources, find_disassembler, find_nvcc, resources
 from fuser.runtime.occupancy import Occupancy, occupancy
 from fuser.runtime.program import NativeStep
 
@@ -50,6 +53,10 @@ MASKS: dict[str, Mask | None] = {
     "strided": fuser.masks.Strided(),
     "window": fuser.masks.SlidingWindow(64, 64),
 }
+# Kinds of products: type of storage, and whether tensor cores multiply.
+PRODUCTS = {"fp16": (DType.F16, True), "TF32": (DType.F32, True), "exact fp32": (DType.F32, False)}
+TILED = (768, 3072)
+"""Columns and depth of the product that every tile is compiled for."""
 # Where tensors are pretended to be: aligned as those of PyTorch's allocator are.
 _ADDRESS = 1 << 32
 
@@ -110,8 +117,8 @@ def rows_of(case: str, arch: str) -> list[Row]:
     costs = {"+".join(op.name for op in choice.group.operators): choice.cost for choice in assembly.choices}
     used = [sources[symbol] for symbol in steps]
     paths = build(used, emulated_target(), headers=header_folder(emulated_target()))
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        reports = dict(zip(steps, pool.map(_resources, used, [target] * len(used)), strict=True))
+    tool = find_disassembler(find_nvcc(target))
+    reports = dict(zip(steps, _compile([source.text for source in used], target, tool), strict=True))
     itemsize = getattr(torch, case.split(":")[2]).itemsize
     rows = []
     for symbol, (step, label) in steps.items():
@@ -153,9 +160,44 @@ def floor(cost: Cost, target: Target, itemsize: int) -> float:
     return max(cost.flops / (peak * target.cores), cost.bytes / target.bandwidth)
 
 
+def _compile(texts: Sequence[str], target: Target, disassembler: Path | None = None) -> list[tuple[Resources, ...]]:
+    """What the kernels of every source need, compiled on all cores."""
+    count = len(texts)
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_resources, texts, [target] * count, [disassembler] * count))
+
+
 @functools.lru_cache(maxsize=256)
-def _resources(source: Source, target: Target) -> tuple[Resources, ...]:
-    return resources(source.text, target, headers=header_folder(target))
+def _resources(text: str, target: Target, disassembler: Path | None) -> tuple[Resources, ...]:
+    return resources(text, target, headers=header_folder(target), disassembler=disassembler)
+
+
+def tile_spec(dtype: DType, tensor_cores: bool, tile: gemm_cuda.Tile) -> KernelSpec:
+    """A product with bias and GELU on a tile."""
+    b = Builder()
+    epilogue = b.build(b.apply(Op.GELU, b.apply(Op.ADD, b.input(0), b.input(1))))
+    bias = Operand(Access.MATRIX, dtype)
+    n, k = TILED
+    parameters = gemm_cuda.parameters(n, k, dtype, epilogue, [bias], [dtype], tile, tensor_cores)
+    return KernelSpec("gemm", "cuda/gemm.cu.j2", parameters)
+
+
+def tile_table(archs: Sequence[str]) -> str:
+    """For every kind of product, what all of its tiles need: with one block for a sum and with several."""
+    names = ["architecture", "product", "tiles", "kernels", "most registers", "kernels that spill", "spills B"]
+    words = {"architecture", "product"}
+    lines = [_line(names), _line("---" if name in words else "---:" for name in names)]
+    for arch in archs:
+        target = cuda_target(arch)
+        for product, (dtype, tensor_cores) in PRODUCTS.items():
+            tiles = [t for t in gemm_cuda.legal_tiles(*TILED, dtype, tensor_cores, target) if t.split <= 2]
+            texts = [render(tile_spec(dtype, tensor_cores, tile)).text for tile in tiles]
+            found = [one for report in _compile(texts, target) for one in report]
+            spills = [one.spill_store_bytes + one.spill_load_bytes for one in found]
+            shapes = len({dataclasses.replace(tile, split=1) for tile in tiles})
+            most = max(one.registers for one in found)
+            lines.append(_line([arch, product, shapes, len(found), most, sum(s > 0 for s in spills), sum(spills)]))
+    return "\n".join(lines)
 
 
 def _of(function: str, reports: Sequence[Resources]) -> Resources:
@@ -215,6 +257,20 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def mix_table(rows: Iterable[Row]) -> str:
+    """The instructions of every function by kind, as a table in Markdown; empty where no disassembler was found."""
+    kinds = ["tensor", "FFMA", "other ALU", "shared", "global", "barriers", "local", "control"]
+    names = ["kernel", "function", "instructions", *kinds]
+    lines = [_line(names), _line("---" if name in names[:2] else "---:" for name in names)]
+    for row in rows:
+        mix = row.resources.instructions
+        if mix is None:
+            return ""
+        function = f"`{plain_name(row.launch.function)}`"
+        lines.append(_line([f"{row.family}: {_short(row.operators)}", function, mix.total, *dataclasses.astuple(mix)]))
+    return "\n".join(lines)
+
+
 def _line(cells: Iterable[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -225,25 +281,53 @@ def _short(operators: str) -> str:
     return " + ".join(dict.fromkeys(kind.replace("linear_", "").replace("linear", "bias") for kind in kinds))
 
 
-def document(cases: Sequence[str], archs: Sequence[str]) -> str:
-    """The page: a table for every case and architecture."""
-    release = find_nvcc(cuda_target(archs[0])).name
+def document(cases: Sequence[str], archs: Sequence[str], tiles: bool) -> str:
+    """The page: tables for every case and architecture, and one of all tiles."""
+    nvcc = find_nvcc(cuda_target(archs[0]))
     parts = [
         "# CUDA kernels, without a GPU",
         "",
         "Made by `python benchmarks/gpu_kernels.py --write`; nothing here is measured. Registers, shared memory and",
-        f"spills are ptxas's ({release}).",
+        f"spills are ptxas's ({nvcc.name}).",
         "Occupancy is calculated from them and the launch (`runtime/occupancy.py`). Work is the cost model's, for one",
         "call of a kernel with all of its functions; the floor is its arithmetic or its traffic, whichever takes more",
         "time at the peak of the architecture's reference GPU (`fuser/ir/target.py`), and the prediction is what the",
         "cost model chooses kernels by, with launch overhead. Steps that run a library (cuBLASLt) have no rows.",
+        "",
     ]
+    if find_disassembler(nvcc) is None:
+        parts.append(
+            "**No disassembler was found** (`nvdisasm`, of the CUDA toolkit, or PyPI's `nvidia-cuda-nvdisasm` or "
+            "`triton`): this page has no tables of instructions."
+        )
+    else:
+        parts += [
+            "The second table of a case counts the instructions of the machine code, where they stand, not how often",
+            "they run: tensor cores (HMMA …), FFMA, other arithmetic and moves, shared memory (LDS, LDSM, STS …),",
+            "global memory (LDG, STG, LDGSTS …), barriers, local memory, and control with constants. Code for tensors",
+            "that are not aligned to 16 bytes is among them.",
+        ]
     for case in cases:
         name, shape, dtype, *mask = case.split(":")
         batch, length = shape.split("x")
         shown = f"{name}, {batch} × {length} tokens, {dtype}, {mask[0] if mask else 'dense'} attention"
         for arch in archs:
-            parts += ["", f"## {shown}, {arch}", "", table(rows_of(case, arch))]
+            rows = rows_of(case, arch)
+            parts += ["", f"## {shown}, {arch}", "", table(rows)]
+            if mix := mix_table(rows):
+                parts += ["", mix]
+    if tiles:
+        n, k = TILED
+        parts += [
+            "",
+            "## Every tile of `gemm`",
+            "",
+            f"All tiles of a product with bias and GELU, N = {n} and K = {k}, with the sum of a tile in one block and",
+            "in two (the kernel that adds them up counts, too). Those of bf16 are those of fp16.",
+            "",
+            # What differs between both kinds of sm_90 is not used here.
+            tile_table([arch for arch in archs if arch != "sm_90"]),
+        ]
     return "\n".join([*parts, ""])
 
 
@@ -251,9 +335,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="MODEL:BATCHxLENGTH:DTYPE[:MASK]")
     parser.add_argument("--archs", nargs="+", default=list(ARCHS))
+    parser.add_argument("--tiles", action="store_true", help="also compile every tile; --write does")
     parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name} instead of printing")
     chosen = parser.parse_args()
-    text = document(chosen.cases, chosen.archs)
+    text = document(chosen.cases, chosen.archs, chosen.tiles or chosen.write)
     if chosen.write:
         DOCUMENT.write_text(text, encoding="utf-8")
         print(f"wrote {DOCUMENT}")

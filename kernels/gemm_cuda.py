@@ -66,7 +66,7 @@ _TENSOR_TILES = (
 )
 _FMA_TILES = (
     (128, 128, 2, 4),
-    (128, 64, 4, 1),
+    (128, 64, 2, 2),
     (64, 256, 2, 4),
     (64, 128, 2, 2),
     (64, 64, 2, 2),
@@ -78,6 +78,8 @@ _FMA_TILES = (
 _CUBLAS_ACTIVATIONS = frozenset({Op.RELU, Op.GELU_TANH})
 # Of one SM, about the same on all architectures from sm_80 on.
 _REGISTERS = 65536
+_SHARED = 228 << 10  # bytes, where there is most
+_BLOCK_SHARED = 1024  # that a block takes beside its own
 _SHARED_BANDWIDTH = 2e11  # bytes/s: 128 a clock
 _L2_BANDWIDTH = 6e10  # bytes/s that one SM draws
 LATENCY = 7e-7
@@ -108,15 +110,16 @@ class Tile:
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
 
-    @property
-    def registers(self) -> int:
-        """What a thread may have: twice its sums, beside which fragments and addresses need room."""
-        return 128 if self.bm * self.bn <= 64 * self.threads else 255
+    def blocks(self, itemsize: int) -> int:
+        """Blocks that an SM is to hold: as many as find room in its shared memory, if a thread can have twice the
+        registers of its sums, beside which fragments and addresses need room."""
+        least = 128 if self.bm * self.bn <= 64 * self.threads else 256
+        shared = _SHARED // (self.shared_bytes(itemsize) + _BLOCK_SHARED)
+        return min(_REGISTERS // (least * self.threads), max(1, shared))
 
-    @property
-    def blocks(self) -> int:
-        """Blocks whose registers fit into an SM."""
-        return _REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
+    def registers(self, itemsize: int) -> int:
+        """What a thread may have, so that so many blocks fit."""
+        return min(255, _REGISTERS // (self.blocks(itemsize) * self.threads) // 8 * 8)
 
     def shared_bytes(self, itemsize: int) -> int:
         """Dynamic shared memory: the pipeline, whose place the accumulators (in padded fp32 rows) take at the end."""
@@ -174,6 +177,11 @@ class CudaGemmParameters:
     @property
     def shared_bytes(self) -> int:
         return self.tile.shared_bytes(self.dtype.bytes)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of an SM that registers are shared out for."""
+        return self.tile.blocks(self.dtype.bytes)
 
     def workspace_bytes(self, rows: int) -> int:
         """Scratch for ``rows`` rows of A."""
@@ -342,7 +350,7 @@ def best_tiles(
     def seconds(tile: Tile) -> float:
         return _seconds(tile, rows, n, k, dtype, tensor_cores, reduces, target)
 
-    ranked = sorted(_legal_tiles(n, k, dtype, tensor_cores, target), key=seconds)
+    ranked = sorted(legal_tiles(n, k, dtype, tensor_cores, target), key=seconds)
     # The first of every shape: depth and stages differ less than shapes do.
     best: dict[tuple[int, int, int], Tile] = {}
     for tile in ranked:
@@ -350,7 +358,8 @@ def best_tiles(
     return tuple(itertools.islice(best.values(), _CHOICES))
 
 
-def _legal_tiles(n: int, k: int, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
+def legal_tiles(n: int, k: int, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
+    """Every tile that fits into shared memory, for a weight (N, K) = (``n``, ``k``)."""
     tiles = []
     shapes = _TENSOR_TILES if tensor_cores else _FMA_TILES
     for (bm, bn, warps_m, warps_n), depth, stages in itertools.product(shapes, _DEPTHS, _STAGES):
@@ -408,8 +417,8 @@ def block_seconds(
 
 def resident_blocks(tile: Tile, dtype: DType, target: Target) -> int:
     """Blocks that one SM runs at a time, at least one."""
-    shared = (target.shared_bytes + 1024) // (tile.shared_bytes(dtype.bytes) + 1024)
-    return max(1, min(shared, tile.blocks))
+    shared = (target.shared_bytes + _BLOCK_SHARED) // (tile.shared_bytes(dtype.bytes) + _BLOCK_SHARED)
+    return max(1, min(shared, tile.blocks(dtype.bytes)))
 
 
 def cost(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters, target: Target) -> Cost:

@@ -86,9 +86,15 @@ def resolve_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             raise FuserError("this build of PyTorch has no CUDA; install one that has (https://pytorch.org)")
-        if driver_version() is None:
+        driver = driver_version()
+        if driver is None:
             raise FuserError("this machine has no NVIDIA driver; install one, or run on the CPU")
-        raise FuserError("PyTorch finds no usable GPU: is CUDA_VISIBLE_DEVICES set, and is the driver recent enough?")
+        if driver[0] < int(torch.version.cuda.split(".")[0]):
+            raise FuserError(
+                f"the NVIDIA driver is too old: it runs CUDA up to {driver[0]}.{driver[1]}, and this PyTorch was built "
+                f"with CUDA {torch.version.cuda}; update the driver, or install a PyTorch for CUDA {driver[0]}"
+            )
+        raise FuserError("PyTorch finds no usable GPU: is there one, and is CUDA_VISIBLE_DEVICES right?")
     index = torch.cuda.current_device() if device.index is None else device.index
     if not 0 <= index < torch.cuda.device_count():
         raise FuserError(f"there is no device cuda:{index}; this process sees {torch.cuda.device_count()} GPUs")

@@ -1,7 +1,8 @@
-"""Finding nvcc, of the system or of PyPI's CUDA packages, and what ptxas says about a kernel."""
+"""Finding nvcc, of the system or of PyPI's CUDA packages, and what ptxas and the disassembler say about a kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -10,7 +11,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,9 @@ _SINCE = {
     "sm_120": (12, 8),
 }
 _PACKAGES = ("nvidia.cu13", "nvidia.cuda_nvcc")
+_DISASSEMBLER = "nvdisasm"
+# Triton brings one along.
+_DISASSEMBLER_PACKAGES = ("nvidia.cu13", "nvidia.cuda_nvdisasm", "triton.backends.nvidia")
 _LIBRARY_FOLDERS = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
 _DEFAULT = Path("/usr/local/cuda/bin/nvcc")
 _TIMEOUT = 120.0
@@ -52,10 +57,35 @@ extern "C" int run(float* out, void* stream) {
 
 
 @dataclass(frozen=True)
+class InstructionMix:
+    """Instructions in the machine code of one function, by what executes them; counted where they stand, not how often
+    they run.
+
+    ``tensor``: products on tensor cores; ``fma``: multiply-adds in fp32; ``alu``: all other arithmetic, moves and
+    conversions; ``shared``: loads and stores of shared memory; ``global_``: of global memory, with the asynchronous
+    copies from there to shared memory; ``barriers`` of a block; ``local``: local memory, where spilled registers are;
+    ``control``: branches, waits, constants and special registers.
+    """
+
+    tensor: int = 0
+    fma: int = 0
+    alu: int = 0
+    shared: int = 0
+    global_: int = 0
+    barriers: int = 0
+    local: int = 0
+    control: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
 class Resources:
     """What one ``__global__`` function needs, as ptxas reports it: registers of a thread, bytes of static shared
     memory of a block, and bytes that a thread keeps in local memory: its stack, and stores and loads of spilled
-    registers."""
+    registers. ``instructions`` are known where a disassembler has been asked."""
 
     function: str
     registers: int
@@ -63,6 +93,7 @@ class Resources:
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
+    instructions: InstructionMix | None = None
 
 
 def find_nvcc(target: Target, cache: KernelCache | None = None) -> Toolchain:
@@ -92,21 +123,50 @@ def find_nvcc(target: Target, cache: KernelCache | None = None) -> Toolchain:
     )
 
 
-def resources(text: str, target: Target, *, headers: Path, cache: KernelCache | None = None) -> tuple[Resources, ...]:
+def find_disassembler(toolchain: Toolchain) -> Path | None:
+    """``nvdisasm`` that reads what the nvcc ``toolchain`` writes, of the same or a later release: the first of those
+    beside it, on ``PATH``, in PyPI's packages (``nvidia-cuda-nvdisasm``, ``triton``) and in ``/usr/local/cuda``. None
+    if there is none."""
+    release = _release(toolchain.version)
+    for path in dict.fromkeys(_disassemblers(Path(toolchain.command[0]))):
+        if os.access(path, os.X_OK) and path.is_file():
+            found = _release(_version(str(path), path.stat().st_mtime_ns))
+            if found is not None and release is not None and found >= release:
+                return path
+    return None
+
+
+def resources(
+    text: str,
+    target: Target,
+    *,
+    headers: Path,
+    cache: KernelCache | None = None,
+    disassembler: Path | None = None,
+) -> tuple[Resources, ...]:
     """Compile the source ``text`` to a cubin and return what each of its kernels needs; runs nothing.
 
-    ``headers`` is the folder of the headers that it includes. Raises BuildError with nvcc's message if it does not
-    compile, and ToolchainError without a fitting nvcc.
+    ``headers`` is the folder of the headers that it includes. With a ``disassembler``
+    (:func:`find_disassembler`), instructions are counted too. Raises BuildError with nvcc's message if it does not
+    compile, or the disassembler's if that cannot read it, and ToolchainError without a fitting nvcc.
     """
     toolchain = find_nvcc(target, cache)
     with tempfile.TemporaryDirectory(prefix="fuser-cubin-") as folder:
         source = Path(folder) / "kernel.cu"
         source.write_text(text)
-        out = ("-cubin", "-Xptxas", "-v", str(source), "-o", str(source.with_suffix(".cubin")))
+        cubin = source.with_suffix(".cubin")
+        out = ("-cubin", "-Xptxas", "-v", str(source), "-o", str(cubin))
         result = _execute((*toolchain.command, *toolchain.compile_flags, f"-I{headers}", *out))
         if result.returncode != 0:
             raise BuildError(f"nvcc cannot compile the kernel for {target.arch}:\n{_output(result)}")
-        return parse_resources(result.stderr)
+        found = parse_resources(result.stderr)
+        if disassembler is None:
+            return found
+        listing = _execute((str(disassembler), "-c", str(cubin)))
+        if listing.returncode != 0:
+            raise BuildError(f"{disassembler} cannot read the kernel for {target.arch}:\n{_output(listing)}")
+        mixes = parse_instructions(listing.stdout)
+        return tuple(dataclasses.replace(one, instructions=mixes[one.function]) for one in found)
 
 
 _FUNCTION = re.compile(r"Compiling entry function '([^']+)'")
@@ -131,22 +191,74 @@ def parse_resources(report: str) -> tuple[Resources, ...]:
     return tuple(found)
 
 
+_SECTION = re.compile(r"^\.text\.(\S+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+# Names of instructions up to the first dot ("CUDA Binary Utilities", instruction set reference); the first that fits.
+_CLASSES = {
+    "": "NOP",
+    "tensor": r"[A-Z]*MMA",
+    "fma": r"FFMA(2|32I)?",
+    "local": "LDL|STL",
+    "shared": "LDSM?|STSM?|ATOMS",
+    "global_": r"LDGSTS|LDG|STG|LD|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG",
+    "barriers": "BAR|UCGABAR_ARV|UCGABAR_WAIT|SYNCS",
+    "control": "BRA|BRX|BRXU|JMP|JMX|CALL|RET|EXIT|KILL|BREAK|BSSY|BSYNC|BMOV|WARPSYNC|YIELD|BPT|NANOSLEEP|DEPBAR|"
+    "LDGDEPBAR|ARRIVES|ERRBAR|MEMBAR|CCTL|FENCE|WARPGROUP|WARPGROUPSET|ACQBULK|ENDCOLLECTIVE|LDC|LDCU|ULDC|S2R|"
+    "S2UR",
+    "alu": ".*",
+}
+
+
+def parse_instructions(listing: str) -> dict[str, InstructionMix]:
+    """The instructions of every function in a listing of ``nvdisasm -c``, padding left out."""
+    counts: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    for line in listing.splitlines():
+        if section := _SECTION.match(line):
+            current = counts[section[1]] = Counter()
+        elif instruction := _INSTRUCTION.match(line):
+            current[_class(instruction[1])] += 1
+    return {
+        name: InstructionMix(**{kind: count for kind, count in found.items() if kind}) for name, found in counts.items()
+    }
+
+
+@functools.cache
+def _class(instruction: str) -> str:
+    return next(kind for kind, names in _CLASSES.items() if re.fullmatch(names, instruction))
+
+
+def _release(version: str) -> tuple[int, int] | None:
+    found = _RELEASE.search(version)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _disassemblers(nvcc: Path) -> Iterator[Path]:
+    yield nvcc.resolve().parent / _DISASSEMBLER
+    if found := shutil.which(_DISASSEMBLER):
+        yield Path(found)
+    yield from _in_packages(_DISASSEMBLER_PACKAGES, _DISASSEMBLER)
+    yield _DEFAULT.parent / _DISASSEMBLER
+
+
+def _in_packages(packages: Iterable[str], tool: str) -> Iterator[Path]:
+    for package in packages:
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            yield Path(folder) / "bin" / tool
+
+
 def _candidates() -> Iterator[Path]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable, "").strip():
             yield Path(home) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
         yield Path(found)
-    for package in _PACKAGES:
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            nvcc = Path(folder) / "bin" / "nvcc"
-            # Older packages hold ptxas alone.
-            if nvcc.exists():
-                yield nvcc
+    # Older packages hold ptxas alone.
+    yield from filter(Path.exists, _in_packages(_PACKAGES, "nvcc"))
     if _DEFAULT.exists():
         yield _DEFAULT
 
@@ -157,19 +269,18 @@ def _toolchain(path: Path, target: Target, cache: KernelCache | None) -> Toolcha
         raise ToolchainError("there is no such program")
     stamp = resolved.stat().st_mtime_ns
     version = _version(str(resolved), stamp)
-    release = _RELEASE.search(version)
-    if release is None:
+    number = _release(version)
+    if number is None:
         raise ToolchainError(f"this is not nvcc (its --version says {version[:200]!r})")
-    number = (int(release[1]), int(release[2]))
     if number < _SINCE[target.arch]:
         raise ToolchainError(
-            f"CUDA {release[1]}.{release[2]} is too old for {target.arch}, which needs "
+            f"CUDA {number[0]}.{number[1]} is too old for {target.arch}, which needs "
             f"{'.'.join(map(str, _SINCE[target.arch]))} or newer; {INSTALL_NVCC}"
         )
     driver = cuda.driver_version()
     if driver is not None and number[0] > driver[0]:
         raise ToolchainError(
-            f"kernels of CUDA {release[1]}.{release[2]} need a newer driver than this machine's, which runs up to CUDA "
+            f"kernels of CUDA {number[0]}.{number[1]} need a newer driver than this machine's, which runs up to CUDA "
             f"{driver[0]}.{driver[1]}; update the driver, or install a CUDA toolkit {driver[0]}.x"
         )
     toolchain = Toolchain((str(resolved),), version, _compile_flags(target), _link_flags(resolved))

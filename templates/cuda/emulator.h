@@ -11,15 +11,15 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/sysinfo.h>
 #include <time.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -28,8 +28,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -37,7 +35,6 @@
 
 #if defined(__F16C__) && !defined(FUSER_EMULATOR_PORTABLE)
 #define FUSER_EMULATOR_F16C
-#include <immintrin.h>
 #endif
 
 // FUSER_EMULATOR_PORTABLE: what other processors get, for tests.
@@ -225,6 +222,26 @@ struct BulkCopy {
     uint64_t* barrier;
 };
 
+// Threads are pthread's, and half-precision instructions are written out (emulator_device.h): every kernel is compiled
+// with this header, and those of the C++ library and of the compiler for them take longer than most kernels.
+class Lock {
+  public:
+    FUSER_UNCHECKED explicit Lock(pthread_mutex_t& mutex) : mutex_(mutex) { pthread_mutex_lock(&mutex_); }
+    FUSER_UNCHECKED ~Lock() { pthread_mutex_unlock(&mutex_); }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+  private:
+    pthread_mutex_t& mutex_;
+};
+
+// Seconds of a clock that only goes forward.
+FUSER_UNCHECKED inline double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
 struct Launch {
     dim3 grid, block;
     size_t shared_bytes;
@@ -233,8 +250,8 @@ struct Launch {
     size_t arguments_bytes;
     uint64_t next_block = 0;  // shared by workers, as is the next
     bool failed = false;
-    std::mutex mutex;
-    std::condition_variable changed;
+    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
     FuserFault fault{};
 };
 
@@ -402,7 +419,7 @@ FUSER_UNCHECKED inline void record_fault(Worker& w, const Fiber* fiber, Where wh
                                          const char* format, va_list arguments) {
     ++w.internal;
     Launch& launch = *w.launch;
-    std::lock_guard<std::mutex> lock(launch.mutex);
+    Lock lock(launch.mutex);
     if (__atomic_exchange_n(&launch.failed, true, __ATOMIC_SEQ_CST)) return;
     FuserFault& fault = launch.fault;
     fault = {};
@@ -449,7 +466,7 @@ inline double patience() {
 struct Signals {
     static constexpr int COUNT = 4;
     static constexpr int NUMBERS[COUNT] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    std::mutex mutex;
+    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
     int launches = 0;
     struct sigaction previous[COUNT]{}, restore[COUNT]{};
     bool captured = false;
@@ -491,7 +508,7 @@ FUSER_UNCHECKED inline void on_signal(int number, siginfo_t* info, void* context
 class SignalGuard {
   public:
     SignalGuard() {
-        std::lock_guard<std::mutex> lock(signals.mutex);
+        Lock lock(signals.mutex);
         if (signals.launches++) return;
         struct sigaction action {};
         action.sa_sigaction = on_signal;
@@ -504,7 +521,7 @@ class SignalGuard {
         signals.captured = true;
     }
     ~SignalGuard() {
-        std::lock_guard<std::mutex> lock(signals.mutex);
+        Lock lock(signals.mutex);
         if (--signals.launches) return;
         for (int i = 0; i < Signals::COUNT; ++i) {
             struct sigaction present {};
@@ -570,11 +587,9 @@ FUSER_UNCHECKED inline void poll(Worker& w, Fiber& fiber, const char* waits, Whe
 
 // A look at global memory, which other blocks change.
 FUSER_UNCHECKED inline void poll_global(Worker& w, Fiber& fiber, Where where) {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    const double now = double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
-    if (w.polls++ == 0) w.polling_since = now;
-    if (now - w.polling_since > POLL_SECONDS) {
+    const double time = now();
+    if (w.polls++ == 0) w.polling_since = time;
+    if (time - w.polling_since > POLL_SECONDS) {
         fail(where, "polls global memory for %g s while nothing else happens in its block", POLL_SECONDS);
     }
     if (w.first == nullptr) sched_yield();
@@ -862,31 +877,39 @@ FUSER_UNCHECKED inline void work(Worker& w) {
     }
     sigaltstack(&before, nullptr);
     worker = nullptr;
-    std::lock_guard<std::mutex> lock(launch.mutex);
+    Lock lock(launch.mutex);
     w.finished = true;
-    launch.changed.notify_all();
+    pthread_cond_broadcast(&launch.changed);
+}
+FUSER_UNCHECKED inline void* start(void* w) {
+    work(*static_cast<Worker*>(w));
+    return nullptr;
 }
 
 // Waits for all workers; one in which no other fiber gets a turn for too long is stopped by a signal.
-FUSER_UNCHECKED inline void watch(Launch& launch, std::vector<std::unique_ptr<Worker>>& workers, std::vector<std::thread>& team) {
-    std::vector<std::pair<uint64_t, std::chrono::steady_clock::time_point>> seen(
-        team.size(), {0, std::chrono::steady_clock::now()});
-    std::unique_lock<std::mutex> lock(launch.mutex);
+FUSER_UNCHECKED inline void watch(Launch& launch, const std::vector<std::unique_ptr<Worker>>& workers,
+                                  const std::vector<pthread_t>& team) {
+    std::vector<std::pair<uint64_t, double>> seen(team.size(), {0, now()});
+    Lock lock(launch.mutex);
     for (;;) {
-        const auto now = std::chrono::steady_clock::now();
+        const double time = now();
         bool finished = true;
         for (size_t i = 0; i < team.size(); ++i) {
             if (workers[i]->finished) continue;
             finished = false;
             const uint64_t turns = __atomic_load_n(&workers[i]->turns, __ATOMIC_RELAXED);
-            if (turns != seen[i].first) seen[i] = {turns, now};
-            else if (now - seen[i].second > std::chrono::duration<double>(patience())) {
-                pthread_kill(team[i].native_handle(), SIGILL);
-                seen[i].second = now;
+            if (turns != seen[i].first) seen[i] = {turns, time};
+            else if (time - seen[i].second > patience()) {
+                pthread_kill(team[i], SIGILL);
+                seen[i].second = time;
             }
         }
         if (finished) return;
-        launch.changed.wait_for(lock, std::chrono::milliseconds(200));
+        timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += 200'000'000;
+        until.tv_sec += until.tv_nsec / 1'000'000'000, until.tv_nsec %= 1'000'000'000;
+        pthread_cond_timedwait(&launch.changed, &launch.mutex, &until);
     }
 }
 
@@ -895,7 +918,7 @@ inline thread_local FuserFault last_fault;
 inline unsigned usable_threads() {
     const char* chosen = std::getenv("FUSER_EMULATOR_THREADS");
     const int count = chosen ? std::atoi(chosen) : 0;
-    return count > 0 ? unsigned(count) : std::max(1u, std::thread::hardware_concurrency());
+    return count > 0 ? unsigned(count) : unsigned(std::max(1, get_nprocs()));
 }
 
 inline int refuse(const char* format, ...) {
@@ -948,19 +971,28 @@ inline int run(Launch& launch) {
     const auto count = unsigned(std::min<uint64_t>(blocks, usable_threads()));
     SignalGuard guard;
     std::vector<std::unique_ptr<Worker>> workers;
-    std::vector<std::thread> team;
+    std::vector<pthread_t> team;
+    const char* reason = "";
     try {
+        team.reserve(count);
         for (unsigned i = 0; i < count; ++i) {
             workers.push_back(std::make_unique<Worker>(unsigned(threads)));
             workers.back()->launch = &launch;
-            team.emplace_back(work, std::ref(*workers.back()));
+            pthread_t member;
+            const int error = pthread_create(&member, nullptr, start, workers.back().get());
+            if (error) {
+                reason = std::strerror(error);
+                break;
+            }
+            team.push_back(member);
         }
-    } catch (const std::exception& error) {
-        // The threads that did start do the work of all.
-        if (team.empty()) return refuse("the emulator cannot run this kernel here: %s", error.what());
+    } catch (const std::bad_alloc&) {
+        reason = "there is not enough memory";
     }
+    // Threads that did start do the work of all.
+    if (team.empty()) return refuse("the emulator cannot run this kernel here: %s", reason);
     watch(launch, workers, team);
-    for (std::thread& member : team) member.join();
+    for (const pthread_t member : team) pthread_join(member, nullptr);
     if (!launch.failed) return 0;
     last_fault = launch.fault;
     return FAULT_STATUS;

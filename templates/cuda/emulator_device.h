@@ -369,7 +369,7 @@ template <typename T> inline __attribute__((always_inline)) void __stcs(T* point
 template <typename T> inline __attribute__((always_inline)) void __stcg(T* pointer, T value) { *pointer = value; }
 template <typename T> inline __attribute__((always_inline)) void __stwb(T* pointer, T value) { *pointer = value; }
 
-inline long long clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+inline long long clock64() { return static_cast<long long>(1e9 * emulator::now()); }
 FUSER_UNCHECKED inline void __nanosleep(unsigned) {
     emulator::poll_global(*emulator::worker, emulator::self(), {nullptr, 0});
 }
@@ -388,7 +388,9 @@ using emulator::Where;
 namespace conversions {
 inline float half_to_float(uint16_t bits) {
 #ifdef FUSER_EMULATOR_F16C
-    return _cvtsh_ss(bits);
+    float value;
+    asm("vmovd %1, %0\n\tvcvtph2ps %0, %0" : "=x"(value) : "r"(uint32_t(bits)));
+    return value;
 #else
     // The exponent is moved by a multiplication, which also normalizes subnormal numbers.
     const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13, sign = uint32_t(bits & 0x8000) << 16;
@@ -398,7 +400,9 @@ inline float half_to_float(uint16_t bits) {
 }
 inline uint16_t float_to_half(float value) {
 #ifdef FUSER_EMULATOR_F16C
-    return uint16_t(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+    uint32_t bits;
+    asm("vcvtps2ph $0, %1, %1\n\tvmovd %1, %0" : "=r"(bits), "+x"(value));
+    return uint16_t(bits);
 #else
     const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);

@@ -9,7 +9,7 @@ using namespace device;
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));  // elements of a chunk
 
-// Where a chunk of a row begins, in elements.
+// Where a chunk of a row begins, in elements. Rows that are a multiple of eight apart have the same swizzle.
 template <class T, int kDepth>
 __device__ __forceinline__ int place(int row, int chunk) {
   constexpr int kChunks = kDepth / kVector<T>;
@@ -18,27 +18,38 @@ __device__ __forceinline__ int place(int row, int chunk) {
 }
 
 // Copies kRows rows of `source` from `row`, columns from k, into a tile, asynchronously where rows start at multiples of
-// 16 bytes (`vectors`). Beyond `rows` the last row is repeated, beyond `columns` there are zeros.
+// 16 bytes (`vectors`). Beyond `rows` and `columns` there are zeros.
 template <int kRows, int kDepth, int kThreads, class T>
 __device__ __forceinline__ void load(
     T* tile, const T* source, int64_t stride, int64_t row, int64_t rows, int64_t k, int64_t columns, bool vectors) {
-  constexpr int kChunks = kDepth / kVector<T>, kCopies = kRows * kChunks;
-  // Not more at once: their addresses would take registers from the sums.
-#pragma unroll 4
-  for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
-    const int at = i * kThreads + int(threadIdx.x);
-    if (kCopies % kThreads != 0 && at >= kCopies) break;
-    const int r = at / kChunks, chunk = at % kChunks;
-    const int64_t from = row + r < rows ? row + r : rows - 1, first = k + chunk * kVector<T>;
-    const int count = columns - first >= kVector<T> ? kVector<T> : columns > first ? int(columns - first) : 0;
-    const T* const p = source + from * stride + (count > 0 ? first : 0);
-    T* const q = tile + place<T, kDepth>(r, chunk);
-    if (vectors) {
-      cp_async<16>(q, p, count * int(sizeof(T)));
-    } else {
+  constexpr int kChunks = kDepth / kVector<T>, kAcross = kChunks < 8 ? kChunks : 8, kDown = kThreads / kAcross;
+  // All rows of a thread have one swizzle: its copies are constants apart, and cost no registers for addresses.
+  static_assert(kDown % 8 == 0, "a thread's rows are a multiple of eight apart");
+  const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
+  const int height = int(rows - row < kRows ? rows - row : kRows) - down;
+  const int width = int(columns - k < kDepth ? columns - k : kDepth) - across * kVector<T>;
+  const T* from = source + (row + down) * stride + k + across * kVector<T>;
+  T* const to = tile + place<T, kDepth>(down, across);
+  const auto copy = [&](int i, auto each) {
+    if (kRows % kDown != 0 && down + i >= kRows) return;
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) q[j] = j < count ? p[j] : T(0.0f);
+    for (int j = 0; j < kChunks; j += kAcross) {
+      const int left = i < height ? width - j * kVector<T> : 0;
+      each(to + i * kDepth + j * kVector<T>, from + j * kVector<T>, left < 0 ? 0 : left < kVector<T> ? left : kVector<T>);
     }
+    from += kDown * stride;
+  };
+  if (vectors) {
+#pragma unroll
+    for (int i = 0; i < kRows; i += kDown)
+      copy(i, [](T* q, const T* p, int count) { cp_async<16>(q, p, count * int(sizeof(T))); });
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kDown)
+      copy(i, [](T* q, const T* p, int count) {
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) q[e] = e < count ? p[e] : T(0.0f);
+      });
   }
 }
 
@@ -51,13 +62,14 @@ struct Fragments {
   __device__ __forceinline__ void load(const T* tile_a, int row, const T* tile_w, int column, int step) {
     static_assert(kTilesN % 2 == 0, "fragments of W are loaded in pairs");
     const int lane = lane_id();
+    const T* const from_a = tile_a + place<T, kDepth>(row + lane % 16, 2 * step + lane / 16);
+    const T* const from_w = tile_w + place<T, kDepth>(column + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i)
-      ldmatrix(a[i], tile_a + place<T, kDepth>(row + 16 * i + lane % 16, 2 * step + lane / 16));
+    for (int i = 0; i < kTilesM; ++i) ldmatrix(a[i], from_a + 16 * i * kDepth);
 #pragma unroll
     for (int j = 0; j < kTilesN; j += 2) {
       uint32_t pair[4];
-      ldmatrix(pair, tile_w + place<T, kDepth>(column + 8 * j + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+      ldmatrix(pair, from_w + 8 * j * kDepth);
       w[j][0] = pair[0], w[j][1] = pair[1], w[j + 1][0] = pair[2], w[j + 1][1] = pair[3];
     }
     if constexpr (sizeof(T) == 4) {
@@ -121,13 +133,15 @@ struct ExactSums {
     row += lane_id() / 8, column += lane_id() % 8;
 #pragma unroll 1
     for (int chunk = 0; chunk < kDepth / 4; ++chunk) {
+      const float* const from_w = tile_w + place<float, kDepth>(column, chunk);
+      const float* const from_a[2] = {tile_a + place<float, kDepth>(row, chunk),
+                                      tile_a + place<float, kDepth>(row + 4, chunk)};
       float4 w[kTilesN];
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j)
-        w[j] = *reinterpret_cast<const float4*>(tile_w + place<float, kDepth>(column + 8 * j, chunk));
+      for (int j = 0; j < kTilesN; ++j) w[j] = *reinterpret_cast<const float4*>(from_w + 8 * j * kDepth);
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
-        const float4 a = *reinterpret_cast<const float4*>(tile_a + place<float, kDepth>(row + 4 * i, chunk));
+        const float4 a = *reinterpret_cast<const float4*>(from_a[i % 2] + i / 2 * 8 * kDepth);
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) value[i][j] = fmaf(a.x, w[j].x, value[i][j]);
 #pragma unroll

@@ -79,6 +79,15 @@ def first(output: Any) -> Tensor:
     ids=str,
 )
 def test_models_are_right_and_whole(name: str, dtype: torch.dtype) -> None:
+    check(name, dtype)
+
+
+def test_a_model_is_right_and_whole_in_the_checking_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
+    check("bert", torch.float16)
+
+
+def check(name: str, dtype: torch.dtype) -> None:
     model, inputs = made(name, dtype)
     exact = copy.deepcopy(model).double()
     fast = fuser.optimize(model, inputs, target=EMULATED)

@@ -120,6 +120,9 @@ def test_inside_of_a_capture(device: torch.device) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = hidden(fast(x))
+        # More memory for other work must not take the graph's.
+        large = ids(device, batch=16)
+        assert torch.allclose(hidden(fast(large)), hidden(model(large)), atol=2e-2)
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected)

@@ -17,7 +17,7 @@ from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import AttentionFamily
-from fuser.kernels.attention_cuda import CudaAttentionParameters, choices, extents, schedule
+from fuser.kernels.attention_cuda import CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan
 from fuser.runtime.build import build
@@ -34,6 +34,9 @@ BOOLEAN = CudaAttentionParameters(32, 32, mask=DType.BOOL, lse=True)
 ADDITIVE = CudaAttentionParameters(32, 32, mask=DType.F32, lse=True)
 HALF_ADDITIVE = CudaAttentionParameters(32, 32, DType.BF16, mask=DType.BF16, lse=True)
 EXACT_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, keys=16)
+EXACT_BOOLEAN = CudaAttentionParameters(64, 64, DType.F32, mask=DType.BOOL, lse=True, rows=128, keys=32, stages=3)
+TF32_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, tf32=True, rows=128, stages=3)
+WIDE_ADDITIVE = CudaAttentionParameters(136, 40, mask=DType.F16, keys=16)
 WIDTHS = [
     CudaAttentionParameters(59, 16, lse=True),
     CudaAttentionParameters(80, 128, DType.BF16, lse=True, rows=128),
@@ -42,9 +45,11 @@ WIDTHS = [
     CudaAttentionParameters(200, 256, DType.F32, lse=True, keys=16),
     CudaAttentionParameters(25, 40, DType.F32, lse=True, tf32=True),
     CudaAttentionParameters(96, 52, DType.F32, lse=True, tf32=True, keys=32),
+    CudaAttentionParameters(256, 256, DType.F32, lse=True, tf32=True, keys=16),
 ]
 KINDS = [HALF, LARGE, EXACT, TF32]
-ALL = [*KINDS, BOOLEAN, ADDITIVE, HALF_ADDITIVE, EXACT_ADDITIVE, *WIDTHS]
+BIASES = [ADDITIVE, HALF_ADDITIVE, EXACT_ADDITIVE, TF32_ADDITIVE, WIDE_ADDITIVE]
+ALL = [*KINDS, BOOLEAN, EXACT_BOOLEAN, *BIASES, *WIDTHS]
 DESIGN = [
     masks.Dense(),
     masks.Causal(),
@@ -82,10 +87,11 @@ def attend(
     scale: float | None = None,
     cores: int = TARGET.cores,
     out: Tensor | None = None,
+    chosen: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, width = q.shape
     assert (width, v.shape[3], STORAGE[q.dtype]) == (p.head_dim, p.value_dim, p.dtype)
-    chosen = schedule(tiles, p, batch, heads, cores)
+    chosen = schedule(tiles, p, batch, heads, cores) if chosen is None else chosen
     out = torch.full((batch, heads, rows, v.shape[3]), 7.0, dtype=q.dtype) if out is None else out
     lse = torch.full((batch, heads, rows), math.nan)
     full = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
@@ -145,9 +151,11 @@ def check(
 ) -> None:
     """Within twice the error of eager PyTorch in the same dtype (rounded operands for TF32), empty rows exactly."""
     expected, sums = attention(q, k, v, allowed, bias, scale)
+    # How much larger scores and their errors are than with the default scale.
+    larger = 1.0 if scale is None else max(1.0, abs(scale) * math.sqrt(p.head_dim))
     if p.tf32:
         # Eager rounds operands to 11 bits as well; three roundings of half a unit each.
-        limit = 3 * 2.0**-11 / math.sqrt(3)
+        limit = larger * 3 * 2.0**-11 / math.sqrt(3)
     else:
         eager = attention(q, k, v, allowed, bias, scale, q.dtype)[0]
         limit = 2 * max(error(eager, expected), {DType.F32: 2e-7}.get(p.dtype, 0.0))
@@ -155,8 +163,10 @@ def check(
     assert error(out, expected) <= limit
     empty = torch.isneginf(sums)
     assert (out[empty] == 0).all()
+    if not p.lse:
+        return
     assert torch.equal(torch.isneginf(lse), empty)
-    assert torch.allclose(lse[~empty].double(), sums[~empty], atol=2e-3 if p.tf32 else 4e-6, rtol=1e-6)
+    assert torch.allclose(lse[~empty].double(), sums[~empty], atol=larger * 2e-3 if p.tf32 else 4e-6, rtol=1e-6)
 
 
 def operands(
@@ -230,7 +240,21 @@ def test_cut_tiles_and_few_blocks_give_the_same(run_cuda: Run, cores: int) -> No
     check(HALF, attend(run_cuda, HALF, q, k, v, tiles, cores=cores), q, k, v)
 
 
-@pytest.mark.parametrize("p", [HALF, TF32], ids=name)
+@pytest.mark.parametrize("p", [HALF, EXACT], ids=name)
+def test_units_wait_for_the_places_of_earlier_ones(run_cuda: Run, p: CudaAttentionParameters) -> None:
+    """Places for the partial results of one unit, which four units need one after the other."""
+    q, k, v = operands(p, 2, 2, 1, 70, 700)
+    tiles = cached_plan(masks.Dense(), 70, 700, TARGET)
+    roomy = schedule(tiles, p, 2, 2, 200)
+    assert roomy.tiles.states > 0 and roomy.in_flight == 4
+    expected = attend(run_cuda, p, q, k, v, tiles, chosen=roomy, cores=200)
+    check(p, expected, q, k, v)
+    for cores in (1, 4):
+        found = attend(run_cuda, p, q, k, v, tiles, chosen=dataclasses.replace(roomy, in_flight=1), cores=cores)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("p", [HALF, EXACT, TF32], ids=name)
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_heads_of_a_packed_projection(run_cuda: Run, p: CudaAttentionParameters, offset: int) -> None:
     """Heads as views of a (B, S, 3HD) tensor at any alignment, and an output inside a larger one."""
@@ -248,14 +272,22 @@ def test_heads_of_a_packed_projection(run_cuda: Run, p: CudaAttentionParameters,
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.4, 3.0])
-def test_scales(run_cuda: Run, scale: float) -> None:
-    q, k, v = operands(HALF, 1, 2, 2, 70, 70)
-    mask = masks.Causal()
-    result = attend(run_cuda, HALF, q, k, v, cached_plan(mask, 70, 70, TARGET), scale=scale)
-    check(HALF, result, q, k, v, mask.dense(70), scale=scale)
+@pytest.mark.parametrize("p", [HALF, EXACT_BOOLEAN, TF32_ADDITIVE], ids=name)
+def test_scales(run_cuda: Run, p: CudaAttentionParameters, scale: float) -> None:
+    q, k, v = operands(p, 1, 2, 2, 70, 70)
+    allowed, given, bias = masks.Causal().dense(70), None, None
+    if p.mask:
+        allowed = allowed & torch.arange(70).ne(3)
+        given = torch.arange(70).ne(3).expand(1, 1, 1, 70)
+    if p.mask is DType.F32:
+        given = bias = torch.where(torch.arange(70).ne(3), torch.linspace(-1, 1, 70), -math.inf)[None, None, None]
+    result = attend(run_cuda, p, q, k, v, cached_plan(masks.Causal(), 70, 70, TARGET), given, scale=scale)
+    check(p, result, q, k, v, allowed, bias, scale)
 
 
 MASK_SHAPES = [(2, 1, 1, 110), (2, 4, 90, 110), (1, 4, 90, 1)]
+# Relative errors of results under a bias.
+BIASED = {DType.F32: 1e-6, DType.F16: 2e-3, DType.BF16: 8e-3}
 
 
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
@@ -267,18 +299,21 @@ def test_runtime_masks_compose_with_plans(run_cuda: Run, shape: tuple[int, ...])
     for pattern in (masks.Dense(), masks.Strided(9)):
         tiles, dense = cached_plan(pattern, 90, 110, TARGET), pattern.dense(90, 110)
         q, k, v = operands(BOOLEAN, 2, 4, 2, 90, 110)
-        for given in (allowed, allowed.expand(2, 4, 90, 110).mT.contiguous().mT):
-            check(BOOLEAN, attend(run_cuda, BOOLEAN, q, k, v, tiles, given), q, k, v, dense & allowed)
-        for low in (-math.inf, torch.finfo(torch.float32).min):
-            bias = torch.where(allowed, noise, low)
-            for p in (ADDITIVE, EXACT_ADDITIVE):
-                q, k, v = operands(p, 2, 4, 2, 90, 110)
+        for p in (BOOLEAN, EXACT_BOOLEAN):
+            q, k, v = operands(p, 2, 4, 2, 90, 110)
+            for given in (allowed, allowed.expand(2, 4, 90, 110).mT.contiguous().mT):
+                check(p, attend(run_cuda, p, q, k, v, tiles, given), q, k, v, dense & allowed)
+        for p in BIASES:
+            assert p.mask
+            q, k, v = operands(p, 2, 4, 2, 90, 110)
+            for low in (-math.inf, torch.finfo(p.mask.torch).min):
+                bias = torch.where(allowed, noise, low).to(p.mask.torch)
                 # Scores beside the lowest bias vanish in its rounding, whoever adds them.
                 result = attend(run_cuda, p, q, k, v, tiles, bias)
                 expected, sums = attention(q, k, v, dense, bias)
-                tolerance = 2e-3 if p is ADDITIVE else 1e-6
-                assert error(result[0], expected) <= tolerance
-                assert torch.allclose(result[1].double(), sums, rtol=1e-6, atol=4e-6)
+                assert error(result[0], expected) <= (1e-3 if p.tf32 else BIASED[p.dtype])
+                if p.lse and not p.tf32:
+                    assert torch.allclose(result[1].double(), sums, rtol=1e-6, atol=4e-6)
 
 
 def test_rows_that_see_only_the_lowest_bias_are_uniform(run_cuda: Run) -> None:
@@ -301,10 +336,14 @@ def test_rows_that_see_only_the_lowest_bias_are_uniform(run_cuda: Run) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("given", ["plan", "phases", "rows", "keys", "bias"])
-def test_poison_reaches_only_rows_that_may_see_it(run_cuda: Run, given: str, where: str, poison: float) -> None:
+@pytest.mark.parametrize("kind", ["half", "exact"])
+def test_poison_reaches_only_rows_that_may_see_it(
+    run_cuda: Run, kind: str, given: str, where: str, poison: float
+) -> None:
     n = 110
+    boolean, additive = (BOOLEAN, ADDITIVE) if kind == "half" else (EXACT_BOOLEAN, EXACT_ADDITIVE)
     pattern = masks.Strided(7).dense(n)
-    tiles, mask, p = cached_plan(masks.Dense(), n, n, TARGET), pattern[None, None], BOOLEAN
+    tiles, mask, p = cached_plan(masks.Dense(), n, n, TARGET), pattern[None, None], boolean
     if given == "plan":
         tiles, mask = cached_plan(masks.Strided(7), n, n, TARGET), torch.ones(1, 1, 1, n, dtype=torch.bool)
     elif given == "phases":
@@ -315,15 +354,18 @@ def test_poison_reaches_only_rows_that_may_see_it(run_cuda: Run, given: str, whe
         pattern = torch.arange(n)[None, :].ne(21) & masks.Causal().dense(n)
         tiles, mask = cached_plan(masks.Causal(), n, n, TARGET), torch.arange(n).ne(21)[None, None, None]
     elif given == "bias":
-        mask, p = torch.where(mask, 0.0, -math.inf), ADDITIVE
+        mask, p = torch.where(mask, 0.0, -math.inf), additive
+    # What is computed again must know that a scale is negative.
+    scale = -0.2 if given in ("plan", "rows") else 0.2
     q, k, v = operands(p, 1, 2, 2, n, n)
-    clean = attend(run_cuda, p, q, k, v, tiles, mask)[0]
+    clean = attend(run_cuda, p, q, k, v, tiles, mask, scale=scale)[0]
     (k if where == "key" else v)[:, :, 21] = poison
-    out = attend(run_cuda, p, q, k, v, tiles, mask)[0]
+    out = attend(run_cuda, p, q, k, v, tiles, mask, scale=scale)[0]
     sees = pattern[:, 21]
     # Rows that do not see the poison are computed again in another order, in fp32 throughout.
-    assert torch.allclose(out[:, :, ~sees], clean[:, :, ~sees], rtol=4e-3, atol=1e-3)
-    probabilities = torch.softmax(scores(q, k, pattern, None, None, torch.float64), -1)
+    bound = {"rtol": 4e-3, "atol": 1e-3} if kind == "half" else {"rtol": 1e-5, "atol": 1e-6}
+    assert torch.allclose(out[:, :, ~sees], clean[:, :, ~sees], **bound)
+    probabilities = torch.softmax(scores(q, k, pattern, None, scale, torch.float64), -1)
     terms = torch.where(pattern[..., None], probabilities[..., None] * v.double()[:, :, None], 0.0)
     expected = terms.sum(-2)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -355,18 +397,88 @@ def test_large_scores_do_not_overflow(run_cuda: Run) -> None:
     assert error(out, expected) <= 2 * error(eager, expected) + 8e-7
 
 
-@pytest.mark.parametrize("p", [HALF, LARGE, EXACT, BOOLEAN], ids=name)
-def test_nothing_races_or_leaves_its_arrays(
-    run_cuda: Run, monkeypatch: pytest.MonkeyPatch, p: CudaAttentionParameters
-) -> None:
-    """In the checking mode of the emulator; the output alone may be written."""
+# Every dtype, queries in registers and in shared memory, masks by key and by row, both sizes of tiles.
+CHECKED = [HALF, LARGE, EXACT, TF32, BOOLEAN, TF32_ADDITIVE, EXACT_BOOLEAN, WIDE_ADDITIVE, WIDTHS[-1]]
+
+
+@pytest.fixture(scope="module")
+def _built_checked() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSER_EMULATOR_CHECKED", "1")
+        build([render(p.spec) for p in CHECKED], TARGET, headers=header_folder(TARGET))
+
+
+@pytest.fixture
+def checked(_built_checked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator's checking mode, for which its kernels are built side by side."""
     monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
-    length, mask = 130, masks.Strided(11)
-    q, k, v = operands(p, 1, 2, 1, length, length)
-    padding = torch.arange(length).lt(99)[None, None, None] if p.mask else None
-    tiles = cached_plan(mask, length, length, TARGET)
-    allowed = mask.dense(length) if padding is None else mask.dense(length) & padding
-    check(p, attend(run_cuda, p, q, k, v, tiles, padding, cores=1), q, k, v, allowed)
+
+
+@pytest.mark.parametrize("p", CHECKED, ids=name)
+def test_nothing_races_or_leaves_its_arrays(run_cuda: Run, checked: None, p: CudaAttentionParameters) -> None:
+    """The output alone may be written: by blocks that take several tiles, and by parts of rows that are merged."""
+
+    def mask_of(seen: Tensor) -> Tensor | None:
+        if p.mask is None:
+            return None
+        return seen if p.mask is DType.BOOL else torch.where(seen, 0.0, -math.inf).to(p.mask.torch)
+
+    q, k, v = operands(p, 1, 2, 1, 130, 130)
+    seen = torch.arange(130).lt(99)[None, None, None] if p.mask else torch.ones(1, 1, 1, 130, dtype=torch.bool)
+    tiles = cached_plan(masks.Strided(11), 130, 130, TARGET)
+    result = attend(run_cuda, p, q, k, v, tiles, mask_of(seen), cores=1)
+    check(p, result, q, k, v, masks.Strided(11).dense(130) & seen)
+    # So many multiprocessors that keys are cut into parts; masks by row, one of which is empty.
+    q, k, v = operands(p, 1, 2, 1, 5, 700)
+    seen = masks.Strided(3).dense(5, 700) if p.mask else torch.ones(5, 700, dtype=torch.bool)
+    seen[2] &= p.mask is None
+    tiles = cached_plan(masks.Dense(), 5, 700, TARGET)
+    cut = schedule(tiles, p, 1, 2, 200).tiles
+    assert cut.states > 0 and cut.most_steps > p.stages
+    for places, cores in ((2, 200), (1, 1)):
+        chosen = dataclasses.replace(schedule(tiles, p, 1, 2, 200), in_flight=places)
+        result = attend(run_cuda, p, q, k, v, tiles, mask_of(seen[None, None]), chosen=chosen, cores=cores)
+        check(p, result, q, k, v, seen)
+
+
+@pytest.mark.parametrize("p", [BOOLEAN, EXACT_BOOLEAN], ids=name)
+def test_nothing_races_where_rows_are_computed_again(run_cuda: Run, checked: None, p: CudaAttentionParameters) -> None:
+    q, k, v = operands(p, 1, 2, 2, 20, 1100)
+    allowed = torch.ones(20, 1100, dtype=torch.bool)
+    allowed[::2, 700] = False
+    tiles = cached_plan(masks.from_dense(allowed), 20, 1100, TARGET)
+    assert schedule(tiles, p, 1, 2, 200).tiles.states > 0
+    every = torch.ones(1, 1, 1, 1100, dtype=torch.bool)
+    v[:, :, 700] = math.nan
+    out, _ = attend(run_cuda, p, q, k, v, tiles, every, cores=200)
+    v[:, :, 700] = 0.0
+    assert error(out[:, :, ::2], attention(q, k, v, allowed)[0][:, :, ::2]) <= 2.0**-11
+    assert out[:, :, 1::2].isnan().all()
+
+
+def test_offsets_beyond_32_bits(run_cuda: Run) -> None:
+    """Rows that lie half a gigabyte apart; memory that is never touched costs nothing."""
+    row, length = 1 << 28, 10
+    try:
+        memory = torch.empty(length * row, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("this machine does not lend out 5 GiB of addresses")
+    # Rows of q, k, v and out lie side by side.
+    q, k, v, out = memory.as_strided((4, 1, 2, length, 64), (128, 0, 64, row, 1))
+    near = operands(HALF, 1, 2, 2, length, length)
+    for far, tensor in zip((q, k, v), near, strict=True):
+        far.copy_(tensor)
+    tiles = cached_plan(masks.Causal(), length, length, TARGET)
+    check(HALF, attend(run_cuda, HALF, q, k, v, tiles, out=out), *near, masks.Causal().dense(length))
+
+
+def test_rows_too_far_apart_are_refused(run_cuda: Run) -> None:
+    tiles = cached_plan(masks.Dense(), 3, 3, TARGET)
+    chosen = schedule(tiles, HALF, 1, 1, 4)
+    strides = [(0, 0, 64)] * 3 + [(0, 0, (1 << 28) + 1)]
+    sizes = extents(1, 1, 1, tiles, chosen, 0.125, strides)
+    nowhere = [torch.empty(3, 64)] * 3 + [torch.from_numpy(chosen.tiles.array.copy())] + [torch.empty(3, 64)] * 2
+    assert run_cuda(HALF.spec, nowhere, sizes, workspace_bytes=chosen.workspace_bytes) == 2
 
 
 def test_sparse_attention_runs_choices_on_the_emulator() -> None:

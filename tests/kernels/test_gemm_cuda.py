@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -538,7 +539,57 @@ def test_no_registers_spill(arch: str, compile_cuda: Callable[[KernelSpec, str],
         assert isinstance(call, KernelCall)
         for kernel in compile_cuda(call.spec, arch):
             assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
-            assert kernel.registers <= call.spec.parameters.tile.registers
+            assert kernel.registers <= call.spec.parameters.tile.registers(call.spec.parameters.dtype.bytes)
+
+
+PRODUCTS = {"fp16": (F16, True), "tf32": (F32, True), "exact": (F32, False)}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_registers_fit(arch: str, product: str) -> None:
+    """Every tile has room for its sums and for as many again, and its blocks for their registers."""
+    dtype, tensor_cores = PRODUCTS[product]
+    tiles = gemm_cuda.legal_tiles(768, 3072, dtype, tensor_cores, cuda_target(arch))
+    assert len({dataclasses.replace(tile, split=1) for tile in tiles}) >= 48
+    for tile in tiles:
+        sums, registers = tile.bm * tile.bn // tile.threads, tile.registers(dtype.bytes)
+        assert min(2 * sums, 255) <= registers <= 255
+        assert tile.blocks(dtype.bytes) * tile.threads * registers <= 65536
+        # More registers only where shared memory stops more blocks.
+        if registers > 128 and sums <= 64:
+            assert (tile.blocks(dtype.bytes) + 1) * (tile.shared_bytes(dtype.bytes) + 1024) > 228 << 10
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_tile_spills(
+    arch: str, product: str, compile_cuda: Callable[[KernelSpec, str], tuple[Resources, ...]]
+) -> None:
+    """The tiles with the most sums a thread, with the shallowest and the deepest pipelines, and epilogues of their own
+    and in another kernel; ``benchmarks/gpu_kernels.py`` compiles them all."""
+    dtype, tensor_cores = PRODUCTS[product]
+    tiles = [t for t in gemm_cuda.legal_tiles(768, 3072, dtype, tensor_cores, cuda_target(arch)) if t.split <= 2]
+    by_shape: dict[tuple[int, ...], list[Tile]] = {}
+    for tile in tiles:
+        if tile.bm * tile.bn >= 64 * tile.threads:
+            by_shape.setdefault((tile.bm, tile.bn, tile.split), []).append(tile)
+    expression, _ = EPILOGUES["bias_gelu"]
+    operands = [dataclasses.replace(_ACCESS["row"], dtype=dtype)]
+    specs = [
+        KernelSpec(
+            "gemm",
+            "cuda/gemm.cu.j2",
+            gemm_cuda.parameters(768, 3072, dtype, expression, operands, [dtype], tile, tensor_cores),
+        )
+        for same in by_shape.values()
+        for tile in (same[0], same[-1])
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        reports = list(pool.map(lambda spec: compile_cuda(spec, arch), specs))
+    for spec, kernels in zip(specs, reports, strict=True):
+        for kernel in kernels:
+            assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, (spec.parameters.tile, kernel)
 
 
 # CUTLASS.

@@ -34,6 +34,7 @@ DOWN = Operator("down", Kind.GEMM, ("active", "w2"), ("down",), attributes={"tra
 BIAS2 = Operator("bias2", Kind.BIAS, ("down", "b2"), ("biased2",), binary(Op.ADD))
 ADD = Operator("add", Kind.RESIDUAL, ("biased2", "residual"), ("total",), binary(Op.ADD))
 NORM = Operator("norm", Kind.NORM, ("total", "gamma", "beta"), ("normal",), layer_norm(1e-5))
+SCALE = Operator("scale", Kind.POINTWISE, ("up", "factor"), ("active",), binary(Op.MUL))
 PLAIN = [UP, BIAS, GELU, DOWN, BIAS2]
 BLOCK = [*PLAIN, ADD, NORM]
 
@@ -48,7 +49,7 @@ def graph(
     """A graph of ``chain``; ``sizes`` are columns of the input, the hidden layer and the result."""
     k, h, n = sizes
     shapes: dict[str, tuple[int, ...]] = {"x": (*rows, k), "residual": (*rows, n), "w1": (h, k), "w2": (n, h)}
-    shapes |= {"b1": (h,), "b2": (n,), "gamma": (n,), "beta": (n,)}
+    shapes |= {"b1": (h,), "b2": (n,), "gamma": (n,), "beta": (n,), "factor": (*rows, 1)}
     wide = {"up", "biased1", "active"}
     shapes |= {name: (*rows, h if name in wide else n) for op in chain for name in op.outputs}
     gemms = {op.output: op for op in chain if op.kind is Kind.GEMM}
@@ -57,7 +58,7 @@ def graph(
             shapes[weight] = shapes[weight][::-1]
     values = {name: TensorSpec.contiguous(shape, dtype) for name, shape in shapes.items()}
     constants = {v: Constant(v) for v in ("w1", "w2", "b1", "b2", "gamma", "beta")}
-    return OperatorGraph(tuple(chain), values, ("x", "residual"), tuple(outputs), constants)
+    return OperatorGraph(tuple(chain), values, ("x", "residual", "factor"), tuple(outputs), constants)
 
 
 def inputs(of: OperatorGraph) -> dict[str, Tensor]:
@@ -84,11 +85,16 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-def check(of: OperatorGraph, chain: Sequence[Operator], target: Target = EMULATED, bm: int | None = None) -> None:
+def check(
+    of: OperatorGraph, chain: Sequence[Operator], target: Target = EMULATED, bm: int | None = None, shift: int = 0
+) -> None:
+    """Run the group with blocks of ``bm`` rows; ``shift``: elements in front of the input in its memory."""
     match = FAMILY.match(of.group(chain), target)
     assert match is not None
     choices = [p for p in FAMILY.space(match, target) if bm in (None, p.bm)]
     values = inputs(of)
+    room = torch.empty(shift + values["x"].numel(), dtype=values["x"].dtype)
+    values["x"] = room[shift:].view_as(values["x"]).copy_(values["x"])
     call = FAMILY.call(match, choices[0], target, 4)
     assert call.outputs == of.outputs
     results = run(call, of, values, target)
@@ -115,9 +121,39 @@ def test_sizes(sizes: tuple[int, int, int], rows: tuple[int, ...], dtype: torch.
     check(graph(PLAIN, ["biased2"], sizes, rows, dtype), PLAIN)
 
 
-@pytest.mark.parametrize("bm", [64, 32, 16])
-def test_every_block_with_a_norm_behind(bm: int) -> None:
-    check(graph(BLOCK, ["normal"], (64, 96, 64), (3, 27)), BLOCK, bm=bm)
+@pytest.mark.parametrize(
+    ("bm", "dtype"),
+    [
+        *((64, torch.bfloat16), (32, torch.float16), (16, torch.float16), (32, torch.float32)),
+    ],
+    ids=str,
+)
+def test_every_block_with_a_norm_behind(bm: int, dtype: torch.dtype) -> None:
+    check(graph(BLOCK, ["normal"], (64, 96, 64), (3, 27), dtype), BLOCK, WITH_TF32, bm=bm)
+
+
+def test_one_factor_a_row_in_the_hidden_layer() -> None:
+    chain = [UP, SCALE, DOWN, BIAS2]
+    check(graph(chain, ["biased2"], (40, 72, 50), (2, 20)), chain)
+
+
+def test_rows_that_start_between_multiples_of_16_bytes() -> None:
+    check(graph(PLAIN, ["biased2"]), PLAIN, shift=1)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows of the input that lie gigabytes apart; memory that is never touched costs nothing."""
+    of, stride = graph(PLAIN, ["biased2"], rows=(4,)), (1 << 30) + 8
+    try:
+        far = torch.empty(3 * stride + 64, dtype=torch.float16).as_strided((4, 64), (stride, 1))
+    except RuntimeError:
+        pytest.skip("this machine does not lend out 6 GiB of addresses")
+    match = FAMILY.match(of.group(PLAIN), EMULATED)
+    assert match is not None
+    call, values = FAMILY.call(match, FAMILY.space(match, EMULATED)[0], EMULATED, 4), inputs(of)
+    distant = dataclasses.replace(call, extents=(4, stride, *call.extents[2:]))
+    found = run(distant, of, {**values, "x": far.copy_(values["x"])}, EMULATED)
+    assert torch.equal(found["biased2"], run(call, of, values, EMULATED)["biased2"])
 
 
 def test_several_outputs_and_no_activation() -> None:
@@ -129,12 +165,12 @@ def test_tf32_where_it_is_allowed() -> None:
     of = graph(BLOCK, ["normal"], (40, 72, 50), dtype=torch.float32)
     assert FAMILY.match(of.group(BLOCK), EMULATED) is None
     check(of, BLOCK, WITH_TF32)
+    check(graph(PLAIN, ["biased2"], (33, 65, 17), (5,), torch.float32), PLAIN, WITH_TF32)
 
 
 def test_weights_stored_the_other_way() -> None:
     chain = [dataclasses.replace(op, attributes={"transposed": False}) if op.kind is Kind.GEMM else op for op in PLAIN]
-    of = graph(chain, ["biased2"], (40, 72, 50))
-    check(of, chain)
+    check(graph(chain, ["biased2"], rows=(64,)), chain)
 
 
 def test_no_rows() -> None:
@@ -178,9 +214,25 @@ def test_choices_fit_and_cost_something(arch: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator's checking mode needs g++")
-def test_no_race_and_no_access_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chain", "sizes", "dtype", "bm"),
+    [
+        (BLOCK, (40, 100, 50), torch.float16, 16),
+        (BLOCK, (40, 60, 50), torch.bfloat16, 64),
+        (PLAIN, (40, 150, 50), torch.float32, 32),
+        (PLAIN, (33, 65, 17), torch.float32, 16),
+    ],
+    ids=["f16", "bf16", "tf32", "tails"],
+)
+def test_no_race_and_no_access_out_of_bounds(
+    chain: list[Operator],
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    bm: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
-    check(graph(BLOCK, ["normal"], (40, 100, 50), (19,)), BLOCK, bm=16)
+    check(graph(chain, [chain[-1].output], sizes, (19,), dtype), chain, WITH_TF32, bm=bm)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

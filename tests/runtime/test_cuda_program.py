@@ -43,6 +43,7 @@ class FakeGpu:
         self.capturing: list[Launch] | None = None
         self.outer_capture = False
         self.launches: list[int | None] = []
+        self.written: list[int] = []
         self.captures = self.replays = self.synchronizations = 0
         self.status = 0
         self.devices: list[Any] = []
@@ -123,6 +124,7 @@ class Runner:
         for i in range(args.extents[0]):
             given = steps[i].args.contents
             x, c, y = (given.tensors[j] for j in range(3))
+            self.gpu.written.append(y or 0)
             self.gpu.launch(self.addition(x or 0, c or 0, y or 0, given.extents[0], given.status), stream)
             if self.gpu.status:
                 return (i + 1) << 16 | self.gpu.status
@@ -262,13 +264,64 @@ def test_opting_out(gpu: FakeGpu, make: Made, monkeypatch: pytest.MonkeyPatch) -
     assert gpu.captures == 0
 
 
-def test_inside_of_a_capture_of_the_caller_kernels_are_only_launched(gpu: FakeGpu, make: Made) -> None:
-    program = make()
-    program([numbers(0)])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_inside_of_a_capture_of_the_caller_kernels_are_only_launched(gpu: FakeGpu, make: Made, graphs: bool) -> None:
+    """In memory that the arena's other work, growth and release do not touch."""
+    program = make(graphs=graphs)
+    for _ in range(3):
+        program([numbers(0)])
+    captures, buffer = gpu.captures, program._arena.buffer
     gpu.outer_capture = True
     gpu.stream = FakeStream(0x77)
+    gpu.written.clear()
     assert torch.equal(program([numbers(0)])[0], numbers(0) + 2)
-    assert gpu.captures == 0 and gpu.stream.waited_for == [] and gpu.launches[-1] == 0x77
+    assert gpu.captures == captures and gpu.stream.waited_for == [] and gpu.launches[-1] == 0x77
+    assert not any(buffer.data_ptr() <= y < buffer.data_ptr() + buffer.numel() for y in gpu.written)
+    gpu.outer_capture = False
+    # The program and its own graph are what they were.
+    assert program._arena.buffer is buffer
+    assert torch.equal(program([numbers(1)])[0], numbers(1) + 2)
+    assert gpu.captures == captures
+
+
+def test_without_memory_a_capture_of_the_caller_leaves_the_arena(gpu: FakeGpu, make: Made) -> None:
+    program = make()
+    for _ in range(2):
+        program([numbers(0)])
+    buffer, gpu.outer_capture = program._arena.buffer, True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_strided", full)
+        with pytest.raises(DeviceMemoryError):
+            program([numbers(0)])
+    gpu.outer_capture = False
+    assert program._arena.buffer is buffer
+    assert torch.equal(program([numbers(0)])[0], numbers(0) + 2)
+
+
+def full(*size: Any, **options: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("what", ["arena", "results", "capture"])
+def test_without_memory_for_the_program_itself(what: str, gpu: FakeGpu, make: Made) -> None:
+    arena = DeviceArena(CPU)
+    program, other = make(arena=arena), make(arena=arena)
+    if what != "arena":
+        program([numbers(0)])
+    if what == "results":
+        program([numbers(0)])
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "arena":
+            patch.setattr(arena, "buffer", torch.empty(0, dtype=torch.uint8))
+            empty = torch.empty
+            patch.setattr(torch, "empty", lambda size, **options: full() if size else empty(size, **options))
+        else:
+            patch.setattr(torch, "empty_strided", full)
+        with pytest.raises(DeviceMemoryError, match="smaller batches"):
+            program([numbers(0)])
+    assert arena.buffer.numel() == 0 and program._graph is None
+    for one in (program, other):
+        assert torch.equal(one([numbers(0)])[0], numbers(0) + 2)
 
 
 def test_what_cannot_be_captured_runs_kernel_by_kernel(gpu: FakeGpu, make: Made) -> None:
@@ -309,7 +362,7 @@ def test_an_index_outside_its_table_is_raised_by_the_next_call(make: Made) -> No
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(1035, "driver is missing or older"), (1209, "another architecture"), (2, "status 2"), (1002, "memory")],
+    [(1035, "driver is missing or older"), (1209, "another architecture"), (2, "smaller batches"), (1002, "memory")],
 )
 def test_failed_launches_say_why(status: int, message: str, gpu: FakeGpu, make: Made) -> None:
     program = make()
@@ -358,6 +411,9 @@ def test_no_gpu_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FuserError, match="no NVIDIA driver"):
         cuda.resolve_device(torch.device("cuda"))
     monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
+    with pytest.raises(FuserError, match=r"too old: it runs CUDA up to 12\.4, .* CUDA 13\.0"):
+        cuda.resolve_device(torch.device("cuda"))
+    monkeypatch.setattr(cuda, "driver_version", lambda: (13, 0))
     with pytest.raises(FuserError, match="CUDA_VISIBLE_DEVICES"):
         cuda.resolve_device(torch.device("cuda"))
 

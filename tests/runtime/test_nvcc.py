@@ -15,7 +15,15 @@ from fuser.ir.target import CUDA_ARCHS, cuda_target, emulated_target
 from fuser.runtime import cuda, nvcc, toolchain
 from fuser.runtime.build import CompilationError, Source, build
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.nvcc import Resources, find_nvcc, parse_resources, resources
+from fuser.runtime.nvcc import (
+    InstructionMix,
+    Resources,
+    find_disassembler,
+    find_nvcc,
+    parse_instructions,
+    parse_resources,
+    resources,
+)
 
 Fake = Callable[..., Path]
 TARGET = cuda_target("sm_90a")
@@ -35,6 +43,7 @@ def _nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(nvcc, "_PACKAGES", ())
+    monkeypatch.setattr(nvcc, "_DISASSEMBLER_PACKAGES", ())
     monkeypatch.setattr(nvcc, "_DEFAULT", tmp_path / "nowhere" / "nvcc")
     monkeypatch.setattr(cuda, "driver_version", lambda: None)
     monkeypatch.setattr(toolchain, "_checked", set())
@@ -179,6 +188,129 @@ def test_reports_of_ptxas() -> None:
     )
 
 
+# nvdisasm -c, for sm_80, of a kernel that copies, waits and multiplies, and of one with tensor cores and an array that
+# it indexes by a number of run time; without the lines that say nothing about instructions.
+LISTING = """
+	.target	sm_80
+//--------------------- .text._Z7productPfPKji    --------------------------
+	.section	.text._Z7productPfPKji,"ax",@progbits
+        .global         _Z7productPfPKji
+        .type           _Z7productPfPKji,@function
+_Z7productPfPKji:
+.text._Z7productPfPKji:
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;
+        /*0010*/                   S2R R12, SR_TID.X ;
+        /*0020*/                   IMAD.MOV.U32 R0, RZ, RZ, 0x4 ;
+        /*0030*/                   ULDC.64 UR4, c[0x0][0x118] ;
+        /*0040*/                   IADD3 R1, R1, -0x100, RZ ;
+        /*0050*/                   IMAD.WIDE.U32 R2, R12, R0, c[0x0][0x168] ;
+        /*0060*/                   LDG.E R4, [R2.64] ;
+        /*0070*/                   ISETP.NE.AND P0, PT, RZ, c[0x0][0x170], PT ;
+        /*0080*/                   IMAD R0, R0, c[0x0][0x170], R1 ;
+        /*0090*/                   MOV R8, R4.reuse ;
+        /*00a0*/                   IMAD.MOV.U32 R9, RZ, RZ, R4.reuse ;
+        /*00b0*/                   MOV R5, R4.reuse ;
+        /*00c0*/                   IMAD.MOV.U32 R6, RZ, RZ, R4 ;
+        /*00d0*/                   MOV R7, R4 ;
+        /*00e0*/                   HMMA.16816.F32 R8, R4, R8, RZ ;
+        /*00f0*/                   @!UPT UIADD3 URZ, URZ, URZ, URZ ;
+        /*0100*/                   @!UPT UIADD3 URZ, URZ, URZ, URZ ;
+        /*0110*/                   STL [R0], R8 ;
+        /*0120*/                   STL [R0+0x4], R9 ;
+.L_x_2:
+        /*0130*/              @!P0 EXIT ;
+        /*0140*/                   IMAD R4, R4, 0x4, R1 ;
+        /*0150*/                   LDL R5, [R4] ;
+        /*0160*/                   LEA R2, P0, R12, c[0x0][0x160], 0x2 ;
+        /*0170*/                   LEA.HI.X R3, R12, c[0x0][0x164], RZ, 0x2, P0 ;
+        /*0180*/                   STG.E [R2.64], R5 ;
+.L_x_3:
+        /*0190*/                   EXIT ;
+.L_x_0:
+        /*01a0*/                   BRA `(.L_x_0);
+        /*01b0*/                   NOP;
+.L_x_5:
+//--------------------- .text._Z4copyPfPKf        --------------------------
+	.section	.text._Z4copyPfPKf,"ax",@progbits
+        .global         _Z4copyPfPKf
+        .type           _Z4copyPfPKf,@function
+_Z4copyPfPKf:
+.text._Z4copyPfPKf:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   S2R R4, SR_TID.X ;
+        /*0020*/                   HFMA2.MMA R5, -RZ, RZ, 0, 2.384185791015625e-07 ;
+        /*0030*/                   ULDC.64 UR4, c[0x0][0x118] ;
+        /*0040*/                   SHF.L.U32 R0, R4.reuse, 0x2, RZ ;
+        /*0050*/                   SHF.L.U32 R7, R4, 0x4, RZ ;
+        /*0060*/                   IMAD.WIDE.U32 R2, R0, R5, c[0x0][0x168] ;
+        /*0070*/                   IMAD.WIDE.U32 R4, R4, R5, c[0x0][0x160] ;
+        /*0080*/                   LDGSTS.E.BYPASS.128 [R7], [R2.64] ;
+        /*0090*/                   LDGDEPBAR ;
+        /*00a0*/                   DEPBAR.LE SB0, 0x0 ;
+        /*00b0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00c0*/                   LDG.E R9, [R4.64] ;
+        /*00d0*/                   LOP3.LUT R0, R0, 0x4, RZ, 0x3c, !PT ;
+        /*00e0*/                   LDS R0, [R0] ;
+        /*00f0*/                   FFMA R9, R0, R9, 2 ;
+        /*0100*/                   STG.E [R4.64], R9 ;
+.L_x_4:
+        /*0110*/                   EXIT ;
+.L_x_1:
+        /*0120*/                   BRA `(.L_x_1);
+        /*0130*/                   NOP;
+.L_x_6:
+"""
+
+
+def test_instructions_of_a_listing() -> None:
+    assert parse_instructions(LISTING) == {
+        # HFMA2.MMA makes a constant, and MOV, IMAD.MOV and idle UIADD3 are no products either.
+        "_Z7productPfPKji": InstructionMix(tensor=1, alu=16, global_=2, local=3, control=5),
+        "_Z4copyPfPKf": InstructionMix(fma=1, alu=7, shared=1, global_=3, barriers=1, control=6),
+    }
+    assert [mix.total for mix in parse_instructions(LISTING).values()] == [27, 19]
+    assert parse_instructions("") == {}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kind"),
+    [
+        ("HGMMA.64x256x16.F32 R24, gdesc[UR4], R24", "tensor"),
+        ("IMMA.16832.S8.S8 R4, R4.ROW, R8.COL, RZ", "tensor"),
+        ("@P0 FFMA R0, R1, R2, R3", "fma"),
+        ("LDSM.16.M88.4 R4, [R9+0x800]", "shared"),
+        ("@!P6 STS.128 [R5], R8", "shared"),
+        ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R5", "global_"),
+        ("@!UP0 UIADD3 UR4, UR4, 0x1, URZ", "alu"),
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", "barriers"),
+    ],
+)
+def test_kinds_of_instructions(instruction: str, kind: str) -> None:
+    (mix,) = parse_instructions(f".text.f:\n        /*0a10*/               {instruction} ;").values()
+    assert mix == InstructionMix(**{kind: 1})
+
+
+def test_a_disassembler_must_not_be_older_than_nvcc(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDACXX", str(fake(release="13.0")))
+    toolchain = find_nvcc(TARGET)
+    assert find_disassembler(toolchain) is None
+
+    def tool(folder: str, release: str) -> Path:
+        return fake(release=release, folder=folder).rename(tmp_path / folder / "bin" / "nvdisasm")
+
+    package = tool("package", "13.2")
+    (package.parent.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(nvcc, "_DISASSEMBLER_PACKAGES", ("package", "no.such"))
+    old = tool("old", "12.8")
+    monkeypatch.setenv("PATH", f"{old.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert find_disassembler(toolchain) == package
+    beside = tool("cuda", "13.0")
+    assert find_disassembler(toolchain) == beside
+
+
 # ---- with the nvcc of this machine
 
 
@@ -210,7 +342,18 @@ def test_a_kernel_is_built_cached_and_small(real: None, headers: Path, cache: Ke
     other = build([source], cuda_target("sm_80"), headers=headers.parent, cache=cache)["fuser_twice"]
     assert other != path
     (found,) = resources(source.text, TARGET, headers=headers.parent)
-    assert found.registers > 0 and found.spill_store_bytes == 0
+    assert found.registers > 0 and found.spill_store_bytes == 0 and found.instructions is None
+
+
+def test_instructions_of_a_kernel(real: None, headers: Path) -> None:
+    disassembler = find_disassembler(find_nvcc(TARGET))
+    if disassembler is None:
+        pytest.skip("there is no nvdisasm of this nvcc's release")
+    text = SOURCE.format(broken=";", symbol="fuser_twice")
+    (found,) = resources(text, TARGET, headers=headers.parent, disassembler=disassembler)
+    assert found.instructions is not None
+    mix = found.instructions
+    assert mix.global_ == 2 and mix.tensor == mix.fma == mix.shared == mix.local == mix.barriers == 0 < mix.alu
 
 
 def test_an_exported_kernel_needs_no_nvcc(
