@@ -34,6 +34,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/encoders.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/table.py
 
 format: $(VENV)/.dev

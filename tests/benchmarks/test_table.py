@@ -101,6 +101,8 @@ SEARCH: dict[str, Any] = {
 def test_search(table: ModuleType) -> None:
     lines = table.search(SEARCH).splitlines()
     assert "| 8x128 | 1.3e+08 | 120 | 32 | 1.2% | 1.010× (0.998–1.020) | 22 | -0.4% | +1.1% |" in lines
+    same = {**SEARCH, "results": [{**SEARCH["results"][0], "default_over_best": [1.0, 1.0]}]}
+    assert "| 1.2% | the default is the best | 22 |" in table.search(same)
     assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 
