@@ -17,6 +17,7 @@ FORMAT = 1
 KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
 KERNEL_MEMBER = re.compile(rf"kernels/({KEY.pattern})/(kernel\.so|source\.cpp|manifest\.json)")
 RECORD_MEMBER = re.compile(r"records/([A-Za-z_][A-Za-z0-9_]*)/([0-9a-f]{64})\.json")
+PLAN_MEMBER = re.compile(r"plans/([0-9a-f]{64}\.plan)")
 _MAX_ARCHIVE_BYTES = 4 << 30
 
 
@@ -41,7 +42,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
-            strange = [name for name in names if not (KERNEL_MEMBER.fullmatch(name) or RECORD_MEMBER.fullmatch(name))]
+            known = (KERNEL_MEMBER, RECORD_MEMBER, PLAN_MEMBER)
+            strange = [name for name in names if not any(member.fullmatch(name) for member in known)]
             if strange != ["index.json"] or len(set(names)) != len(names):
                 raise CacheError(f"{path} is not an archive of a kernel cache: it holds {sorted(strange)[:5]}")
             if sum(info.file_size for info in infos) > _MAX_ARCHIVE_BYTES:

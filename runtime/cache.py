@@ -36,7 +36,15 @@ from typing import Any, TypeVar
 import platformdirs
 
 from fuser.ir.errors import CacheError
-from fuser.runtime.archive import FORMAT, KERNEL_MEMBER, KEY, RECORD_MEMBER, read_archive, write_archive
+from fuser.runtime.archive import (
+    FORMAT,
+    KERNEL_MEMBER,
+    KEY,
+    PLAN_MEMBER,
+    RECORD_MEMBER,
+    read_archive,
+    write_archive,
+)
 
 _TOOLS = frozenset({"compiler", "flags"})
 _ENTRY_FILES = ("kernel.so", "manifest.json", "source.cpp")
@@ -178,13 +186,14 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What :meth:`KernelCache.import_` did: keys of added kernels, how many records were added and how many items were
-    there already, and the targets (:attr:`Target.key`) of all kernels in the file."""
+    """What :meth:`KernelCache.import_` did: keys of added kernels, how many records and plans were added and how many
+    items were there already, and the targets (:attr:`Target.key`) of all kernels in the file."""
 
     kernels: tuple[str, ...]
     records: int
     present: int
     targets: frozenset[str]
+    plans: int = 0
 
 
 class KernelCache:
@@ -409,10 +418,10 @@ class KernelCache:
     # Archives
 
     def export(self, path: Path, keys: Iterable[str] | None = None) -> int:
-        """Write kernels and records to one file that :meth:`import_` reads; how many kernels it holds.
+        """Write kernels, records and plans to one file that :meth:`import_` reads; how many kernels it holds.
 
-        ``keys`` chooses kernels (default: all that are intact, and all records). Raises :class:`CacheError` if a chosen
-        kernel is missing or damaged, or the file cannot be written.
+        ``keys`` chooses kernels (default: all that are intact, and all records and plans). Raises :class:`CacheError`
+        if a chosen kernel is missing or damaged, or the file cannot be written.
         """
         chosen = [entry.key for entry in self.entries()] if keys is None else list(dict.fromkeys(keys))
         members: dict[str, bytes] = {}
@@ -430,11 +439,16 @@ class KernelCache:
                 content = record.read_bytes()
                 _parse_record(content, record.parent.name, None)
                 members[f"records/{record.parent.name}/{record.name}"] = content
+        for plan in self._plan_paths(self._roots()) if keys is None else []:
+            with contextlib.suppress(CacheError, OSError):
+                content = plan.read_bytes()
+                _parse_plan(content, plan)
+                members[f"plans/{plan.name}"] = content
         write_archive(path, members)
         return kernels
 
     def import_(self, path: Path) -> ImportReport:
-        """Add the kernels and records of a file that :meth:`export` wrote; what is here already stays.
+        """Add the kernels, records and plans of a file that :meth:`export` wrote; what is here already stays.
 
         The kernels are code that will run as this user, so import only what comes from people you trust. Raises
         :class:`CacheError`, and adds nothing, if any part of the file is damaged or out of place.
@@ -442,8 +456,12 @@ class KernelCache:
         members = read_archive(path)
         entries: dict[str, Entry] = {}
         records: dict[tuple[str, str], dict[str, Any]] = {}
+        plans: dict[str, bytes] = {}
         for name, content in members.items():
-            if record := RECORD_MEMBER.fullmatch(name):
+            if plan := PLAN_MEMBER.fullmatch(name):
+                _parse_plan(content, path / name)
+                plans[plan[1]] = content
+            elif record := RECORD_MEMBER.fullmatch(name):
                 key, value = _parse_record(content, record[1], None)
                 if _record_path(self.root, record[1], key).name != f"{record[2]}.json":
                     raise CacheError(f"the archive {path} is damaged: {name} holds the record of another key")
@@ -472,8 +490,14 @@ class KernelCache:
             if self.read_record(kind, key) is None:
                 self.write_record(kind, key, value)
                 new_records += 1
-        present = len(entries) + len(records) - len(added) - new_records
-        return ImportReport(tuple(added), new_records, present, frozenset(entry.target for entry in entries.values()))
+        known = {path.name for path in self._plan_paths(self._roots())}
+        new_plans = [name for name in plans if name not in known]
+        for name in new_plans:
+            content = plans[name]
+            self._writing(lambda root, n=name, c=content: _write_atomic(root / "plans" / n, c, root / "tmp"))
+        present = len(entries) + len(records) + len(plans) - len(added) - new_records - len(new_plans)
+        targets = frozenset(entry.target for entry in entries.values())
+        return ImportReport(tuple(added), new_records, present, targets, len(new_plans))
 
     # Work in progress
 
@@ -732,7 +756,7 @@ def _parse_plan(content: bytes, path: Path) -> tuple[str, bytes]:
     line, _, plan = content.partition(b"\n")
     title, checksum = _plan_header(line, path)
     if hashlib.sha256(plan).hexdigest() != checksum:
-        raise CacheError(f"{path} does not match its checksum")
+        raise CacheError(f"the plan {path} is damaged: it does not match its checksum")
     return title, plan
 
 

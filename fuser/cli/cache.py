@@ -121,7 +121,7 @@ def import_(
     path: Annotated[Path, typer.Argument(help="A file that `fuserc cache export` wrote.", dir_okay=False)],
     json: Json = False,
 ) -> None:
-    """Add the kernels and tuning results of a file; what is here already stays.
+    """Add the kernels, tuning results and attention plans of a file; what is here already stays.
 
     Kernels are code that runs as you: import only files from people you trust.
     """
@@ -132,8 +132,8 @@ def import_(
         values = {**dataclasses.asdict(report), "targets": sorted(report.targets)}
         print_json(values)
     else:
-        text = f"added {len(report.kernels)} kernels and {report.records} records; {report.present} were here already"
-        console().print(text)
+        added = f"{len(report.kernels)} kernels, {report.records} records and {report.plans} plans"
+        console().print(f"added {added}; {report.present} were here already")
 
 
 def _bytes(text: str) -> int:

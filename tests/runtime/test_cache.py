@@ -563,6 +563,7 @@ def archive(cache: KernelCache, tmp_path: Path) -> Path:
     for text in ("int x;", "int y;"):
         publish(cache, b"library " + text.encode(), tmp_path, text=text)
     cache.write_record("tuning", "a", {"x": 1})
+    cache.write_plan("mask", "a mask", b"content of the plan")
     path = tmp_path / "kernels.zip"
     assert cache.export(path) == 2
     return path
@@ -572,15 +573,16 @@ def test_export_and_import(cache: KernelCache, archive: Path, tmp_path: Path) ->
     other = KernelCache(tmp_path / "other")
     report = other.import_(archive)
     assert set(report.kernels) == {entry.key for entry in cache.entries()}
-    assert (report.records, report.present, report.targets) == (1, 0, frozenset({"target"}))
+    assert (report.records, report.plans, report.present, report.targets) == (1, 1, 0, frozenset({"target"}))
     for entry in cache.entries():
         assert entry in other.entries()
         path = other.get(entry.key)
         assert path is not None and path.read_bytes().startswith(b"library int")
     assert other.read_record("tuning", "a") == {"x": 1}
-    assert other.verify().damaged == ()
+    assert other.read_plan("mask") == b"content of the plan"
+    assert other.verify().damaged == () and other.verify().plans == 1
     again = other.import_(archive)
-    assert (again.kernels, again.records, again.present) == ((), 0, 3)
+    assert (again.kernels, again.records, again.plans, again.present) == ((), 0, 0, 4)
     assert archive.read_bytes() == (other.export(tmp_path / "again.zip") and (tmp_path / "again.zip").read_bytes())
 
 
@@ -615,7 +617,7 @@ def test_chosen_kernels_only(cache: KernelCache, archive: Path, tmp_path: Path) 
     key = make_key().digest
     assert cache.export(tmp_path / "one.zip", [key, key]) == 1
     report = KernelCache(tmp_path / "other").import_(tmp_path / "one.zip")
-    assert (report.kernels, report.records) == ((key,), 0)
+    assert (report.kernels, report.records, report.plans) == ((key,), 0, 0)
     with pytest.raises(CacheError, match="nothing was exported"):
         cache.export(tmp_path / "two.zip", [make_key(text="int z;").digest])
     assert not (tmp_path / "two.zip").exists()
@@ -673,6 +675,8 @@ def test_names_outside_the_format_are_refused(archive: Path, tmp_path: Path, nam
             ),
             True,
         ),
+        (lambda members: members.update({first(members, ".plan"): members[first(members, ".plan")] + b"x"}), True),
+        (lambda members: members.update({f"plans/{'0' * 64}.plan": members[first(members, ".plan")]}), True),
         (lambda members: members.update({first(members, "kernel.so"): b"evil"}), False),
         (lambda members: members.pop(first(members, "source.cpp")), False),
     ],
