@@ -374,7 +374,10 @@ class KernelCache:
         checksum = hashlib.sha256(content).hexdigest()
         fields = {"format": FORMAT, "key": _plan_path(self.root, key).stem, "title": title, "sha256": checksum}
         whole = json.dumps(fields).encode() + b"\n" + content
-        self._writing(lambda root: _write_atomic(_plan_path(root, key), whole, root / "tmp"))
+        self._put_plan(_plan_path(self.root, key).name, whole)
+
+    def _put_plan(self, name: str, whole: bytes) -> None:
+        self._writing(lambda root: _write_atomic(root / "plans" / name, whole, root / "tmp"))
 
     def plans(self) -> list[PlanEntry]:
         """All plans, most recently used first; damaged ones are left out."""
@@ -493,8 +496,7 @@ class KernelCache:
         known = {path.name for path in self._plan_paths(self._roots())}
         new_plans = [name for name in plans if name not in known]
         for name in new_plans:
-            content = plans[name]
-            self._writing(lambda root, n=name, c=content: _write_atomic(root / "plans" / n, c, root / "tmp"))
+            self._put_plan(name, plans[name])
         present = len(entries) + len(records) + len(plans) - len(added) - new_records - len(new_plans)
         targets = frozenset(entry.target for entry in entries.values())
         return ImportReport(tuple(added), new_records, present, targets, len(new_plans))
