@@ -17,7 +17,7 @@ from fuser.codegen.partition import Choice
 from fuser.ir.errors import CacheError, SearchError
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.search import records
-from fuser.search.ledger import Ledger, TrialView
+from fuser.search.ledger import Ledger
 from fuser.search.objective import KernelTime, Objective, Outcome
 from fuser.search.space import Point, Space
 
@@ -54,7 +54,6 @@ class Progress:
     kernels_measured: int
     kernels_total: int
     message: str
-    last: TrialView | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,6 @@ class Run:
         self.building = 0.0
         self.measuring = 0.0
         self.phase: Phase = "build"
-        self.last: TrialView | None = None
         self.waiting: list[tuple[optuna.Trial, Point]] = []
 
     # ---- the whole
@@ -544,7 +542,6 @@ class Run:
                 kernels_measured=len(self.kernel_times),
                 kernels_total=sum(len(k) for space in self.space.regions for k in space.allowed.values()),
                 message=message,
-                last=self.last,
             )
         )
 

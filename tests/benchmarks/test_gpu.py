@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor
 
 from fuser.ir.errors import ToolchainError
@@ -27,26 +27,14 @@ from fuser.runtime.nvcc import InstructionMix, Resources, find_nvcc
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    with pytest.MonkeyPatch.context() as patch:
-        # What benchmarks share is beside them.
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    return load("gpu_kernels")
+    return load_script("gpu_kernels")
 
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
-    return load("gpu")
+    return load_script("gpu")
 
 
 @pytest.fixture

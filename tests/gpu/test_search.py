@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import with_own_records
 from torch import nn
 
 import fuser
@@ -14,7 +15,7 @@ from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
 from fuser.compiler import target_of
 from fuser.runtime.build import Source, build
-from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.cache import KernelCache
 from fuser.search import records
 from fuser.search.space import Space
 from fuser.search.standalone import subgraph
@@ -38,12 +39,7 @@ def mlp(device: torch.device) -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
-    """The session's kernels with records of this test's own."""
-    kept = KernelCache(tmp_path / "records")
-    shared = default_cache()
-    for name in ("read_record", "write_record", "records"):
-        monkeypatch.setattr(shared, name, getattr(kept, name))
-    return shared
+    return with_own_records(tmp_path, monkeypatch)
 
 
 def test_what_a_search_finds_is_what_is_compiled(device: torch.device, cache: KernelCache, tmp_path: Path) -> None:

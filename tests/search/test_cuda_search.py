@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import with_own_records
 from torch import nn
 
 from fuser.capture import flatten_call
@@ -56,12 +57,7 @@ def graph(target: Target) -> OperatorGraph:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
-    """The session's kernels with records of this test's own."""
-    kept = KernelCache(tmp_path / "records")
-    shared = default_cache()
-    for name in ("read_record", "write_record", "records"):
-        monkeypatch.setattr(shared, name, getattr(kept, name))
-    return shared
+    return with_own_records(tmp_path, monkeypatch)
 
 
 @pytest.fixture
