@@ -306,38 +306,51 @@ def _run(
         return out, sums
     if k.shape[2] == 0:
         return out.zero_(), sums.fill_(-math.inf)
-    reason = _unsupported(q, v, runtime)
-    if not reason:
-        try:
-            _launch(q, k, v, mask, runtime, scale, out, sums if lse else None)
-        except (BuildError, ToolchainError, CacheError) as error:
-            reason = str(error)
-        else:
-            return out, sums
-    _say(reason)
+    try:
+        target = _target_for(q, v, runtime)
+        tiles = cached_plan(mask, q_len, k.shape[2], target)
+        run_plan(q, k, v, tiles, runtime, scale, out, sums if lse else None, target)
+        return out, sums
+    except (_NoKernelError, BuildError, ToolchainError, CacheError) as error:
+        _say(str(error))
     exact, exact_sums = reference(q, k, v, mask, runtime, scale)
     return out.copy_(exact), exact_sums if lse else sums
 
 
-def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
-    """Why the kernel cannot run, or an empty string."""
+class _NoKernelError(Exception):
+    """Why no kernel can take these tensors."""
+
+
+def _target_for(q: Tensor, v: Tensor, runtime: Tensor | None) -> Target:
+    """The target of the tensors' device. Raises _NoKernelError if it has no kernel for them."""
     if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
-        return f"there is no kernel for {q.device.type} tensors"
+        raise _NoKernelError(f"there is no kernel for {q.device.type} tensors")
     try:
         target = _target(q.device)
     except FuserError as error:
-        return str(error)
+        raise _NoKernelError(str(error)) from error
     floats = floating(target)
     if q.dtype not in floats:
-        return f"there is no kernel for {q.dtype}"
+        raise _NoKernelError(f"there is no kernel for {q.dtype}")
     if not 0 < v.shape[3] <= LARGEST_HEAD or q.shape[3] > LARGEST_HEAD:
-        return f"there is no kernel for heads wider than {LARGEST_HEAD}"
+        raise _NoKernelError(f"there is no kernel for heads wider than {LARGEST_HEAD}")
     if runtime is not None and runtime.dtype not in (torch.bool, *floats):
-        return f"there is no kernel for masks of {runtime.dtype}"
+        raise _NoKernelError(f"there is no kernel for masks of {runtime.dtype}")
     if target.kind == "cuda" and not attention_cuda.choices(
         q.shape[3], v.shape[3], STORAGE[q.dtype], None, False, target
     ):
-        return f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
+        raise _NoKernelError(
+            f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
+        )
+    return target
+
+
+def _unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
+    """Why no kernel can take these tensors, or an empty string."""
+    try:
+        _target_for(q, v, runtime)
+    except _NoKernelError as error:
+        return str(error)
     return ""
 
 
@@ -349,20 +362,6 @@ def _say(reason: str) -> None:
 # ---- the kernel
 
 keep_plans(CachedPlans())
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    runtime: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    tiles = cached_plan(mask, q.shape[2], k.shape[2], _target(q.device))
-    run_plan(q, k, v, tiles, runtime, scale, out, lse)
 
 
 def run_plan(

@@ -678,7 +678,12 @@ class KernelCache:
 
 def default_root() -> Path:
     """``$FUSER_CACHE_DIR`` if it is set, else ``fuser`` in the user's cache directory; relative if there is no home."""
-    chosen = os.environ.get("FUSER_CACHE_DIR")
+    return _root(*map(os.environ.get, ("FUSER_CACHE_DIR", "XDG_CACHE_HOME", "HOME")))
+
+
+@functools.cache
+def _root(chosen: str | None, *_environment: str | None) -> Path:
+    # Every call of an operator asks, so what the environment leads to is remembered.
     try:
         return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("fuser")
     except RuntimeError:  # no HOME and no entry in the user database

@@ -236,6 +236,54 @@ def test_poison_reaches_only_rows_that_may_see_it(given: str, where: str, poison
     assert torch.equal(out.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+def test_few_rows(rows: int, isa: Isa) -> None:
+    """Decoding: up to four rows are computed with their elements in lanes."""
+    generator = torch.Generator().manual_seed(rows)
+    pattern = torch.rand(rows, 300, generator=generator) > 0.5
+    seen = torch.rand(2, 1, 1, 300, generator=generator) > 0.3
+    by_row = torch.rand(2, 4, rows, 300, generator=generator) > 0.3
+    bias = torch.randn(2, 1, 1, 300, generator=generator).masked_fill(~seen, -math.inf)
+    for dim, value_dim, mask in ((59, 16, None), (32, 32, seen), (32, 32, by_row), (32, 32, bias)):
+        q, k, v = heads(1, 2, 4, rows, dim), heads(2, 2, 2, 300, dim), heads(3, 2, 2, 300, value_dim)
+        added = torch.zeros(()) if mask is None else mask
+        for tiles, allowed in (
+            (plan(masks.Dense(), rows, 300), torch.ones(rows, 300, dtype=torch.bool)),
+            (plan(masks.from_dense(pattern), rows, 300), pattern),
+        ):
+            if added.dtype == torch.bool:
+                check(attend(q, k, v, tiles, mask, isa=isa), exact(q, k, v, allowed & added))
+            else:
+                check(attend(q, k, v, tiles, mask, isa=isa), exact(q, k, v, allowed, added))
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_poison_among_few_rows(where: str) -> None:
+    q, k, v = heads(1, 1, 2, 3, 32), heads(2, 1, 2, 50, 32), heads(3, 1, 2, 50, 32)
+    pattern = torch.ones(3, 50, dtype=torch.bool)
+    pattern[1, 21] = False
+    tiles = plan(masks.from_dense(pattern), 3, 50)
+    visible = torch.ones(1, 1, 1, 50, dtype=torch.bool)
+    (k if where == "key" else v)[:, :, 21] = math.nan
+    out = attend(q, k, v, tiles, visible)[0]
+    assert out[:, :, [0, 2]].isnan().all()
+    others = [j for j in range(50) if j != 21]
+    expected = exact(q[:, :, 1:2], k[:, :, others], v[:, :, others], torch.ones(1, 49, dtype=torch.bool))[0]
+    assert error(out[:, :, 1:2], expected) <= FP32
+
+
+def test_few_rows_of_several_phases() -> None:
+    """Partial results of few rows are resumed, and wide heads need several tiles of values."""
+    q, k, v = (heads(i, 1, 2, n, 256, torch.bfloat16) for i, n in ((1, 3), (2, 400), (3, 400)))
+    everything = torch.ones(1, 1, 1, 400, dtype=torch.bool)
+    rows, keys, lanes = np.arange(3, dtype=np.int32), np.zeros(0, np.int32), np.zeros(0, np.uint64)
+    halves = [Group(rows, np.array([[200 * p, 200, 1]], np.int32), keys, lanes, 16, phase=p) for p in (0, 1)]
+    out, _ = attend(q, k, v, AttentionPlan.of(3, 400, halves), everything, lse=False)
+    expected, _ = exact(q, k, v, torch.ones(3, 400, dtype=torch.bool))
+    assert error(out, expected) <= 2.0**-9
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = heads(1, 1, 2, 100, 64) * 1e3, heads(2, 1, 2, 100, 64) * 1e2, heads(3, 1, 2, 100, 64)
     out, _ = attend(q, k, v, plan(masks.Causal(), 100), lse=False)
