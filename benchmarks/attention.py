@@ -4,7 +4,8 @@ Every peer gets what suits it best: SDPA ``is_causal`` where it says all, FlexAt
 it element by element), contiguous inputs and each block size, ONNX Runtime and OpenVINO the mask as a constant of an
 exported model, ONNX Runtime its own fused operator too. Our arm ``fuser`` reads tensors laid out as a model's
 projections leave them, which of the others only SDPA does; ``fuser_contiguous`` reads what they read. Every arm must
-agree with float64 before it is timed. The floor is the multiply-adds of the allowed pairs over the measured peak.
+agree with float64 before it is timed. The floor is the multiply-adds of the allowed pairs over the measured peak, or
+the bytes of all tensors over the measured bandwidth where that is more. "decode" is one query row over all keys.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --masks longformer strided --lengths 1024 --peers sdpa flex --flex 64 128
@@ -40,7 +41,9 @@ MASKS: dict[str, fuser.masks.Mask] = {
     "bigbird": fuser.masks.BigBird(64, 3, 2, 3, seed=0),
     "strided": fuser.masks.Strided(),
     "fixed": fuser.masks.Fixed(),
+    "decode": fuser.masks.Dense(),
 }
+WITHOUT_MASK = frozenset({"dense", "decode"})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative L2 distance from attention in float64 at which an arm counts as computing the same."""
@@ -49,6 +52,11 @@ ONLY_FP32 = frozenset({"onnxruntime", "openvino"})
 
 Arm = Callable[[], Any]
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def queries(name: str, length: int) -> int:
+    """Rows of q in a case of ``length`` keys."""
+    return 1 if name == "decode" else length
 
 
 def rule(name: str, length: int) -> Rule:
@@ -85,9 +93,9 @@ def flex_arms(name: str, q: Tensor, k: Tensor, v: Tensor, blocks: list[int]) -> 
     # Every block size is a compilation, and more than eight of one function would fall back to eager.
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention)
-    if name == "dense":
+    if name in WITHOUT_MASK:
         return {"flex": lambda: compiled(q, k, v)}
-    length, mod = q.shape[2], rule(name, q.shape[2])
+    length, mod = k.shape[2], rule(name, k.shape[2])
     if not torch.equal(create_mask(mod, None, None, length, length, device="cpu")[0, 0], MASKS[name].dense(length)):
         raise SystemExit(f"{name} {length}: FlexAttention's rule is another mask")
 
@@ -121,16 +129,16 @@ def onnxruntime_arms(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, threads
     flat = [t.transpose(1, 2).flatten(2).contiguous() for t in (q, k, v)]
     return {
         "onnxruntime": arm(exported.getvalue(), [q, k, v], None),
-        "onnxruntime_mha": arm(multi_head_attention(module, q), flat, q.shape[1]),
+        "onnxruntime_mha": arm(multi_head_attention(module, q, k), flat, q.shape[1]),
     }
 
 
-def multi_head_attention(module: nn.Module, q: Tensor) -> bytes:
+def multi_head_attention(module: nn.Module, q: Tensor, k: Tensor) -> bytes:
     """An ONNX model of one ``com.microsoft.MultiHeadAttention``."""
     from onnx import TensorProto, helper, numpy_helper
 
     batch, heads, length, dim = q.shape
-    shape = [batch, length, heads * dim]
+    shapes = {name: [batch, t.shape[2], heads * dim] for name, t in (("q", q), ("k", k), ("v", k), ("out", q))}
     attributes: dict[str, int] = {"num_heads": heads, "unidirectional": int(module.causal)}
     inputs, constants = ["q", "k", "v"], []
     if module.mask is not None:
@@ -138,7 +146,7 @@ def multi_head_attention(module: nn.Module, q: Tensor) -> bytes:
         added = torch.zeros(length, length).masked_fill(~module.mask, torch.finfo(torch.float32).min)
         constants.append(numpy_helper.from_array(added[None, None].numpy(), "bias"))
     node = helper.make_node("MultiHeadAttention", inputs, ["out"], domain="com.microsoft", **attributes)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("q", "k", "v", "out")]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     graph = helper.make_graph([node], "attention", values[:3], values[3:], constants)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -161,10 +169,12 @@ def arms_of(name: str, length: int, options: argparse.Namespace) -> tuple[dict[s
     mask, dtype = MASKS[name], DTYPES[options.dtype]
     generator = torch.Generator().manual_seed(0)
     # The layout of a model's projections: heads inside tokens.
-    shape = (options.batch, length, options.heads, options.dim)
-    tokens = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
+    tokens = [
+        torch.randn(options.batch, rows, options.heads, options.dim, generator=generator).to(dtype).transpose(1, 2)
+        for rows in (queries(name, length), length, length)
+    ]
     q, k, v = (t.contiguous() for t in tokens)
-    dense = None if name == "dense" else mask.dense(length)
+    dense = None if name in WITHOUT_MASK else mask.dense(length)
     module = Attention(None if name == "causal" else dense, name == "causal").eval()
     arms: dict[str, Arm] = {
         "fuser": lambda: fuser.sparse_attention(*tokens, mask),
@@ -202,18 +212,20 @@ def measure(name: str, length: int, target: Target, options: argparse.Namespace)
     """One case: milliseconds of all arms, ratios, and the share of the floor."""
     arms, expected = arms_of(name, length, options)
     errors = check(f"{name} {length}", arms, expected, AGREEMENT[options.dtype])
-    timings = interleave(arms, options.rounds)
-    allowed = MASKS[name].count(length)
-    flops = 4 * options.dim * allowed * options.heads * options.batch
-    floor_ms = 1e3 * flops / (target.peak_flops * options.threads)
+    mask, rows = MASKS[name], queries(name, length)
+    timings = interleave(arms, options.rounds, lead=5 if rows == 1 else 1)
+    heads = options.heads * options.batch
+    flops = 4 * options.dim * mask.count(rows, length) * heads
+    moved = 2 * (rows + length) * options.dim * heads * DTYPES[options.dtype].itemsize
+    floor_ms = 1e3 * max(flops / (target.peak_flops * options.threads), moved / target.bandwidth)
     peers = {arm: t for arm, t in timings.items() if not arm.startswith("fuser")}
     speedups, contiguous = (ratios(peers | {arm: timings[arm]}, arm) for arm in ("fuser", "fuser_contiguous"))
     result = {
         "mask": name,
         "length": length,
         "shape": {"batch": options.batch, "heads": options.heads, "dim": options.dim, "dtype": options.dtype},
-        "density": round(MASKS[name].density(length), 5),
-        "work_ratio": round(plan(MASKS[name], length).work_ratio, 4),
+        "density": round(mask.density(rows, length), 5),
+        "work_ratio": round(plan(mask, rows, length).work_ratio, 4),
         "floor_ms": round(floor_ms, 4),
         "fraction_of_floor": round(floor_ms / timings["fuser"].median_ms, 3),
         "timings": as_record(timings),

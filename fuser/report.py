@@ -245,14 +245,8 @@ def size_text(size: int) -> str:
 # ---- HTML
 
 
-def render_html(found: Report, compiled: Compiled | None) -> str:
-    """The report as one HTML document with its pictures inside."""
-    pictures = {}
-    masks: list[tuple[str, str, str]] = []
-    if compiled is not None:
-        for region, choice, _ in regions_of(compiled):
-            pictures[region.hash] = draw_region(region, choice)
-        masks = [(mask.name, f"{n}×{m}", _mask_picture(mask, n, m)) for mask, n, m in _masks(compiled)]
+def render_page(template: str, **values: Any) -> str:
+    """A page of ``data`` as one HTML document; undefined names are errors, and text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"),
         undefined=jinja2.StrictUndefined,
@@ -261,8 +255,20 @@ def render_html(found: Report, compiled: Compiled | None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(duration=duration, size=size_text)
+    return environment.get_template(template).render(**values)
+
+
+def render_html(found: Report, compiled: Compiled | None) -> str:
+    """The report as one HTML document with its pictures inside."""
+    pictures = {}
+    masks: list[tuple[str, str, str]] = []
+    if compiled is not None:
+        for region, choice, _ in regions_of(compiled):
+            pictures[region.hash] = draw_region(region, choice)
+        masks = [(mask.name, f"{n}×{m}", _mask_picture(mask, n, m)) for mask, n, m in _masks(compiled)]
     slowest = max((row.calls * (row.seconds or 0.0) for row in found.kernels), default=0.0)
-    return environment.get_template(_TEMPLATE).render(
+    return render_page(
+        _TEMPLATE,
         report=found,
         target=target_text(found.target) if found.target is not None else "",
         pictures=pictures,

@@ -7,14 +7,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 from fuser.drawing import COLOURS, Outline, draw_outline, duration
 from fuser.ir.errors import SearchError
-from fuser.report import Group
+from fuser.report import Group, render_page
 from fuser.study_charts import charts
 
 if TYPE_CHECKING:
@@ -254,15 +251,8 @@ def render_text(found: StudySummary) -> str:
 
 def render_html(found: StudySummary) -> str:
     """The report as one HTML document with its pictures inside; without matplotlib it has no charts and says so."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(duration=duration)
-    return environment.get_template(_TEMPLATE).render(
+    return render_page(
+        _TEMPLATE,
         study=found,
         counts=found.counts,
         best=found.best,

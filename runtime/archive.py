@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fuser.ir.errors import CacheError
+from fuser.runtime.entries import FORMAT, KEY
 
-FORMAT = 1
-KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
 KERNEL_MEMBER = re.compile(rf"kernels/({KEY.pattern})/(kernel\.so|source\.cpp|manifest\.json)")
 RECORD_MEMBER = re.compile(r"records/([A-Za-z_][A-Za-z0-9_]*)/([0-9a-f]{64})\.json")
 PLAN_MEMBER = re.compile(r"plans/([0-9a-f]{64}\.plan)")

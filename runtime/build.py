@@ -19,7 +19,8 @@ import filelock
 
 from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.ir.target import Target
-from fuser.runtime.cache import KernelCache, KernelKey, default_cache, kernel_key
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.entries import KernelKey, kernel_key
 from fuser.runtime.toolchain import Toolchain, find_ninja, find_toolchain
 
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")

@@ -114,9 +114,10 @@ def _interleaved(timers: Sequence[Timer]) -> list[Measurement]:
 
 def copies_of(graph: OperatorGraph, target: Target) -> int:
     """How many sets of a graph's weights must take turns so that each has left the last-level cache when its turn
-    comes, as far as that is worth the memory; one on the emulator, whose caches are not the target's."""
-    most = 1 if target.emulated else _MOST_COPIES[target.device]
+    comes, as far as that is worth the memory; one where there are no weights, and on the emulator, whose caches are not
+    the target's."""
     weights = sum(graph.values[v].nbytes for v in graph.constants)
+    most = 1 if target.emulated or weights == 0 else _MOST_COPIES[target.device]
     # Inputs and results, the same in every turn, take their part of the cache once.
     passing = sum(graph.values[v].nbytes for v in {*graph.inputs, *graph.outputs})
     return min(max(-(-(3 * target.cache_bytes[2] // 2 - passing) // max(weights, 1)), 1), most)

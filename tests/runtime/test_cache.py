@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from fuser.ir.errors import CacheError
 from fuser.runtime import cache as cache_module
-from fuser.runtime.archive import FORMAT
-from fuser.runtime.cache import KernelCache, KernelKey, default_cache, kernel_key
+from fuser.runtime import entries
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.entries import KernelKey, kernel_key
 
 INGREDIENTS: dict[str, Any] = {
     "symbol": "kernel",
@@ -114,7 +115,7 @@ def test_every_ingredient_was_tried() -> None:
 
 def test_the_format_is_an_ingredient(monkeypatch: pytest.MonkeyPatch) -> None:
     before = make_key()
-    monkeypatch.setattr(cache_module, "FORMAT", FORMAT + 1)
+    monkeypatch.setattr(entries, "FORMAT", entries.FORMAT + 1)
     assert make_key().digest != before.digest
 
 
