@@ -213,7 +213,7 @@ def measure(name: str, length: int, target: Target, options: argparse.Namespace)
     arms, expected = arms_of(name, length, options)
     errors = check(f"{name} {length}", arms, expected, AGREEMENT[options.dtype])
     mask, rows = MASKS[name], queries(name, length)
-    timings = interleave(arms, options.rounds, lead=5 if rows == 1 else 1)
+    timings = interleave(arms, options.rounds)
     heads = options.heads * options.batch
     flops = 4 * options.dim * mask.count(rows, length) * heads
     moved = 2 * (rows + length) * options.dim * heads * DTYPES[options.dtype].itemsize

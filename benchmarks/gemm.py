@@ -39,7 +39,6 @@ SHAPES = {
     "minilm": [(384, 384), (1152, 384), (1536, 384), (384, 1536)],
 }
 _MOST_COPIES = 24
-_LEAD = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -144,7 +143,7 @@ def measure(
         error = float((problem.out - exact).norm() / exact.norm())
         if not error <= (1e-5 if dtype is torch.float32 else 1e-2):
             raise SystemExit(f"{name} is wrong for {n}x{k} at {rows} rows: relative error {error:.2g}")
-    timings = interleave(arms, options.rounds, lead=_LEAD)
+    timings = interleave(arms, options.rounds)
     flops = 2.0 * rows * n * k
     moved = sum(t.nbytes for t in (x, weight, bias, problem.out))
     # One instruction multiplies pairs of bf16 numbers, in the time of one fp32 multiply-add.

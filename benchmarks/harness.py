@@ -21,6 +21,7 @@ from fuser.runtime.device import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 _SETTLE_SECONDS = 0.05
+_LEAD_SECONDS = 0.15
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy", "sparse-fuser")
 
 
@@ -34,25 +35,28 @@ class Timing:
     runs: int
 
 
-def interleave(
-    arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, lead: int = 1
-) -> dict[str, Timing]:
+def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
     """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all.
 
-    Before an arm's turn the threads of the one before get time to stop spinning, and ``lead`` calls are not counted, so
-    that no arm pays for its neighbour; calls of a few milliseconds need more of them, until the clock has settled.
+    Before an arm's turn the threads of the one before get time to stop spinning. Then its calls are not counted until
+    a time has passed in which clock and caches settle, and the order changes from round to round, so that no arm pays
+    for its neighbour.
     """
     for run in arms.values():
         for _ in range(warmup):
             run()
     samples: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, run in arms.items():
+    for turn in range(rounds):
+        names = list(arms)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             time.sleep(_SETTLE_SECONDS)
-            for _ in range(lead):
-                run()
-            start = time.perf_counter()
-            run()
+            ready = time.perf_counter() + _LEAD_SECONDS
+            while True:
+                start = time.perf_counter()
+                arms[name]()
+                if start >= ready:
+                    break
             samples[name].append(1e3 * (time.perf_counter() - start))
     return {name: _timing(s) for name, s in samples.items()}
 
