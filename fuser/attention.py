@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import logging
 import math
+import os
 import threading
 import weakref
 from typing import Any
@@ -163,6 +164,8 @@ _lock = threading.Lock()
 _recent: collections.OrderedDict[str, Mask] = collections.OrderedDict()
 _pinned: dict[str, Mask] = {}
 _known: weakref.WeakKeyDictionary[Mask, dict[tuple[int, int] | None, str]] = weakref.WeakKeyDictionary()
+# A mask that somebody holds can be found, however many others are used between its key and the operator.
+_alive: weakref.WeakValueDictionary[str, Mask] = weakref.WeakValueDictionary()
 
 
 def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> str:
@@ -179,7 +182,7 @@ def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = Non
 def mask_of(key: str) -> Mask:
     """The mask of a key. Raises MaskError if this process does not know it."""
     with _lock:
-        found = _pinned.get(key) or _recent.get(key)
+        found = _pinned.get(key) or _recent.get(key) or _alive.get(key)
     if found is None:
         raise MaskError(
             f"this process knows no mask with the key {key}: the graph was made in another one; "
@@ -212,7 +215,7 @@ def _enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
                     key = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
     with _lock:
-        _recent[key] = mask
+        _recent[key] = _alive.setdefault(key, mask)
         _recent.move_to_end(key)
         while len(_recent) > _REGISTERED:
             _recent.popitem(last=False)
@@ -243,6 +246,14 @@ def _key(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_len
 
         raise Unsupported("a fuser mask is made inside of a compiled function; make it outside") from error
 
+
+def _free_lock() -> None:
+    # The thread that held the lock does not exist in a forked child, so nobody would release it.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_lock)
 
 DENSE = register_mask(Dense())
 CAUSAL = register_mask(Causal())
@@ -565,10 +576,12 @@ def _gradients(
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    p, _ = _probabilities(_scores(q, k, mask_of(mask), runtime, scale))
+    scores = _scores(q, k, mask_of(mask), runtime, scale)
+    p, _ = _probabilities(scores)
+    forbidden = torch.isneginf(scores)
     group = q.shape[1] // max(k.shape[1], 1)
     grad = grad.to(p.dtype)
-    dp = grad @ _wide(v, group, p.dtype).mT
+    dp = (grad @ _wide(v, group, p.dtype).mT).masked_fill(forbidden, 0.0)
     inner = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - inner if grad_lse is None else dp - inner + grad_lse.to(p.dtype)[..., None])
 
@@ -576,7 +589,7 @@ def _gradients(
         grouped: Tensor = t.unflatten(1, (k.shape[1], group))  # type: ignore[no-untyped-call]
         return grouped.sum(2).to(q.dtype).contiguous()
 
-    dq = (ds @ _wide(k, group, p.dtype) * scale).to(q.dtype)
+    dq = (weighted_sum(ds, _wide(k, group, p.dtype), forbidden) * scale).to(q.dtype)
     dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
     if runtime is None or not bias:
         return dq, dk, dv, q.new_empty(0)
@@ -604,7 +617,8 @@ def _fake_gradients(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, mask, runtime, scale = inputs
     ctx.save_for_backward(q, k, v, runtime)
-    ctx.mask, ctx.scale = mask, scale
+    # The backward pass finds the mask by its key because somebody holds it.
+    ctx.mask, ctx.pattern, ctx.scale = mask, mask_of(mask), scale
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:

@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import gc
 import logging
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +20,16 @@ from unittest import mock
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
 
 from fuser.ir.errors import CaptureError
 
 Signature = tuple[Any, ...]
 # torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.
 _EXPORTING = threading.RLock()
+_capturing: int | None = None
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 _INTERNAL = frozenset(vars(nn.Module()))
 
@@ -58,8 +64,8 @@ class FlatCall:
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     """Split the arguments of a call into tensors and the rest.
 
-    Raises CaptureError for arguments that are neither tensors nor plain values, since a program is specialized on
-    them.
+    Raises CaptureError for arguments that are neither dense tensors nor plain values, since a program is specialized
+    on them.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     tensors: list[Tensor] = []
@@ -67,6 +73,8 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     key: list[Any] = [spec]
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
+            if leaf.is_nested:
+                raise CaptureError("an argument is a nested tensor, and programs are made for one shape")
             tensors.append(leaf)
             slots.append(i)
             key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type))
@@ -168,19 +176,66 @@ class _Flat(nn.Module):
     def __init__(self, model: nn.Module, call: FlatCall, record: Callable[[OutputSpec], None]) -> None:
         super().__init__()
         self.model = model
+        self.seen = _Seen()
         self._call = call
         self._record = record
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self._call.unflatten(tensors)
         before = _attributes(self.model)
-        flat, output = flatten_output(self.model(*args, **kwargs))
+        with self.seen:
+            flat, output = flatten_output(self.model(*args, **kwargs))
         changed = _difference(before, _attributes(self.model))
         if changed:
             _restore(self.model, before)
             raise StateError(f"the model changes its attribute {changed} while it runs")
         self._record(output)
         return tuple(flat)
+
+
+class _Seen(TorchFunctionMode):
+    """Remembers the stand-ins for tensors that the model's own code gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = set(map(id, pytree.tree_leaves((args, kwargs))))
+        self._made += [
+            weakref.ref(t) for t in pytree.tree_leaves(result) if isinstance(t, FakeTensor) and id(t) not in given
+        ]
+        return result
+
+    def forget(self) -> bool:
+        """Take those that outlive the trace out of the caches, dicts and lists that keep them; whether there were
+        any."""
+        if all(made() is None for made in self._made):
+            return False
+        gc.collect()
+        found = False
+        for made in self._made:
+            tensor = made()
+            if tensor is not None:
+                found = True
+                _take_out(tensor)
+        return found
+
+
+def _take_out(value: Any) -> None:
+    holders = gc.get_referrers(value)
+    while holders:
+        holder = holders.pop()
+        if isinstance(holder, list):
+            holder[:] = [item for item in holder if item is not value]
+        elif isinstance(holder, dict) and "__name__" not in holder:
+            for key in [key for key, item in holder.items() if item is value]:
+                del holder[key]
+        elif isinstance(holder, functools._lru_cache_wrapper):
+            holder.cache_clear()
+        elif isinstance(holder, tuple):
+            _take_out(holder)
 
 
 def _attributes(model: nn.Module) -> dict[str, list[Any]]:
@@ -191,6 +246,20 @@ def _attributes(model: nn.Module) -> dict[str, list[Any]]:
         for key, value in vars(module).items()
         if key not in _INTERNAL
     }
+
+
+def _unregistered(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters in plain attributes: by themselves, or in modules that are in no ModuleList."""
+    for leaves in _attributes(model).values():
+        for leaf in leaves:
+            if isinstance(leaf, nn.Parameter):
+                yield leaf
+            elif isinstance(leaf, nn.Module):
+                yield from leaf.parameters()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _restore(model: nn.Module, before: Mapping[str, list[Any]]) -> None:
@@ -218,6 +287,11 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and bool(a == b))
 
 
+def is_capturing() -> bool:
+    """Whether this thread is capturing a model."""
+    return _capturing == threading.get_ident()
+
+
 def capture(model: nn.Module, call: FlatCall) -> Captured:
     """Export ``model`` for one call with ``torch.export``.
 
@@ -242,11 +316,14 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     except Exception as error:
         raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
     finally:
+        kept = wrapper.seen.forget()
         # Writes to tensors that are neither parameters nor buffers happen for good even while tracing.
         with torch.no_grad():
             for tensor, copy, version in copies:
                 if tensor._version != version:
                     tensor.copy_(copy)
+    if kept:
+        raise StateError("the model keeps tensors that it has made outside of itself, as a hook or a cache does")
     signature = program.graph_signature
     # What is written within another operator's arguments.
     mutated = [str(s.target or s.arg.name) for s in signature.output_specs if s.kind.name != "USER_OUTPUT"]
@@ -257,15 +334,27 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
         **dict(wrapper.named_parameters(remove_duplicate=False)),
         **dict(wrapper.named_buffers(remove_duplicate=False)),
     }
+    # Of a parameter that no module has registered, the constant is a view that shares no version counter with it.
+    unregistered = {_place(tensor): tensor for tensor in _unregistered(model)}
     parameters: dict[str, Tensor] = {}
     for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         parameters[name] = live[target]
     for name, target in signature.inputs_to_lifted_tensor_constants.items():
-        parameters[name] = program.constants[target]
+        constant = program.constants[target]
+        parameters[name] = unregistered.get(_place(constant), constant)
     if not outputs:
         raise CaptureError("the model returned nothing")
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
     return Captured(program.graph_module, parameters, inputs, outputs[-1])
+
+
+def _free_lock() -> None:
+    # The thread that captured does not exist in a forked child, so nobody would release its lock.
+    global _EXPORTING, _capturing
+    _EXPORTING, _capturing = threading.RLock(), None
+
+
+os.register_at_fork(after_in_child=_free_lock)
 
 
 @functools.cache
@@ -304,6 +393,7 @@ def _tracing_this_thread() -> contextlib.AbstractContextManager[Any]:
 def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
+    global _capturing
     loggers = [logging.getLogger(name) for name in _LOUD]
     with (
         _EXPORTING,
@@ -318,10 +408,12 @@ def _exporting(inference: bool) -> Iterator[None]:
         # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
+            _capturing = threading.get_ident()
             for loud in loggers:
                 loud.disabled = True
             yield
         finally:
+            _capturing = None
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for loud, was in zip(loggers, disabled, strict=True):
                 loud.disabled = was

@@ -81,7 +81,7 @@ def attention(
         return sparse_attention(q, k, v, mask, scale=scale, return_lse=return_lse)
     _check_operands(q, k, v)
     if isinstance(mask, Tensor):
-        mask = _check_runtime(mask, q, k)
+        mask = _check_runtime(mask, q, k).detach()
     elif mask is not None:
         if not isinstance(mask, Mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")

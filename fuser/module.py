@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fuser.capture import FlatCall, Signature, StateError, flatten_call
+from fuser.capture import FlatCall, Signature, StateError, flatten_call, is_capturing
 from fuser.codegen.assemble import KernelRecord
 from fuser.compiler import (
     Compiled,
@@ -73,9 +74,6 @@ class OptimizedModule(nn.Module):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)
-        # Whoever sets, swaps or looks up a parameter or submodule here does so in the model.
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            object.__setattr__(self, name, getattr(model, name))
         self._attention = attention
         self._search = search
         self._wanted = target
@@ -92,13 +90,18 @@ class OptimizedModule(nn.Module):
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
         self.training = model.training
+        # Whoever sets, swaps or looks up a parameter or submodule here does so in the model. Last, since the model may
+        # have members with the names of our attributes.
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            object.__setattr__(self, name, getattr(model, name))
         _modules.add(self)
 
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            # Kernels behind ctypes are nothing another compiler could look into. (Exports are known by their tensors.)
+        if torch.compiler.is_dynamo_compiling() or is_capturing():
+            # Kernels behind ctypes are nothing another compiler could look into. (Other exports are known by their
+            # tensors.)
             return self._model(*args, **kwargs)
         call, reason = self._acceptable(args, kwargs)
         if call is None:
@@ -123,22 +126,15 @@ class OptimizedModule(nn.Module):
             call = flatten_call(args, kwargs)
         except CaptureError as error:
             return None, str(error)
+        if reason := unreadable(call.tensors):
+            return None, reason
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+            return None, "an input requires grad; fused kernels have no backward"
         device = call.tensors[0].device if call.tensors else _CPU
-        for tensor in call.tensors:
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or _is_wrapped(tensor):
-                return None, f"an input is a {type(tensor).__name__} that fuser cannot look into"
-            if tensor.device != device:
-                return None, f"inputs are on {device} and on {tensor.device}"
-            if tensor.layout is not torch.strided:
-                return None, f"an input has the layout {tensor.layout}"
-            if tensor.requires_grad and torch.is_grad_enabled():
-                return None, "an input requires grad; fused kernels have no backward"
         if reason := self._unsupported(device):
             return None, reason
         if torch.is_autocast_enabled(device.type):
             return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
-        if torch._C._is_tracing() or forward_ad._current_level >= 0:
-            return None, "the call is traced or differentiated"
         return call, ""
 
     def _unsupported(self, device: torch.device) -> str:
@@ -166,6 +162,10 @@ class OptimizedModule(nn.Module):
                 return None
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self._say("the call is captured into a CUDA graph before it has run once; call the module before that")
+                return None
+            if torch.get_default_device().type != device.type:
+                # Constants would be made there.
+                self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             try:
                 compiled = run_after_fork(self._compile, call, key[1], device)
@@ -333,8 +333,10 @@ class OptimizedModule(nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Public names are the model's.
-        if name.startswith("_") or name == "training":
+        # Public names are the model's; our own are ours, even where the model has a member of that name.
+        if name in self.__dict__:
+            object.__setattr__(self, name, value)
+        elif name.startswith("_"):
             super().__setattr__(name, value)
         else:
             setattr(self._model, name, value)
@@ -406,6 +408,33 @@ def _free_locks() -> None:
 os.register_at_fork(after_in_child=_free_locks)
 
 
+def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # ``torch._fused_adam_`` and its like write parameters without advancing their versions.
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(p for p in group["params"] if p.grad is not None)
+
+
+register_optimizer_step_post_hook(_count_fused_step)
+
+
+def unreadable(tensors: Sequence[Tensor]) -> str:
+    """Why kernels cannot take these tensors, or not in PyTorch's current modes; empty if they can."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or _is_wrapped(tensor):
+            return f"an input is a {type(tensor).__name__} that fuser cannot look into"
+        if tensor.device != tensors[0].device:
+            return f"inputs are on {tensors[0].device} and on {tensor.device}"
+        if tensor.layout is not torch.strided:
+            return f"an input has the layout {tensor.layout}"
+    if torch._C._is_tracing() or forward_ad._current_level >= 0:
+        return "the call is traced or differentiated"
+    if torch._C._len_torch_dispatch_stack():
+        # Such as FakeTensorMode, whose tensors have no memory.
+        return "a TorchDispatchMode is active, and kernels are no operators that it could see"
+    return ""
+
+
 def _is_wrapped(tensor: Tensor) -> bool:
     """Whether a function transform (``torch.func``) stands behind the tensor."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
@@ -466,7 +495,7 @@ def optimize(
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
 
     Raises:
-        TypeError: arguments of the wrong type.
+        TypeError: arguments of the wrong type, and models that TorchScript has compiled.
         MaskError: ``attention`` does not fit the model.
         FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
     """
@@ -476,6 +505,11 @@ def optimize(
         raise MaskError(f"attention must be one of fuser.masks, not a {type(attention).__name__}")
     if quantize is not None:
         raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("fuser.optimize takes models before TorchScript: pass what torch.jit.script or trace was given")
+    if type(model).__module__.startswith("torch._dynamo"):
+        # What torch.compile returned.
+        model = getattr(model, "_orig_mod", model)
     if isinstance(model, OptimizedModule):
         model = model._model
     if not (target is None or isinstance(target, Target)):

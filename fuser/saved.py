@@ -38,7 +38,7 @@ from fuser.ir.errors import FuserError, KernelError, MaskError
 from fuser.ir.graph import TorchCall
 from fuser.ir.masks import Mask, from_dense
 from fuser.ir.target import Target
-from fuser.module import OptimizedModule, split_unfused
+from fuser.module import OptimizedModule, split_unfused, unreadable
 from fuser.runtime import cuda
 from fuser.runtime.cache import default_cache
 from fuser.runtime.cuda_program import arena_of, program_of
@@ -496,6 +496,8 @@ class LoadedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = flatten_call(args, kwargs)
+        if reason := unreadable(call.tensors):
+            raise KernelError(f"{reason}; a loaded module has no original to run: pass plain tensors of one device")
         candidates = self._by_key.get(call.key)
         if candidates is None:
             shapes = "\n  ".join(describe(key) for key in self._by_key)
@@ -503,11 +505,6 @@ class LoadedModule(nn.Module):
                 f"no program was saved for the call {describe(call.key)}; {self._content.path} has\n  {shapes}"
             )
         device = call.tensors[0].device if call.tensors else torch.device(self._content.target.device)
-        for tensor in call.tensors:
-            if tensor.layout is not torch.strided:
-                raise KernelError(f"an input has the layout {tensor.layout}; pass dense tensors")
-            if tensor.device != device:
-                raise KernelError(f"inputs are on {device} and on {tensor.device}; bring them to one device")
         index, program = self._program(candidates, device)
         self._last = index
         with torch.no_grad():

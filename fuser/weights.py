@@ -36,11 +36,17 @@ class _Structure:
 
     def __init__(self, model: nn.Module | None) -> None:
         self._modules = list(model.modules()) if model is not None else []
-        self._attributes = list(map(vars, self._modules))
-        # A member of a module that had none is nothing to its code, unless its class changes too.
-        self._members: list[dict[str, Any]] = [
-            d for m in self._modules for d in (m._modules, m._parameters, m._buffers) if d
+        # TorchScript's modules keep neither their mode nor their members in dicts.
+        self._attributes = [attributes for attributes in map(vars, self._modules) if "training" in attributes]
+        members = [
+            d
+            for m in self._modules
+            for d in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
+            if isinstance(d, dict)
         ]
+        self._members: list[dict[Any, Any]] = [d for d in members if d]
+        # What had no members or hooks may get some, such as adapters.
+        self._empty = [d for d in members if not d]
         plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
         self._plain = [(vars(m), key) for m, key in plain]
         # Kept alive, so that no other tensor gets the identity of a former one.
@@ -60,7 +66,7 @@ class _Structure:
 
     @property
     def changed(self) -> bool:
-        return self._look() != self._state
+        return any(self._empty) or self._look() != self._state
 
 
 class _Contents:

@@ -25,6 +25,8 @@ from fuser.ir.masks import Mask
 FORMAT = 1
 WIDTHS = (16, 32, 64)
 """Lanes that a kernel can give a group."""
+FEW_ROWS = 4
+"""Rows of a group up to which the CPU kernel computes each by itself (``kFewRows`` of its template)."""
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -241,11 +243,16 @@ class AttentionPlan:
 
     @functools.cached_property
     def pairs_computed(self) -> int:
-        """Pairs that a kernel computes: for each key of a group the vectors of 16 lanes that it concerns, whole."""
+        """Pairs that a kernel computes: for each key of a group the vectors of 16 lanes that it concerns, whole, or all
+        rows of a group of few."""
         a = self._arrays
-        rows = -(-np.diff(a["row_ptr"]).astype(np.int64) // 16)
+        counts = np.diff(a["row_ptr"]).astype(np.int64)
+        few = counts <= FEW_ROWS
+        whole = np.where(few, counts, -(-counts // 16) * 16)
         first, last = vectors(a["lanes"].view(np.uint64))
-        return int(16 * ((rows * self._run_totals).sum() + last.sum(dtype=np.int64) - first.sum(dtype=np.int64)))
+        owner = np.repeat(np.arange(len(self)), np.diff(a["key_ptr"]))
+        partial = np.where(few[owner], counts[owner], 16 * (last - first).astype(np.int64))
+        return int((whole * self._run_totals).sum() + partial.sum())
 
     @property
     def work_ratio(self) -> float:
@@ -369,6 +376,7 @@ class AttentionPlan:
         _require(np.array_equal(sizes, a["sizes"]), "the sizes of phases must be right")
         unused = np.repeat(~_low_bits(rows), np.diff(a["key_ptr"]))
         _require(not (a["lanes"].view(np.uint64) & unused).any(), "lanes without a row must not be set")
+        _require((a["lanes"] != 0).all(), "a partial key must have a row that sees it")
         slot, resume, finish = _merges(
             a["row"].astype(np.int64), np.repeat(np.arange(len(self)), rows), ramp(rows), a["head"], a["phase"], n
         )

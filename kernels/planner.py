@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fuser.ir.errors import PlanError
+from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Mask, MaskMod, TensorMask, from_dense
 from fuser.ir.masks.structure import Part, progressions
 from fuser.ir.target import Target
@@ -54,6 +54,8 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
 
     Raises MaskError when the mask does not fit the lengths. The result is exact: each allowed pair is in one tile.
     """
+    if not isinstance(mask, Mask):
+        raise MaskError(f"mask must be one of fuser.masks (of a tensor: from_dense), got {type(mask).__name__}")
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
     model = COSTS["cpu" if target is None else target.kind]

@@ -45,6 +45,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
             strange = [name for name in names if not any(member.fullmatch(name) for member in known)]
             if strange != ["index.json"] or len(set(names)) != len(names):
                 raise CacheError(f"{path} is not an archive of a kernel cache: it holds {sorted(strange)[:5]}")
+            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+                raise CacheError(f"{path} is not an archive of a kernel cache: it is compressed in another way")
             if sum(info.file_size for info in infos) > _MAX_ARCHIVE_BYTES:
                 raise CacheError(f"the archive {path} unpacks to more than {_MAX_ARCHIVE_BYTES >> 30} GiB")
             members = {name: archive.read(name) for name in names}
@@ -61,6 +63,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
         ValueError,
         KeyError,
         TypeError,
+        EOFError,
         NotImplementedError,
         RuntimeError,
     ) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -30,6 +32,7 @@ _REPEAT_SECONDS = 15.0
 _STOP_SECONDS = 0.1
 _LOCK_SECONDS = 120.0
 _MESSAGE_CHARACTERS = 6000
+_LITTLE_SPACE = 4 << 20
 _SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 
 logger = logging.getLogger("fuser")
@@ -119,7 +122,8 @@ def build(
                 built[job.source.symbol] = path
         missing = [job for job in missing if job.source.symbol not in built]
         if missing:
-            built |= _compile(missing, target, toolchain, ninja, cache, jobs or _usable_cpus(), stop)
+            parallel = jobs or _usable_cpus()
+            built |= cache.writing(lambda _: _compile(missing, target, toolchain, ninja, cache, parallel, stop))
             cache.prune()
     return built
 
@@ -229,7 +233,8 @@ def _compile(
     parallel: int,
     stop: threading.Event | None,
 ) -> dict[str, Path]:
-    """Build ``jobs`` with one ninja run and publish what compiled. Raises :class:`CompilationError` for the rest."""
+    """Build ``jobs`` with one ninja run and publish what compiled. Raises :class:`CompilationError` for the rest, and
+    OSError where the disk is full."""
     with cache.workspace() as folder:
         try:
             _write_project(folder, jobs, toolchain)
@@ -237,6 +242,8 @@ def _compile(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise CacheError(f"cannot build in {folder}: {error}; free some space, or set FUSER_CACHE_DIR") from error
         built: dict[str, Path] = {}
         failures = []
@@ -254,8 +261,9 @@ def _compile(
                 continue
             report = folder / f"k{index}.log"
             output = (report.read_text(errors="replace") if report.exists() else "") or log
-            if "No space left on device" in output:
-                raise CacheError(f"the disk of {folder} is full; free some space, or set FUSER_CACHE_DIR")
+            # On a full disk a compiler cannot even write what is wrong.
+            if "No space left on device" in output or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
             source = cache.keep_failure(job.key.digest, job.source.text, job.headers, output)
             command = shlex.join([*toolchain.command, *toolchain.compile_flags, "-c", str(source), "-o", os.devnull])
             failures.append(Failure(job.source.symbol, command, output, source))

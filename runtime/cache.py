@@ -180,7 +180,8 @@ class KernelCache(Store):
         found = []
         for folder in self._folders([self.root]):
             with contextlib.suppress(OSError):
-                accessed = max(path.stat().st_mtime for path in (folder / "manifest.json", folder) if path.exists())
+                known = [path.stat().st_mtime for path in (folder / "manifest.json", folder) if path.exists()]
+                accessed = max(known, default=0.0)
                 found.append((accessed, folder.name, _folder_bytes(folder), folder))
         for path in self._plan_paths([self.root]):
             with contextlib.suppress(OSError):
@@ -306,13 +307,12 @@ class KernelCache(Store):
         members: dict[str, bytes] = {}
         kernels = 0
         for key in sorted(chosen):
-            library = self.get(key)
-            if library is None and keys is not None:
+            files = self._read_entry(key)
+            if files is None and keys is not None:
                 raise CacheError(f"the kernel {key} is not in the cache {self.root}, or damaged; nothing was exported")
-            if library is not None:
+            if files is not None:
                 kernels += 1
-                for name in _ENTRY_FILES:
-                    members[f"kernels/{key}/{name}"] = (library.parent / name).read_bytes()
+                members |= {f"kernels/{key}/{name}": content for name, content in files.items()}
         for record in self._record_paths() if keys is None else []:
             with contextlib.suppress(CacheError, OSError):
                 content = record.read_bytes()
@@ -393,8 +393,11 @@ class KernelCache(Store):
             return folder / "source.cpp"
 
         path = self.writing(write)
-        kept = sorted((self.root / "failed").iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for folder in kept[:-_FAILURES_KEPT]:
+        kept = []
+        for folder in (self.root / "failed").glob("*"):
+            with contextlib.suppress(OSError):
+                kept.append((folder.stat().st_mtime, folder))
+        for _, folder in sorted(kept)[:-_FAILURES_KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
         return path
 
@@ -409,6 +412,20 @@ class KernelCache(Store):
 
     def _plan_paths(self, roots: Iterable[Path]) -> list[Path]:
         return sorted(path for root in roots for path in (root / "plans").glob("*.plan"))
+
+    def _read_entry(self, key: str) -> dict[str, bytes] | None:
+        """The files of an intact entry, as :meth:`import_` wants them; None if there is none or it is damaged."""
+        if (library := self.get(key)) is None:
+            return None
+        try:
+            files = {name: (library.parent / name).read_bytes() for name in _ENTRY_FILES}
+            entry = Entry.parse(files["manifest.json"], str(library.parent / "manifest.json"))
+            if digest_of([files["source.cpp"]]) != entry.fields.get("text"):
+                raise CacheError(f"{library.parent / 'source.cpp'} does not match its manifest")
+        except (OSError, CacheError) as error:
+            logger.warning("a cached kernel cannot be exported: %s", error)
+            return None
+        return files
 
     def _check(self, key: str, folder: Path, *, remember: bool = True) -> Entry:
         """The manifest of an entry whose library matches it. Raises OSError or :class:`CacheError`."""
@@ -443,7 +460,7 @@ class KernelCache(Store):
                 (stage / "kernel.so").write_bytes(library)
                 (stage / "source.cpp").write_bytes(text)
                 (stage / "manifest.json").write_bytes(manifest)
-                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._install(entry.key, stage, folder)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -459,16 +476,16 @@ class KernelCache(Store):
             try:
                 stage.rename(folder)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
+                obstacle = error
             else:
                 return
             try:
                 self._check(key, folder, remember=False)
-            except FileNotFoundError:
-                continue
-            except CacheError:
-                self.remove(folder)
+            except (OSError, CacheError):
+                if os.path.lexists(folder) and not self.remove(folder):
+                    raise obstacle from None
             else:
                 return
 

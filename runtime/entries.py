@@ -111,7 +111,7 @@ class Entry:
             entry = dataclasses.replace(entry, created=float(entry.created), fields=dict(entry.fields))
             if _combine(entry.fields).digest != entry.key:
                 raise ValueError("its key does not follow from its fields")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CacheError(f"the manifest {name} is damaged: {error}") from error
         if entry.format != FORMAT:
             raise CacheError(f"the manifest {name} has format {entry.format}; this version of fuser reads {FORMAT}")
@@ -155,7 +155,7 @@ def plan_header(line: bytes, path: Path) -> tuple[str, str]:
         if header["format"] != FORMAT or header["key"] != path.stem:
             raise ValueError("it belongs to another key or format")
         return str(header["title"]), str(header["sha256"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheError(f"the plan {path} is damaged: {error}") from error
 
 
@@ -183,5 +183,5 @@ def parse_record(content: bytes, kind: str, key: str | None) -> tuple[str, dict[
         if version != FORMAT or stored_kind != kind or (key is not None and stored_key != key):
             raise ValueError("it belongs to another key or format")
         return stored_key, dict(value)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(f"a record of kind {kind} is damaged: {error}") from error

@@ -22,9 +22,11 @@ from fuser.ir.errors import CacheError
 
 FOLDERS = ("tmp", "locks", "kernels", "plans", "records")
 _STALE_SECONDS = 86_400.0
+_ATTEMPTS = 4
 _UNWRITABLE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST}
     | {errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.ENOENT, errno.ENODEV, errno.EMLINK, errno.EFBIG}
+    | {errno.EISDIR, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY}
 )
 
 logger = logging.getLogger("fuser")
@@ -89,8 +91,12 @@ class Store:
     def writing(self, write: Callable[[Path], T]) -> T:
         """Run ``write`` on the root; if its file system refuses, on a temporary root from now on."""
         try:
-            for name in ("tmp", "locks"):
-                (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            for _ in range(_ATTEMPTS - 1):
+                # Another process may remove the directories at any moment.
+                with contextlib.suppress(FileNotFoundError):
+                    _make_folders(self.root)
+                    return write(self.root)
+            _make_folders(self.root)
             return write(self.root)
         except OSError as error:
             if error.errno not in _UNWRITABLE:
@@ -159,10 +165,15 @@ def _prepare(root: Path) -> None:
             f"other users can write to the kernel cache {root} and could put code into it; "
             f"run `chmod 700 {root}`, or set FUSER_CACHE_DIR to another directory"
         )
-    for name in FOLDERS:
-        (root / name).mkdir(mode=0o700, exist_ok=True)
+    _make_folders(root)
     with tempfile.TemporaryFile(dir=root / "tmp") as probe:
         probe.write(b"writable")
+
+
+def _make_folders(root: Path) -> None:
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in FOLDERS:
+        (root / name).mkdir(mode=0o700, exist_ok=True)
 
 
 def _remove_own(path: Path, process: int) -> None:
@@ -173,7 +184,7 @@ def _remove_own(path: Path, process: int) -> None:
 
 def write_atomic(path: Path, content: bytes, temporary: Path) -> None:
     """Write a file by renaming it into place from the directory ``temporary``, which is on the same file system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix="write-", dir=temporary)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -23,6 +23,7 @@ VERSION = 1
 """Of what a study holds."""
 _STALE_SECONDS = 900.0
 _OURS = "fuser"
+_HEADER = frozenset({"created", "space", "strategy", "seed", "trials", "context"})
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def list_studies(storage: str | None = None) -> list[str]:
     found, name = open_storage(storage, create=False)
     with translated(name):
         summaries = optuna.get_all_study_summaries(found)
-        ours = [s for s in summaries if _OURS in s.user_attrs]
-        return [s.study_name for s in sorted(ours, key=lambda s: float(s.user_attrs[_OURS]["created"]))]
+        ours = {s.study_name: s.user_attrs[_OURS] for s in summaries if isinstance(s.user_attrs.get(_OURS), Mapping)}
+        return sorted(ours, key=lambda name: float(ours[name].get("created", 0.0)))
 
 
 def open_study(name: str, storage: str | None = None) -> StudyView:
@@ -157,7 +158,10 @@ class Ledger:
         return ledger
 
     def _check_version(self) -> None:
-        version = self.header.get("version")
+        header = self.header
+        version = header.get("version")
+        if version == VERSION and (missing := sorted(_HEADER - header.keys())):
+            raise self.damaged(KeyError(*missing))
         if version != VERSION:
             what = "was not made by fuser" if version is None else f"has version {version}, this fuser reads {VERSION}"
             raise SearchError(f"the study {self.name!r} {what}; start a new one")
@@ -166,7 +170,8 @@ class Ledger:
     def header(self) -> dict[str, Any]:
         """What the study was made with."""
         with self._translated():
-            return dict(self.study.user_attrs.get(_OURS, {}))
+            found = self.study.user_attrs.get(_OURS)
+            return dict(found) if isinstance(found, Mapping) else {}
 
     def _translated(self) -> contextlib.AbstractContextManager[None]:
         from fuser.search.storage import translated
@@ -234,6 +239,18 @@ class Ledger:
 
     def view(self) -> StudyView:
         """Everything about the study, read."""
+        try:
+            return self._view()
+        except SearchError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, error: Exception) -> SearchError:
+        """What to say of a study whose content cannot be understood."""
+        return SearchError(f"the study {self.name!r} is damaged ({type(error).__name__}: {error}); start a new one")
+
+    def _view(self) -> StudyView:
         header = self.header
         with self._translated():
             attrs = self.study.user_attrs

@@ -115,7 +115,10 @@ def read(
                 threads,
             ]:
                 continue
-            distance = abs(math.log(max(int(other.get("rows", 1)), 1) / mine))
+            try:
+                distance = abs(math.log(max(int(other.get("rows", 1)), 1) / mine))
+            except (TypeError, ValueError, OverflowError):
+                continue
             if distance <= math.log(_FARTHEST):
                 found.append((distance, str(other.get("region")), other))
     for _, _, value in sorted(found, key=lambda f: f[:2]):

@@ -90,10 +90,13 @@ class SearchResult:
     def summary(self) -> str:
         """The result in a few lines."""
         gain = self.default_seconds / self.seconds if self.seconds else 1.0
+        default = f"the default scheme {self.default_seconds * 1e3:.3f} ms ({gain:.3f}×"
+        default += f"{'' if self.speedup is None else f'; {self.speedup:.3f}× when measured again'})"
+        if math.isinf(self.default_seconds):
+            default = "the default scheme failed"
         exact = "" if self.space.is_exact else "at least "
         lines = [
-            f"{self.study}: {self.seconds * 1e3:.3f} ms, the default scheme {self.default_seconds * 1e3:.3f} ms "
-            f"({gain:.3f}×{'' if self.speedup is None else f'; {self.speedup:.3f}× when measured again'})",
+            f"{self.study}: {self.seconds * 1e3:.3f} ms, {default}",
             f"{exact}{self.programs} distinct programs of {exact}{self.schemes} schemes; {self.trials} trials, "
             f"{self.measured} measured and {self.remembered} remembered now, {len(self.failures)} failed; "
             f"ended by {self.stopped}",
@@ -392,16 +395,19 @@ class Run:
     def _sync(self) -> None:
         """Learn from trials that other processes, or earlier ones, have ended."""
         for trial in self.ledger.trials():
-            details = trial.user_attrs.get("details", {})
             if trial.number in self.imported or not trial.state.is_finished() or "point" not in trial.user_attrs:
                 continue
             self.imported.add(trial.number)
-            if trial.state.name == "PRUNED" or details.get("died"):
-                continue
-            point = Point.parse(trial.user_attrs["point"])
-            value = trial.value if trial.state.name == "COMPLETE" else None
+            try:
+                details = trial.user_attrs.get("details", {})
+                if trial.state.name == "PRUNED" or details.get("died"):
+                    continue
+                point = Point.parse(trial.user_attrs["point"])
+                value = trial.value if trial.state.name == "COMPLETE" else None
+                self._add_to_mirror(point, value, trial.user_attrs.get("notes", {}))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise self.ledger.damaged(error) from error
             self._learn(trial.number, point, value, str(details.get("failure", "")))
-            self._add_to_mirror(point, value, trial.user_attrs.get("notes", {}))
 
     # ---- ends
 
@@ -424,9 +430,13 @@ class Run:
             self.phase = "verify"
             self._report("measuring the best programs again in a fresh process")
             clock = time.perf_counter()
-            again = self.objective.compare(contenders)
+            again = None
+            try:
+                again = self.objective.compare(contenders)
+            except KeyboardInterrupt:
+                stopped = "interrupted"
             self.measuring += time.perf_counter() - clock
-            if again is not None:
+            if again is not None and math.isfinite(min(again)):
                 at = int(np.argmin(again))
                 best, speedup = contenders[at], again[0] / again[at]
                 seconds = self.values[str(best)] or again[at]

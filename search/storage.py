@@ -16,12 +16,14 @@ from urllib.parse import quote, unquote
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from fuser.ir.errors import SearchError
 from fuser.runtime.cache import default_cache
 
 _LOCK_SECONDS = 20.0
+_LINE_START = b'{"op_code":'
+"""What every line of a journal starts with."""
 
 
 def default_storage() -> str:
@@ -39,13 +41,16 @@ def located(storage: str | None, study: str) -> str:
 
 def studies_in(folder: Path) -> list[str]:
     """Names of the studies in a folder, by the age of their files, the newest last."""
-    files = sorted(folder.glob("*.journal"), key=lambda path: path.stat().st_mtime)
-    return [unquote(path.name.removesuffix(".journal")) for path in files]
+    found = []
+    for path in folder.glob("*.journal"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path.name))
+    return [unquote(name.removesuffix(".journal")) for _, name in sorted(found)]
 
 
 def shown(storage: str) -> str:
     """A storage's name without the password in it."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage)
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", storage)
 
 
 def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
@@ -64,7 +69,7 @@ def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
             if path.suffix not in (".db", ".sqlite", ".sqlite3"):
                 if not os.access(path if path.exists() else path.parent, os.W_OK):
                     raise SearchError(f"{path} cannot be written, so no study can be kept there")
-                return JournalStorage(JournalFileBackend(str(path))), str(path)
+                return JournalStorage(_Journal(str(path))), str(path)
             name = f"sqlite:///{path}"
         elif name.startswith("sqlite:///") and not create and not Path(name.removeprefix("sqlite:///")).is_file():
             raise SearchError(f"there are no studies at {name}")
@@ -76,6 +81,38 @@ def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
             # A server without an encoding answers in bytes otherwise.
             engine["connect_args"] = {"client_encoding": "utf8"}
         return _database(url, engine), name
+
+
+class _Journal(JournalFileBackend):
+    """A journal that goes on where its last line was cut short, as on a disk that was full: Optuna would write the next
+    line behind it, and could read neither, nor what follows."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._own_lock = JournalFileSymlinkLock(path)
+        super().__init__(path, self._own_lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._own_lock.acquire()
+        try:
+            self._mend()
+        finally:
+            self._own_lock.release()
+        super().append_logs(logs)
+
+    def _mend(self) -> None:
+        with self._path.open("rb+") as file:
+            if not file.seek(0, os.SEEK_END):
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read() == b"\n":
+                return
+            file.seek(0)
+            content = file.read()
+            start = content.rfind(b"\n") + 1
+            if content[start : start + len(_LINE_START)] != _LINE_START[: len(content) - start]:
+                raise ValueError("its last line is not of a journal")
+            file.truncate(start)
 
 
 def _database(url: str, engine: dict[str, Any]) -> RDBStorage:
@@ -134,6 +171,6 @@ def translated(name: str) -> Iterator[None]:
             f"the storage {shown_name} failed ({reason}): make room or choose another place; what was measured before "
             "is kept, and the study can be resumed"
         ) from error
-    except ValueError as error:
-        # Damaged lines of a journal.
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # Damaged lines of a journal, or of something else.
         raise SearchError(f"the storage {shown_name} cannot be read ({error}): it is damaged or no storage") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("default", "exact", "reward", "random", "anneal", "tpe", "gp", "atoffer", "atoffer-published")
 """``default`` is the shortest path over measured kernels, then group rewards around it; ``exact`` the shortest path
 alone; the others propose every program by themselves, from the default scheme on."""
+logger = logging.getLogger("fuser")
 _SLACK = 1.5
 _PLATEAU = 24
 _PATIENCE_SECONDS = 15.0
@@ -58,7 +60,7 @@ def search(
         trials: total of the study's trials; None: what the study was made with (200 for a new one).
         timeout: seconds after which this call stops proposing and measuring.
         strategy: one of :data:`STRATEGIES`.
-        seed: the same seed proposes the same programs for the same measured times.
+        seed: from 0 to 2³² − 1; the same seed proposes the same programs for the same measured times.
         storage: a journal file or SQLite file by its path, a folder, which keeps a journal file for each study, or a
             database URL; None: the folder ``studies`` of the kernel cache.
         study: the study's name; an existing one is joined, so that processes and machines share its trials. None: a new
@@ -81,6 +83,8 @@ def search(
         raise SearchError(f"a search needs at least one trial, not {trials}")
     if timeout is not None and not timeout > 0:
         raise SearchError(f"the timeout must be a positive number of seconds, not {timeout:g}")
+    if not 0 <= seed < 1 << 32:
+        raise SearchError(f"the seed must be between 0 and {(1 << 32) - 1}, not {seed}")
     if strategy not in STRATEGIES:
         raise SearchError(f"there is no strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     space = Space.of(graph, target, threads) if space is None else space
@@ -126,8 +130,12 @@ def _ledger(
 ) -> Ledger:
     if name is None and resume:
         for known in reversed(list_studies(storage)):
-            ledger = Ledger.open(known, storage)
-            if ledger.header["space"]["hash"] == space.hash:
+            try:
+                ledger = Ledger.open(known, storage)
+            except SearchError as error:
+                logger.warning("the study %r cannot be resumed: %s", known, error)
+                continue
+            if ledger.header.get("space", {}).get("hash") == space.hash:
                 return ledger
         raise SearchError("there is no study of this model, target and number of threads to resume; start a new one")
     if name is not None and resume:

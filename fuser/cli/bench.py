@@ -128,6 +128,13 @@ def measure(
     from fuser.flat import FLASH, attention, buffer_bytes, live_bytes
     from fuser.runtime.device import cpu_target
 
+    inputs, room = 3 * 4 * batch * heads * length * head_dim, _available_bytes()
+    if room is not None and inputs > _SHARE_OF_MEMORY * room:
+        reason = f"its inputs need {inputs / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free"
+        return [
+            {"granularity": name, "length": length, "tile": [], "skipped": reason}
+            for name in ("batch", "head", "row", FLASH)
+        ]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, heads, length, head_dim, generator=generator) for _ in range(3))
     target = cpu_target()

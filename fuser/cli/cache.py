@@ -6,11 +6,15 @@ import dataclasses
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fuser.cli.output import Json, console, print_json, table
+from fuser.ir.errors import FuserError
+
+if TYPE_CHECKING:
+    from fuser.runtime.cache import KernelCache
 
 app = typer.Typer(
     help="The kernel cache: list, verify, prune, and move kernels to machines without a compiler. "
@@ -33,7 +37,7 @@ def ls(json: Json = False) -> None:
         print_json({"root": str(cache.root), "bytes": cache.size(), "max_bytes": cache.max_bytes, **lists})
         return
     rows = [
-        (entry.symbol, entry.key[:12], size_text(entry.size), _age(entry.created), entry.compiler.splitlines()[0])
+        (entry.symbol, entry.key[:12], size_text(entry.size), _age(entry.created), entry.compiler.partition("\n")[0])
         for entry in entries
     ]
     out = console()
@@ -88,6 +92,7 @@ def prune(
     limit = _bytes(max_size) if max_size else None
     cache = default_cache()
     before = cache.size()
+    _kept(cache)
     if everything:
         removed = [*(entry.key for entry in cache.entries()), *(plan.name for plan in cache.plans())]
         cache.clear()
@@ -127,13 +132,27 @@ def import_(
     """
     from fuser.runtime.cache import default_cache
 
-    report = default_cache().import_(path)
+    cache = default_cache()
+    _kept(cache)
+    report = cache.import_(path)
+    _kept(cache)
     if json:
         values = {**dataclasses.asdict(report), "targets": sorted(report.targets)}
         print_json(values)
     else:
         added = f"{len(report.kernels)} kernels, {report.records} records and {report.plans} plans"
         console().print(f"added {added}; {report.present} were here already")
+
+
+def _kept(cache: KernelCache) -> None:
+    """Raise FuserError where what is done to the cache is lost with this process."""
+    from fuser.runtime.store import default_root
+
+    if cache.root != default_root():
+        raise FuserError(
+            f"the kernel cache {default_root()} cannot be written: free some space, or set FUSER_CACHE_DIR to another "
+            "directory"
+        )
 
 
 def _bytes(text: str) -> int:

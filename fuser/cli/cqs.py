@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from fuser.cli.output import Json, console, print_json, table
+from fuser.ir.errors import FuserError
 
 
 def cqs(
@@ -28,7 +29,10 @@ def cqs(
     # Queries, keys and values in, output and log-sum-exp out, for one head.
     memory = [4 * (share.tokens * (2 * width + 1) + 2 * share.keys * width) for share in shares]
     if draw is not None:
-        part.draw(draw)
+        try:
+            part.draw(draw)
+        except OSError as error:
+            raise FuserError(f"cannot write the picture {draw}: {error.strerror or error}") from error
     ratio = part.responsibility_ratio
     if json:
         listed = [{**dataclasses.asdict(s), "bytes": size} for s, size in zip(shares, memory, strict=True)]

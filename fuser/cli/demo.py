@@ -41,7 +41,7 @@ def demo(
         bool, typer.Option("--torch-compile/--no-torch-compile", help="Compare with torch.compile too.")
     ] = True,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of everything that is timed.", show_default="PyTorch's")
+        int | None, typer.Option(min=1, max=4096, help="Threads of everything that is timed.", show_default="PyTorch's")
     ] = None,
     json: Json = False,
 ) -> None:

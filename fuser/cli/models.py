@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,8 @@ def _imported(name: str, sizes: Mapping[str, int], seed: int, padding: bool) -> 
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(path)
-    except ImportError as error:
-        raise FuserError(f"cannot import {path!r} for the model {name!r}: {error}") from error
+    except Exception as error:
+        raise FuserError(f"cannot import {path!r} for the model {name!r}: {_reason(error)}") from error
     make = getattr(module, attribute, None)
     if make is None:
         raise FuserError(f"the module {path!r} has no {attribute!r}")
@@ -107,7 +108,10 @@ def _imported(name: str, sizes: Mapping[str, int], seed: int, padding: bool) -> 
     if architecture:
         raise FuserError(f"--{architecture[0]} is for built-in configurations; {name} chooses its own sizes")
     torch.manual_seed(seed)
-    made = make if isinstance(make, nn.Module) else make() if callable(make) else None
+    try:
+        made = make if isinstance(make, nn.Module) else make() if callable(make) else None
+    except Exception as error:
+        raise FuserError(f"cannot make the model {name!r}: {_reason(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise FuserError(f"{name} must be, or return, an nn.Module or a pair (nn.Module, inputs)")
@@ -119,6 +123,15 @@ def _imported(name: str, sizes: Mapping[str, int], seed: int, padding: bool) -> 
     if isinstance(inputs, Mapping):
         return Named(name, model, (), dict(inputs))
     return Named(name, model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def _reason(error: Exception) -> str:
+    """What the user's own code raised, and where, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
 def _guess(name: str, model: nn.Module, batch: int, seq: int, padding: bool) -> dict[str, Tensor]:

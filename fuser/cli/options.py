@@ -23,5 +23,5 @@ MaskText = Annotated[
 Size = Annotated[int | None, typer.Option(min=1, help="Size of a built-in configuration.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16; on CUDA also float16.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of PyTorch and of kernels.", show_default="PyTorch's")
+    int | None, typer.Option(min=1, max=4096, help="Threads of PyTorch and of kernels.", show_default="PyTorch's")
 ]

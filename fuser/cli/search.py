@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +75,9 @@ def search(
         ),
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the search ends.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the search.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of the search.", show_default="0")
+    ] = None,
     storage: Storage = None,
     study: Annotated[
         str | None,
@@ -316,6 +320,7 @@ def as_dict(result: SearchResult) -> dict[str, Any]:
     plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in left_out}
     return {
         **plain,
+        "default_seconds": None if math.isinf(result.default_seconds) else result.default_seconds,
         "storage": shown(result.storage),
         "programs": str(result.programs),
         "schemes": str(result.schemes),
@@ -336,10 +341,13 @@ def _print(result: SearchResult, storage: str | None) -> None:
     at_least = "" if result.space.is_exact else "at least "
     programs, schemes = count_text(result.programs), count_text(result.schemes)
     lines.append(("space", f"{at_least}{programs} distinct programs of {schemes} schemes"))
-    gain = f", {result.default_seconds / result.seconds:.3f} times as fast as the default's"
+    default = f"default {duration(result.default_seconds)}"
+    default += f", {result.default_seconds / result.seconds:.3f} times as fast as the default's"
+    if math.isinf(result.default_seconds):
+        default = "the default failed"
     if result.speedup is not None:
-        gain += f", {result.speedup:.3f} times when measured again in a fresh process"
-    lines.append(("best", f"{duration(result.seconds)}, default {duration(result.default_seconds)}{gain}"))
+        default += f", {result.speedup:.3f} times when measured again in a fresh process"
+    lines.append(("best", f"{duration(result.seconds)}, {default}"))
     lines.append(
         (
             "trials",
@@ -362,10 +370,11 @@ def _print(result: SearchResult, storage: str | None) -> None:
             f"{result.seconds_measuring:.1f}, searching {result.seconds_searching:.1f} ({share:.1%})",
         )
     )
-    where = f" --storage {shown(storage)}" if storage is not None else ""
-    lines.append(("report", f"fuserc report {result.study}{where}"))
+    where = f" --storage {shlex.quote(shown(storage))}" if storage is not None else ""
+    study = shlex.quote(result.study)
+    lines.append(("report", f"fuserc report {study}{where}"))
     if result.stopped in ("interrupted", "timeout"):
-        lines.append(("resume", f"fuserc search --resume --study {result.study}{where}"))
+        lines.append(("resume", f"fuserc search --resume --study {study}{where}"))
     out = console()
     for name, text in lines:
         out.print(f"{name:<9} {text}", markup=False, soft_wrap=True)

@@ -53,7 +53,7 @@ def show(
     intermediate: Size = None,
     vocabulary: Size = None,
     dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the random weights.")] = 0,
     search: Annotated[
         str, typer.Option(help="cached: measure kernels and remember; model: trust the cost model.")
     ] = "cached",

@@ -9,6 +9,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import torch.utils._pytree as pytree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import fuser
+from fuser import module as fuser_module
 from fuser.ir.errors import FuserError, IndexRangeError
 from fuser.module import OptimizedModule
 from fuser.runtime import cache as runtime_cache
@@ -825,12 +827,13 @@ class Tagged(Tensor):
     [
         (lambda: X.to_sparse(), "layout"),
         (lambda: X.as_subclass(Tagged), "Tagged"),
+        (lambda: torch.nested.nested_tensor([X[0], X[1, :3]]), "nested"),
         (lambda: X.clone().requires_grad_(), "requires grad"),
     ],
-    ids=["sparse", "subclass", "gradient"],
+    ids=["sparse", "subclass", "nested", "gradient"],
 )
 def test_inputs_that_kernels_cannot_take(make: Callable[[], Tensor], reason: str) -> None:
-    model = Model(lambda m, x: m.linear(x.to_dense() if x.is_sparse else x))
+    model = Model(lambda m, x: m.linear(x.to_dense() if x.is_sparse else x.to_padded_tensor(0) if x.is_nested else x))
     fast = optimize(model)
     with torch.enable_grad():
         x = make()
@@ -860,6 +863,65 @@ def test_inputs_on_other_devices() -> None:
     assert "meta" in fast.fallbacks[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert fast(mode.from_tensor(X)).shape == X.shape
+
+
+def test_tensors_without_memory_do_not_reach_kernels() -> None:
+    model = encoder()
+    fast = optimize(model)
+    assert_same(fast(X), model(X))
+    for run in (fast, optimize(model)):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(run(X), FakeTensor)
+        assert_same(run(X), model(X))
+        assert "TorchDispatchMode" in run.fallbacks[0]
+
+
+def test_nothing_is_compiled_for_another_default_device() -> None:
+    model = encoder()
+    fast = optimize(model)
+    with torch.device("meta"):
+        assert_same(fast(X), model(X))
+    assert "default device" in fast.fallbacks[0] and fast.programs == ()
+    assert_same(fast(X), model(X))
+    assert len(fast.programs) == 1
+
+
+def test_models_of_other_compilers() -> None:
+    model = encoder()
+    with pytest.raises(TypeError, match="before TorchScript"):
+        fuser.optimize(torch.jit.trace(model, X))
+    assert optimize(torch.compile(model))._model is model
+
+
+def test_a_model_and_a_part_of_it_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = optimize(encoder())
+    whole = optimize(nn.Sequential(nn.Linear(WIDTH, WIDTH), part).eval())
+    started, compile_call = threading.Event(), fuser_module.compile_call
+
+    def slow(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if model is part._model:
+            # The whole is being captured by now.
+            started.set()
+            time.sleep(0.5)
+        return compile_call(model, *args, **kwargs)
+
+    def run_whole() -> None:
+        started.wait()
+        with torch.no_grad():
+            whole(X)
+
+    def run_part() -> None:
+        with torch.no_grad():
+            part(X)
+
+    monkeypatch.setattr(fuser_module, "compile_call", slow)
+    threads = [threading.Thread(target=run, daemon=True) for run in (run_part, run_whole)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert whole.fallbacks == part.fallbacks == () and len(whole.programs) == len(part.programs) == 1
 
 
 # ---- dtypes and modes

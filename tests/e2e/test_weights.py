@@ -159,6 +159,55 @@ def test_attributes_are_those_of_the_model() -> None:
     assert fast.fallbacks == ()
 
 
+@pytest.mark.parametrize("name", ["_attention", "_target", "_store", "_lock", "_programs", "programs", "kernels"])
+def test_members_may_have_the_names_of_our_attributes(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(getattr(self, name)(x))
+
+    model = Model()
+    keys = list(model.state_dict())
+    fast = optimized(model)
+    assert agree(model, fast)
+    setattr(model, name, nn.Linear(WIDTH, WIDTH).eval())
+    assert agree(model, fast)
+    fast.refresh()
+    assert agree(model, fast) and list(fast.state_dict()) == list(model.state_dict()) == keys
+    assert fast.fallbacks == ()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_fused_optimizers_are_followed(
+    block: tuple[Block, OptimizedModule], optimizer: type[torch.optim.Optimizer]
+) -> None:
+    model, fast = block
+    (model(X) * torch.randn(WIDTH)).sum().backward()
+    before = model.up.weight.detach().clone()
+    optimizer(model.parameters(), lr=1e-2, fused=True).step()  # type: ignore[call-arg]
+    assert not torch.equal(model.up.weight, before) and agree(model, fast)
+
+
+def test_weights_of_modules_in_a_list_are_followed() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = [nn.Linear(WIDTH, WIDTH)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.members[0](x))
+
+    model = Hidden()
+    fast = optimized(model)
+    with torch.no_grad():
+        model.members[0].weight.mul_(2)
+        exact = copy.deepcopy(model.members[0]).double()(X.double())
+        torch.testing.assert_close(fast(X).double(), F.gelu(exact), rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_another_dtype_is_followed_there_and_back(block: tuple[Block, OptimizedModule], dtype: torch.dtype) -> None:
     model, fast = block
@@ -411,3 +460,33 @@ def test_old_programs_and_what_only_they_use_are_forgotten(
     in_place(model)
     for length in (1, 8, 3):
         assert agree(model, fast, X[:, :length])
+
+
+class Adapted(Block):
+    """A block that adds what its adapters give, of which it has none at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        for adapter in self.adapters:
+            out = out + adapter(x)
+        return out
+
+
+def test_adapters_that_are_added_later() -> None:
+    model = Adapted()
+    fast = optimized(model)
+    model.adapters.append(nn.Linear(WIDTH, WIDTH))
+    assert agree(model, fast)
+
+
+def test_hooks_that_are_added_and_removed_later(block: tuple[Block, OptimizedModule]) -> None:
+    model, fast = block
+    before = fast(X)
+    handle = model.up.register_forward_hook(lambda module, args, output: 2.0 * output)
+    assert agree(model, fast) and not torch.allclose(fast(X), before, atol=1e-2)
+    handle.remove()
+    assert agree(model, fast) and torch.allclose(fast(X), before, atol=1e-5)

@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,6 +271,34 @@ def test_gradients_in_single_precision() -> None:
         assert relative(mine.grad, theirs.grad) < 2e-6
 
 
+def test_gradients_behind_more_masks_than_the_registry_keeps() -> None:
+    q, k, v = inputs(1, 1, 1, 4, 4)
+    q.requires_grad_()
+    out = sparse_attention(q, k, v, masks.SlidingWindow(1, 1))
+    for i in range(attention._REGISTERED + 1):
+        sparse_attention(q, k, v, masks.SlidingWindow(i, 0))
+    (got,) = torch.autograd.grad(out.sum(), q)  # type: ignore[union-attr]
+    leaf = q.detach().double().requires_grad_()
+    seen = masks.SlidingWindow(1, 1).dense(4)
+    (want,) = torch.autograd.grad(F.scaled_dot_product_attention(leaf, k.double(), v.double(), seen).sum(), leaf)
+    assert relative(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("given", ["mask", "tensor"])
+def test_poison_that_nobody_sees_does_not_reach_gradients(given: str) -> None:
+    leaves = [t.requires_grad_() for t in inputs()]
+    allowed = masks.Causal().dense(70, 90) & (torch.arange(90) != 21)
+    mask = masks.from_dense(allowed) if given == "mask" else allowed
+    want = torch.autograd.grad(sparse_attention(*leaves, mask).sum(), leaves)  # type: ignore[union-attr]
+    poisoned = [t.detach().clone() for t in leaves]
+    for t in poisoned[1:]:
+        t[:, :, 21] = math.nan
+    for t in poisoned:
+        t.requires_grad_()
+    got = torch.autograd.grad(sparse_attention(*poisoned, mask).sum(), poisoned)  # type: ignore[union-attr]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("operator", [OPERATOR, WITH_LSE])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operators_are_registered_well(operator: Any, transposed: bool) -> None:
@@ -410,6 +439,27 @@ def test_a_traced_mask_outlives_its_owner() -> None:
     gc.collect()
     assert len(attention._recent) <= attention._REGISTERED
     torch.testing.assert_close(program(X), want, rtol=0, atol=0)
+
+
+def test_a_mask_that_somebody_holds_is_known() -> None:
+    """As between a call's key and its operator, while other threads use other masks."""
+    mask = masks.SlidingWindow(5, 13)
+    key = attention._enter(mask, None, None)
+    for i in range(attention._REGISTERED):
+        attention._enter(masks.SlidingWindow(i, 1), None, None)
+    assert key not in attention._recent and attention.mask_of(key) is mask
+    del mask
+    gc.collect()
+    with pytest.raises(MaskError, match="knows no mask"):
+        attention.mask_of(key)
+
+
+def test_a_forked_child_does_not_wait_for_the_registry_of_its_parent() -> None:
+    with attention._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if attention._lock.acquire(blocking=False) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_equal_masks_have_one_key() -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import logging
+import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fuser.capture import StateError, capture, flatten_call, flatten_output
+from fuser import capture as capturing
+from fuser.capture import StateError, capture, flatten_call, flatten_output, is_capturing
 from fuser.ir.errors import CaptureError
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -229,3 +234,113 @@ def test_other_threads_may_run_other_modules_meanwhile() -> None:
     assert wrong == []
     # Nor do their operators get into the graph.
     assert all(sum(n.target is torch.ops.aten.linear.default for n in g.graph.nodes) == 20 for g in graphs)
+
+
+class Outside(nn.Module):
+    """Keeps ``make(length)`` outside of itself."""
+
+    def __init__(self, kept: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(8, 8), kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.linear(x)) + self.kept(len(x))
+
+
+def cached_in_a_dict(wrap: Callable[[Tensor], Any], unwrap: Callable[[Any], Tensor]) -> Callable[[int], Tensor]:
+    found: dict[int, Any] = {}
+
+    def kept(length: int) -> Tensor:
+        if length not in found:
+            found[length] = wrap(torch.arange(length).float()[:, None])
+        return unwrap(found[length])
+
+    return kept
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        functools.lru_cache(lambda length: torch.arange(length).float()[:, None]),
+        functools.cache(lambda length: torch.arange(length).float()[:, None]),
+        cached_in_a_dict(lambda t: t, lambda t: t),
+        cached_in_a_dict(lambda t: (t, t), lambda t: t[0]),
+    ],
+    ids=["lru_cache", "cache", "dict", "tuples"],
+)
+def test_nothing_of_a_trace_stays_in_caches(kept: Callable[[int], Tensor]) -> None:
+    model = Outside(kept).eval()
+    call = flatten_call((X,), {})
+    with pytest.raises(StateError, match="keeps tensors"):
+        capture(model, call)
+    expected = model.linear(X).relu() + torch.tensor([[0.0], [1.0]])
+    assert type(kept(2)) is Tensor and torch.equal(model(X), expected)
+    # Real tensors in a cache are constants.
+    captured = capture(model, call)
+    assert any(tensor is kept(2) for tensor in captured.parameters.values())
+
+
+def test_nothing_of_a_failed_trace_stays_in_caches() -> None:
+    kept = functools.lru_cache(lambda length: torch.arange(length).float()[:, None])
+
+    def failing(length: int) -> Tensor:
+        raise ValueError(f"not {kept(length).shape}")
+
+    with pytest.raises(CaptureError, match="not torch"):
+        capture(Outside(failing), flatten_call((X,), {}))
+    assert type(kept(2)) is Tensor
+
+
+def test_hooks_that_keep_what_they_see_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    seen: list[Tensor] = []
+    handle = model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with pytest.raises(StateError, match="hook"):
+        capture(model, flatten_call((X,), {}))
+    assert seen == []
+    handle.remove()
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert len(capture(model, flatten_call((X,), {})).parameters) == 2
+
+
+def test_parameters_that_nobody_registered_are_the_live_ones() -> None:
+    model = Outside(lambda length: torch.zeros(()))
+    model.members = [nn.Linear(8, 8), nn.Parameter(torch.ones(8))]  # type: ignore[assignment]
+    model.kept = lambda length: model.members[0](model.members[1])
+    parameters = list(capture(model.eval(), flatten_call((X,), {})).parameters.values())
+    for tensor in (model.members[0].weight, model.members[0].bias, model.members[1]):
+        assert any(tensor is parameter for parameter in parameters)
+
+
+def test_a_capture_is_known_by_its_thread() -> None:
+    told: list[bool] = []
+
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            other = threading.Thread(target=lambda: told.append(is_capturing()))
+            other.start()
+            other.join()
+            told.append(is_capturing())
+            return x + 1
+
+    capture(Asking(), flatten_call((X,), {}))
+    assert told == [False, True] and not is_capturing()
+
+
+def test_a_forked_child_does_not_wait_for_a_capture_of_its_parent() -> None:
+    with capturing._EXPORTING:
+        child = threading.Thread(target=_fork_and_capture)
+        child.start()
+        child.join()
+    assert _statuses.pop() == 0
+
+
+_statuses: list[int] = []
+
+
+def _fork_and_capture() -> None:
+    pid = os.fork()
+    if pid == 0:
+        free = capturing._EXPORTING.acquire(blocking=False)
+        os._exit(0 if free and not is_capturing() else 1)
+    _statuses.append(os.waitpid(pid, 0)[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,10 @@ def test_show_with_a_mask_and_padding(run: Any) -> None:
         (["show", "no.such.module:make"], "cannot import"),
         (["show", "math:nothing"], "has no 'nothing'"),
         (["show", "math:pi"], "nn.Module"),
+        (["show", ":make"], "cannot import"),
+        (["show", "..:make"], "cannot import"),
+        (["show", "math:sqrt"], "cannot make the model"),
+        (["cqs", "--draw", "/nonexistent/picture.png"], "cannot write the picture"),
         ([*SHOW, "--mask", "triangle"], "no mask 'triangle'"),
         ([*SHOW, "--mask", "sliding-window:x:1"], "is not a mask"),
         ([*SHOW, "--heads", "3"], "not a multiple of heads"),
@@ -136,6 +142,8 @@ def test_errors_as_json(run: Any) -> None:
         ["show"],
         ["show", "minilm", "--stage", "assembler"],
         ["show", "minilm", "--batch", "0"],
+        ["show", "minilm", "--threads", str(1 << 40)],
+        ["show", "minilm", "--seed", str(1 << 70)],
         ["show", "minilm", "--stage", "plan", "--profile"],
         ["cache", "prune", "--max-size", "12x"],
     ],
@@ -158,6 +166,26 @@ def test_a_model_that_cannot_be_captured_is_one_error(run: Any, tmp_path: Path, 
     assert code == 1 and "could not be captured" in err
     code, _, err = run("show", "branching_model:make")
     assert code == 1 and "could not be captured" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def make(:", "SyntaxError: invalid syntax"),
+        ("def make():\n    raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+    ],
+)
+def test_errors_of_the_users_own_code_are_one_line(
+    run: Any, tmp_path: Path, monkeypatch: Any, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_model", raising=False)
+    (tmp_path / "broken_model.py").write_text(text)
+    importlib.invalidate_caches()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, _, err = run("show", "broken_model:make")
+    assert code == 1 and message in err and "broken_model.py" in err and err.count("\n") == 1
 
 
 def test_a_model_of_the_users_own(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -193,6 +221,19 @@ def test_cache_commands(run: Any, own_cache: Path, tmp_path: Path) -> None:
     code, out, _ = run("cache", "verify", "--json")
     assert code == 1
     assert [name for name, _ in json.loads(out)["damaged"]] == [library.parent.name]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(
+    run: Any, own_cache: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What is removed from it or added to it would not be: it would happen to a temporary one."""
+    archive = tmp_path / "kernels.zip"
+    assert run("cache", "export", str(archive))[0] == 0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSER_CACHE_DIR", str(tmp_path / "file"))
+    for command in (["prune", "--all"], ["prune"], ["import", str(archive)]):
+        code, out, err = run("cache", *command)
+        assert code == 1 and out == "" and "cannot be written" in err
 
 
 def test_doctor(run: Any, own_cache: Path) -> None:

@@ -185,6 +185,7 @@ def test_report_of_different_models_is_refused(run: Any) -> None:
         [*SEARCH, "--trials", "0"],
         [*SEARCH, "--trials", "many"],
         [*SEARCH, "--strategy", "luck"],
+        [*SEARCH, "--seed", "-1"],
         [*SEARCH, "--batch", "0"],
     ],
 )

@@ -61,6 +61,14 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
     return attention_reference.exact(q, k, v, *((None, mask) if biased else (mask, None)))
 
 
+def test_a_bias_that_is_trained_is_a_bias() -> None:
+    q, k, v = inputs()
+    bias = MASKS["bias"].clone().requires_grad_()
+    out = flat.attention(q, k, v, granularity="row", tile=(1, 1, 7), mask=bias)
+    assert isinstance(out, Tensor) and not out.requires_grad
+    torch.testing.assert_close(out.double(), exact(q, k, v, bias.detach())[0], rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("granularity", "tile"), TILES)
 def test_exact(granularity: str, tile: tuple[int, int, int] | None, name: str) -> None:
@@ -232,6 +240,8 @@ def test_bench_skips_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monke
     result = CliRunner().invoke(fuser.cli.app, [*arguments, "--rows", "8", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "skipped batch at 64: needs 0.0 GB" in result.output and "skipped row" not in result.output
+    result = CliRunner().invoke(fuser.cli.app, [*arguments, "--batch", "1000", "--out", str(tmp_path)])
+    assert result.exit_code == 0 and "skipped flash at 64: its inputs need 0.0 GB" in result.output
     result = CliRunner().invoke(fuser.cli.app, [*arguments, "--max-seconds", "0", "--out", str(tmp_path)])
     assert "above --max-seconds 0" in result.output
     assert all("median_ms" not in r for r in json.loads((tmp_path / "flat.json").read_text())["results"])

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import fuser
 from fuser import masks, saved
@@ -220,6 +221,24 @@ def test_calls_that_were_not_saved(path: Path) -> None:
         loaded(X.double())
     with pytest.raises(KernelError, match="form='other'"):
         loaded(X, form="other")
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_calls_that_kernels_cannot_take(path: Path) -> None:
+    loaded = fuser.load(path)
+    with pytest.raises(KernelError, match="Tagged"):
+        loaded(X.as_subclass(Tagged))
+    with pytest.raises(KernelError, match="cannot look into"):
+        torch.func.vmap(loaded)(X[None])
+    with pytest.raises(KernelError, match="cannot look into"):
+        torch.export.export(loaded, (X,))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(KernelError, match="TorchDispatchMode"):
+        loaded(X)
+    with pytest.raises(KernelError, match="traced"):
+        torch.jit.trace(loaded, X)
 
 
 def test_copies(path: Path) -> None:

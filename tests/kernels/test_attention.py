@@ -24,7 +24,7 @@ from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import Isa, Target
 from fuser.kernels.attention import AttentionFamily, AttentionParameters, extents, workspace_bytes
 from fuser.kernels.base import STORAGE, DType, Literal
-from fuser.kernels.plan import AttentionPlan, Group
+from fuser.kernels.plan import FEW_ROWS, AttentionPlan, Group
 from fuser.kernels.planner import plan
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
@@ -234,6 +234,11 @@ def test_poison_reaches_only_rows_that_may_see_it(given: str, where: str, poison
     expected = terms.sum(-2)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isinf(), expected.isinf())
+
+
+def test_plans_know_which_rows_are_few() -> None:
+    assert f"kFewRows = {FEW_ROWS};" in render(PLAIN.spec).text
+    assert [plan(masks.Dense(), rows, 100).work_ratio for rows in (1, FEW_ROWS, FEW_ROWS + 1)] == [1.0, 1.0, 16 / 5]
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -177,6 +177,7 @@ def test_damaged_bytes_are_refused_or_harmless(data: st.DataObject) -> None:
         ([group([0, 1, 2], [(3, 2, -4)])], r"keys must lie in \[0, 4\)"),
         ([group([0, 1, 2], partial={4: 1})], r"keys must lie in \[0, 4\)"),
         ([group([0, 1, 2], partial={1: 0b1000})], "lanes without a row"),
+        ([group([0, 1, 2], partial={1: 0})], "a row that sees it"),
         ([group([0, 1, 2], width=48)], "widths"),
         ([group([0, 1, 2], head=1)], "heads and phases must exist"),
     ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 import fuser
 from fuser import masks
+from fuser.ir.errors import MaskError
 from fuser.ir.masks.structure import progressions
 from fuser.kernels import planner
 from fuser.kernels.plan import AttentionPlan
@@ -226,6 +230,21 @@ def test_stored_rubbish_is_planned_anew(content: bytes) -> None:
     store[key] = content
     assert stored_plan(mask, 60, 60, None, store) == made
     assert store[key] == made.to_bytes()
+
+
+def test_steps_whose_products_are_too_large_for_words() -> None:
+    many = functools.reduce(operator.and_, (masks.Dilated(1000, d) for d in (97, 101, 103, 107, 109)))
+    huge = functools.reduce(operator.and_, (masks.Dilated(5, (1 << 31) - d) for d in (1, 19, 61)))
+    for mask in (many, huge, masks.Dilated(1000, 7) & ~many, masks.Strided(7) | huge):
+        made = plan(mask, 90, 80)
+        made.validate(mask)
+        assert mask.count(90, 80) == int(mask.dense(90, 80).sum()) == made.pairs_allowed
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 4, dtype=torch.bool), "causal", None])
+def test_what_is_no_mask_is_refused(mask: Any) -> None:
+    with pytest.raises(MaskError, match=f"one of fuser.masks.*{type(mask).__name__}"):
+        plan(mask, 4)
 
 
 def test_plan_is_public() -> None:

@@ -6,11 +6,13 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import stat
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -205,6 +207,62 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced(
     assert other.verify().damaged == ()
 
 
+def replaced(path: Path, by: str) -> None:
+    """Put something else in the place of a file or folder: a folder, a file, or a link to nowhere."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if by == "folder":
+        path.mkdir()
+    elif by == "file":
+        path.write_text("something else")
+    else:
+        path.symlink_to("/nonexistent/place")
+
+
+@pytest.mark.parametrize("by", ["folder", "file", "link"])
+@pytest.mark.parametrize("name", ["manifest.json", "kernel.so", ""])
+def test_what_stands_in_the_place_of_an_entry_is_replaced(
+    cache: KernelCache, tmp_path: Path, name: str, by: str
+) -> None:
+    key = publish(cache, b"library", tmp_path)
+    replaced(entry_folder(cache, key) / name, by)
+    other = reopen(cache)
+    assert other.get(key.digest) is None
+    publish(other, b"library", tmp_path)
+    again = reopen(cache)
+    assert again.root == cache.root
+    assert (entry_folder(again, key) / "kernel.so").read_bytes() == b"library"
+    assert again.verify().damaged == ()
+
+
+def test_an_entry_that_cannot_be_replaced_is_kept_elsewhere(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = publish(cache, b"library", tmp_path)
+    (entry_folder(cache, key) / "kernel.so").write_bytes(b"damaged")
+    first, other = cache.root, reopen(cache)
+    rename = Path.rename
+
+    def stuck(self: Path, target: Path) -> Path:
+        if self.is_relative_to(first / "kernels"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stuck)
+    publish(other, b"library", tmp_path)
+    assert other.root != first and (entry_folder(other, key) / "kernel.so").read_bytes() == b"library"
+
+
+def test_a_manifest_whose_values_have_odd_types_is_damaged(cache: KernelCache, tmp_path: Path) -> None:
+    key = publish(cache, b"library", tmp_path)
+    manifest = entry_folder(cache, key) / "manifest.json"
+    intact = json.loads(manifest.read_text())
+    for change in ({"fields": {"a": 1}}, {"created": 10**400}, {"created": "now"}):
+        manifest.write_text(json.dumps({**intact, **change}))
+        assert reopen(cache).get(key.digest) is None
+    manifest.write_text("[" * 100_000)
+    assert reopen(cache).get(key.digest) is None
+
+
 def test_an_entry_that_is_damaged_while_in_use_is_noticed(cache: KernelCache, tmp_path: Path) -> None:
     key = publish(cache, b"library", tmp_path)
     folder = entry_folder(cache, key)
@@ -295,6 +353,49 @@ def test_prune_removes_damaged_entries_too(cache: KernelCache, tmp_path: Path) -
     assert cache.size() == 0
 
 
+def test_entries_that_vanish_while_pruning(cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = publish(cache, b"library", tmp_path)
+    gone = cache.root / "kernels" / "00" / f"{'0' * 32}-{'0' * 16}"
+    folders = [entry_folder(cache, key), gone]
+    other = reopen(cache)
+    monkeypatch.setattr(other, "_folders", lambda roots: folders)
+    assert key.digest in other.prune(0)
+
+
+def test_a_cache_that_is_cleared_or_removed_in_the_middle_of_a_write(cache: KernelCache) -> None:
+    root, attempts = cache.root, []
+
+    def write(folder: Path) -> Path:
+        attempts.append(folder)
+        if len(attempts) == 1:
+            reopen(cache).clear()
+        elif len(attempts) == 2:
+            shutil.rmtree(root)
+        (folder / "records" / "x").write_text("x")
+        return folder
+
+    assert cache.writing(write) == root == cache.root
+    assert (root / "records" / "x").exists() and len(attempts) == 3
+
+
+def test_what_is_made_again_is_private(cache: KernelCache, tmp_path: Path) -> None:
+    """Also where the user's files can be written by a group, as with Debian's private groups."""
+    before = os.umask(0o002)
+    try:
+        shutil.rmtree(cache.root)
+        publish(cache, b"library", tmp_path)
+        cache.clear()
+        publish(cache, b"library", tmp_path)
+        cache.write_record("tuning", "a", {})
+        cache.write_plan("mask", "a mask", b"plan")
+    finally:
+        os.umask(before)
+    folders = [cache.root, *(path for path in cache.root.rglob("*") if path.is_dir())]
+    assert {path.name for path in folders} >= {"kernels", "plans", "records", "tuning"}
+    assert [path for path in folders if stat.S_IMODE(path.stat().st_mode) & 0o022] == []
+    assert KernelCache(cache.root).root == cache.root
+
+
 def test_what_killed_processes_left_is_swept(cache: KernelCache) -> None:
     old, new = (Path(tempfile.mkdtemp(dir=cache.root / "tmp")) for _ in range(2))
     (old / "k0.o").write_bytes(b"half")
@@ -380,6 +481,34 @@ def test_a_read_only_cache_is_read_and_new_kernels_go_elsewhere(
     assert other.read_record("tuning", "a") == {"x": 1} and other.read_record("tuning", "b") == {"x": 2}
     assert {entry.key for entry in other.entries()} == {old.digest, new.digest}
     assert stat.S_IMODE(other.root.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY])
+def test_folders_of_other_file_systems_in_the_cache(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    rename, first = Path.rename, cache.root
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).is_relative_to(first / "kernels"):
+            raise OSError(code, os.strerror(code), str(self), None, str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    key = publish(cache, b"library", tmp_path)
+    assert cache.root != first and cache.get(key.digest) is not None and "FUSER_CACHE_DIR" in caplog.text
+
+
+def test_a_folder_in_the_place_of_a_record_or_a_plan(cache: KernelCache) -> None:
+    cache.write_record("tuning", "a", {"x": 1})
+    cache.write_plan("mask", "a mask", b"plan")
+    for path in [*cache.root.glob("records/tuning/*"), *cache.root.glob("plans/*")]:
+        replaced(path, "folder")
+    other = reopen(cache)
+    assert other.read_record("tuning", "a") is None and other.read_plan("mask") is None
+    other.write_record("tuning", "a", {"x": 2})
+    other.write_plan("mask", "a mask", b"plan")
+    assert other.read_record("tuning", "a") == {"x": 2} and other.read_plan("mask") == b"plan"
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "link"])
@@ -556,6 +685,24 @@ def test_damaged_records_are_reported(cache: KernelCache) -> None:
     assert [name for name, _ in cache.verify().damaged] == [f"tuning/{file.name}"]
 
 
+def test_many_keep_failures_at_once(cache: KernelCache) -> None:
+    errors: list[Exception] = []
+
+    def fail(thread: int) -> None:
+        try:
+            for i in range(80):
+                cache.keep_failure(make_key(text=f"{thread} {i}").digest, "text", {"a.h": b"a"}, "output")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=fail, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 # Archives
 
 
@@ -711,6 +858,34 @@ def test_no_damage_to_an_archive_goes_in(data: st.DataObject, archive: Path, tmp
             assert other.entries() == [] and other.verify().records == 0
         else:
             assert len(other.entries()) == 2 and other.read_record("tuning", "a") == {"x": 1}
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_kernel_without_its_source_does_not_spoil_an_archive(
+    cache: KernelCache, archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    source = entry_folder(cache, make_key()) / "source.cpp"
+    source.unlink() if damage == "gone" else source.write_text("something else")
+    assert cache.export(tmp_path / "rest.zip") == 1
+    assert "cannot be exported" in caplog.text
+    report = KernelCache(tmp_path / "other").import_(tmp_path / "rest.zip")
+    assert (len(report.kernels), report.records, report.plans) == (1, 1, 1)
+    with pytest.raises(CacheError, match="nothing was exported"):
+        cache.export(tmp_path / "one.zip", [make_key().digest])
+
+
+def test_archives_in_other_compressions_are_refused(archive: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_LZMA) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    content = bytearray(archive.read_bytes())
+    for i in range(80, len(content) // 2, 7):
+        content[i] ^= 0x55
+    archive.write_bytes(content)
+    with pytest.raises(CacheError, match="not an archive"):
+        KernelCache(tmp_path / "other").import_(archive)
 
 
 def test_archives_that_cannot_be_read_or_written(cache: KernelCache, archive: Path, tmp_path: Path) -> None:

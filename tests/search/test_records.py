@@ -97,6 +97,11 @@ def test_a_record_of_another_version_is_passed_over(cache: KernelCache) -> None:
     for broken in ({"kernels": [{"operators": [99]}]}, {"kernels": None}, {}):
         cache.write_record(records.RECORD, key, {**value, **broken} if broken else {"structure": value["structure"]})
         assert records.read(cache, region, TARGET, 2) is None
+    cache.clear()
+    for rows in ("many", None, [1]):
+        cache.write_record(records.RECORD, "of another region", {**value, "rows": rows})
+        assert records.read(cache, region, TARGET, 2) is None
+    cache.clear()
     # Parameters that are gone: the kernel at the same place of its family's space.
     kernels = [{**k, "parameters": "gone"} for k in value["kernels"]]
     cache.write_record(records.RECORD, key, {**value, "kernels": kernels})

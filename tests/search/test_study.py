@@ -290,6 +290,8 @@ def test_studies_are_listed_and_opened_by_name(tmp_path: Path) -> None:
         ({"trials": -3}, "at least one trial"),
         ({"timeout": 0.0}, "positive number of seconds"),
         ({"strategy": "best"}, "no strategy 'best'"),
+        ({"seed": -1}, "seed must be between"),
+        ({"seed": 1 << 32}, "seed must be between"),
         ({"study": "t", "resume": True}, "no stud"),
         ({"study": None, "resume": True, "storage": "STORAGE"}, "no study of this model|there are no studies"),
     ],
@@ -360,9 +362,10 @@ def test_a_storage_that_is_gone_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(SearchError) as caught:
-        run(tmp_path, storage="postgresql://fuser:secret@127.0.0.1:9/none", trials=2)
-    assert "secret" not in str(caught.value)
+    for password in ("secret", "top@secret"):
+        with pytest.raises(SearchError) as caught:
+            run(tmp_path, storage=f"postgresql://fuser:{password}@127.0.0.1:9/none", trials=2)
+        assert "secret" not in str(caught.value).partition(" failed ")[0]
 
 
 def test_a_damaged_journal_is_one_clear_error(tmp_path: Path) -> None:
@@ -370,6 +373,96 @@ def test_a_damaged_journal_is_one_clear_error(tmp_path: Path) -> None:
     path.write_text("this is\nnot a journal\n")
     with pytest.raises(SearchError, match="damaged or no storage"):
         run(tmp_path, trials=2)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "[1]\n[2]\n", "5\n", '{"a": 1}\n{"a": 2}\n'])
+def test_a_file_of_something_else_is_one_clear_error(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "studies.journal"
+    path.write_text(content)
+    with pytest.raises(SearchError, match="damaged or no storage"):
+        list_studies(str(path))
+    with pytest.raises(SearchError, match="damaged or no storage"):
+        run(tmp_path, trials=2)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100])
+def test_a_journal_whose_last_line_was_cut_short_is_resumed(cut: int, tmp_path: Path) -> None:
+    """As a full disk leaves it."""
+    path = tmp_path / "studies.journal"
+    run(tmp_path, "random", trials=6)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert run(tmp_path, "random", trials=8).trials == 8
+    assert run(tmp_path, "random", trials=10).trials == 10
+    assert sum(t.state == "complete" for t in open_study("s", str(path)).trials) == 10
+
+
+def test_a_file_of_something_else_is_never_cut(tmp_path: Path) -> None:
+    path = tmp_path / "studies.journal"
+    path.write_text("notes of mine without an end of line")
+    with pytest.raises(SearchError, match="damaged or no storage"):
+        run(tmp_path, trials=2)
+    assert path.read_text() == "notes of mine without an end of line"
+
+
+def test_damaged_studies_do_not_hide_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    run(tmp_path, trials=2, storage=str(folder))
+    (folder / "damaged.journal").write_text("not\na journal\n")
+    (folder / "gone.journal").symlink_to("/nonexistent/gone.journal")
+    assert sorted(list_studies(str(folder))) == ["damaged", "s"]
+    assert run(tmp_path, trials=3, storage=str(folder), study=None, resume=True).study == "s"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE study_user_attributes SET value_json = 'null' WHERE key = 'fuser'",
+        "UPDATE study_user_attributes SET value_json = '{\"version\": 1}' WHERE key = 'fuser'",
+        "UPDATE trial_user_attributes SET value_json = '\"\"' WHERE key = 'point'",
+        "UPDATE trial_user_attributes SET value_json = '\"1.0\"' WHERE key = 'point'",
+        "UPDATE trial_user_attributes SET value_json = '\"ffffff.9\"' WHERE key = 'point'",
+        "UPDATE trial_user_attributes SET value_json = '5'",
+    ],
+)
+def test_a_study_that_says_nonsense_is_one_clear_error(change: str, tmp_path: Path) -> None:
+    storage = str(tmp_path / "studies.db")
+    run(tmp_path, trials=3, storage=storage)
+    with sqlite3.connect(storage) as database:
+        database.execute(change)
+    database.close()
+    list_studies(storage)
+    with pytest.raises(SearchError, match=r"damaged|not made by fuser"):
+        run(tmp_path, trials=4, storage=storage)
+
+
+def test_an_interrupted_verification_keeps_what_was_found(tmp_path: Path) -> None:
+    class Interrupted(AdditiveObjective):
+        def compare(self, points: list[Point]) -> list[float] | None:
+            raise KeyboardInterrupt
+
+    found = run(tmp_path, "random", trials=5, objective=Interrupted(SPACE, costs))
+    assert (found.stopped, found.trials, found.speedup) == ("interrupted", 5, None)
+    assert open_study("s", str(tmp_path / "studies.journal")).result["stopped"] == "interrupted"
+
+
+def test_a_verification_in_which_everything_fails_says_nothing(tmp_path: Path) -> None:
+    class Failing(AdditiveObjective):
+        def compare(self, points: list[Point]) -> list[float] | None:
+            return [math.inf] * len(points)
+
+    found = run(tmp_path, "random", trials=5, objective=Failing(SPACE, costs))
+    assert found.speedup is None and math.isfinite(found.seconds)
+
+
+def test_a_default_scheme_that_fails_is_said_to(tmp_path: Path) -> None:
+    class Failing(AdditiveObjective):
+        def __call__(self, point: Point) -> Outcome:
+            return Outcome(None, "no") if point == SPACE.default() else super().__call__(point)
+
+    found = run(tmp_path, "random", trials=5, objective=Failing(SPACE, costs))
+    assert "the default scheme failed" in found.summary() and "inf" not in found.summary()
 
 
 def test_a_locked_storage_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

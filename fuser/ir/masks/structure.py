@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuser.ir.masks.base import And, Ints, Mask, Not, Or, Shifted
+from fuser.ir.masks.base import LARGEST, And, Ints, Mask, Not, Or, Shifted
 
 _MOST_PARTS = 96
 """Progressions a row above which a mask is treated as one without closed form."""
@@ -134,6 +134,8 @@ def _meet(a: Part, b: Part) -> Part:
     """Keys in both, by the Chinese remainder theorem."""
     divisor = math.gcd(a.step, b.step)
     step = a.step // divisor * b.step
+    if max(step, math.lcm(a.period, b.period)) > LARGEST:
+        raise _IrregularError  # products below would not fit in int64
     inverse = pow(a.step // divisor, -1, b.step // divisor) if b.step > divisor else 0
     gap = b.start - a.start
     first = a.start + a.step * (gap // divisor % (b.step // divisor) * inverse % (b.step // divisor))
