@@ -224,6 +224,8 @@ class _Seen(TorchFunctionMode):
 
 
 def _take_out(value: Any) -> None:
+    """Remove an object from every list, dict, ``lru_cache`` and tuple in one of these that holds it; module globals and
+    attributes of other objects stay."""
     holders = gc.get_referrers(value)
     while holders:
         holder = holders.pop()
