@@ -19,8 +19,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
-PEERS = {"sdpa": "SDPA", "flex": "FlexAttention", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-PEERS |= {"fuser_contiguous": "fuser, contiguous"}
+NAMES = {
+    "fuser_contiguous": "fuser, contiguous",
+    "sdpa": "SDPA",
+    "flex": "FlexAttention",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+"""How arms of the attention benchmark are shown, if not by their own names."""
 BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
 
 
@@ -75,7 +81,7 @@ def attention(report: Mapping[str, Any]) -> str:
         f"of {shape['dim']}; medians, interleaved)"
     )
     over = ["over the fastest other"] if any(not arm.startswith("fuser") for arm in arms) else []
-    columns = ["mask, tokens", *(PEERS.get(arm, arm) for arm in arms), *over, "pairs computed / allowed"]
+    columns = ["mask, tokens", *(NAMES.get(arm, arm) for arm in arms), *over, "pairs computed / allowed"]
     return f"{_table(title, [*columns, 'of the floor'], rows)}\n\n{_machine(report['machine'])}"
 
 
@@ -121,7 +127,7 @@ def _best_settings(timings: Mapping[str, Any]) -> dict[str, float]:
     """Milliseconds of ``flex32``, ``flex64``, ``sdpa``, ``sdpa_causal``, … as the least of ``flex``, ``sdpa``, …"""
     best: dict[str, float] = {}
     for arm, timing in timings.items():
-        peer = arm if arm in PEERS else re.split(r"\d|_", arm)[0]
+        peer = arm if arm in NAMES else re.split(r"\d|_", arm)[0]
         best[peer] = min(best.get(peer, math.inf), timing["median_ms"])
     return best
 

@@ -421,7 +421,7 @@ register_optimizer_step_post_hook(_count_fused_step)
 def unreadable(tensors: Sequence[Tensor]) -> str:
     """Why kernels cannot take these tensors, or not in PyTorch's current modes; empty if they can."""
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or _is_wrapped(tensor):
+        if type(tensor) not in (Tensor, nn.Parameter) or _is_wrapped(tensor):
             return f"an input is a {type(tensor).__name__} that fuser cannot look into"
         if tensor.device != tensors[0].device:
             return f"inputs are on {tensors[0].device} and on {tensor.device}"

@@ -12,10 +12,10 @@ import string
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -686,21 +686,13 @@ def test_damaged_records_are_reported(cache: KernelCache) -> None:
 
 
 def test_many_keep_failures_at_once(cache: KernelCache) -> None:
-    errors: list[Exception] = []
-
     def fail(thread: int) -> None:
-        try:
-            for i in range(80):
-                cache.keep_failure(make_key(text=f"{thread} {i}").digest, "text", {"a.h": b"a"}, "output")
-        except Exception as error:
-            errors.append(error)
+        for i in range(80):
+            cache.keep_failure(make_key(text=f"{thread} {i}").digest, "text", {"a.h": b"a"}, "output")
 
-    threads = [threading.Thread(target=fail, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(4) as pool:
+        failing = [pool.submit(fail, thread) for thread in range(4)]
+    assert [error for future in failing if (error := future.exception())] == []
 
 
 # Archives
