@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import copy
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, fx, nn
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
 from fuser.module import OptimizedModule
+from fuser.runtime.locks import ForkSafeLock
 
 logger = logging.getLogger("fuser")
 _SETS_OF_WEIGHTS = 64
@@ -196,7 +196,7 @@ class _Graph(OptimizedModule):
 
 # Identities are those of the graphs' weights, which live as long as the graphs.
 _groups: weakref.WeakValueDictionary[tuple[int, ...], weakref.WeakSet[_Graph]] = weakref.WeakValueDictionary()
-_groups_lock = threading.Lock()
+_groups_lock = ForkSafeLock()
 
 
 class _Runner:
@@ -212,7 +212,7 @@ class _Runner:
         self._aliases = _returns_views(graph)
         self._constant = constant
         self._settings = settings
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._bound: collections.OrderedDict[tuple[int, ...], _Graph] = collections.OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:

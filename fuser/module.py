@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import os
-import threading
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
+from fuser.runtime.locks import ForkSafeRLock
 from fuser.runtime.program import Arena
 from fuser.search.tuning import Tuner, tuner_for
 from fuser.weights import WeightStore
@@ -79,7 +77,7 @@ class OptimizedModule(nn.Module):
         self._wanted = target
         self._target = target
         self._cuda_graphs = cuda_graphs
-        self._lock = threading.RLock()
+        self._lock = ForkSafeRLock()
         self._programs: dict[Key, Compiled] = {}
         self._used: dict[Key, int] = {}
         self._clock = itertools.count()
@@ -94,7 +92,6 @@ class OptimizedModule(nn.Module):
         # have members with the names of our attributes.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             object.__setattr__(self, name, getattr(model, name))
-        _modules.add(self)
 
     # ---- running
 
@@ -394,18 +391,6 @@ def _remake(
     model: nn.Module, attention: Mask | None, search: str | int, target: Target | None, cuda_graphs: bool
 ) -> OptimizedModule:
     return OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
-
-
-_modules: weakref.WeakSet[OptimizedModule] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    # The thread that held a lock does not exist in a forked child, so nobody would release it.
-    for module in _modules:
-        module._lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_free_locks)
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

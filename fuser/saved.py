@@ -45,6 +45,7 @@ from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.device import lacking
 from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
+from fuser.runtime.locks import ForkSafeLock
 from fuser.runtime.program import Arena, Program, ProgramPlan, TorchStep
 
 FORMAT = 1
@@ -484,7 +485,7 @@ class LoadedModule(nn.Module):
     def __init__(self, content: _Content) -> None:
         super().__init__()
         self._content = content
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._arenas: dict[torch.device, Arena] = {}
         self._weights: dict[tuple[str, torch.device], Tensor] = {}
         self._running: dict[tuple[int, int, torch.device], Program] = {}

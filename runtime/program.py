@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import enum
 import functools
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.runtime.abi import KernelArgs, Step
 from fuser.runtime.library import Kernel, run_after_fork
+from fuser.runtime.locks import ForkSafeLock
 
 RUNNER = "fuser_run_steps"
 INDEX_STATUS = 1
@@ -109,10 +108,9 @@ class Arena:
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.device = device
-        self.lock = threading.Lock()
+        self.lock = ForkSafeLock()
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
-        _arenas.add(self)
 
     def require(self, size: int) -> Tensor:
         """At least ``size`` bytes from a multiple of 64; call with the lock held."""
@@ -132,16 +130,6 @@ class Arena:
 
 
 _CACHE_LINE = 64
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    # The thread that held a lock does not exist in a forked child, so nobody would release it.
-    for arena in _arenas:
-        arena.lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_free_locks)
 
 
 class Program:
