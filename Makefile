@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 SOURCES := fuser codegen kernels runtime search templates
 
-.PHONY: demo test lint bench format clean help
+.PHONY: demo test lint golden bench format clean help
 help:
 	@echo "make demo   embed a text with a pretrained encoder, eager and fused: results, speed, pictures in $(OUT)/"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, and mypy on a copy as it is installed"
+	@echo "make golden record anew what the compiler makes of the built-in models, and show what changed"
 	@echo "make bench  run the benchmarks and print their table"
 	@echo "make format let ruff format everything"
 	@echo "make clean  remove what the targets made, but for $(VENV)"
@@ -30,6 +31,9 @@ lint: $(VENV)/.dev
 	rm -rf build/lib build/bdist* build/lint
 	$(PIP) --no-deps --target build/lint .
 	cd build/lint && ../../$(BIN)/python -m mypy --strict --config-file ../../pyproject.toml -p fuser
+
+golden: $(VENV)/.dev
+	$(BIN)/python tests/support/golden.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/encoders.py
