@@ -9,7 +9,10 @@ import functools
 import gc
 import logging
 import os
+import random
+import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +28,16 @@ from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
 from fuser.ir.errors import CaptureError
+from fuser.shadow import Shadow, forget, is_plain, slots_of
+from fuser.watch import GlobalNumbers
 
 Signature = tuple[Any, ...]
 # torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.
 _EXPORTING = threading.RLock()
 _capturing: int | None = None
+_undo = contextlib.ExitStack()
+"""What a capture has changed for the whole process, while it runs."""
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-_INTERNAL = frozenset(vars(nn.Module()))
 
 
 class StateError(CaptureError):
@@ -42,8 +48,9 @@ class StateError(CaptureError):
 class FlatCall:
     """One call of a module as flat tensors.
 
-    ``key`` holds shapes, dtypes and the other arguments: calls with equal keys run one program. ``template`` has the
-    leaves that are not tensors, ``slots`` where the tensors go.
+    ``key`` holds shapes, dtypes, layouts and the other arguments: calls with equal keys run one program. ``template``
+    has the leaves that are not tensors, ``slots`` where the tensors go. ``modes`` says whether gradients and inference
+    mode were on; models that ask for them have programs for each.
     """
 
     tensors: tuple[Tensor, ...]
@@ -51,6 +58,7 @@ class FlatCall:
     spec: Any
     template: tuple[Any, ...]
     slots: tuple[int, ...]
+    modes: tuple[bool, bool]
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments with these tensors."""
@@ -71,13 +79,16 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     tensors: list[Tensor] = []
     slots: list[int] = []
     key: list[Any] = [spec]
+    first: dict[int, int] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             if leaf.is_nested:
                 raise CaptureError("an argument is a nested tensor, and programs are made for one shape")
             tensors.append(leaf)
             slots.append(i)
-            key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type))
+            # A tensor that is given twice is one object to the model.
+            twin = first.setdefault(id(leaf), i)
+            key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type, _layout(leaf), None if twin == i else twin))
         elif isinstance(leaf, float):
             # Zeros of both signs are equal, and a NaN is not even equal to itself.
             key.append((float, leaf.hex()))
@@ -86,15 +97,44 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
         else:
             raise CaptureError(f"an argument is a {type(leaf).__name__}; pass tensors and plain Python values")
     template = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return FlatCall(tuple(tensors), tuple(key), spec, template, tuple(slots))
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return FlatCall(tuple(tensors), tuple(key), spec, template, tuple(slots), modes)
+
+
+def _layout(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides that stand for the tensor's: None for contiguous ones, otherwise the same order of dimensions with gaps
+    in the same places, however wide, so that slices of buffers of all sizes are alike."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return None
+    shape, strides = tensor.shape, tensor.stride()
+    standing = list(strides)
+    packed, stands = 1, 1
+    for d in sorted(range(len(shape)), key=lambda d: (strides[d], shape[d])):
+        if shape[d] == 1:
+            standing[d] = stands
+        elif strides[d]:
+            if strides[d] < packed:
+                # Elements that overlap.
+                return tuple(strides)
+            standing[d] = stands + (strides[d] > packed)
+            packed, stands = strides[d] * shape[d], standing[d] * shape[d]
+    return tuple(standing)
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """Stands for one of a program's results in an :class:`OutputSpec`."""
+
+    index: int
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure of a model's output: a pytree, or the fields of a dataclass that PyTorch has not registered.
+    """The structure of a model's output: a pytree, or an object's attributes.
 
-    ``leaves`` holds a marker for every tensor, a nested spec for a dataclass, and everything else as it is:
-    what is not a tensor is a constant of the program.
+    ``leaves`` holds an :class:`OutputTensor` for every tensor (one that is returned in several places is one object),
+    a nested spec for an object, and everything else as it is: what is not a tensor is a constant of the program.
+    ``spec`` is the pytree's structure, or the names of the attributes of an object of class ``cls``.
     """
 
     spec: Any
@@ -103,57 +143,79 @@ class OutputSpec:
 
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """The output with these tensors."""
-        return self._build(iter(tensors))
-
-    def _build(self, tensors: Iterator[Tensor]) -> Any:
         filled = [
-            next(tensors) if leaf is _TENSOR else leaf._build(tensors) if isinstance(leaf, OutputSpec) else leaf
+            tensors[leaf.index]
+            if isinstance(leaf, OutputTensor)
+            else leaf.build(tensors)
+            if isinstance(leaf, OutputSpec)
+            else leaf
             for leaf in self.leaves
         ]
-        if self.cls is not None:
-            return self.cls(**dict(zip(self.spec, filled, strict=True)))
-        return pytree.tree_unflatten(filled, self.spec)
+        if self.cls is None:
+            return pytree.tree_unflatten(filled, self.spec)
+        # Not through its constructor, which may compute, and need not take what it keeps.
+        built = object.__new__(self.cls)
+        for name, value in zip(self.spec, filled, strict=True):
+            object.__setattr__(built, name, value)
+        return built
 
 
-class _Marker(enum.Enum):
-    TENSOR = "tensor"
+def flatten_output(
+    output: Any, original: Callable[[Any], Any] = lambda value: value
+) -> tuple[list[Tensor], OutputSpec]:
+    """Tensors of an output and its structure: pytrees (Hugging Face's outputs among them), dataclasses, and objects
+    that are nothing but their attributes, such as key-value caches.
 
-
-_TENSOR = _Marker.TENSOR
-
-
-def flatten_output(output: Any) -> tuple[list[Tensor], OutputSpec]:
-    """Tensors of an output and its structure: pytrees (Hugging Face's outputs among them) and any dataclass.
-
-    Raises CaptureError for objects that hold tensors where they cannot be seen.
+    ``original`` gives what an object that the model has had before stands for. Raises CaptureError for objects that
+    hold tensors where they cannot be seen.
     """
-    cls = None
-    spec: Any
-    if _is_dataclass(output):
-        names = tuple(f.name for f in dataclasses.fields(output))
-        cls, spec = type(output), names
-        leaves = [getattr(output, name) for name in names]
-    else:
-        leaves, spec = pytree.tree_flatten(output)
     tensors: list[Tensor] = []
-    kept: list[Any] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-            kept.append(_TENSOR)
-        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-            kept.append(leaf)
-        elif _is_dataclass(leaf) or not pytree.tree_is_leaf(leaf):
-            inner, nested = flatten_output(leaf)
-            tensors.extend(inner)
-            kept.append(nested)
+    places: dict[int, OutputTensor] = {}
+    active: set[int] = set()
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in places:
+                places[id(value)] = OutputTensor(len(tensors))
+                tensors.append(value)
+            return places[id(value)]
+        if _is_value(value):
+            return value
+        return structure(value) if original(value) is value else original(value)
+
+    def structure(value: Any) -> OutputSpec:
+        if id(value) in active:
+            raise CaptureError(f"the model returns a {type(value).__name__} that contains itself")
+        active.add(id(value))
+        if isinstance(value, Tensor) or _is_value(value) or not pytree.tree_is_leaf(value):
+            leaves, spec = pytree.tree_flatten(value)
+            made = OutputSpec(spec, tuple(map(keep, leaves)))
+        elif _is_object(value):
+            names = tuple(vars(value)) if hasattr(value, "__dict__") else ()
+            names += tuple(name for name in slots_of(type(value)) if hasattr(value, name))
+            made = OutputSpec(names, tuple(keep(getattr(value, name)) for name in names), type(value))
         else:
-            raise CaptureError(f"the model returns a {type(leaf).__name__}, which fuser cannot rebuild from tensors")
-    return tensors, OutputSpec(spec, tuple(kept), cls)
+            raise CaptureError(f"the model returns a {type(value).__name__}, which fuser cannot rebuild from tensors")
+        active.discard(id(value))
+        return made
+
+    return tensors, structure(output)
 
 
-def _is_dataclass(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type) and pytree.tree_is_leaf(value)
+_VALUES = (
+    *(bool, int, float, complex, str, bytes, type, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or isinstance(value, _VALUES)
+
+
+def _is_object(value: Any) -> bool:
+    if isinstance(value, (type, dict, list, tuple, set)) or callable(value):
+        return False
+    return dataclasses.is_dataclass(value) or is_plain(type(value))
 
 
 @dataclass(frozen=True)
@@ -162,131 +224,85 @@ class Captured:
 
     ``graph`` has placeholders for ``parameters`` (name in the graph → the live tensor of the model), then for the
     tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.
+    ``asks_modes`` says whether the model asked if gradients or inference mode are on.
     """
 
     graph: torch.fx.GraphModule
     parameters: Mapping[str, Tensor]
     inputs: tuple[str, ...]
     output: OutputSpec
+    asks_modes: bool = False
 
 
 class _Flat(nn.Module):
     """The model as a function from flat tensors to flat tensors; ``record`` is told the structure of the output."""
 
-    def __init__(self, model: nn.Module, call: FlatCall, record: Callable[[OutputSpec], None]) -> None:
+    def __init__(self, shadow: Shadow, call: FlatCall, seen: _Seen) -> None:
         super().__init__()
-        self.model = model
-        self.seen = _Seen()
+        self.model = shadow.module
+        self._shadow = shadow
         self._call = call
-        self._record = record
+        self._seen = seen
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self._call.unflatten(tensors)
-        before = _attributes(self.model)
-        with self.seen:
-            flat, output = flatten_output(self.model(*args, **kwargs))
-        changed = _difference(before, _attributes(self.model))
-        if changed:
-            _restore(self.model, before)
-            raise StateError(f"the model changes its attribute {changed} while it runs")
-        self._record(output)
+        self._shadow.settle()
+        with self._seen:
+            output = self.model(*args, **kwargs)
+        # Now, since the export sets attributes back.
+        self._seen.changed = self._shadow.changed()
+        self._seen.attributes = [(vars(module), dict(vars(module))) for module in self.model.modules()]
+        flat, self._seen.output = flatten_output(output, self._shadow.original)
         return tuple(flat)
 
 
 class _Seen(TorchFunctionMode):
-    """Remembers the stand-ins for tensors that the model's own code gets to see."""
+    """What the model's own code gets to see and asks for while it is traced: stand-ins for tensors, strides."""
+
+    output: OutputSpec | None = None
+    changed: tuple[str, bool] = ("", False)
 
     def __init__(self) -> None:
         super().__init__()
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._made: list[weakref.ref[Tensor]] = []
+        self.strides = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.strides = self.strides or func in _READS_STRIDES
         given = set(map(id, pytree.tree_leaves((args, kwargs))))
         self._made += [
             weakref.ref(t) for t in pytree.tree_leaves(result) if isinstance(t, FakeTensor) and id(t) not in given
         ]
         return result
 
-    def forget(self) -> bool:
-        """Take those that outlive the trace out of the caches, dicts and lists that keep them; whether there were
-        any."""
+    def left(self) -> list[Tensor]:
+        """Stand-ins that outlive the trace."""
         if all(made() is None for made in self._made):
-            return False
+            return []
         gc.collect()
-        found = False
-        for made in self._made:
-            tensor = made()
-            if tensor is not None:
-                found = True
-                _take_out(tensor)
-        return found
+        return [tensor for made in self._made if (tensor := made()) is not None]
 
 
-def _take_out(value: Any) -> None:
-    """Remove an object from every list, dict, ``lru_cache`` and tuple in one of these that holds it; module globals and
-    attributes of other objects stay."""
-    holders = gc.get_referrers(value)
-    while holders:
-        holder = holders.pop()
-        if isinstance(holder, list):
-            holder[:] = [item for item in holder if item is not value]
-        elif isinstance(holder, dict) and "__name__" not in holder:
-            for key in [key for key, item in holder.items() if item is value]:
-                del holder[key]
-        elif isinstance(holder, functools._lru_cache_wrapper):
-            holder.cache_clear()
-        elif isinstance(holder, tuple):
-            _take_out(holder)
+_READS_STRIDES = frozenset({Tensor.stride, Tensor.storage_offset, Tensor.data_ptr, Tensor.untyped_storage})
 
 
-def _attributes(model: nn.Module) -> dict[str, list[Any]]:
-    """The plain attributes of all modules, containers as their leaves."""
-    return {
-        f"{name}.{key}" if name else key: [value, *pytree.tree_leaves(value)]
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key not in _INTERNAL
-    }
+@dataclass(frozen=True)
+class _Trace:
+    """What a trace found: the exported program, the structure of its output, what the model has changed about itself
+    (and whether that holds tensors), and what it asked for."""
 
+    program: torch.export.ExportedProgram
+    output: OutputSpec
+    changed: tuple[str, bool]
+    attributes: Sequence[tuple[dict[str, Any], dict[str, Any]]]
+    """Those of all modules, and what they held when the model had run."""
+    asks_modes: bool
 
-def _unregistered(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters in plain attributes: by themselves, or in modules that are in no ModuleList."""
-    for leaves in _attributes(model).values():
-        for leaf in leaves:
-            if isinstance(leaf, nn.Parameter):
-                yield leaf
-            elif isinstance(leaf, nn.Module):
-                yield from leaf.parameters()
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _restore(model: nn.Module, before: Mapping[str, list[Any]]) -> None:
-    """Set attributes back, so that nothing of a trace stays behind."""
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        attributes = vars(module)
-        for key in [key for key in attributes if key not in _INTERNAL and prefix + key not in before]:
-            del attributes[key]
-        for full, (value, *_) in before.items():
-            if full.startswith(prefix) and "." not in full[len(prefix) :]:
-                attributes[full[len(prefix) :]] = value
-
-
-def _difference(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> str:
-    """The name of an attribute that was set, changed or removed; empty if none was."""
-    for name in {**before, **after}:
-        old, new = before.get(name), after.get(name)
-        if old is None or new is None or len(old) != len(new) or not all(map(_same, old, new)):
-            return name
-    return ""
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and bool(a == b))
+    def agrees(self, other: _Trace) -> bool:
+        """Whether both are the same computation."""
+        return self.program.graph_module.code == other.program.graph_module.code and self.output == other.output
 
 
 def is_capturing() -> bool:
@@ -297,18 +313,34 @@ def is_capturing() -> bool:
 def capture(model: nn.Module, call: FlatCall) -> Captured:
     """Export ``model`` for one call with ``torch.export``.
 
-    The model must not run in another thread meanwhile. Raises CaptureError, with PyTorch's reason, for a model that
+    The model itself is never touched: a shadow of it is traced, and the model may run, change hands and be copied in
+    other threads meanwhile. A model that sets itself up in its first call (installs hooks, say) and computes the same
+    in the second is captured as it is from then on. Raises CaptureError, with PyTorch's reason, for a model that
     depends on the values of its tensors, mutates its inputs or state, or uses what export does not support.
     """
-    outputs: list[OutputSpec] = []
-    wrapper = _Flat(model, call, outputs.append)
-    plain = [leaf for leaves in _attributes(model).values() for leaf in leaves if isinstance(leaf, Tensor)]
-    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in plain if not tensor.is_inference()]
+    shadow = Shadow(model)
+    trace = _trace(shadow, call, model)
+    changed, tensors = trace.changed
+    if changed and not tensors:
+        for attributes, left in trace.attributes:
+            attributes.update(left)
+        settled = Shadow(shadow.module)
+        again = _trace(settled, call, model)
+        if not again.changed[0] and trace.agrees(again):
+            return _captured(again, call, settled, lambda t: shadow.original_tensor(settled.original_tensor(t)))
+    if changed:
+        raise StateError(f"the model changes its attribute {changed} while it runs")
+    return _captured(trace, call, shadow, shadow.original_tensor)
+
+
+def _trace(shadow: Shadow, call: FlatCall, model: nn.Module) -> _Trace:
+    seen = _Seen()
+    wrapper = _Flat(shadow, call, seen)
+    watched = GlobalNumbers(model)
     try:
-        with _exporting(any(parameter.is_inference() for parameter in model.parameters())):
-            # Fresh tensors: an example that aliases another, or requires grad, would be specialized on.
-            examples = tuple(_example(t) for t in call.tensors)
-            program = torch.export.export(wrapper, examples, strict=False)
+        inference = any(parameter.is_inference() for parameter in model.parameters())
+        with _exporting(inference), _asking(call) as asked, watched.unchanged(), _python_random():
+            program = torch.export.export(wrapper, _examples(call), strict=False)
             _check_writes(program.graph)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 # Operators that change an intermediate in place become functions.
@@ -316,47 +348,102 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
+        reason = f"the model could not be captured: {_first_line(error)}"
+        # Frames hold tensors of the trace for as long as the reason is kept.
+        _clear_frames(error)
+        raise CaptureError(reason) from error
     finally:
-        kept = wrapper.seen.forget()
-        # Writes to tensors that are neither parameters nor buffers happen for good even while tracing.
-        with torch.no_grad():
-            for tensor, copy, version in copies:
-                if tensor._version != version:
-                    tensor.copy_(copy)
-    if kept:
+        shadow.empty_caches()
+        left = seen.left()
+        if left:
+            forget(left, model)
+    if seen.output is None:
+        raise CaptureError("the model returned nothing")
+    if written := shadow.written():
+        raise CaptureError(f"the model changes {written} in place while it runs")
+    if left and not seen.changed[0]:
         raise StateError("the model keeps tensors that it has made outside of itself, as a hook or a cache does")
-    signature = program.graph_signature
+    if seen.strides and any(tensor.storage_offset() or _layout(tensor) is not None for tensor in call.tensors):
+        raise CaptureError("the model reads strides, and those of its inputs are not those of contiguous tensors")
+    return _Trace(program, seen.output, seen.changed, seen.attributes, bool(asked))
+
+
+def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[[Tensor], Tensor]) -> Captured:
+    program, signature = trace.program, trace.program.graph_signature
     # What is written within another operator's arguments.
     mutated = [str(s.target or s.arg.name) for s in signature.output_specs if s.kind.name != "USER_OUTPUT"]
     if mutated:
         raise CaptureError(f"the model changes {', '.join(mutated)} in place while it runs")
-    _check_nodes(program.graph)
+    _check_nodes(program.graph, call.tensors[0].device if call.tensors else torch.device("cpu"))
+    module = shadow.module
     live = {
-        **dict(wrapper.named_parameters(remove_duplicate=False)),
-        **dict(wrapper.named_buffers(remove_duplicate=False)),
+        f"model.{name}": tensor
+        for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, tensor in named
     }
-    # Of a parameter that no module has registered, the constant is a view that shares no version counter with it.
-    unregistered = {_place(tensor): tensor for tensor in _unregistered(model)}
-    parameters: dict[str, Tensor] = {}
-    for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
-        parameters[name] = live[target]
+    parameters = {
+        name: live[target] for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
+    }
     for name, target in signature.inputs_to_lifted_tensor_constants.items():
-        constant = program.constants[target]
-        parameters[name] = unregistered.get(_place(constant), constant)
-    if not outputs:
-        raise CaptureError("the model returned nothing")
+        parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
-    return Captured(program.graph_module, parameters, inputs, outputs[-1])
+    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes)
 
 
-def _free_lock() -> None:
-    # The thread that captured does not exist in a forked child, so nobody would release its lock.
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _asking(call: FlatCall) -> Iterator[list[str]]:
+    """Answer the model's questions for PyTorch's modes with those of the call; yields the list of those it asked."""
+    thread, asked = threading.get_ident(), list[str]()
+
+    def answering(name: str, value: bool) -> Callable[[], bool]:
+        function = getattr(torch, name)
+
+        def answer() -> bool:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if threading.get_ident() != thread or caller.partition(".")[0] == "torch":
+                return bool(function())
+            asked.append(name)
+            return value
+
+        return answer
+
+    names = ("is_grad_enabled", "is_inference_mode_enabled")
+    with contextlib.ExitStack() as stack:
+        for name, value in zip(names, call.modes, strict=True):
+            stack.enter_context(mock.patch.object(torch, name, answering(name, value)))
+        yield asked
+
+
+@contextlib.contextmanager
+def _python_random() -> Iterator[None]:
+    """Refuse what draws numbers from Python's or NumPy's generators, which a program would not draw again."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate()
+    other = numpy.random.get_state(legacy=False) if numpy else None
+    yield
+    drawn = random.getstate() != state
+    random.setstate(state)
+    if numpy and str(numpy.random.get_state(legacy=False)) != str(other):
+        numpy.random.set_state(other)
+        drawn = True
+    if drawn:
+        raise CaptureError("the model draws random numbers from Python or NumPy, which a program cannot repeat")
+
+
+def _after_fork() -> None:
+    # The thread that captured does not exist in a forked child, so nobody would undo what it has done to the process.
     global _EXPORTING, _capturing
     _EXPORTING, _capturing = threading.RLock(), None
+    _undo.close()
 
 
-os.register_at_fork(after_in_child=_free_lock)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
@@ -384,41 +471,33 @@ def _thread_tracer() -> type:
     return ThreadTracer
 
 
-def _tracing_this_thread() -> contextlib.AbstractContextManager[Any]:
-    """Keep other threads out of a trace; a PyTorch without this tracer has nothing to narrow."""
-    if not hasattr(proxy_tensor, "_ModuleStackTracer"):
-        return contextlib.nullcontext()
-    return mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer())
-
-
 @contextlib.contextmanager
 def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
     global _capturing
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    with (
-        _EXPORTING,
-        warnings.catch_warnings(),
-        torch.inference_mode(inference),
-        torch.no_grad(),
-        _tracing_this_thread(),
-    ):
+    with _EXPORTING, torch.inference_mode(inference), torch.no_grad(), _undo:
+        _undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        disabled = [loud.disabled for loud in loggers]
+        # Patched by the export itself.
+        for name in ("__call__", "__getattr__"):
+            _undo.callback(setattr, nn.Module, name, getattr(nn.Module, name))
+        if hasattr(proxy_tensor, "_ModuleStackTracer"):
+            _undo.enter_context(mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer()))
+        _undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
         torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            _capturing = threading.get_ident()
-            for loud in loggers:
-                loud.disabled = True
-            yield
-        finally:
-            _capturing = None
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for loud, was in zip(loggers, disabled, strict=True):
-                loud.disabled = was
+        for loud in map(logging.getLogger, _LOUD):
+            _undo.callback(setattr, loud, "disabled", loud.disabled)
+            loud.disabled = True
+        _undo.callback(_end_of_capture)
+        _capturing = threading.get_ident()
+        yield
+
+
+def _end_of_capture() -> None:
+    global _capturing
+    _capturing = None
 
 
 def _check_writes(graph: torch.fx.Graph) -> None:
@@ -438,8 +517,8 @@ def _storage(node: torch.fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) and value.layout is torch.strided else None
 
 
-def _check_nodes(graph: torch.fx.Graph) -> None:
-    """Refuse what a program of fixed shapes over dense tensors cannot run."""
+def _check_nodes(graph: torch.fx.Graph, device: torch.device) -> None:
+    """Refuse what a program of fixed shapes over dense tensors on one device cannot run."""
     for node in graph.nodes:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"the model uses {node.target}, whose parts fuser cannot look into")
@@ -450,7 +529,7 @@ def _check_nodes(graph: torch.fx.Graph) -> None:
                 continue
             if any(not isinstance(size, int) for size in value.shape):
                 raise CaptureError(f"the shape of the result of {node.target} depends on the values of tensors")
-            if value.layout is not torch.strided or value.device.type != "cpu":
+            if value.layout is not torch.strided or value.device != device:
                 raise CaptureError(f"{node.target} makes a tensor of layout {value.layout} on {value.device}")
         if node.op == "call_function" and node.meta.get("val") is None and node.target not in _METADATA:
             raise CaptureError(f"{node.target} checks or changes something while the model runs")
@@ -465,8 +544,20 @@ def _is_mutable(node: torch.fx.Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-def _example(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+def _examples(call: FlatCall) -> tuple[Tensor, ...]:
+    """Fresh tensors in the layouts of the call's: an example that aliases another, or requires grad, would be
+    specialized on. What is one tensor in the call is one here."""
+    made: dict[int, Tensor] = {}
+    for tensor in call.tensors:
+        if id(tensor) not in made:
+            strides = _layout(tensor)
+            plain = tensor.detach()
+            made[id(tensor)] = (
+                plain.clone(memory_format=torch.contiguous_format)
+                if strides is None
+                else plain.new_empty_strided(plain.shape, strides)
+            )
+    return tuple(made[id(tensor)] for tensor in call.tensors)
 
 
 def _first_line(error: BaseException) -> str:

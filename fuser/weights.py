@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import operator
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.kernels.families import materialize
+from fuser.watch import Structure
 
 Use = tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
 """The constants that a program refers to, what they are, and the live tensors that they are made from."""
@@ -25,48 +25,6 @@ _WRITE_BYTES = 1 << 16
 
 
 _VERSION = operator.attrgetter("_version")
-_TRAINING = operator.itemgetter("training")
-
-
-class _Structure:
-    """Of which modules, in which modes, and of which tensors a model consists, compared by identity.
-
-    It is looked at in every call, so its loops are all the interpreter's own.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self._modules = list(model.modules()) if model is not None else []
-        # TorchScript's modules keep neither their mode nor their members in dicts.
-        self._attributes = [attributes for attributes in map(vars, self._modules) if "training" in attributes]
-        members = [
-            d
-            for m in self._modules
-            for d in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
-            if isinstance(d, dict)
-        ]
-        self._members: list[dict[Any, Any]] = [d for d in members if d]
-        # What had no members or hooks may get some, such as adapters.
-        self._empty = [d for d in members if not d]
-        plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
-        self._plain = [(vars(m), key) for m, key in plain]
-        # Kept alive, so that no other tensor gets the identity of a former one.
-        self._kept = [*itertools.chain.from_iterable(map(dict.values, self._members)), *self._values()]
-        self._state = self._look()
-
-    def _values(self) -> list[Any]:
-        return [attributes.get(key) for attributes, key in self._plain]
-
-    def _look(self) -> tuple[list[int], list[type], list[bool]]:
-        members = itertools.chain.from_iterable(map(dict.values, self._members))
-        return (
-            list(map(id, itertools.chain(members, self._values()))),
-            list(map(type, self._modules)),
-            list(map(_TRAINING, self._attributes)),
-        )
-
-    @property
-    def changed(self) -> bool:
-        return any(self._empty) or self._look() != self._state
 
 
 class _Contents:
@@ -119,7 +77,7 @@ class WeightStore:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._structure = _Structure(model)
+        self._structure = Structure(model)
         self._contents = _Contents()
         self._made: dict[str, Tensor] = {}
         self._offloaded: dict[int, Tensor] = {}
@@ -142,6 +100,11 @@ class WeightStore:
         """Whether the model consists of other modules or tensors, or runs in another mode: programs must be made
         anew."""
         return self._structure.changed
+
+    @property
+    def configuration(self) -> int:
+        """A number for what the model's plain attributes hold now, so that programs can be told apart by it."""
+        return self._structure.configuration
 
     def changes(self) -> set[int]:
         """Identities of the tensors with new contents."""

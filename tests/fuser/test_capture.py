@@ -90,7 +90,9 @@ def test_calls_are_taken_apart_and_put_together() -> None:
 
 
 def test_calls_that_may_share_a_program_have_one_key() -> None:
-    assert key(X) == key(X + 1) == key(torch.randn(8, 2).t()) == key(X.clone().requires_grad_())
+    assert key(X) == key(X + 1) == key(X.clone().requires_grad_()) == key(torch.zeros(3, 8)[1:])
+    # Slices of buffers of any size are alike.
+    assert key(torch.zeros(2, 9)[:, :8]) == key(torch.zeros(2, 100)[:, 5:13]) == key(torch.zeros(4, 8)[::2])
     assert hash(key(X, a=1.5)) == hash(key(X, a=1.5))
     assert key(X, float("nan")) == key(X, float("nan"))
     different = [
@@ -107,6 +109,11 @@ def test_calls_that_may_share_a_program_have_one_key() -> None:
         key(X, -0.0),
         key(X, "1"),
         key(X, X),
+        key(X, X.clone()),
+        key(torch.randn(8, 2).t()),
+        key(torch.randn(2, 16)[:, ::2]),
+        key(torch.randn(2, 9)[:, :8]),
+        key(torch.randn(1, 8).expand(2, 8)),
         key([X]),
         key((X,)),
         key({"x": X}),
@@ -190,6 +197,49 @@ def test_models_that_change_something_are_refused_and_left_as_they_were(what: st
     assert type(model(X.clone())) is Tensor
 
 
+class Lazy(nn.Module):
+    """Sets itself up in its first call, as transformers does for the outputs of layers."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        self.linear, self.same, self.ready = nn.Linear(8, 8), same, False
+        self.settings: dict[str, bool] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready = self.settings["hooked"] = True
+            self.linear.register_forward_hook(lambda module, args, output: output * 2)
+            if not self.same:
+                return x
+        return self.linear(x) + len(self.settings)
+
+
+def state_of(model: nn.Module) -> list[dict[str, object]]:
+    """All attributes of all modules: numbers and tensors by themselves, containers by their entries."""
+    return [
+        {key: (value, list(value), len(value)) if isinstance(value, (dict, list, set)) else value}
+        for module in model.modules()
+        for key, value in vars(module).items()
+    ]
+
+
+def test_a_model_that_sets_itself_up_is_captured_as_it_is_afterwards() -> None:
+    model = Lazy(same=True).eval()
+    before = state_of(model)
+    captured = capture(model, flatten_call((X,), {}))
+    assert state_of(model) == before and not model.ready
+    result = captured.graph(*captured.parameters.values(), X)[0]
+    assert torch.equal(result, model(X)) and torch.equal(result, model(X))
+
+
+def test_a_model_that_computes_something_else_in_its_first_call_is_refused() -> None:
+    model = Lazy(same=False).eval()
+    before = state_of(model)
+    with pytest.raises(StateError, match="changes its attribute ready"):
+        capture(model, flatten_call((X,), {}))
+    assert state_of(model) == before
+
+
 def test_nothing_of_the_process_changes(caplog: pytest.LogCaptureFixture) -> None:
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     loud = logging.getLogger("torch._subclasses.fake_tensor")
@@ -258,26 +308,56 @@ def cached_in_a_dict(wrap: Callable[[Tensor], Any], unwrap: Callable[[Any], Tens
     return kept
 
 
+def expected_with(model: Outside) -> Tensor:
+    return model.linear(X).relu() + torch.tensor([[0.0], [1.0]])
+
+
+@pytest.mark.parametrize("cache", [functools.lru_cache, functools.cache, functools.lru_cache(maxsize=3)])
+def test_caches_of_functions_in_a_model_are_not_filled_by_a_trace(cache: Any) -> None:
+    kept = cache(lambda length: torch.arange(length).float()[:, None])
+    model = Outside(kept).eval()
+    captured = capture(model, flatten_call((X,), {}))
+    assert kept.cache_info().currsize == 0
+    assert torch.equal(captured.graph(*captured.parameters.values(), X)[0], expected_with(model))
+
+
+@functools.lru_cache
+def cached_globally(length: int) -> Tensor:
+    return torch.arange(length).float()[:, None]
+
+
+TABLES: dict[int, tuple[Tensor, ...]] = {}
+
+
+def kept_globally(length: int) -> Tensor:
+    if length not in TABLES:
+        TABLES[length] = (torch.arange(length).float()[:, None],)
+    return TABLES[length][0]
+
+
 @pytest.mark.parametrize(
     "kept",
     [
-        functools.lru_cache(lambda length: torch.arange(length).float()[:, None]),
-        functools.cache(lambda length: torch.arange(length).float()[:, None]),
         cached_in_a_dict(lambda t: t, lambda t: t),
         cached_in_a_dict(lambda t: (t, t), lambda t: t[0]),
+        cached_globally,
+        lambda length: cached_globally(length),
+        kept_globally,
     ],
-    ids=["lru_cache", "cache", "dict", "tuples"],
+    ids=["dict", "tuples", "lru_cache", "global lru_cache", "global dict"],
 )
 def test_nothing_of_a_trace_stays_in_caches(kept: Callable[[int], Tensor]) -> None:
     model = Outside(kept).eval()
     call = flatten_call((X,), {})
-    with pytest.raises(StateError, match="keeps tensors"):
-        capture(model, call)
-    expected = model.linear(X).relu() + torch.tensor([[0.0], [1.0]])
-    assert type(kept(2)) is Tensor and torch.equal(model(X), expected)
+    cached_globally.cache_clear()
+    if kept is not cached_globally:
+        with pytest.raises(StateError, match=r"keeps tensors|changes its attribute kept"):
+            capture(model, call)
+    assert type(kept(2)) is Tensor and torch.equal(model(X), expected_with(model))
     # Real tensors in a cache are constants.
     captured = capture(model, call)
-    assert any(tensor is kept(2) for tensor in captured.parameters.values())
+    assert kept is cached_globally or any(tensor is kept(2) for tensor in captured.parameters.values())
+    assert torch.equal(captured.graph(*captured.parameters.values(), X)[0], expected_with(model))
 
 
 def test_nothing_of_a_failed_trace_stays_in_caches() -> None:
@@ -295,7 +375,7 @@ def test_hooks_that_keep_what_they_see_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
     seen: list[Tensor] = []
     handle = model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with pytest.raises(StateError, match="hook"):
+    with pytest.raises(StateError, match="changes its attribute"):
         capture(model, flatten_call((X,), {}))
     assert seen == []
     handle.remove()

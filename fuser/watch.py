@@ -1,0 +1,221 @@
+"""What a model's Python code reads besides the contents of tensors, and whether it has changed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import functools
+import itertools
+import operator
+import types
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fuser.ir.errors import CaptureError
+from fuser.shadow import functions_of, is_plain, names_in
+
+_INTERNAL = frozenset(vars(nn.Module()))
+_MOST_ENTRIES = 64
+"""Containers with more are taken for data that nobody changes, such as vocabularies, and watched by their length."""
+_MOST_CONFIGURATIONS = 64
+"""Configurations that are told apart; an older one counts as new when it returns."""
+_DEPTH = 2
+"""How far plain objects in plain objects (a configuration in a configuration) are followed."""
+_TRAINING = operator.itemgetter("training")
+
+
+class GlobalNumbers:
+    """Numbers, flags and texts in global variables that the functions of a model name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        for function in functions_of(model):
+            variables = function.__globals__
+            read = {
+                n
+                for n in names_in(function.__code__)
+                if n in variables and _is_number(variables[n]) and not n.startswith("__")
+            }
+            if read:
+                names.setdefault(id(variables), (variables, set()))[1].update(read)
+        self.read = [(variables, tuple(sorted(found))) for variables, found in names.values()]
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Undo changes of these variables inside the context; raises CaptureError if there were any."""
+        before = [{name: variables.get(name) for name in names} for variables, names in self.read]
+        yield
+        changed = ""
+        for (variables, names), old in zip(self.read, before, strict=True):
+            for name in names:
+                if variables.get(name) is not old[name] and not _same(variables.get(name), old[name]):
+                    variables[name], changed = old[name], name
+        if changed:
+            raise CaptureError(f"the model changes the global variable {changed} while it runs")
+
+
+class Structure:
+    """Of which modules and tensors a model consists and in which modes they are, compared by identity, and its
+    *configuration*: what plain attributes, global variables and small containers hold.
+
+    It is looked at in every call, so its loops are all the interpreter's own.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._modules = list(model.modules()) if model is not None else []
+        # TorchScript's modules keep neither their mode nor their members in dicts.
+        self._attributes = [attributes for attributes in map(vars, self._modules) if "training" in attributes]
+        hooks = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+        members = [
+            d
+            for m in self._modules
+            for d in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
+            if isinstance(d, dict)
+        ]
+        members += hooks
+        self._members: list[dict[Any, Any]] = [d for d in members if d]
+        # What had no members or hooks may get some, such as adapters.
+        self._empty = [d for d in members if not d]
+        plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
+        self._plain = [(vars(m), key) for m, key in plain]
+        # Kept alive, so that no other tensor gets the identity of a former one.
+        self._kept = [*itertools.chain.from_iterable(map(dict.values, self._members)), *self._values()]
+        self._state = self._look()
+        self._configuration = _Configuration(model) if model is not None else None
+
+    def _values(self) -> list[Any]:
+        return [attributes.get(key) for attributes, key in self._plain]
+
+    def _look(self) -> tuple[list[int], list[type], list[bool]]:
+        members = itertools.chain.from_iterable(map(dict.values, self._members))
+        return (
+            list(map(id, itertools.chain(members, self._values()))),
+            list(map(type, self._modules)),
+            list(map(_TRAINING, self._attributes)),
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model consists of other modules or tensors, or runs in other modes."""
+        return any(self._empty) or self._look() != self._state
+
+    @property
+    def configuration(self) -> int:
+        """A number for what plain attributes hold now; equal numbers mean equal attributes."""
+        return self._configuration.number if self._configuration is not None else 0
+
+
+class _Configuration:
+    """Plain values that decide what a model's code does, read from where they lie."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._containers: list[Any] = []
+        holders = dict[int, tuple[Any, tuple[str, ...]]]()
+        for module in model.modules():
+            self._collect(vars(module), holders, _watched(module))
+        for cls in {base for module in model.modules() for base in type(module).__mro__}:
+            if not _of_torch(cls) and (keys := tuple(key for key, value in vars(cls).items() if _is_number(value))):
+                holders[id(cls)] = vars(cls), keys
+        holders.update((id(variables), (variables, names)) for variables, names in GlobalNumbers(model).read)
+        # A getter of one key would give the value itself instead of a tuple.
+        self._readers = [
+            (operator.itemgetter(*keys, keys[0]), holder, keys) for holder, keys in holders.values() if keys
+        ]
+        self._sized = [holder for holder, _ in holders.values() if isinstance(holder, dict)] + self._containers
+        self._numbers: collections.OrderedDict[Any, tuple[int, Any]] = collections.OrderedDict()
+        self._count = itertools.count()
+        self._number, self._ids = -1, list[int]()
+
+    def _collect(
+        self, attributes: dict[str, Any], holders: dict[int, Any], keys: Collection[str], depth: int = 0
+    ) -> None:
+        holders[id(attributes)] = attributes, tuple(keys)
+        stack = [attributes[key] for key in keys]
+        while stack:
+            value = stack.pop()
+            if type(value) in (dict, list, set, tuple) and len(value) <= _MOST_ENTRIES:
+                if type(value) is not tuple and not any(value is known for known in self._containers):
+                    self._containers.append(value)
+                stack += value.values() if isinstance(value, dict) else value
+            elif (
+                depth < _DEPTH
+                and is_plain(type(value))
+                and hasattr(value, "__dict__")
+                and id(vars(value)) not in holders
+            ):
+                self._collect(vars(value), holders, tuple(vars(value)), depth + 1)
+
+    def _read(self) -> list[Any]:
+        try:
+            found: list[Any] = [reader(holder) for reader, holder, _ in self._readers]
+        except KeyError:
+            # An attribute has gone.
+            found = [tuple(map(holder.get, keys)) for _, holder, keys in self._readers]
+        found += [c.values() if isinstance(c, dict) else c for c in self._containers]
+        return found
+
+    @property
+    def number(self) -> int:
+        values = list(itertools.chain.from_iterable(self._read()))
+        ids = [*map(id, values), *map(len, self._sized)]
+        if ids != self._ids:
+            key = (tuple(map(_frozen, values)), tuple(map(len, self._sized)))
+            # The values are kept, so that no other object gets the identity of one of them.
+            known = self._numbers.pop(key, None)
+            self._numbers[key] = (next(self._count), values) if known is None else known
+            self._number, self._ids, self._current = self._numbers[key][0], ids, values
+            while len(self._numbers) > _MOST_CONFIGURATIONS:
+                self._numbers.popitem(last=False)
+        return self._number
+
+
+def _watched(module: nn.Module) -> tuple[str, ...]:
+    """Attributes of a module that its code may read, but for tensors and modules."""
+    keys = [
+        key
+        for key, value in vars(module).items()
+        if key not in _INTERNAL and not isinstance(value, (Tensor, nn.Module))
+    ]
+    if _of_torch(type(module)):
+        read = _read_by(type(module))
+        keys = [key for key in keys if key in read]
+    return tuple(keys)
+
+
+@functools.cache
+def _read_by(cls: type) -> frozenset[str]:
+    """Names that the methods of one of PyTorch's own modules use when it runs."""
+    methods = [
+        member
+        for base in cls.__mro__
+        if base not in (nn.Module, object)
+        for name, member in vars(base).items()
+        if isinstance(member, types.FunctionType) and name not in ("__init__", "extra_repr", "reset_parameters")
+    ]
+    return frozenset(name for method in methods for name in names_in(method.__code__))
+
+
+def _of_torch(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (bool, int, float, complex, str)) and not isinstance(value, enum.Enum))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(_frozen(a) == _frozen(b))
+
+
+def _frozen(value: Any) -> Any:
+    """Something that is equal for values that are the same to a program, and for other objects their identity."""
+    if isinstance(value, float):
+        return float, value.hex()
+    if value is None or isinstance(value, (bool, int, complex, str, bytes)):
+        return type(value), value
+    if type(value) is tuple:
+        return tuple(map(_frozen, value))
+    return id(value)
