@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
-from fuser.compiler import named_target
 from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms_norm, softmax, unary
 from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
@@ -33,6 +32,7 @@ from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.emulator import EmulationError
 from fuser.runtime.nvcc import Resources
+from fuser.runtime.targets import named_target
 
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
 # One element of a result may be off by a few roundings where eager's happens to be exact.
