@@ -36,8 +36,8 @@ from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 import fuser
-from fuser.compiler import named_target
 from fuser.ir.target import Target
+from fuser.runtime.targets import named_target
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 AGREEMENT = {"fp16": 1e-2, "bf16": 5e-2, "fp32": 2e-4}

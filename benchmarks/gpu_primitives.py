@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import fuser.templates
-from fuser.compiler import named_target
 from fuser.ir.target import Target, emulated_target
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import Source, build
 from fuser.runtime.library import load
+from fuser.runtime.targets import named_target
 
 HEADERS = Path(fuser.templates.__file__).parent
 SOURCE = Path(__file__).parent.parent / "tests" / "runtime" / "primitives.cu"

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fuser import attention_patterns
-from fuser.attention import mask_of
+from fuser.attention.registry import mask_of
 from fuser.ir import expression as ex
 from fuser.ir.errors import CaptureError
 from fuser.ir.expression import Builder, Op

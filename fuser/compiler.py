@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +15,15 @@ from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme
 from fuser.codegen.render import header_folder
-from fuser.ir.errors import DeviceMemoryError, FuserError
 from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
-from fuser.ir.target import EMULATED, TF32, Target, emulated_target
+from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import FAMILIES
 from fuser.raising import raise_graph
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
-from fuser.runtime.cuda import gpu_target
 from fuser.runtime.cuda_program import program_of
-from fuser.runtime.device import cpu_target
 from fuser.runtime.library import Kernel, load
 from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
@@ -151,61 +146,3 @@ def program_constants(
     files there."""
     tables = [op.inputs[0] for op in graph.operators if op.kind is Kind.EMBEDDING]
     return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder, device)
-
-
-def threads_now() -> int:
-    """The team size of kernels: PyTorch's number of threads."""
-    return torch.get_num_threads()
-
-
-def target_of(device: torch.device) -> Target:
-    """The target of programs on tensors of ``device``, calibrated once.
-
-    Raises FuserError for a device that is not there, or that there are no kernels for.
-    """
-    if device.type == "cpu":
-        return cpu_target()
-    if device.type == "cuda":
-        return with_tf32(gpu_target(device))
-    raise FuserError(f"fuser has kernels for CPUs and NVIDIA GPUs, not for devices of type {device.type!r}")
-
-
-def with_tf32(target: Target) -> Target:
-    """``target`` with the feature ``"tf32"`` where PyTorch's settings allow TF32 in products on CUDA."""
-    matmul = torch.backends.cuda.matmul
-    # The older setting cannot be read once a program has used the newer one.
-    precision = getattr(matmul, "fp32_precision", None)
-    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
-    return dataclasses.replace(target, features=target.features | {TF32}) if allowed else target
-
-
-def named_target(name: str | torch.device) -> Target:
-    """The target ``"cpu"``, ``"cuda"``, ``"cuda:1"`` … or ``"cuda:emulated"``.
-
-    Raises FuserError for a name that is none of these, or a device that this machine does not have.
-    """
-    if name == f"cuda:{EMULATED}":
-        return with_tf32(emulated_target())
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise FuserError(
-            f"there is no target {name!r}; it can be 'cpu', 'cuda', 'cuda:1' … or 'cuda:{EMULATED}'"
-        ) from error
-    return target_of(device)
-
-
-@contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Makes a GPU the current one. Raises DeviceMemoryError when its memory is full."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"{device} has not enough free memory for the model's packed weights beside the weights themselves; "
-                f"free some ({error})"
-            ) from error

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.attention import _check_operands, _empty_out, _say, _unsupported, reference, run_plan
+from fuser.attention.checks import check_operands
+from fuser.attention.launch import run_plan, say, unsupported
+from fuser.attention.reference import empty_out, reference
 from fuser.ir.errors import BuildError, CacheError, FuserError, MaskError, PlanError, ToolchainError
 from fuser.ir.masks import Dense, Mask, from_dense, per_head
 from fuser.kernels import cqs as kernel
@@ -111,14 +113,14 @@ def attention(
         return _distributed(q, k, v, workers, mask, scale, base, group, timeout)
     n, m = _check(q, k, v, mask)
     if not (n and m):
-        return _empty_out(q, v).zero_()
+        return empty_out(q, v).zero_()
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if memory_budget is not None:
         return _stream(q, k, v, streaming(q, k, v, memory_budget, workers, mask, base=base), mask, scale)
     part = partition(min(WORKERS, n, m) if workers is None else workers, n, base, m)
-    reason = _unsupported(q, v, None)
+    reason = unsupported(q, v, None)
     if not reason:
-        out = _empty_out(q, v)
+        out = empty_out(q, v)
         try:
             run_plan(q, k, v, _plan(part, mask), None, scale, out, None)
         except (BuildError, ToolchainError, CacheError) as error:
@@ -147,7 +149,7 @@ def _mask(mask: Mask | Tensor | None) -> Mask:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int]:
     """The numbers of queries and keys."""
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     n, m = q.shape[2], k.shape[2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("CQS attention computes no gradients: call it under torch.no_grad(), or use sparse_attention")
@@ -195,7 +197,7 @@ def work(task: Task, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 
     Both are fp32, or fp64 for fp64 tensors. Rows without keys give zeros and -inf.
     """
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     return _attend(q, k, v, task.mask, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale)
 
 
@@ -234,7 +236,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
 
     if q.dtype != torch.float64:
         q, k, v = (t.float() for t in (q, k, v))
-    reason = _unsupported(q, v, None)
+    reason = unsupported(q, v, None)
     if not reason:
         out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
         try:
@@ -243,7 +245,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
             reason = str(error)
         else:
             return out, lse
-    _say(reason)
+    say(reason)
     return reference(q, k, v, mask, None, scale)
 
 
@@ -329,7 +331,7 @@ def _chunks(batch: int, heads: int) -> Iterator[tuple[int, int]]:
 
 def _whole(q: Tensor, v: Tensor, part: Partition) -> bool:
     """Whether one kernel writes the output itself."""
-    return part.workers == 1 and not _unsupported(q, v, None)
+    return part.workers == 1 and not unsupported(q, v, None)
 
 
 def _step_bytes(q: Tensor, k: Tensor, v: Tensor, part: Partition, batch: int, heads: int) -> int:
@@ -356,7 +358,7 @@ def _plain(q: Tensor, v: Tensor) -> bool:
     """Whether steps run in plain PyTorch, with all scores of a step in memory."""
     if q.device.type == "cpu" and q.dtype in (torch.float16, *FLOATING):
         return max(q.shape[3], v.shape[3]) > LARGEST_HEAD or v.shape[3] == 0
-    return bool(_unsupported(q, v, None))
+    return bool(unsupported(q, v, None))
 
 
 def _planning_bytes(part: Partition, mask: Mask) -> int:
@@ -387,7 +389,7 @@ def _planning_bytes(part: Partition, mask: Mask) -> int:
 def _stream(q: Tensor, k: Tensor, v: Tensor, how: Streaming, mask: Mask, scale: float) -> Tensor:
     """One query group of one worker at a time, for some heads at a time."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    out = _empty_out(q, v)
+    out = empty_out(q, v)
     part = how.partition
     if _whole(q, v, part):
         from fuser.runtime.device import cpu_target

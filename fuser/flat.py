@@ -16,7 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fuser.attention import _check_operands, _check_runtime, _empty_out, sparse_attention, weighted_sum
+from fuser.attention import sparse_attention
+from fuser.attention.checks import check_operands, check_runtime
+from fuser.attention.reference import arithmetic_dtype, empty_out, weighted_sum
 from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Dense, Mask
 from fuser.kernels.flat import Choice, Granularity, Tile, check_tile, choose, largest_rows, live_elements, tile_of
@@ -79,9 +81,9 @@ def attention(
         if tile is not None:
             raise PlanError("the flash kernel plans its own tiles: leave the tile out")
         return sparse_attention(q, k, v, mask, scale=scale, return_lse=return_lse)
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     if isinstance(mask, Tensor):
-        mask = _check_runtime(mask, q, k).detach()
+        mask = check_runtime(mask, q, k).detach()
     elif mask is not None:
         if not isinstance(mask, Mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
@@ -90,8 +92,8 @@ def attention(
         mask.validate(q.shape[2], k.shape[2])
         mask = None if isinstance(mask, Dense) else mask
     q, k, v = q.detach(), k.detach(), v.detach()
-    dtype = _dtype(q)
-    out = _empty_out(q, v)
+    dtype = arithmetic_dtype(q)
+    out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=dtype) if return_lse else None
     if q.numel() and k.shape[2]:
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
@@ -116,7 +118,7 @@ def live_bytes(
 
     By the paper's formula, in which every head of q has its own keys; 16-bit types count as they are stored.
     """
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     made = _tile(q, k, v, granularity, tile)
     elements = made.live_elements(k.shape[2], q.shape[3], value_dim=v.shape[3], double_buffered=double_buffered)
     return elements * q.element_size()
@@ -135,10 +137,10 @@ def buffer_bytes(
     The logits of a tile; for 16-bit types also its operands and output in fp32. A mask adds one or two bytes for every
     logit of a tile, and values that are not finite a copy of those of a tile.
     """
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     made = _tile(q, k, v, granularity, tile)
     elements = made.logit_elements(k.shape[2])
-    if q.dtype != _dtype(q):
+    if q.dtype != arithmetic_dtype(q):
         elements += made.batch * made.heads * made.rows * (q.shape[3] + v.shape[3])
         elements += made.batch * _key_heads(q, k, made) * k.shape[2] * (q.shape[3] + v.shape[3])
     return elements * (8 if q.dtype == torch.float64 else 4)
@@ -153,7 +155,7 @@ def tile_for(
     tile: tuple[int, int, int] | Tile | None = None,
 ) -> Tile:
     """The tile that :func:`attention` runs with these arguments."""
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     return _tile(q, k, v, granularity, tile)
 
 
@@ -162,7 +164,7 @@ def choose_tile(q: Tensor, k: Tensor, v: Tensor, buffer_bytes: int, *, double_bu
 
     Raises PlanError when not even one row fits, with the smallest buffer that works.
     """
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     return choose(
         buffer_bytes,
         q.shape[0],
@@ -173,10 +175,6 @@ def choose_tile(q: Tensor, k: Tensor, v: Tensor, buffer_bytes: int, *, double_bu
         element_bytes=q.element_size(),
         double_buffered=double_buffered,
     )
-
-
-def _dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _tile(
@@ -231,7 +229,7 @@ def _run(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    dtype, kv_len, group = _dtype(q), k.shape[2], _group(q, k)
+    dtype, kv_len, group = arithmetic_dtype(q), k.shape[2], _group(q, k)
     buffer = torch.empty(tile.logit_elements(kv_len), dtype=dtype, device=q.device)
     wide = None
     if q.dtype != dtype:

@@ -16,15 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.capture import FlatCall, Signature, StateError, flatten_call, is_capturing
 from fuser.codegen.assemble import KernelRecord
-from fuser.compiler import (
-    Compiled,
-    compile_call,
-    named_target,
-    on_device,
-    program_constants,
-    target_of,
-    threads_now,
-)
+from fuser.compiler import Compiled, compile_call, program_constants
 from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
@@ -32,6 +24,7 @@ from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
 from fuser.runtime.program import Arena
+from fuser.runtime.targets import named_target, on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 from fuser.weights import WeightStore
 

@@ -30,10 +30,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fuser
-from fuser.attention import adopt_mask, mask_of
+from fuser.attention.registry import adopt_mask, mask_of
 from fuser.capture import OutputSpec, Signature, flatten_call
 from fuser.codegen.assemble import KernelRecord
-from fuser.compiler import Compiled, threads_now
+from fuser.compiler import Compiled
 from fuser.ir.errors import FuserError, KernelError, MaskError
 from fuser.ir.graph import TorchCall
 from fuser.ir.masks import Mask, from_dense
@@ -47,6 +47,7 @@ from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
 from fuser.runtime.locks import ForkSafeLock
 from fuser.runtime.program import Arena, Program, ProgramPlan, TorchStep
+from fuser.runtime.targets import threads_now
 
 FORMAT = 1
 _MANIFEST, _PROGRAMS, _WEIGHTS = "manifest.json", "programs.pickle", "weights.safetensors"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
+from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGroup
 from fuser.ir.target import Target
 
@@ -140,7 +141,7 @@ class KernelCall:
 
     spec: KernelSpec
     tensors: tuple[TensorRef, ...]
-    extents: tuple[int, ...]
+    extents: Extents | tuple[int, ...]
     outputs: tuple[str, ...]
     workspace_bytes: int = 0
 

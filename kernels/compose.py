@@ -11,7 +11,7 @@ from torch import Tensor
 from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, TensorSpec
 from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
-from fuser.kernels.operands import Bound, bind, row_stride, rows_and_columns
+from fuser.kernels.operands import Bound, OperandExtents, bind, row_stride, rows_and_columns
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class RowProgram:
         return (*(b.value for b in self.bounds), *self.gathers, *self.outputs)
 
     @property
-    def extents(self) -> tuple[int, ...]:
-        """(stride, period) of every operand, then the row stride of every output."""
-        return (*(e for b in self.bounds for e in (b.stride, b.period)), *self.output_strides)
+    def operand_extents(self) -> tuple[OperandExtents, ...]:
+        return tuple(b.extents for b in self.bounds)
 
     def bytes(self, graph: OperatorGraph) -> int:
         """Memory traffic of the operands and outputs, each touched once."""

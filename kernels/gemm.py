@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.expression import Expression, Op
+from fuser.ir.extents import Extents
 from fuser.ir.graph import Kind, Operator, OperatorGroup
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm_cuda, gemm_cutlass
@@ -32,7 +33,7 @@ from fuser.kernels.base import (
 )
 from fuser.kernels.base import LibraryParameters as LibraryParameters
 from fuser.kernels.compose import RowProgram, compose, reference
-from fuser.kernels.operands import row_stride, rows_and_columns
+from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
 _EPILOGUE = frozenset(
     {
@@ -64,6 +65,16 @@ _TILES = {
 
 
 @dataclass(frozen=True)
+class GemmExtents(Extents):
+    """Rows of A, elements between them, the epilogue's operands, and elements between the rows of every output."""
+
+    rows: int
+    a_stride: int
+    operands: tuple[OperandExtents, ...]
+    output_strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class GemmParameters:
     """What the template ``cpu/gemm.cpp.j2`` is rendered from.
 
@@ -91,6 +102,11 @@ class GemmParameters:
     pairs: bool = False
     shared: int = _SHARED_ROWS
     serial_below: int = _SERIAL_BELOW
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return GemmExtents.declaration(operands=len(self.operands), output_strides=len(self.out_dtypes))
 
     @property
     def inputs(self) -> tuple[Operand, ...]:
@@ -355,7 +371,7 @@ class GemmFamily:
         return KernelCall(
             KernelSpec(self.name, "cpu/gemm.cpp.j2", parameters),
             (match.a, packed, *program.tensors),
-            (program.rows, match.row_stride, *program.extents),
+            GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.expression import Expression, Op
+from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import TF32, Target
 from fuser.kernels.base import (
@@ -38,6 +39,7 @@ from fuser.kernels.base import (
     Packed,
     TensorRef,
 )
+from fuser.kernels.operands import OperandExtents
 
 if TYPE_CHECKING:
     from fuser.kernels.gemm import GemmMatch
@@ -127,6 +129,18 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class CudaGemmExtents(Extents):
+    """Rows of A, elements between the rows of A and of W, the epilogue's operands, and elements between the rows of
+    every output."""
+
+    rows: int
+    a_stride: int
+    w_stride: int
+    operands: tuple[OperandExtents, ...]
+    output_strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CudaGemmParameters:
     """What the template ``cuda/gemm.cu.j2`` is rendered from.
 
@@ -143,6 +157,11 @@ class CudaGemmParameters:
     operands: tuple[Operand, ...]
     out_dtypes: tuple[DType, ...]
     tile: Tile
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return CudaGemmExtents.declaration(operands=len(self.operands), output_strides=len(self.out_dtypes))
 
     @property
     def reduces(self) -> bool:
@@ -456,7 +475,7 @@ def call(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters) -
     return KernelCall(
         KernelSpec("gemm", "cuda/gemm.cu.j2", parameters),
         (match.a, columns, *program.tensors),
-        (program.rows, match.row_stride, stride, *program.extents),
+        CudaGemmExtents(program.rows, match.row_stride, stride, program.operand_extents, program.output_strides),
         program.outputs,
         parameters.workspace_bytes(program.rows),
     )

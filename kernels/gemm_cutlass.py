@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fuser.ir.expression import Op
+from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
 from fuser.ir.target import Target
 from fuser.kernels import gemm_cuda
@@ -41,6 +42,17 @@ _START_SECONDS = 2e-6  # of a persistent block: descriptors, barriers, the first
 
 
 @dataclass(frozen=True)
+class CutlassExtents(Extents):
+    """Rows of A, and elements between the rows of A, W, C and the residual (0 without one)."""
+
+    rows: int
+    a_stride: int
+    w_stride: int
+    output_stride: int
+    residual_stride: int
+
+
+@dataclass(frozen=True)
 class CutlassParameters:
     """What the template ``cuda/gemm_cutlass.cu.j2`` is rendered from.
 
@@ -62,6 +74,11 @@ class CutlassParameters:
     cluster: int
     pingpong: bool
     version: tuple[int, ...]
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return CutlassExtents.declaration()
 
     @property
     def includes(self) -> tuple[Path, ...]:
@@ -158,10 +175,11 @@ def call(match: GemmMatch, parameters: CutlassParameters) -> KernelCall:
     strides = {b.value: b.stride for b in program.bounds}
     weight, stride = gemm_cuda.weight(match)
     operands = [value for value in (linear.bias, linear.residual) if value is not None]
-    extents = (program.rows, match.row_stride, stride, *program.output_strides)
+    (output_stride,) = program.output_strides
+    residual_stride = strides[linear.residual] if linear.residual else 0
     return KernelCall(
         KernelSpec("gemm", "cuda/gemm_cutlass.cu.j2", parameters),
         (match.a, weight, *operands, *program.outputs),
-        (*extents, strides[linear.residual] if linear.residual else 0),
+        CutlassExtents(program.rows, match.row_stride, stride, output_stride, residual_stride),
         program.outputs,
     )

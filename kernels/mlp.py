@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fuser.ir.expression import Expression
+from fuser.ir.extents import Extents
 from fuser.ir.graph import Kind, Operator, OperatorGroup
 from fuser.ir.target import TF32, Target
 from fuser.kernels import gemm_cuda
 from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Operand, TensorRef, floating
 from fuser.kernels.compose import RowProgram, compose, reference, same_matrix
-from fuser.kernels.operands import row_stride, rows_and_columns
+from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
 _BETWEEN = frozenset({Kind.BIAS, Kind.ACTIVATION, Kind.SCALE, Kind.POINTWISE})
 _AFTER = _BETWEEN | {Kind.RESIDUAL, Kind.NORM, Kind.MASK}
@@ -30,6 +31,20 @@ _BLOCKS = ((64, 2, 4), (32, 2, 4), (16, 1, 4))
 _TURN = 64  # hidden columns of one turn
 _CHUNK_BYTES = 128
 _MAX_SUMS = 128  # accumulators of a thread, beyond which registers spill
+
+
+@dataclass(frozen=True)
+class MlpExtents(Extents):
+    """Rows of X, elements between the rows of X, of W1 and of W2, operands of the hidden expression and of the
+    epilogue, and elements between the rows of every output."""
+
+    rows: int
+    x_stride: int
+    w1_stride: int
+    w2_stride: int
+    hidden_operands: tuple[OperandExtents, ...]
+    operands: tuple[OperandExtents, ...]
+    output_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,15 @@ class MlpParameters:
     bh: int
     warps_m: int
     warps_n: int
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return MlpExtents.declaration(
+            hidden_operands=len(self.hidden_operands),
+            operands=len(self.operands),
+            output_strides=len(self.out_dtypes),
+        )
 
     @property
     def reduces(self) -> bool:
@@ -225,11 +249,17 @@ class MlpFamily:
             ref, stride = gemm_cuda.rows_of(gemm.inputs[1], graph, bool(gemm.attributes["transposed"]), dtype)
             refs.append(ref)
             strides.append(stride)
-        inner = tuple(e for b in match.between.bounds for e in (b.stride, b.period))
         return KernelCall(
             KernelSpec(self.name, "cuda/mlp.cu.j2", parameters),
             (match.first.inputs[0], *refs, *(b.value for b in match.between.bounds), *match.after.tensors),
-            (match.after.rows, match.row_stride, *strides, *inner, *match.after.extents),
+            MlpExtents(
+                match.after.rows,
+                match.row_stride,
+                *strides,
+                match.between.operand_extents,
+                match.after.operand_extents,
+                match.after.output_strides,
+            ),
             match.after.outputs,
         )
 

@@ -6,8 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
 from fuser.kernels.base import STORAGE, Access, Operand
+
+
+@dataclass(frozen=True)
+class OperandExtents(Extents):
+    """Of one operand: elements between its rows, and rows after which it repeats (of a gather: rows of the table)."""
+
+    stride: int
+    period: int
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,10 @@ class Bound:
     value: str
     stride: int
     period: int
+
+    @property
+    def extents(self) -> OperandExtents:
+        return OperandExtents(self.stride, self.period)
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:

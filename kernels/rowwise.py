@@ -17,7 +17,7 @@ from fuser.ir.target import Target
 from fuser.kernels import rowwise_cuda
 from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand, floating
 from fuser.kernels.compose import RowProgram, compose, reference
-from fuser.kernels.rowwise_cuda import CudaRowwiseParameters
+from fuser.kernels.rowwise_cuda import CudaRowwiseParameters, RowwiseExtents
 
 _KINDS = frozenset(
     {
@@ -44,6 +44,11 @@ class RowwiseParameters:
     operands: tuple[Operand, ...]
     outputs: tuple[DType, ...]
     block: int
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return RowwiseExtents.declaration(operands=len(self.operands), output_strides=len(self.outputs))
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class RowwiseFamily:
         threads: int,
     ) -> KernelCall:
         program = match.program
-        rows, columns, extents = program.rows, program.columns, program.extents
+        rows, columns = program.rows, program.columns
         flat = (
             self._is_elementwise(parameters)
             and all(s == columns for s in program.output_strides)
@@ -110,7 +115,12 @@ class RowwiseFamily:
         if isinstance(parameters, CudaRowwiseParameters):
             return rowwise_cuda.call(self.name, program, parameters, rows, columns)
         spec = KernelSpec(self.name, "cpu/rowwise.cpp.j2", parameters)
-        return KernelCall(spec, program.tensors, (rows, columns, *extents), program.outputs)
+        return KernelCall(
+            spec,
+            program.tensors,
+            RowwiseExtents(rows, columns, program.operand_extents, program.output_strides),
+            program.outputs,
+        )
 
     @staticmethod
     def _is_elementwise(parameters: RowwiseParameters | CudaRowwiseParameters) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.expression import Expression
+from fuser.ir.extents import Extents
 from fuser.ir.target import Target
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, Operand
 from fuser.kernels.compose import RowProgram
+from fuser.kernels.operands import OperandExtents
 
 TEMPLATE = "cuda/rowwise.cu.j2"
 _WARP = 32
@@ -18,6 +20,16 @@ _ACCESS_BYTES = 16
 _MOST_THREADS = 1024
 # Registers of a thread for elements of its row; the rest is for addresses and the expression.
 _KEPT = 64
+
+
+@dataclass(frozen=True)
+class RowwiseExtents(Extents):
+    """Rows and columns of the matrix, the operands, and elements between the rows of every output."""
+
+    rows: int
+    columns: int
+    operands: tuple[OperandExtents, ...]
+    output_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class CudaRowwiseParameters:
     threads: int
     group: int
     items: int
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return RowwiseExtents.declaration(operands=len(self.operands), output_strides=len(self.outputs))
 
     @property
     def capacity(self) -> int:
@@ -77,7 +94,12 @@ def space(program: RowProgram, target: Target) -> Sequence[CudaRowwiseParameters
 def call(family: str, program: RowProgram, parameters: CudaRowwiseParameters, rows: int, columns: int) -> KernelCall:
     """One launch on ``rows`` × ``columns`` elements."""
     spec = KernelSpec(family, TEMPLATE, parameters)
-    return KernelCall(spec, program.tensors, (rows, columns, *program.extents), program.outputs)
+    return KernelCall(
+        spec,
+        program.tensors,
+        RowwiseExtents(rows, columns, program.operand_extents, program.output_strides),
+        program.outputs,
+    )
 
 
 def _vectors(program: RowProgram) -> Sequence[DType]:

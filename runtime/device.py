@@ -49,7 +49,7 @@ logger = logging.getLogger("fuser")
 
 _FLOPS_PROBE = r"""
 #include "abi.h"
-// extents[0] rounds of independent fused multiply-adds: more chains than a latency of 5 on two ports needs.
+// extents: rounds of independent fused multiply-adds: more chains than a latency of 5 on two ports needs.
 typedef float vec __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 extern "C" int fuser_probe_flops(const FuserArgs* args, void*) {
     constexpr int chains = FUSER_VECTOR_BYTES >= 64 ? 16 : 12;
@@ -57,7 +57,7 @@ extern "C" int fuser_probe_flops(const FuserArgs* args, void*) {
     vec scale = vec{} + 0.999f, shift = vec{} + 0.001f, sum[chains];
     asm volatile("" : "+x"(scale), "+x"(shift));
     for (int c = 0; c < chains; ++c) sum[c] = vec{} + float(c);
-    for (int64_t i = 0; i < args->extents[0]; ++i)
+    for (int64_t i = 0; i < static_cast<const int64_t*>(args->extents)[0]; ++i)
         for (int c = 0; c < chains; ++c) sum[c] = sum[c] * scale + shift;
     vec total = vec{};
     for (int c = 0; c < chains; ++c) total += sum[c];
@@ -69,11 +69,11 @@ extern "C" int fuser_probe_flops(const FuserArgs* args, void*) {
 
 _COPY_PROBE = r"""
 #include "abi.h"
-// tensors: source and destination of extents[0] floats each; scaled, since a plain copy would become memcpy.
+// tensors: source and destination of as many floats as the extent says; scaled, since a plain copy would become memcpy.
 extern "C" int fuser_probe_copy(const FuserArgs* args, void*) {
     const float* __restrict source = static_cast<const float*>(args->tensors[0]);
     float* __restrict target = static_cast<float*>(args->tensors[1]);
-    const int64_t count = args->extents[0];
+    const int64_t count = static_cast<const int64_t*>(args->extents)[0];
     #pragma omp parallel for simd num_threads(args->threads) schedule(static)
     for (int64_t i = 0; i < count; ++i) target[i] = 0.5f * source[i];
     return 0;
@@ -94,10 +94,11 @@ extern "C" int fuser_probe_launch(const FuserArgs* args, void* stream) {
     const FuserStep step = {empty, args};
     const volatile FuserStep* hidden = &step;
     using clock = std::chrono::steady_clock;
-    const clock::time_point start = clock::now(), end = start + std::chrono::nanoseconds(args->extents[1]);
+    const auto* extents = static_cast<const int64_t*>(args->extents);
+    const clock::time_point start = clock::now(), end = start + std::chrono::nanoseconds(extents[1]);
     double best = 1.0;
     clock::time_point before = start;
-    for (int64_t i = 0; i < args->extents[0] && before < end; ++i) {
+    for (int64_t i = 0; i < extents[0] && before < end; ++i) {
         if (int status = hidden->kernel(hidden->args, stream)) return status;
         const clock::time_point after = clock::now();
         const double seconds = std::chrono::duration<double>(after - before).count();

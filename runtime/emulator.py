@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fuser.ir.errors import KernelError
+from fuser.ir.extents import Extents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.device import cpu_flags
 from fuser.runtime.library import load
@@ -121,7 +122,7 @@ def run(
     path: Path,
     symbol: str,
     tensors: Sequence[Any],
-    extents: Sequence[int] = (),
+    extents: Extents | Sequence[int] = (),
     *,
     workspace: Any = None,
     threads: int = 4,
@@ -167,7 +168,7 @@ def launches(
     path: Path,
     symbol: str,
     tensors: Sequence[int],
-    extents: Sequence[int] = (),
+    extents: Extents | Sequence[int] = (),
     *,
     workspace: int = 0,
     threads: int = 4,

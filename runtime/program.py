@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import IndexRangeError, KernelError
-from fuser.runtime.abi import KernelArgs, Step
+from fuser.ir.extents import Extents
+from fuser.runtime.abi import KernelArgs, Step, extents_buffer
 from fuser.runtime.library import Kernel, run_after_fork
 from fuser.runtime.locks import ForkSafeLock
 
@@ -51,11 +52,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class NativeStep:
-    """One generated kernel: addresses in the template's order and run-time extents."""
+    """One generated kernel: addresses in the template's order and run-time extents (see :meth:`KernelArgs.pack`)."""
 
     symbol: str
     tensors: tuple[Slot, ...]
-    extents: tuple[int, ...]
+    extents: Extents | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -285,10 +286,10 @@ class Program:
         for position, slot in enumerate(step.tensors):
             patch = _Patch(addresses, position, slot.offset)
             self._patches.setdefault((slot.memory, slot.index), []).append(patch)
-        extents = (ctypes.c_int64 * max(len(step.extents), 1))(*step.extents)
+        extents = extents_buffer(step.extents)
         args = KernelArgs(
             ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
-            ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
+            ctypes.cast(extents, ctypes.c_void_p),
             self.plan.threads,
             None,
             self._status,
@@ -302,10 +303,10 @@ class Program:
             return
         steps = (Step * len(run))(*run)
         tensors = (ctypes.c_void_p * 1)(ctypes.addressof(steps))
-        extents = (ctypes.c_int64 * 1)(len(run))
+        extents = extents_buffer((len(run),))
         args = KernelArgs(
             ctypes.cast(tensors, ctypes.POINTER(ctypes.c_void_p)),
-            ctypes.cast(extents, ctypes.POINTER(ctypes.c_int64)),
+            ctypes.cast(extents, ctypes.c_void_p),
             self.plan.threads,
             None,
         )

@@ -16,7 +16,7 @@ FOLDERS |= {"templates": "fuser.templates", "fuser": "fuser"}
 MAY_IMPORT = {
     "fuser.ir": set[str](),
     "fuser.templates": set[str](),
-    "fuser.runtime": {"fuser.ir.target", "fuser.ir.errors"},
+    "fuser.runtime": {"fuser.ir.target", "fuser.ir.errors", "fuser.ir.extents"},
     "fuser.kernels": {"fuser.ir"},
     "fuser.codegen": {"fuser.ir", "fuser.kernels", "fuser.runtime", "fuser.templates"},
     "fuser.search": {"fuser.ir", "fuser.kernels", "fuser.runtime", "fuser.codegen"},

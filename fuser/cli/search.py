@@ -169,11 +169,11 @@ def _run(
 ) -> SearchResult:
     import torch
 
-    from fuser.compiler import named_target, on_device
     from fuser.report import target_text
     from fuser.runtime.cuda import resolve_device
     from fuser.runtime.device import cpu_name, cpu_target
     from fuser.runtime.program import CPU
+    from fuser.runtime.targets import named_target, on_device
     from fuser.schemes import from_atoffer
     from fuser.search.space import Space
     from fuser.search.study import search as run

@@ -1,20 +1,20 @@
-// The C interface that every generated kernel shares; runtime/abi.py mirrors it field by field.
+// The C interface that every generated kernel shares; written by `python -m fuser.runtime.abi`.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
 typedef struct {
-    void* const* tensors;    // one address per tensor, in the order of the kernel's specification
-    const int64_t* extents;  // run-time sizes, in the order of the kernel's specification
-    int32_t threads;         // team size of every parallel region; on a GPU the number of its multiprocessors
-    void* workspace;         // scratch memory, may be null when the kernel asks for none
-    int32_t* status;         // where work on a GPU reports an index outside its table (1); null on a CPU
+    void* const* tensors;  // one address per tensor, in the template's order
+    const void* extents;   // the kernel's struct of run-time sizes
+    int32_t threads;       // team size of every parallel region; on a GPU the number of its multiprocessors
+    void* workspace;       // scratch memory, may be null when the kernel asks for none
+    int32_t* status;       // where work on a GPU reports an index outside its table (1); null on a CPU
 } FuserArgs;
 
 typedef struct {
     int (*kernel)(const FuserArgs*, void*);  // the second argument is the CUDA stream; null on a CPU
-    const FuserArgs* args;
+    const FuserArgs* args;                   // what it is called with
 } FuserStep;
 
 }

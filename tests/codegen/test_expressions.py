@@ -19,7 +19,9 @@ from fuser.codegen.expressions import literal, row_function, statements
 from fuser.codegen.render import TEMPLATES, render
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
+from fuser.kernels.operands import OperandExtents
 from fuser.kernels.rowwise import RowwiseParameters
+from fuser.kernels.rowwise_cuda import RowwiseExtents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target
@@ -134,11 +136,12 @@ def run(
     kernel: Kernel, case: Case, inputs: Sequence[Tensor], rows: int, columns: int, threads: int = 2
 ) -> list[Tensor]:
     """Call the kernel on operands whose rows are ``stride(0)`` apart, or repeat."""
-    extents = [rows, columns]
-    for operand, tensor in zip(case.operands, inputs, strict=True):
-        extents += [tensor.stride(0), tensor.shape[0] if operand.periodic else rows]
+    operands = tuple(
+        OperandExtents(tensor.stride(0), tensor.shape[0] if operand.periodic else rows)
+        for operand, tensor in zip(case.operands, inputs, strict=True)
+    )
     outputs = [torch.full((rows, columns + 3), 7.0, dtype=dtype.torch)[:, :columns] for dtype in case.outputs]
-    extents += [out.stride(0) for out in outputs]
+    extents = RowwiseExtents(rows, columns, operands, tuple(out.stride(0) for out in outputs))
     kernel(KernelArgs.pack([t.data_ptr() for t in (*inputs, *outputs)], extents, threads))
     for out in outputs:
         beyond = out.as_strided((rows, 3), (out.stride(0), 1), out.storage_offset() + columns)

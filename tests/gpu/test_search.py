@@ -13,9 +13,9 @@ from torch import nn
 import fuser
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
-from fuser.compiler import target_of
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache
+from fuser.runtime.targets import target_of
 from fuser.search import records
 from fuser.search.space import Space
 from fuser.search.standalone import subgraph

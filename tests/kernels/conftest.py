@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import ToolchainError
+from fuser.ir.extents import Extents
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels.base import KernelSpec
 from fuser.runtime import emulator
@@ -30,7 +31,7 @@ def run_cuda() -> RunCuda:
     def run(
         spec: KernelSpec,
         tensors: Sequence[Tensor],
-        extents: Sequence[int],
+        extents: Extents | Sequence[int],
         *,
         workspace_bytes: int = 0,
         threads: int = 4,

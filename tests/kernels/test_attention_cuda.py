@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fuser import masks
-from fuser.attention import cached_plan, run_plan
+from fuser.attention.launch import run_plan
 from fuser.codegen.render import header_folder, render
 from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
-from fuser.kernels.attention import AttentionFamily
+from fuser.kernels.attention import AttentionFamily, cached_plan
 from fuser.kernels.attention_cuda import CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan

@@ -22,7 +22,8 @@ from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed
-from fuser.kernels.gemm import GemmFamily, GemmParameters, LibraryParameters, pack, unpack
+from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmParameters, LibraryParameters, pack, unpack
+from fuser.kernels.operands import OperandExtents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
@@ -195,10 +196,11 @@ class Problem:
         stores = [torch.full((m, case.n + gap), float("nan"), dtype=d.torch) for d in p.out_dtypes]
         workspace = torch.full((p.workspace_bytes(m, threads) // 4 + 16,), float("nan"))
         aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
-        extents = [m, self.a.stride(0)]
-        for kind, x in zip(EPILOGUES[case.epilogue][1], self.operands, strict=True):
-            extents += [0 if kind == "row" else x.stride(0), PERIOD if kind == "periodic" else m]
-        extents += [s.stride(0) for s in stores]
+        operands = tuple(
+            OperandExtents(0 if kind == "row" else x.stride(0), PERIOD if kind == "periodic" else m)
+            for kind, x in zip(EPILOGUES[case.epilogue][1], self.operands, strict=True)
+        )
+        extents = GemmExtents(m, self.a.stride(0), operands, tuple(s.stride(0) for s in stores))
         tensors = [self.a, packed, *self.operands, *stores]
         kernel(KernelArgs.pack([t.data_ptr() for t in tensors], extents, threads, aligned))
         assert all(s[:, case.n :].isnan().all() for s in stores)
@@ -246,7 +248,8 @@ def test_bf16_storage(case: Case, kernels: Callable[[Case], Kernel]) -> None:
 
 def test_nothing_to_do(kernels: Callable[[Case], Kernel]) -> None:
     """No rows: nothing is read or written, not even through null addresses."""
-    assert kernels(SPECIAL).status(KernelArgs.pack([0, 0, 0, 0], [0, SPECIAL.k, 0, 1, SPECIAL.n], 2)) == 0
+    extents = GemmExtents(0, SPECIAL.k, (OperandExtents(0, 1),), (SPECIAL.n,))
+    assert kernels(SPECIAL).status(KernelArgs.pack([0, 0, 0, 0], extents, 2)) == 0
 
 
 def test_empty_sum_is_the_epilogue_of_zero(kernels: Callable[[Case], Kernel]) -> None:

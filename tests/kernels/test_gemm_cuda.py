@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
-from fuser.compiler import named_target
 from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms_norm, softmax, unary
 from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
@@ -26,13 +25,15 @@ from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, LibraryParameters, Operand, Packed
 from fuser.kernels.families import materialize
 from fuser.kernels.gemm import GemmFamily
-from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmParameters, Tile
-from fuser.kernels.gemm_cutlass import CutlassParameters
+from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmExtents, CudaGemmParameters, Tile
+from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassParameters
+from fuser.kernels.operands import OperandExtents
 from fuser.runtime import emulator
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.emulator import EmulationError
 from fuser.runtime.nvcc import Resources
+from fuser.runtime.targets import named_target
 
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
 # One element of a result may be off by a few roundings where eager's happens to be exact.
@@ -194,10 +195,12 @@ class Problem:
         p, m = case.parameters, len(self.a)
         stores = [torch.full((m, case.n + gap), float("nan"), dtype=d.torch) for d in p.out_dtypes]
         workspace = torch.full((p.workspace_bytes(m) // 4 + 4,), float("nan"))
-        extents = [m, self.a.stride(0), self.weight.stride(0)]
-        for kind, x in zip(EPILOGUES[case.epilogue][1], self.operands, strict=True):
-            extents += [0 if kind == "row" else x.stride(0), PERIOD if kind == "periodic" else m]
-        extents += [s.stride(0) for s in stores]
+        operands = tuple(
+            OperandExtents(0 if kind == "row" else x.stride(0), PERIOD if kind == "periodic" else m)
+            for kind, x in zip(EPILOGUES[case.epilogue][1], self.operands, strict=True)
+        )
+        strides = tuple(s.stride(0) for s in stores)
+        extents = CudaGemmExtents(m, self.a.stride(0), self.weight.stride(0), operands, strides)
         tensors = [self.a, self.weight, *self.operands, *stores]
         emulator.run(path, case.spec.symbol, tensors, extents, workspace=workspace)
         assert all(s[:, case.n :].isnan().all() for s in stores)
@@ -606,7 +609,9 @@ def _cutlass(chain: Sequence[Operator], **options: object) -> Sequence[CutlassPa
         assert FAMILY.cost(match, choice, target).seconds(target) > 0
         call = FAMILY.call(match, choice, target, target.cores)
         assert isinstance(call, KernelCall) and call.outputs == match.program.outputs
-        assert len(call.tensors) == 3 + (choice.bias is not None) + choice.residual and len(call.extents) == 5
+        assert len(call.tensors) == 3 + (choice.bias is not None) + choice.residual and isinstance(
+            call.extents, CutlassExtents
+        )
         assert choice not in FAMILY.space(match, target)
     return choices  # type: ignore[return-value]
 

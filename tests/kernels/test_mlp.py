@@ -17,7 +17,7 @@ from fuser.ir.target import TF32, Isa, Target, cuda_target, emulated_target
 from fuser.kernels import mlp
 from fuser.kernels.base import KernelCall, KernelSpec
 from fuser.kernels.families import materialize
-from fuser.kernels.mlp import MlpFamily, MlpParameters
+from fuser.kernels.mlp import MlpExtents, MlpFamily, MlpParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
 
@@ -151,7 +151,8 @@ def test_offsets_beyond_32_bits() -> None:
     match = FAMILY.match(of.group(PLAIN), EMULATED)
     assert match is not None
     call, values = FAMILY.call(match, FAMILY.space(match, EMULATED)[0], EMULATED, 4), inputs(of)
-    distant = dataclasses.replace(call, extents=(4, stride, *call.extents[2:]))
+    assert isinstance(call.extents, MlpExtents) and call.extents.rows == 4
+    distant = dataclasses.replace(call, extents=dataclasses.replace(call.extents, x_stride=stride))
     found = run(distant, of, {**values, "x": far.copy_(values["x"])}, EMULATED)
     assert torch.equal(found["biased2"], run(call, of, values, EMULATED)["biased2"])
 

@@ -18,8 +18,8 @@ from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_soft
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
 from fuser.kernels.compose import RowProgram
-from fuser.kernels.operands import Bound
-from fuser.kernels.rowwise_cuda import TEMPLATE, CudaRowwiseParameters, space
+from fuser.kernels.operands import Bound, OperandExtents
+from fuser.kernels.rowwise_cuda import TEMPLATE, CudaRowwiseParameters, RowwiseExtents, space
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import Resources
 
@@ -152,7 +152,8 @@ class Data:
             return room[shift:].view(count, columns + gap)[:, :columns]
 
         self.tensors: list[Tensor] = []
-        self.extents: list[int] = [rows, columns]
+        self.rows = rows
+        self.operands: list[OperandExtents] = []
         self.exact: list[Tensor] = []
         self.indices: list[Tensor] = []
         for kind in case.operands:
@@ -172,16 +173,20 @@ class Data:
             torch.full((rows * (columns + gap) + shift,), math.nan, dtype=dtype.torch)[shift:].view(rows, columns + gap)
             for _ in case.expression.outputs
         ]
-        self.extents += [columns + gap] * len(self.outputs)
+        self.output_strides = (columns + gap,) * len(self.outputs)
         self.columns = columns
 
     def _add(self, tensor: Tensor, stride: int, period: int, exact: Tensor) -> None:
         self.tensors.append(tensor)
-        self.extents += [stride, period]
+        self.operands.append(OperandExtents(stride, period))
         self.exact.append(exact.double())
 
     @property
-    def arguments(self) -> tuple[list[Tensor], list[int]]:
+    def extents(self) -> RowwiseExtents:
+        return RowwiseExtents(self.rows, self.columns, tuple(self.operands), self.output_strides)
+
+    @property
+    def arguments(self) -> tuple[list[Tensor], RowwiseExtents]:
         return [*self.tensors, *self.indices, *self.outputs], self.extents
 
     def errors(self, case: Case) -> Iterator[float]:
@@ -245,7 +250,7 @@ def test_offsets_beyond_32_bits(run_cuda: Run) -> None:
         case = CASES[name]
         data = Data(case, DType.F16, 3, columns)
         far[:, 0] = data.tensors[0]
-        extents = [3, columns, stride, 3, *data.extents[4:-1], stride]
+        extents = RowwiseExtents(3, columns, (OperandExtents(stride, 3), *data.operands[1:]), (stride,))
         assert run_cuda(spec(BUILT[name, DType.F16, 0]), [far[:, 0], data.tensors[1], far[:, 1]], extents) == 0
         data.outputs = [far[:, 1]]
         assert max(data.errors(case)) <= TOLERANCE[DType.F16]
@@ -254,7 +259,7 @@ def test_offsets_beyond_32_bits(run_cuda: Run) -> None:
 def test_more_blocks_than_a_grid_has_are_refused(run_cuda: Run) -> None:
     nowhere = [torch.empty(1)] * 3
     for rows, columns in ((1 << 40, 1), (1 << 20, 1 << 40)):
-        extents = [rows, columns, columns, rows, 1, rows, columns]
+        extents = RowwiseExtents(rows, columns, (OperandExtents(columns, rows), OperandExtents(1, rows)), (columns,))
         assert run_cuda(spec(BUILT["scale_rows", DType.F32, 0]), nowhere, extents) == 2
 
 
@@ -321,7 +326,7 @@ def test_every_instruction(run_cuda: Run) -> None:
     x = torch.cat([torch.randn(200), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-30, 90.0, -90.0])])
     y = x.roll(3)
     outputs = [torch.empty_like(x) for _ in range(count)]
-    extents = [1, x.numel(), x.numel(), 1, x.numel(), 1, *[x.numel()] * count]
+    extents = RowwiseExtents(1, x.numel(), (OperandExtents(x.numel(), 1),) * 2, (x.numel(),) * count)
     assert run_cuda(spec(parameters), [x, y, *outputs], extents) == 0
     exact = made.evaluate(x.double(), y.double())
     for op, mine, truth in zip((*UNARY, *BINARY, *[Op.CONSTANT] * 3), outputs, exact, strict=True):
@@ -394,7 +399,7 @@ def test_mixed_storage(run_cuda: Run) -> None:
     tensors = [torch.randn(rows if i < 2 else 1, columns).to(d.torch) for i, d in enumerate(kinds)]
     out = torch.empty(rows, columns)
     strides = [columns, columns, 0, 0, 0]
-    extents = [rows, columns, *(e for s in strides for e in (s, rows)), columns]
+    extents = RowwiseExtents(rows, columns, tuple(OperandExtents(s, rows) for s in strides), (columns,))
     assert run_cuda(spec(parameters), [*tensors, out], extents) == 0
     (truth,) = made.evaluate(*(t.double() for t in tensors))
     assert float((out - truth).norm() / truth.norm()) <= TOLERANCE[DType.F32]

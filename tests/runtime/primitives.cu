@@ -9,6 +9,8 @@ T* tensor(const FuserArgs* args, int i) {
     return static_cast<T*>(args->tensors[i]);
 }
 
+const int64_t* extents(const FuserArgs* args) { return static_cast<const int64_t*>(args->extents); }
+
 // Indices
 
 __global__ void write_indices(int* out) {
@@ -19,7 +21,7 @@ __global__ void write_indices(int* out) {
     own[3] = threadIdx.x, own[4] = threadIdx.y, own[5] = threadIdx.z;
 }
 FUSER_EXPORT int indices(const FuserArgs* args, void* stream) {
-    const int64_t* e = args->extents;
+    const int64_t* e = extents(args);
     return launch(write_indices, dim3(e[0], e[1], e[2]), dim3(e[3], e[4], e[5]), 0, stream, tensor<int>(args, 0));
 }
 
@@ -39,8 +41,8 @@ __global__ void __launch_bounds__(THREADS) sum_rows(const half* __restrict__ x, 
     }
 }
 FUSER_EXPORT int row_sums(const FuserArgs* args, void* stream) {
-    return launch(sum_rows<96>, int(args->extents[0]), 96, 0, stream, tensor<const half>(args, 0), tensor<float>(args, 1),
-                  int(args->extents[1]));
+    return launch(sum_rows<96>, int(extents(args)[0]), 96, 0, stream, tensor<const half>(args, 0), tensor<float>(args, 1),
+                  int(extents(args)[1]));
 }
 
 __global__ void count_block(const int* in, int* out) {
@@ -50,7 +52,7 @@ __global__ void count_block(const int* in, int* out) {
     out[2 * n + t] = __syncthreads_and(in[t]);
 }
 FUSER_EXPORT int block_votes(const FuserArgs* args, void* stream) {
-    return launch(count_block, 1, int(args->extents[0]), 0, stream, tensor<const int>(args, 0), tensor<int>(args, 1));
+    return launch(count_block, 1, int(extents(args)[0]), 0, stream, tensor<const int>(args, 0), tensor<int>(args, 1));
 }
 
 // Two warps fill a buffer, two others read it; each pair waits only for the other.
@@ -72,7 +74,7 @@ __global__ void hand_over(const float* in, float* out, int rounds) {
 }
 FUSER_EXPORT int named_barriers(const FuserArgs* args, void* stream) {
     return launch(hand_over, 1, 128, 0, stream, tensor<const float>(args, 0), tensor<float>(args, 1),
-                  int(args->extents[0]));
+                  int(extents(args)[0]));
 }
 
 // A ring of two stages between one warp that loads and three that read, with transaction-less mbarriers.
@@ -98,7 +100,7 @@ __global__ void ring(const float* in, float* out, int rounds) {
     }
 }
 FUSER_EXPORT int mbarriers(const FuserArgs* args, void* stream) {
-    return launch(ring, 1, 128, 0, stream, tensor<const float>(args, 0), tensor<float>(args, 1), int(args->extents[0]));
+    return launch(ring, 1, 128, 0, stream, tensor<const float>(args, 0), tensor<float>(args, 1), int(extents(args)[0]));
 }
 
 // Rows chosen by index arrive by bulk copies that one barrier counts. Before sm_90: an ordinary copy.
@@ -125,7 +127,7 @@ __global__ void gather_bulk(const float* in, const int* rows, float* out, int co
     for (int i = threadIdx.x; i < count * 32; i += blockDim.x) out[i] = buffer[i];
 }
 FUSER_EXPORT int bulk_copies(const FuserArgs* args, void* stream) {
-    const int count = int(args->extents[0]);
+    const int count = int(extents(args)[0]);
     return launch(gather_bulk, 1, 64, count * 128 + 16, stream, tensor<const float>(args, 0), tensor<const int>(args, 1),
                   tensor<float>(args, 2), count);
 }
@@ -142,11 +144,11 @@ __global__ void shuffle_all(const T* in, T* out, int argument, int width) {
 }
 FUSER_EXPORT int shuffles_int(const FuserArgs* args, void* stream) {
     return launch(shuffle_all<int>, 1, 32, 0, stream, tensor<const int>(args, 0), tensor<int>(args, 1),
-                  int(args->extents[0]), int(args->extents[1]));
+                  int(extents(args)[0]), int(extents(args)[1]));
 }
 FUSER_EXPORT int shuffles_double(const FuserArgs* args, void* stream) {
     return launch(shuffle_all<double>, 1, 32, 0, stream, tensor<const double>(args, 0), tensor<double>(args, 1),
-                  int(args->extents[0]), int(args->extents[1]));
+                  int(extents(args)[0]), int(extents(args)[1]));
 }
 
 // Even and odd lanes vote among themselves, in different branches.
@@ -184,7 +186,7 @@ __global__ void reduce_groups(const float* in, float* out, int width) {
 }
 FUSER_EXPORT int warp_reductions(const FuserArgs* args, void* stream) {
     return launch(reduce_groups, 1, 64, 0, stream, tensor<const float>(args, 0), tensor<float>(args, 1),
-                  int(args->extents[0]));
+                  int(extents(args)[0]));
 }
 
 // Lanes exchange through shared memory, ordered by __syncwarp alone; the last warp is not full.
@@ -228,7 +230,7 @@ __global__ void change_all(const int* in, int n, int* ints, float* floats, unsig
     if (t == 0) atomicAdd(floats, total);
 }
 FUSER_EXPORT int atomics(const FuserArgs* args, void* stream) {
-    return launch(change_all, 3, 64, 0, stream, tensor<const int>(args, 0), int(args->extents[0]), tensor<int>(args, 1),
+    return launch(change_all, 3, 64, 0, stream, tensor<const int>(args, 0), int(extents(args)[0]), tensor<int>(args, 1),
                   tensor<float>(args, 2), tensor<unsigned long long>(args, 3), tensor<double>(args, 4));
 }
 
@@ -269,8 +271,8 @@ __global__ void sum_in_last_block(const float* in, float* partial, int* finished
 }
 FUSER_EXPORT int last_block(const FuserArgs* args, void* stream) {
     if (int status = clear(args->tensors[2], 4, stream)) return status;
-    return launch(sum_in_last_block, int(args->extents[0]), 32, 0, stream, tensor<const float>(args, 0),
-                  tensor<float>(args, 1), tensor<int>(args, 2), tensor<float>(args, 3), int(args->extents[1]));
+    return launch(sum_in_last_block, int(extents(args)[0]), 32, 0, stream, tensor<const float>(args, 0),
+                  tensor<float>(args, 1), tensor<int>(args, 2), tensor<float>(args, 3), int(extents(args)[1]));
 }
 
 // Each block waits for the one before it.
@@ -282,7 +284,7 @@ __global__ void chain(int* flag, int* order) {
     }
 }
 FUSER_EXPORT int block_chain(const FuserArgs* args, void* stream) {
-    return launch(chain, int(args->extents[0]), 32, 0, stream, tensor<int>(args, 0), tensor<int>(args, 1));
+    return launch(chain, int(extents(args)[0]), 32, 0, stream, tensor<int>(args, 0), tensor<int>(args, 1));
 }
 
 // Tensor cores
@@ -331,7 +333,7 @@ __global__ void load_fragments(const uint16_t* in, int count, const int* offsets
 }
 #define FUSER_TEST_LDMATRIX(name, N, TRANSPOSED)                                                                    \
     FUSER_EXPORT int name(const FuserArgs* args, void* stream) {                                                     \
-        const int count = int(args->extents[0]);                                                                     \
+        const int count = int(extents(args)[0]);                                                                     \
         return launch(load_fragments<N, TRANSPOSED>, 1, 32, count * 2, stream, tensor<const uint16_t>(args, 0), count, \
                       tensor<const int>(args, 1), tensor<uint32_t>(args, 2));                                        \
     }
@@ -356,15 +358,15 @@ __global__ void copy_async(const uint8_t* in, uint8_t* out, int valid) {
 }
 FUSER_EXPORT int cp_async_4(const FuserArgs* args, void* stream) {
     return launch(copy_async<4>, 1, 32, 4 * 32, stream, tensor<const uint8_t>(args, 0), tensor<uint8_t>(args, 1),
-                  int(args->extents[0]));
+                  int(extents(args)[0]));
 }
 FUSER_EXPORT int cp_async_8(const FuserArgs* args, void* stream) {
     return launch(copy_async<8>, 1, 32, 8 * 32, stream, tensor<const uint8_t>(args, 0), tensor<uint8_t>(args, 1),
-                  int(args->extents[0]));
+                  int(extents(args)[0]));
 }
 FUSER_EXPORT int cp_async_16(const FuserArgs* args, void* stream) {
     return launch(copy_async<16>, 1, 32, 16 * 32, stream, tensor<const uint8_t>(args, 0), tensor<uint8_t>(args, 1),
-                  int(args->extents[0]));
+                  int(extents(args)[0]));
 }
 
 // Three groups of copies; what is visible after waiting until 2, 1, 0 are left. Others are read too early on purpose:
@@ -402,7 +404,7 @@ __global__ void apply_math(const float* x, float* out, int n) {
     }
 }
 FUSER_EXPORT int math(const FuserArgs* args, void* stream) {
-    const int n = int(args->extents[0]);
+    const int n = int(extents(args)[0]);
     return launch(apply_math, 2, 64, 0, stream, tensor<const float>(args, 0), tensor<float>(args, 1), n);
 }
 
@@ -416,7 +418,7 @@ __global__ void convert_all(const float* x, int n, uint16_t* halves, uint16_t* b
     }
 }
 FUSER_EXPORT int from_float(const FuserArgs* args, void* stream) {
-    return launch(convert_all, 1, 64, 0, stream, tensor<const float>(args, 0), int(args->extents[0]),
+    return launch(convert_all, 1, 64, 0, stream, tensor<const float>(args, 0), int(extents(args)[0]),
                   tensor<uint16_t>(args, 1), tensor<uint16_t>(args, 2), tensor<uint32_t>(args, 3), tensor<uint32_t>(args, 4));
 }
 __global__ void widen_all(float* halves, float* bf16s) {
@@ -443,7 +445,7 @@ __global__ void count_bits(const uint32_t* x, const uint32_t* y, int64_t* out, i
 }
 FUSER_EXPORT int integers(const FuserArgs* args, void* stream) {
     return launch(count_bits, 1, 64, 0, stream, tensor<const uint32_t>(args, 0), tensor<const uint32_t>(args, 1),
-                  tensor<int64_t>(args, 2), int(args->extents[0]));
+                  tensor<int64_t>(args, 2), int(extents(args)[0]));
 }
 
 // Launching
@@ -459,7 +461,7 @@ __global__ void describe_shared(uint64_t* out, int first, int second) {
     }
 }
 FUSER_EXPORT int shared_arrays(const FuserArgs* args, void* stream) {
-    const int64_t* e = args->extents;
+    const int64_t* e = extents(args);
     return launch(describe_shared, int(e[3]), int(e[4]), size_t(e[2]), stream, tensor<uint64_t>(args, 0), int(e[0]), int(e[1]));
 }
 
@@ -483,7 +485,7 @@ __global__ void say(int value) {
                                  int(clock64() >= start));
 }
 FUSER_EXPORT int print(const FuserArgs* args, void* stream) {
-    return launch(say, 1, 32, 0, stream, int(args->extents[0]));
+    return launch(say, 1, 32, 0, stream, int(extents(args)[0]));
 }
 
 // A whole product, as templates do it: C = A B^T in tiles of 64 x 64, two stages of cp.async, ldmatrix and mma.
@@ -533,7 +535,7 @@ __global__ void __launch_bounds__(128) multiply_tiles(const half* a, const half*
     }
 }
 FUSER_EXPORT int product(const FuserArgs* args, void* stream) {
-    const int m = int(args->extents[0]), n = int(args->extents[1]), k = int(args->extents[2]);
+    const int m = int(extents(args)[0]), n = int(extents(args)[1]), k = int(extents(args)[2]);
     return launch(multiply_tiles, dim3((n + 63) / 64, (m + 63) / 64), 128, 4 * 64 * 40 * 2, stream,
                   tensor<const half>(args, 0), tensor<const half>(args, 1), tensor<float>(args, 2), m, n, k);
 }

@@ -110,6 +110,10 @@ def floats(address: int, count: int) -> Any:
     return (ctypes.c_float * count).from_address(address)
 
 
+def integer(address: int | None) -> int:
+    return ctypes.c_int64.from_address(address or 0).value
+
+
 class Runner:
     """The step runner and the one kernel there is: y = x + c, for extents[0] numbers."""
 
@@ -121,11 +125,11 @@ class Runner:
 
     def status(self, args: KernelArgs, stream: int | None = None) -> int:
         steps = ctypes.cast(args.tensors[0], ctypes.POINTER(Step))
-        for i in range(args.extents[0]):
+        for i in range(integer(args.extents)):
             given = steps[i].args.contents
             x, c, y = (given.tensors[j] for j in range(3))
             self.gpu.written.append(y or 0)
-            self.gpu.launch(self.addition(x or 0, c or 0, y or 0, given.extents[0], given.status), stream)
+            self.gpu.launch(self.addition(x or 0, c or 0, y or 0, integer(given.extents), given.status), stream)
             if self.gpu.status:
                 return (i + 1) << 16 | self.gpu.status
         return 0

@@ -25,9 +25,10 @@ extern "C" int add(const FuserArgs* args, void*) {
   const auto* c = static_cast<const float*>(args->tensors[1]);
   auto* y = static_cast<float*>(args->tensors[2]);
   auto* scratch = static_cast<float*>(args->workspace);
-  if (args->extents[1]) return int(args->extents[1]);
-  for (int64_t i = 0; i < args->extents[0]; ++i) scratch[i] = x[i];
-  for (int64_t i = 0; i < args->extents[0]; ++i) y[i] = scratch[i] + c[0];
+  const auto* extents = static_cast<const int64_t*>(args->extents);
+  if (extents[1]) return int(extents[1]);
+  for (int64_t i = 0; i < extents[0]; ++i) scratch[i] = x[i];
+  for (int64_t i = 0; i < extents[0]; ++i) y[i] = scratch[i] + c[0];
   return 0;
 }
 """

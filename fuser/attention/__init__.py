@@ -1,0 +1,101 @@
+"""Exact attention under any mask, as an operator of torch: :func:`sparse_attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
+from fuser.attention.checks import check_operands, check_runtime
+from fuser.attention.registry import CAUSAL, DENSE, adopt_mask, key_of, mask_of, register_mask
+from fuser.ir.errors import MaskError
+from fuser.ir.masks import Mask
+
+__all__ = ["adopt_mask", "attend", "mask_of", "register_mask", "sparse_attention"]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q · kᵀ) · v over the pairs that ``mask`` allows.
+
+    Args:
+        q: (B, H, Sq, D).
+        k: (B, Hkv, Sk, D); H is a multiple of Hkv, and each of k's heads serves H / Hkv heads of q in a row.
+        v: (B, Hkv, Sk, Dv).
+        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing; or a tensor that broadcasts to
+            (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart from keys that
+            nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for all pairs.
+        scale: default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
+
+    Returns (B, H, Sq, Dv) in the dtype of ``q``, laid out in memory as ``q`` is (heads inside tokens, or tokens inside
+    heads). A row that may see nothing gives zeros, and -inf as its log-sum-exp.
+
+    It runs as ``torch.ops.fuser.sparse_attention`` (or ``sparse_attention_lse``): eager, exported, compiled, and as
+    part of a fused program under ``fuser.optimize``. The kernels take fp32 and bf16, on GPUs fp16 as well, and heads
+    up to 256 wide; everything else, and the backward pass, is plain PyTorch with all Sq x Sk scores in memory, said
+    once in the log. Under ``torch.compile``, make the mask outside of the compiled function: one made inside breaks the
+    graph.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
+        MaskError: the mask does not fit them.
+    """
+    if mask is not None and not isinstance(mask, (Mask, Tensor)):
+        raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
+    pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
+    if not return_lse:
+        return attend(q, k, v, pattern, runtime, scale=scale)
+    operands = _operands(q, k, v, pattern, runtime, False, 0, scale)
+    out, lse = torch.ops.fuser.sparse_attention_lse(*operands)
+    return out, lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Mask | None,
+    runtime: Tensor | None,
+    *,
+    causal: bool = False,
+    offset: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding.
+
+    Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
+    """
+    result: Tensor = torch.ops.fuser.sparse_attention(*_operands(q, k, v, pattern, runtime, causal, offset, scale))
+    return result
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Mask | None,
+    runtime: Tensor | None,
+    causal: bool,
+    offset: int,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None, float]:
+    """Checked arguments of the operators."""
+    check_operands(q, k, v)
+    if runtime is not None:
+        runtime = check_runtime(runtime, q, k)
+    if pattern is None:
+        key = CAUSAL if causal else DENSE
+    else:
+        # Lengths are not asked for where they do not matter, since they may be symbols of a trace.
+        key = key_of(pattern, causal, offset) or key_of(pattern, causal, offset, q.shape[2], k.shape[2])
+    return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)

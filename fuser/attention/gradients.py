@@ -1,0 +1,90 @@
+"""The backward pass of attention, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.attention.operators import TAGS
+from fuser.attention.reference import probabilities_of, scores_of, weighted_sum, widened
+from fuser.attention.registry import mask_of
+
+torch.library.define(
+    "fuser::sparse_attention_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale, bool bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+@torch.library.impl("fuser::sparse_attention_backward", "default")
+def _gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: str,
+    runtime: Tensor | None,
+    scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
+    scores = scores_of(q, k, mask_of(mask), runtime, scale)
+    p, _ = probabilities_of(scores)
+    forbidden = torch.isneginf(scores)
+    group = q.shape[1] // max(k.shape[1], 1)
+    grad = grad.to(p.dtype)
+    dp = (grad @ widened(v, group, p.dtype).mT).masked_fill(forbidden, 0.0)
+    inner = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp - inner if grad_lse is None else dp - inner + grad_lse.to(p.dtype)[..., None])
+
+    def narrow(t: Tensor) -> Tensor:
+        grouped: Tensor = t.unflatten(1, (k.shape[1], group))  # type: ignore[no-untyped-call]
+        return grouped.sum(2).to(q.dtype).contiguous()
+
+    dq = (weighted_sum(ds, widened(k, group, p.dtype), forbidden) * scale).to(q.dtype)
+    dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
+    if runtime is None or not bias:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, ds.sum_to_size(runtime.shape).to(runtime.dtype)
+
+
+@torch.library.register_fake("fuser::sparse_attention_backward")  # type: ignore[untyped-decorator]
+def _fake_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: str,
+    runtime: Tensor | None,
+    scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = [q.new_empty(t.shape) for t in (q, k, v)]
+    if runtime is None or not bias:
+        return shapes[0], shapes[1], shapes[2], q.new_empty(0)
+    return shapes[0], shapes[1], shapes[2], runtime.new_empty(runtime.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, mask, runtime, scale = inputs
+    ctx.save_for_backward(q, k, v, runtime)
+    # The backward pass finds the mask by its key because somebody holds it.
+    ctx.mask, ctx.pattern, ctx.scale = mask, mask_of(mask), scale
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    q, k, v, runtime = ctx.saved_tensors
+    bias = runtime is not None and runtime.is_floating_point() and ctx.needs_input_grad[4]
+    dq, dk, dv, db = torch.ops.fuser.sparse_attention_backward(
+        grad, grad_lse, q, k, v, ctx.mask, runtime, ctx.scale, bias
+    )
+    return dq, dk, dv, None, db if bias else None, None
+
+
+for _name in ("sparse_attention", "sparse_attention_lse"):
+    torch.library.register_autograd(f"fuser::{_name}", _backward, setup_context=_keep)

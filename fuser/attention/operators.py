@@ -1,0 +1,69 @@
+"""The operators of torch: ``torch.ops.fuser.sparse_attention`` and ``sparse_attention_lse``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fuser.attention.launch import NoKernelError, run_plan, say, target_for
+from fuser.attention.reference import arithmetic_dtype, empty_out, reference
+from fuser.attention.registry import mask_of, pin
+from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
+from fuser.kernels.attention import cached_plan
+
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale)"
+# The layout of the output follows that of q.
+_STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+TAGS = (_STRIDES, torch.Tag.pt2_compliant_tag)
+torch.library.define("fuser::sparse_attention", f"{_ARGUMENTS} -> Tensor", tags=TAGS)
+torch.library.define("fuser::sparse_attention_lse", f"{_ARGUMENTS} -> (Tensor, Tensor)", tags=TAGS)
+
+
+@torch.library.impl("fuser::sparse_attention", "default")
+def _op(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
+    return _run(q, k, v, mask, runtime, scale, lse=False)[0]
+
+
+@torch.library.impl("fuser::sparse_attention_lse", "default")
+def _op_lse(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, mask, runtime, scale, lse=True)
+
+
+@torch.library.register_fake("fuser::sparse_attention")  # type: ignore[untyped-decorator]
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
+    pin(mask)
+    return empty_out(q, v)
+
+
+@torch.library.register_fake("fuser::sparse_attention_lse")  # type: ignore[untyped-decorator]
+def _fake_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    pin(mask)
+    return empty_out(q, v), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float, *, lse: bool
+) -> tuple[Tensor, Tensor]:
+    mask = mask_of(key)
+    batch, heads, q_len, _ = q.shape
+    if mask.heads not in (None, heads):
+        raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {heads}: {tuple(q.shape)}")
+    out = empty_out(q, v)
+    sums = q.new_empty((batch, heads, q_len) if lse else (0,), dtype=arithmetic_dtype(q))
+    if out.numel() == 0 and sums.numel() == 0:
+        return out, sums
+    if k.shape[2] == 0:
+        return out.zero_(), sums.fill_(-math.inf)
+    try:
+        target = target_for(q, v, runtime)
+        tiles = cached_plan(mask, q_len, k.shape[2], target)
+        run_plan(q, k, v, tiles, runtime, scale, out, sums if lse else None, target)
+        return out, sums
+    except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
+        say(str(error))
+    exact, exact_sums = reference(q, k, v, mask, runtime, scale)
+    return out.copy_(exact), exact_sums if lse else sums

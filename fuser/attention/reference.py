@@ -1,0 +1,77 @@
+"""Attention in plain PyTorch, with all scores in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fuser.ir.masks import Dense, Mask
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, runtime: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in plain PyTorch, on any device and in any floating-point dtype.
+
+    16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
+    """
+    scores = scores_of(q, k, mask, runtime, scale)
+    probabilities, lse = probabilities_of(scores)
+    values = widened(v, q.shape[1] // k.shape[1], scores.dtype)
+    return weighted_sum(probabilities, values, torch.isneginf(scores)).to(q.dtype), lse
+
+
+def weighted_sum(weights: Tensor, values: Tensor, forbidden: Tensor, out: Tensor | None = None) -> Tensor:
+    """``weights`` (…, S, K) times ``values`` (…, K, D), where weight 0 of a ``forbidden`` (…, S, K) key keeps out NaN.
+
+    ``out`` (…, S, D) receives the result, if it is given.
+    """
+    poison = ~torch.isfinite(values)
+    if not poison.any():
+        return torch.matmul(weights, values, out=out)
+    out = torch.matmul(weights, values.masked_fill(poison, 0.0), out=out)
+    for key in poison.any(-1).view(-1, values.shape[-2]).any(0).nonzero().flatten().tolist():
+        one = slice(key, key + 1)
+        part = weights[..., one] * values[..., one, :].where(poison[..., one, :], 0.0)
+        out += part.masked_fill_(forbidden[..., one], 0.0)
+    return out
+
+
+def widened(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values with a head for every head of q."""
+    return t.to(dtype).repeat_interleave(group, 1)
+
+
+def scores_of(q: Tensor, k: Tensor, mask: Mask, runtime: Tensor | None, scale: float) -> Tensor:
+    """(B, H, Sq, Sk); -inf for pairs that are not allowed, whatever they hold."""
+    dtype = arithmetic_dtype(q)
+    scores = (q.to(dtype) * scale) @ widened(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
+    if runtime is not None and runtime.dtype != torch.bool:
+        scores = (scores + runtime.to(dtype)).masked_fill(torch.isneginf(runtime), -math.inf)
+    if not isinstance(mask, Dense):
+        allowed = mask.dense(q.shape[2], k.shape[2]).to(q.device)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if runtime is not None and runtime.dtype == torch.bool:
+        scores = scores.masked_fill(~runtime, -math.inf)
+    return scores
+
+
+def probabilities_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over keys, zeros where there are none, and the log-sum-exp."""
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    return torch.softmax(scores, -1).masked_fill(empty, 0.0), torch.logsumexp(scores, -1)
+
+
+def arithmetic_dtype(q: Tensor) -> torch.dtype:
+    """What plain PyTorch computes in, and the dtype of log-sum-exps."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """Room for an output (B, H, Sq, Dv), laid out as ``q`` is."""
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
+    return q.new_empty(batch, heads, rows, v.shape[3])
