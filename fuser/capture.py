@@ -28,12 +28,13 @@ from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
 from fuser.ir.errors import CaptureError
+from fuser.runtime.locks import ForkSafeRLock
 from fuser.shadow import Shadow, forget, is_plain, slots_of
 from fuser.watch import GlobalNumbers
 
 Signature = tuple[Any, ...]
 # torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.
-_EXPORTING = threading.RLock()
+_EXPORTING = ForkSafeRLock()
 _capturing: int | None = None
 _undo = contextlib.ExitStack()
 """What a capture has changed for the whole process, while it runs."""
@@ -438,8 +439,6 @@ def _python_random() -> Iterator[None]:
 
 def _after_fork() -> None:
     # The thread that captured does not exist in a forked child, so nobody would undo what it has done to the process.
-    global _EXPORTING, _capturing
-    _EXPORTING, _capturing = threading.RLock(), None
     _undo.close()
 
 

@@ -31,8 +31,9 @@ from fuser.weights import WeightStore
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
-Key = tuple[Signature, "int | torch.device"]
-"""A call, and the number of threads or the GPU that it runs on."""
+Key = tuple[Signature, "int | torch.device", tuple[Any, ...]]
+"""A call, the number of threads or the GPU that it runs on, and what else the model's code depends on: its plain
+attributes, and PyTorch's modes if it asks for them."""
 _CPU = torch.device("cpu")
 
 
@@ -44,12 +45,14 @@ class OptimizedModule(nn.Module):
     instead, with one warning and a reason in :meth:`report`, in training mode, when an input requires grad, under
     autocast and function transforms, or when the model cannot be captured or built.
 
-    New weights, parameters, submodules and modes are followed. What PyTorch keeps no record of is not seen: writes
-    through ``tensor.data`` or NumPy, and plain attributes (``model.scale = 2.0``); call :meth:`refresh` after those.
+    New weights, parameters, submodules and modes are followed, and so are plain attributes (``model.scale = 2.0``),
+    global numbers that the model's code names, and PyTorch's gradient modes where it asks for them. What is kept no
+    record of is not seen: writes through ``tensor.data`` or NumPy, and entries of large containers; call
+    :meth:`refresh` after those.
 
-    Any thread may call it, also while another compiles; the programs of one module run one after the other. The model
-    itself must not be run beside its compilation other than through this module. After a fork, a child may call it and
-    compile; what runs in the original model hangs or not as it would without fuser.
+
+    Any thread may call it, also while another compiles; the programs of one module run one after the other. After a
+    fork, a child may call it and compile; what runs in the original model hangs or not as it would without fuser.
     """
 
     _model: nn.Module
@@ -80,6 +83,7 @@ class OptimizedModule(nn.Module):
         self._store = WeightStore(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
+        self._asks_modes = False
         self.training = model.training
         # Whoever sets, swaps or looks up a parameter or submodule here does so in the model. Last, since the model may
         # have members with the names of our attributes.
@@ -103,11 +107,7 @@ class OptimizedModule(nn.Module):
         return compiled.output.build(compiled.program(call.tensors))
 
     def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if self._model.training:
-            return self._model(*args, **kwargs)
-        # A capture in another thread puts stand-ins in the place of the parameters.
-        with self._lock:
-            return self._model(*args, **kwargs)
+        return self._model(*args, **kwargs)
 
     def _acceptable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[FlatCall | None, str]:
         if self._model.training:
@@ -137,7 +137,7 @@ class OptimizedModule(nn.Module):
 
     def _compiled(self, call: FlatCall) -> Compiled | None:
         device = call.tensors[0].device if call.tensors else _CPU
-        key: Key = (call.key, threads_now() if device.type == "cpu" else device)
+        key = self._key(call, device)
         compiled = self._programs.get(key)
         if compiled is not None and not self._store.changed:
             self._used[key] = next(self._clock)
@@ -158,24 +158,37 @@ class OptimizedModule(nn.Module):
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             try:
-                compiled = run_after_fork(self._compile, call, key[1], device)
+                compiled = run_after_fork(self._compile, call, key, device)
             except (MaskError, PlanError, DeviceMemoryError):
                 raise
             except FuserError as error:
                 self._fail(key, error)
                 return None
+            if compiled.captured.asks_modes and not self._asks_modes:
+                self._asks_modes = True
+                key = self._key(call, device)
             self._programs[key] = compiled
             self._used[key] = next(self._clock)
             self._evict()
             return compiled
 
-    def _compile(self, call: FlatCall, key: int | torch.device, device: torch.device) -> Compiled:
+    def _key(self, call: FlatCall, device: torch.device) -> Key:
+        place = threads_now() if device.type == "cpu" else device
+        return call.key, place, (self._store.configuration, call.modes if self._asks_modes else None)
+
+    def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         target = self._target = self._wanted or target_of(device)
-        threads = key if isinstance(key, int) and target.kind == "cpu" else target.cores
+        signature, place, variant = key
+        threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
         if self._tuner is None or self._tuner.target != target:
             self._tuner = tuner_for(self._search, target, threads)
         like = next(
-            (c for (known, _), c in self._programs.items() if known == call.key and c.program.device == device), None
+            (
+                c
+                for (known, _, other), c in self._programs.items()
+                if (known, other) == (signature, variant) and c.program.device == device
+            ),
+            None,
         )
         # Tensors made in inference mode cannot be trained or written to later.
         with torch.inference_mode(False), torch.no_grad(), on_device(device):
@@ -237,7 +250,7 @@ class OptimizedModule(nn.Module):
     def refresh(self) -> None:
         """Forget all programs and packed weights, and compile anew when called.
 
-        For changes that PyTorch keeps no record of: ``tensor.data``, NumPy views, plain attributes of modules.
+        For changes that PyTorch keeps no record of: ``tensor.data``, NumPy views, entries of large containers.
         """
         with self._lock:
             self._failed.clear()
@@ -306,7 +319,8 @@ class OptimizedModule(nn.Module):
                 self._refresh()
             return [
                 (key, c, program_constants(c.assembly, c.graph, c.captured.parameters, self._store))
-                for (key, _), c in self._programs.items()
+                for (key, _, variant), c in self._programs.items()
+                if variant[0] == self._store.configuration
             ]
 
     def restore(self) -> None:
@@ -504,6 +518,9 @@ def optimize(
     call, reason = optimized._acceptable(args, kwargs)
     if call is None:
         optimized._say(reason)
-    else:
+    elif optimized._compiled(call) is None and optimized._excused:
+        # A model that fills a cache in its first call.
+        with torch.no_grad():
+            model(*args, **kwargs)
         optimized._compiled(call)
     return optimized

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fuser.ir.errors import CaptureError
+from fuser.runtime.locks import ForkSafeLock
 from fuser.shadow import functions_of, is_plain, names_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -125,9 +126,10 @@ class _Configuration:
             (operator.itemgetter(*keys, keys[0]), holder, keys) for holder, keys in holders.values() if keys
         ]
         self._sized = [holder for holder, _ in holders.values() if isinstance(holder, dict)] + self._containers
-        self._numbers: collections.OrderedDict[Any, tuple[int, Any]] = collections.OrderedDict()
+        self._numbers: collections.OrderedDict[Any, tuple[int, list[Any]]] = collections.OrderedDict()
         self._count = itertools.count()
-        self._number, self._ids = -1, list[int]()
+        self._seen: tuple[list[int], int] = ([], -1)
+        self._lock = ForkSafeLock()
 
     def _collect(
         self, attributes: dict[str, Any], holders: dict[int, Any], keys: Collection[str], depth: int = 0
@@ -160,16 +162,19 @@ class _Configuration:
     @property
     def number(self) -> int:
         values = list(itertools.chain.from_iterable(self._read()))
-        ids = [*map(id, values), *map(len, self._sized)]
-        if ids != self._ids:
+        identities = [*map(id, values), *map(len, self._sized)]
+        known, number = self._seen
+        if identities == known:
+            return number
+        with self._lock:
             key = (tuple(map(_frozen, values)), tuple(map(len, self._sized)))
             # The values are kept, so that no other object gets the identity of one of them.
-            known = self._numbers.pop(key, None)
-            self._numbers[key] = (next(self._count), values) if known is None else known
-            self._number, self._ids, self._current = self._numbers[key][0], ids, values
+            number, _ = self._numbers.pop(key, None) or (next(self._count), values)
+            self._numbers[key] = number, values
+            self._seen = identities, number
             while len(self._numbers) > _MOST_CONFIGURATIONS:
                 self._numbers.popitem(last=False)
-        return self._number
+        return number
 
 
 def _watched(module: nn.Module) -> tuple[str, ...]:
