@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import importlib
 import logging
 import os
 import threading
@@ -396,6 +397,8 @@ def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
     global _capturing
+    # Imported by the first export in any case.
+    exporter = importlib.import_module("torch.export._trace")
     loggers = [logging.getLogger(name) for name in _LOUD]
     with (
         _EXPORTING,
@@ -403,6 +406,8 @@ def _exporting(inference: bool) -> Iterator[None]:
         torch.inference_mode(inference),
         torch.no_grad(),
         _tracing_this_thread(),
+        # torch.export prints what it has of a graph when a trace fails, hundreds of lines.
+        mock.patch.object(exporter, "print", lambda *lines, **where: None, create=True),
     ):
         warnings.simplefilter("ignore")
         fastpath = torch.backends.mha.get_fastpath_enabled()
