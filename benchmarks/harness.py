@@ -35,12 +35,19 @@ class Timing:
     runs: int
 
 
-def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+def interleave(
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    *,
+    settle: float = _SETTLE_SECONDS,
+    lead: float = _LEAD_SECONDS,
+) -> dict[str, Timing]:
     """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all.
 
-    Before an arm's turn the threads of the one before get time to stop spinning. Then its calls are not counted until
-    a time has passed in which clock and caches settle, and the order changes from round to round, so that no arm pays
-    for its neighbour.
+    Before an arm's turn the threads of the one before get ``settle`` seconds to stop spinning. Then its calls are not
+    counted until ``lead`` seconds have passed in which clock and caches settle, and the order changes from round to
+    round, so that no arm pays for its neighbour.
     """
     for run in arms.values():
         for _ in range(warmup):
@@ -50,8 +57,8 @@ def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: in
         names = list(arms)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(_SETTLE_SECONDS)
-            ready = time.perf_counter() + _LEAD_SECONDS
+            time.sleep(settle)
+            ready = time.perf_counter() + lead
             while True:
                 start = time.perf_counter()
                 arms[name]()

@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 
 from fuser.ir.errors import SchemeError
-from fuser.ir.graph import Kind, OperatorGroup, Region
+from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, Region
 from fuser.ir.scheme import Legality, Precedence, Scheme, members
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, KernelFamily
@@ -184,10 +184,9 @@ def _kernels(
             cost = family.cost(match, parameters, target)
             yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False, is_slow)
     if not matched and len(group.operators) == 1:
-        cost = _pytorch_cost(group)
-        yield GroupChoice(
-            group, None, None, None, cost, cost.seconds(target) + _PYTORCH_LAUNCH_SECONDS[target.kind], False
-        )
+        (op,) = group.operators
+        cost = _pytorch_cost(group.graph, op)
+        yield GroupChoice(group, None, None, None, cost, pytorch_seconds(group.graph, op, target), False)
 
 
 def _best(
@@ -211,10 +210,14 @@ def _rank(choice: GroupChoice) -> tuple[bool, float]:
     return not choice.measured, choice.seconds
 
 
-def _pytorch_cost(group: OperatorGroup) -> Cost:
+def pytorch_seconds(graph: OperatorGraph, op: Operator, target: Target) -> float:
+    """What PyTorch is predicted to take for one operator, its launch from Python among it."""
+    return _pytorch_cost(graph, op).seconds(target) + _PYTORCH_LAUNCH_SECONDS[target.kind]
+
+
+def _pytorch_cost(graph: OperatorGraph, op: Operator) -> Cost:
     """Inputs and outputs once through memory, and the multiplications where the operator is a matrix product."""
-    (op,) = group.operators
-    values = group.graph.values
+    values = graph.values
     moved = sum(values[value].nbytes for value in (*dict.fromkeys(op.inputs), *op.outputs))
     depth = values[op.inputs[0]].shape[-1] if op.kind in _CONTRACTIONS else 0
     return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0, efficiency=_PYTORCH_EFFICIENCY)

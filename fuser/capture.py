@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import importlib
 import logging
 import os
 import random
@@ -142,6 +143,14 @@ class OutputSpec:
     leaves: tuple[Any, ...]
     cls: type | None = None
 
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether any part of it is a tensor."""
+        return any(
+            isinstance(leaf, OutputTensor) or (isinstance(leaf, OutputSpec) and leaf.holds_tensors)
+            for leaf in self.leaves
+        )
+
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """The output with these tensors."""
         filled = [
@@ -182,7 +191,13 @@ def flatten_output(
             return places[id(value)]
         if _is_value(value):
             return value
-        return structure(value) if original(value) is value else original(value)
+        if original(value) is not value:
+            return original(value)
+        made = structure(value)
+        if made.cls is not None and not made.holds_tensors and not dataclasses.is_dataclass(value):
+            # It may be one that others have, too, which a copy would not be.
+            raise CaptureError(f"the model returns a {type(value).__name__}, which holds no tensor")
+        return made
 
     def structure(value: Any) -> OutputSpec:
         if id(value) in active:
@@ -475,8 +490,12 @@ def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
     global _capturing
+    # Imported by the first export in any case.
+    exporter = importlib.import_module("torch.export._trace")
     with _EXPORTING, torch.inference_mode(inference), torch.no_grad(), _undo:
         _undo.enter_context(warnings.catch_warnings())
+        # torch.export prints what it has of a graph when a trace fails, hundreds of lines.
+        _undo.enter_context(mock.patch.object(exporter, "print", lambda *lines, **where: None, create=True))
         warnings.simplefilter("ignore")
         # Patched by the export itself.
         for name in ("__call__", "__getattr__"):

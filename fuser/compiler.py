@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import Choice, GroupChoice, default_scheme
+from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
 from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
@@ -30,6 +31,8 @@ from fuser.search.tuning import Tuner
 from fuser.weights import WeightStore
 
 logger = logging.getLogger("fuser")
+_MANY_UNFUSED = 8
+_LARGE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Compiled:
     output: OutputSpec
     seconds: Mapping[str, float]
     """Wall time of every stage of compilation."""
+    unfused_share: float
+    """Of the predicted time, what the operators take that are left to PyTorch."""
+
+    @property
+    def may_be_slower(self) -> bool:
+        """Whether the original model may be faster, which takes many operators that are left to PyTorch: its own
+        modules run them with less Python around each."""
+        return len(self.assembly.unfused) >= _MANY_UNFUSED and self.unfused_share > _LARGE_SHARE
 
 
 def compile_call(
@@ -93,7 +104,17 @@ def compile_call(
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
-    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds)
+    share = unfused_share(graph, assembly, target)
+    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds, share)
+
+
+def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> float:
+    """The share of a program's predicted time that operators take which are left to PyTorch."""
+    unfused = math.fsum(
+        pytorch_seconds(graph, graph.operators[graph.position[name]], target) for name, _ in assembly.unfused
+    )
+    fused = math.fsum(choice.seconds for choice in assembly.choices if choice.family is not None)
+    return unfused / (unfused + fused) if unfused else 0.0
 
 
 def choose_all(

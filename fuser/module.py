@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fuser.capture import FlatCall, Signature, StateError, flatten_call, is_capturing
+from fuser import traces
+from fuser.acceptance import acceptable, device_of, form_of, kin_of, text_of
+from fuser.capture import FlatCall, Signature, StateError, is_capturing
 from fuser.codegen.assemble import KernelRecord
 from fuser.compiler import Compiled, compile_call, program_constants
-from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
+from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
+from fuser.methods import BoundMethods
+from fuser.policy import AT_ONCE, Comparison, CompilationPolicy
+from fuser.programs import ProgramCache
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
@@ -31,25 +36,29 @@ from fuser.weights import WeightStore
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
+_AT_ONCE_IN_METHODS = 1
+"""Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
 Key = tuple[Signature, "int | torch.device", tuple[Any, ...]]
 """A call, the number of threads or the GPU that it runs on, and what else the model's code depends on: its plain
 attributes, and PyTorch's modes if it asks for them."""
-_CPU = torch.device("cpu")
 
 
 class OptimizedModule(nn.Module):
     """A drop-in for ``model`` that runs fused kernels.
 
-    Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled at the first
-    call for each combination of shapes, dtypes and plain arguments, and the last 64 are kept. The original model runs
-    instead, with one warning and a reason in :meth:`report`, in training mode, when an input requires grad, under
-    autocast and function transforms, or when the model cannot be captured or built.
+    Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled for each
+    combination of shapes, dtypes and plain arguments: for the first 8 when they are called, for others when they have
+    been called often enough to pay; the last 64 are kept. The original model runs instead, with one warning and a
+    reason in :meth:`report`, in training mode, when an input requires grad, under autocast and function transforms,
+    when the model cannot be captured or built, and when it is faster than the program. Which is faster is found by
+    turns at the first calls, where PyTorch must run many of a program's operators.
+
+    Methods of the model run with this module in the model's place, so that ``generate`` or ``encode`` run programs.
 
     New weights, parameters, submodules and modes are followed, and so are plain attributes (``model.scale = 2.0``),
     global numbers that the model's code names, and PyTorch's gradient modes where it asks for them. What is kept no
     record of is not seen: writes through ``tensor.data`` or NumPy, and entries of large containers; call
     :meth:`refresh` after those.
-
 
     Any thread may call it, also while another compiles; the programs of one module run one after the other. After a
     fork, a child may call it and compile; what runs in the original model hangs or not as it would without fuser.
@@ -74,11 +83,14 @@ class OptimizedModule(nn.Module):
         self._target = target
         self._cuda_graphs = cuda_graphs
         self._lock = ForkSafeRLock()
-        self._programs: dict[Key, Compiled] = {}
-        self._used: dict[Key, int] = {}
-        self._clock = itertools.count()
+        self._programs: ProgramCache[Key, Compiled] = ProgramCache(_PROGRAMS)
+        self._policy = CompilationPolicy()
+        self._comparisons: dict[Key, Comparison] = {}
         self._failed: dict[Key, str] = {}
+        self._slower: dict[Key, str] = {}
         self._excused: set[Key] = set()
+        self._seconds = time.perf_counter
+        self._methods: BoundMethods | None = None
         self._arenas: dict[torch.device, Arena] = {}
         self._store = WeightStore(model)
         self._tuner: Tuner | None = None
@@ -97,59 +109,87 @@ class OptimizedModule(nn.Module):
             # Kernels behind ctypes are nothing another compiler could look into. (Other exports are known by their
             # tensors.)
             return self._model(*args, **kwargs)
-        call, reason = self._acceptable(args, kwargs)
+        call, reason = acceptable(self._model, args, kwargs, self._wanted)
         if call is None:
             self._say(reason)
             return self._original(args, kwargs)
-        compiled = self._compiled(call)
+        key = self._key(call)
+        compiled = self._compiled(call, key)
         if compiled is None:
-            return self._original(args, kwargs)
+            start = self._seconds()
+            result = self._original(args, kwargs)
+            self._policy.ran_original(key, self._seconds() - start)
+            return result
+        comparison = self._comparisons.get(key)
+        if comparison is not None:
+            return self._compare(comparison, compiled, key, call, args, kwargs)
         return compiled.output.build(compiled.program(call.tensors))
 
     def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._model(*args, **kwargs)
 
-    def _acceptable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[FlatCall | None, str]:
-        if self._model.training:
-            return None, "the model is in training mode; call .eval() for fused inference"
-        try:
-            call = flatten_call(args, kwargs)
-        except CaptureError as error:
-            return None, str(error)
-        if reason := unreadable(call.tensors):
-            return None, reason
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-            return None, "an input requires grad; fused kernels have no backward"
-        device = call.tensors[0].device if call.tensors else _CPU
-        if reason := self._unsupported(device):
-            return None, reason
-        if torch.is_autocast_enabled(device.type):
-            return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
-        return call, ""
+    def _compare(
+        self,
+        comparison: Comparison,
+        compiled: Compiled,
+        key: Key,
+        call: FlatCall,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Let the program or the original run, in turn, until it is known which is faster."""
+        device = compiled.program.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return compiled.output.build(compiled.program(call.tensors))
+        original = comparison.original_is_next
+        start = self._seconds()
+        if original:
+            result = self._original(args, kwargs)
+        else:
+            result = compiled.output.build(compiled.program(call.tensors))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        comparison.add(self._seconds() - start, original=original)
+        if comparison.is_complete:
+            with self._lock:
+                if self._comparisons.pop(key, None) is comparison:
+                    self._decide(comparison, compiled, key, call)
+        return result
 
-    def _unsupported(self, device: torch.device) -> str:
-        """Why programs cannot run on tensors of ``device``; empty if they can."""
-        if self._wanted is not None and device.type != self._wanted.device:
-            return f"an input is on {device}, and this target's tensors are on {self._wanted.device}"
-        if device.type not in ("cpu", "cuda"):
-            return f"an input is on {device}, and fuser has kernels for CPUs and NVIDIA GPUs"
-        return ""
+    def _decide(self, comparison: Comparison, compiled: Compiled, key: Key, call: FlatCall) -> None:
+        """Keep a program that is faster than the original model, and let the other go."""
+        if not comparison.original_is_faster:
+            self._policy.succeeded(form_of(call))
+            return
+        medians, plan = comparison.medians, compiled.assembly.plan
+        reason = (
+            f"{text_of(call)} took {1e3 * medians[False]:.3g} ms as a program and {1e3 * medians[True]:.3g} ms in the "
+            f"original; {len(compiled.assembly.unfused)} of the program's {len(plan.steps)} steps are PyTorch's"
+        )
+        self._say(reason)
+        _keep(self._slower, key, reason)
+        self._policy.failed(key, form_of(call))
+        self._programs.remove(key)
+        self._retain()
 
-    def _compiled(self, call: FlatCall) -> Compiled | None:
-        device = call.tensors[0].device if call.tensors else _CPU
-        key = self._key(call, device)
-        compiled = self._programs.get(key)
+    def _key(self, call: FlatCall) -> Key:
+        device = device_of(call)
+        place = threads_now() if device.type == "cpu" else device
+        return call.key, place, (self._store.configuration, call.modes if self._asks_modes else None)
+
+    def _compiled(self, call: FlatCall, key: Key, *, wanted: bool = False) -> Compiled | None:
+        """The program of a call; None if the original is to run, which ``wanted`` allows only where there can be no
+        program."""
+        compiled = self._programs.use(key)
         if compiled is not None and not self._store.changed:
-            self._used[key] = next(self._clock)
             return compiled
         with self._lock:
             if self._store.changed:
                 self._refresh()
-            if key in self._programs:
-                self._used[key] = next(self._clock)
-                return self._programs[key]
-            if key in self._failed:
-                return None
+            compiled = self._programs.use(key)
+            if compiled is not None or key in self._failed or key in self._slower:
+                return compiled
+            device = device_of(call)
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self._say("the call is captured into a CUDA graph before it has run once; call the module before that")
                 return None
@@ -157,24 +197,41 @@ class OptimizedModule(nn.Module):
                 # Constants would be made there.
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
+            form = form_of(call)
+            if not wanted and not self._admits(call, key, form):
+                return None
+            start = self._seconds()
             try:
                 compiled = run_after_fork(self._compile, call, key, device)
             except (MaskError, PlanError, DeviceMemoryError):
                 raise
             except FuserError as error:
+                self._policy.failed(key, form)
                 self._fail(key, error)
                 return None
             if compiled.captured.asks_modes and not self._asks_modes:
                 self._asks_modes = True
-                key = self._key(call, device)
-            self._programs[key] = compiled
-            self._used[key] = next(self._clock)
-            self._evict()
+                key = self._key(call)
+            self._policy.compiled(key, kin_of(call), self._seconds() - start)
+            if compiled.may_be_slower:
+                self._comparisons[key] = Comparison()
+            else:
+                self._policy.succeeded(form)
+            if self._programs.add(key, compiled):
+                self._retain()
             return compiled
 
-    def _key(self, call: FlatCall, device: torch.device) -> Key:
-        place = threads_now() if device.type == "cpu" else device
-        return call.key, place, (self._store.configuration, call.modes if self._asks_modes else None)
+    def _admits(self, call: FlatCall, key: Key, form: Hashable) -> bool:
+        within = self._methods is not None and self._methods.is_running
+        return self._policy.admits(
+            key,
+            form,
+            kin_of(call),
+            label=text_of(call),
+            now=self._programs.tick(),
+            oldest=self._programs.oldest,
+            at_once=_AT_ONCE_IN_METHODS if within else AT_ONCE,
+        )
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         target = self._target = self._wanted or target_of(device)
@@ -191,7 +248,7 @@ class OptimizedModule(nn.Module):
             None,
         )
         # Tensors made in inference mode cannot be trained or written to later.
-        with torch.inference_mode(False), torch.no_grad(), on_device(device):
+        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
             return compile_call(
                 self._model,
                 call,
@@ -211,18 +268,11 @@ class OptimizedModule(nn.Module):
             # It may have filled a cache, which the next capture finds.
             self._excused.add(key)
             return
-        self._failed[key] = str(error)
-        while len(self._failed) > _PROGRAMS:
-            del self._failed[next(iter(self._failed))]
+        _keep(self._failed, key, str(error))
 
-    def _evict(self) -> None:
-        """Keep the programs that have run last, and the constants that they use."""
-        if len(self._programs) <= _PROGRAMS:
-            return
-        while len(self._programs) > _PROGRAMS:
-            key = min(self._programs, key=lambda k: self._used.get(k, -1))
-            del self._programs[key]
-        self._used = {key: self._used[key] for key in self._programs}
+    def _retain(self) -> None:
+        """Keep only what the programs that are left use."""
+        self._comparisons = {key: found for key, found in self._comparisons.items() if key in self._programs}
         programs = [c for module in self._sharing() for c in module.programs]
         self._store.retain((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)
 
@@ -254,9 +304,11 @@ class OptimizedModule(nn.Module):
         """
         with self._lock:
             self._failed.clear()
+            self._slower.clear()
             self._excused.clear()
+            self._comparisons.clear()
             self._programs.clear()
-            self._used.clear()
+            self._policy = CompilationPolicy()
             self._store = WeightStore(self._model)
 
     def _say(self, reason: str) -> None:
@@ -269,7 +321,7 @@ class OptimizedModule(nn.Module):
     @property
     def programs(self) -> Sequence[Compiled]:
         """Everything compiled so far, in order."""
-        return tuple(self._programs.values())
+        return self._programs.values()
 
     @property
     def kernels(self) -> Sequence[KernelRecord]:
@@ -282,7 +334,7 @@ class OptimizedModule(nn.Module):
         ``("*", reason)`` when the original model runs. Operators before the first and after the last region (masks
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
-            return tuple(("*", reason) for reason in self._failed.values())
+            return tuple(("*", reason) for reason in (*self._failed.values(), *self._slower.values()))
         return split_unfused(self.programs[-1])[0]
 
     @property
@@ -292,8 +344,8 @@ class OptimizedModule(nn.Module):
 
     @property
     def fallbacks(self) -> Sequence[str]:
-        """Why the original model ran instead of a program, each reason once."""
-        return tuple(sorted(self._said))
+        """Why the original model ran instead of a program, each reason once, and which calls wait for a program."""
+        return (*sorted(self._said), *self._policy.reasons)
 
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
@@ -334,7 +386,20 @@ class OptimizedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_model"], name)
+            model = self.__dict__["_model"]
+            value = getattr(model, name)
+            if isinstance(value, MethodType) and value.__self__ is model:
+                return self._bound(name, value)
+            return value
+
+    def _bound(self, name: str, method: MethodType) -> Callable[..., Any]:
+        """A method of the model that runs programs where it runs the model."""
+        if self._methods is None:
+            self._methods = BoundMethods(self._model, self, self._say_unserved)
+        return self._methods.bind(name, method)
+
+    def _say_unserved(self, name: str) -> None:
+        self._say(f"the method {name} runs parts of the model by itself; only what calls the whole model is compiled")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Public names are the model's; our own are ours, even where the model has a member of that name.
@@ -410,26 +475,11 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], k
 register_optimizer_step_post_hook(_count_fused_step)
 
 
-def unreadable(tensors: Sequence[Tensor]) -> str:
-    """Why kernels cannot take these tensors, or not in PyTorch's current modes; empty if they can."""
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or _is_wrapped(tensor):
-            return f"an input is a {type(tensor).__name__} that fuser cannot look into"
-        if tensor.device != tensors[0].device:
-            return f"inputs are on {tensors[0].device} and on {tensor.device}"
-        if tensor.layout is not torch.strided:
-            return f"an input has the layout {tensor.layout}"
-    if torch._C._is_tracing() or forward_ad._current_level >= 0:
-        return "the call is traced or differentiated"
-    if torch._C._len_torch_dispatch_stack():
-        # Such as FakeTensorMode, whose tensors have no memory.
-        return "a TorchDispatchMode is active, and kernels are no operators that it could see"
-    return ""
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether a function transform (``torch.func``) stands behind the tensor."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _keep(reasons: dict[Key, str], key: Key, reason: str) -> None:
+    """Remember a reason, and forget what is too old."""
+    reasons[key] = reason
+    while len(reasons) > _PROGRAMS:
+        del reasons[next(iter(reasons))]
 
 
 def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
@@ -515,12 +565,12 @@ def optimize(
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
-    call, reason = optimized._acceptable(args, kwargs)
+    call, reason = acceptable(model, args, kwargs, target)
     if call is None:
         optimized._say(reason)
-    elif optimized._compiled(call) is None and optimized._excused:
+    elif optimized._compiled(call, optimized._key(call), wanted=True) is None and optimized._excused:
         # A model that fills a cache in its first call.
         with torch.no_grad():
             model(*args, **kwargs)
-        optimized._compiled(call)
+        optimized._compiled(call, optimized._key(call), wanted=True)
     return optimized

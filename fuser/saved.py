@@ -30,6 +30,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fuser
+from fuser.acceptance import unreadable
 from fuser.attention.registry import adopt_mask, mask_of
 from fuser.capture import OutputSpec, Signature, flatten_call
 from fuser.codegen.assemble import KernelRecord
@@ -38,7 +39,7 @@ from fuser.ir.errors import FuserError, KernelError, MaskError
 from fuser.ir.graph import TorchCall
 from fuser.ir.masks import Mask, from_dense
 from fuser.ir.target import Target
-from fuser.module import OptimizedModule, split_unfused, unreadable
+from fuser.module import OptimizedModule, split_unfused
 from fuser.runtime import cuda
 from fuser.runtime.cache import default_cache
 from fuser.runtime.cuda_program import arena_of, program_of

@@ -169,8 +169,9 @@ class Shadow:
             # Its class has state outside of Python.
             return value
         self._remember(value, copied, path)
-        attributes = {key: self._copy(item, _join(path, key)) for key, item in vars(value).items()}
-        vars(copied).update(attributes)
+        if hasattr(value, "__dict__"):
+            attributes = {key: self._copy(item, _join(path, key)) for key, item in vars(value).items()}
+            vars(copied).update(attributes)
         for name in slots_of(type(value)):
             if hasattr(value, name):
                 object.__setattr__(copied, name, self._copy(getattr(value, name), _join(path, name)))
@@ -247,7 +248,7 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{key}" if path and key != "" else path or str(key)
 
 
 def _content(cell: types.CellType) -> Any:

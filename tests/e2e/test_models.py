@@ -153,8 +153,8 @@ def check(model: nn.Module, exact: nn.Module, fast: nn.Module, call: dict[str, A
 def test_model_is_right_and_fully_fused(name: str, padded: bool) -> None:
     make, call = MODELS[name]
     model, exact = build(make)
-    fast = fuser.optimize(model)
     for batch in BATCHES:
+        fast = fuser.optimize(model)
         for length in LENGTHS:
             check(model, exact, fast, call(batch, length, padded))
             assert fast.unfused == ()

@@ -445,10 +445,10 @@ def test_shapes_share_packed_weights(block: tuple[Block, OptimizedModule]) -> No
 
 
 def test_old_programs_and_what_only_they_use_are_forgotten(
-    block: tuple[Block, OptimizedModule], monkeypatch: pytest.MonkeyPatch
+    block: tuple[Block, OptimizedModule],
 ) -> None:
     model, fast = block
-    monkeypatch.setattr("fuser.module._PROGRAMS", 2)
+    fast._programs.places = 2
     made, watched = fast._store.made_bytes, len(fast._store._contents.tensors)
     with torch.no_grad():
         for length in (1, 2, 8, 3):

@@ -360,6 +360,13 @@ def test_nothing_of_a_trace_stays_in_caches(kept: Callable[[int], Tensor]) -> No
     assert torch.equal(captured.graph(*captured.parameters.values(), X)[0], expected_with(model))
 
 
+def test_failed_captures_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Outside(lambda length: torch.ones(()) if torch.ones(length).sum() > 1 else torch.zeros(()))
+    with pytest.raises(CaptureError, match="could not be captured"):
+        capture(model, flatten_call((X,), {}))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nothing_of_a_failed_trace_stays_in_caches() -> None:
     kept = functools.lru_cache(lambda length: torch.arange(length).float()[:, None])
 

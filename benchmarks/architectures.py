@@ -1,0 +1,83 @@
+"""Warm calls of the architectures of ``transformers`` against eager PyTorch: none may be more than 5 % slower.
+
+Two layers with random weights, called as users call them (caches and all), on one thread.
+
+    python benchmarks/architectures.py
+    python benchmarks/architectures.py --only llama qwen3 --hidden 512 --length 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import as_record, interleave, save
+
+import fuser
+from fuser.architectures import ARCHITECTURES, Scale
+from fuser.runtime.device import cpu_target
+
+LIMIT = 1.05
+"""Of eager's time, what a warm call may take."""
+_WARMUP = 14
+"""Calls after which a module has decided between its program and the original."""
+
+
+def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
+    architecture = ARCHITECTURES[name]
+    model, call = architecture.build(scale), architecture.call(scale)
+    start = time.perf_counter()
+    fast = fuser.optimize(model, call, search=options.search)
+    seconds = time.perf_counter() - start
+    kernels, unfused = sum(kernel.calls for kernel in fast.kernels), len(fast.unfused) + len(fast.outside)
+    for _ in range(_WARMUP):
+        fast(**call)
+    arms = {"fuser": lambda: fast(**call), "eager": lambda: model(**call)}
+    timings = interleave(arms, options.rounds, settle=0.01, lead=0.03)
+    ratio = timings["fuser"].median_ms / timings["eager"].median_ms
+    print(
+        f"{name:<16} {ratio:5.2f} of eager's {timings['eager'].median_ms:7.2f} ms, {kernels:3} kernels, {unfused:3} "
+        f"operators unfused{', the original runs' if not fast.programs else ''}; optimized in {seconds:.1f} s",
+        flush=True,
+    )
+    return {
+        "case": name,
+        "of_eager": round(ratio, 3),
+        "timings": as_record(timings),
+        "kernels": kernels,
+        "unfused": unfused,
+        "programs": len(fast.programs),
+        "fallbacks": list(fast.fallbacks),
+        "optimize_seconds": round(seconds, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="NAME")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--search", default="model", help='"model" (quick) or "cached" (measures kernels first)')
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/architectures.json")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    # Reasons are in the results.
+    logging.getLogger("fuser").setLevel(logging.ERROR)
+    target = cpu_target()
+    torch.set_num_threads(1)
+    scale = Scale(hidden=options.hidden, length=options.length)
+    with torch.inference_mode():
+        results = [run(name, scale, options) for name in options.only]
+    slower = [result["case"] for result in results if result["of_eager"] > LIMIT]
+    print(f"slower than {LIMIT} of eager: {', '.join(slower) or 'none'}")
+    print(save("architectures", target, results, options.output))
+
+
+if __name__ == "__main__":
+    main()
