@@ -238,7 +238,14 @@ def keep_plans(store: PlanStore | None) -> None:
     _store = store
 
 
-@functools.lru_cache(maxsize=128)
 def cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
-    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan, and processes where a store is set."""
+    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan, and processes where a store is set.
+
+    Raises MaskError for a mask made by :meth:`Mask.current` that is so no longer.
+    """
+    return _cached_plan(mask.current(), q_len, kv_len, target)
+
+
+@functools.lru_cache(maxsize=128)
+def _cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
     return stored_plan(mask, q_len, kv_len, target, _store)
