@@ -18,7 +18,7 @@ from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
-from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
+from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
@@ -185,5 +185,5 @@ def program_constants(
 ) -> list[Tensor]:
     """The constants of a plan, in its order, on ``device``; with ``folder``, originals that only take memory move to
     files there."""
-    tables = [op.inputs[0] for op in graph.operators if op.kind is Kind.EMBEDDING]
+    tables = [op.inputs[i] for op in graph.operators for i in op.semantics.gathers]
     return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder, device)
