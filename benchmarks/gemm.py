@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuser.codegen.render import headers, render
-from fuser.ir.expression import Op, binary, unary
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.expression import Op, unary
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Activation, Bias, Gemm
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, Packed
 from fuser.kernels.gemm import GemmFamily, GemmMatch, GemmParameters, pack
@@ -61,9 +62,9 @@ class Problem:
 def match_linear(problem: Problem, gelu: bool, target: Target) -> GemmMatch:
     """The family's match of x · weightᵀ + bias, with or without gelu."""
     operators = [
-        Operator("dense", Kind.GEMM, ("x", "weight"), ("product",), attributes={"transposed": True}),
-        Operator("bias", Kind.BIAS, ("product", "b"), ("biased",), binary(Op.ADD)),
-        Operator("gelu", Kind.ACTIVATION, ("biased",), ("active",), unary(Op.GELU)),
+        Operator("dense", Gemm(transposed=True), ("x", "weight"), ("product",)),
+        Operator("bias", Bias(), ("product", "b"), ("biased",)),
+        Operator("gelu", Activation(unary(Op.GELU)), ("biased",), ("active",)),
     ][: 3 if gelu else 2]
     tensors = {"x": problem.x, "weight": problem.weight, "b": problem.bias}
     values = {name: TensorSpec.contiguous(t.shape, t.dtype) for name, t in tensors.items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
@@ -13,11 +12,11 @@ import torch
 from fuser.codegen.memory import Lifetime, plan_arena
 from fuser.codegen.partition import GroupChoice
 from fuser.codegen.render import render
-from fuser.ir import expression
 from fuser.ir.errors import FuserError
-from fuser.ir.graph import VIEWS, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Extern, Semantics, View
 from fuser.ir.target import Target
-from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, Packed, TensorRef
+from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, TensorRef
 from fuser.runtime.build import Source
 from fuser.runtime.program import RUNNER, Memory, NativeStep, ProgramPlan, Slot, TorchStep
 
@@ -95,7 +94,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
             steps.append(TorchStep(unit.call.run, inputs, (), out=layout.slot(unit.call.outputs[0])))
         else:
             steps.append(_torch_step(graph, unit.operators[0], layout))
-            unfused.append((unit.operators[0].name, unit.operators[0].reason or _reason(unit.operators[0])))
+            unfused.append((unit.operators[0].name, _reason(unit.operators[0])))
     sources = [*(render(spec) for spec in specs.values()), runner_source(target)]
     records = tuple(
         KernelRecord(name, units_[0].family, _with_views(graph, units_[0]), len(units_))
@@ -148,7 +147,7 @@ def _ordered(graph: OperatorGraph, units: Sequence[_Unit]) -> list[_Unit]:
         if owner[a] != owner[b]:
             order.add_edge(owner[a], owner[b])
     # Operators that draw random numbers draw them in the order of the model.
-    order.add_edges_from(itertools.pairwise(i for i, unit in enumerate(units) if unit.operators[0].is_random))
+    order.add_edges_from(itertools.pairwise(i for i, unit in enumerate(units) if unit.operators[0].semantics.is_random))
     first = [min(graph.position[op.name] for op in unit.operators) for unit in units]
     try:
         return [units[i] for i in nx.lexicographical_topological_sort(order, key=lambda i: first[i])]
@@ -242,87 +241,40 @@ def _contiguous_slot(memory: Memory, index: int, spec: TensorSpec) -> Slot:
 def _torch_step(graph: OperatorGraph, op: Operator, layout: _Layout) -> TorchStep:
     inputs = tuple(layout.slot(v) for v in op.inputs)
     results = tuple(layout.slot(v) for v in op.outputs)
-    return TorchStep(op.call or meaning(graph, op), inputs, results)
-
-
-def meaning(graph: OperatorGraph, op: Operator) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """What one fusible operator computes, for PyTorch to run when no kernel does."""
-    return OperatorMeaning(op, tuple(graph.values[v] for v in op.outputs))
+    if isinstance(op.semantics, Extern):
+        return TorchStep(op.semantics.call, inputs, results)
+    return TorchStep(Unfused(op.semantics, tuple(graph.values[v] for v in op.outputs)), inputs, results)
 
 
 @dataclass(frozen=True)
-class OperatorMeaning:
-    """A fusible operator as a PyTorch function of its inputs."""
+class Unfused:
+    """A fusible operator as a PyTorch function of its inputs, with results as the graph has them."""
 
-    operator: Operator
+    semantics: Semantics
     outputs: tuple[TensorSpec, ...]
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        op, spec = self.operator, self.outputs[0]
-        result = _compute(op, inputs)
-        return (result.to(spec.dtype).broadcast_to(spec.shape),)
+        results = zip(self.semantics.evaluate(*inputs), self.outputs, strict=True)
+        return tuple(result.to(spec.dtype).broadcast_to(spec.shape) for result, spec in results)
 
     def __str__(self) -> str:
-        return self.operator.kind.value
-
-
-def _compute(op: Operator, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    if op.kind is Kind.GEMM:
-        x, weight = inputs
-        return x @ (weight.mT if op.attributes["transposed"] else weight)
-    if op.kind is Kind.QK:
-        q, k = inputs
-        return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    if op.kind is Kind.PV:
-        p, v = inputs
-        return p @ v.repeat_interleave(p.shape[1] // v.shape[1], 1)
-    if op.kind is Kind.SOFTMAX:
-        probabilities = torch.softmax(inputs[0], -1)
-        if op.expression == expression.softmax():
-            return probabilities
-        return probabilities.masked_fill(torch.isneginf(inputs[0]).all(-1, keepdim=True), 0.0)
-    if op.kind is Kind.MASK and op.expression is None:
-        scores = inputs[0]
-        q_len, kv_len = scores.shape[-2:]
-        if op.attributes["causal"]:
-            allowed = torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        if op.attributes["pattern"] is not None:
-            allowed = op.attributes["pattern"].dense(q_len, kv_len).to(scores.device)
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        if len(inputs) > 1:
-            scores = scores.masked_fill(~inputs[1], float("-inf"))
-        return scores
-    if op.kind is Kind.EMBEDDING:
-        return torch.nn.functional.embedding(inputs[1], inputs[0])
-    if op.expression is None:
-        raise FuserError(f"operator {op.name} ({op.kind.value}) has no meaning")
-    return op.expression.evaluate(*inputs)[0]
+        return self.semantics.kind
 
 
 def _reason(op: Operator) -> str:
-    if op.kind in VIEWS:
+    if isinstance(op.semantics, View):
         return "a view that must be copied"
-    return f"no kernel family takes this {op.kind.value} as it stands"
+    return op.reason or f"no kernel family takes this {op.kind} as it stands"
 
 
 def _with_views(graph: OperatorGraph, unit: _Unit) -> tuple[str, ...]:
     """Names of a kernel's operators, with the split and merge of heads that it reads and writes through."""
     names = {op.name for op in unit.operators}
-    views = [
-        op.name
-        for op in graph.operators
-        if op.kind in (Kind.SPLIT_HEADS, Kind.MERGE_HEADS)
-        and graph.is_alias(op)
-        and unit.family == "attention"
-        and (
-            any(v in op.outputs for o in unit.operators for v in o.inputs) or graph.source(op.output) in unit.operators
-        )
-    ]
-    ordered: list[Any] = sorted([*names, *views], key=graph.position.__getitem__)
-    return tuple(ordered)
-
-
-def pack_requests(assembly: Assembly) -> Mapping[Packed, None]:
-    """The packed constants of a plan."""
-    return {c: None for c in assembly.plan.constants if isinstance(c, Packed)}
+    read = {v for op in unit.operators for v in op.inputs}
+    for op in graph.operators:
+        if isinstance(op.semantics, View) and graph.is_alias(op):
+            if op.semantics.part_of_reader and op.output in read:
+                names.add(op.name)
+            if op.semantics.part_of_writer and graph.source(op.output) in unit.operators:
+                names.add(op.name)
+    return tuple(sorted(names, key=graph.position.__getitem__))

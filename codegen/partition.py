@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 
 from fuser.ir.errors import SchemeError
-from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, Region
+from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, Region
 from fuser.ir.scheme import Legality, Precedence, Scheme, members
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, KernelFamily
@@ -32,7 +32,6 @@ PYTORCH = "pytorch"
 _PYTORCH_LAUNCH_SECONDS = {"cpu": 5e-6, "cuda": 2e-5}
 _PYTORCH_EFFICIENCY = 0.4
 """Of the peak, for batched products of attention's sizes in PyTorch, whose operands and results go through memory."""
-_CONTRACTIONS = frozenset({Kind.GEMM, Kind.QK, Kind.PV})
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,10 @@ def pytorch_seconds(graph: OperatorGraph, op: Operator, target: Target) -> float
 
 
 def _pytorch_cost(graph: OperatorGraph, op: Operator) -> Cost:
-    """Inputs and outputs once through memory, and the multiplications where the operator is a matrix product."""
+    """Inputs and outputs once through memory, and the operations."""
     values = graph.values
     moved = sum(values[value].nbytes for value in (*dict.fromkeys(op.inputs), *op.outputs))
-    depth = values[op.inputs[0]].shape[-1] if op.kind in _CONTRACTIONS else 0
-    return Cost(2.0 * values[op.output].numel * depth, float(moved), launches=0, efficiency=_PYTORCH_EFFICIENCY)
+    return Cost(graph.flops(op), float(moved), launches=0, efficiency=_PYTORCH_EFFICIENCY)
 
 
 def downsets(precedence: Precedence) -> tuple[set[int], bool]:

@@ -13,10 +13,12 @@ from torch import fx
 from fuser import attention_patterns
 from fuser.attention.registry import mask_of
 from fuser.ir import expression as ex
+from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
 from fuser.ir.expression import Builder, Op
-from fuser.ir.graph import Kind, Ref, TensorSpec, TorchCall
+from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
+from fuser.ir.operators import Ref, TorchCall
 from fuser.views import Conjunction, Value, View
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def _same(r: Raiser, node: fx.Node) -> Value | None:
     if source.dtype == result.dtype:
         return value
     b = Builder()
-    return r.elementwise(node, Kind.POINTWISE, b.build(b.input(0)), [r.view(node.args[0])])
+    return r.elementwise(node, kinds.Pointwise(b.build(b.input(0))), [r.view(node.args[0])])
 
 
 @_handles(aten.dropout.default)
@@ -272,7 +274,7 @@ def _layer_norm(r: Raiser, node: fx.Node) -> Value | None:
     eps = node.args[4] if len(node.args) > 4 else 1e-5
     operands = [x] + [r.view(a) for a in (weight, bias) if a is not None]
     expression = ex.layer_norm(eps, weight is not None, bias is not None)
-    return r.elementwise(node, Kind.NORM, expression, operands)
+    return r.elementwise(node, kinds.Norm(expression), operands)
 
 
 @_handles(aten.rms_norm.default)
@@ -283,7 +285,7 @@ def _rms_norm(r: Raiser, node: fx.Node) -> Value | None:
     weight = node.args[2] if len(node.args) > 2 else None
     eps = node.args[3] if len(node.args) > 3 and node.args[3] is not None else torch.finfo(r.dtype(x)).eps
     operands = [x] + ([r.view(weight)] if weight is not None else [])
-    return r.elementwise(node, Kind.NORM, ex.rms_norm(eps, weight is not None), operands)
+    return r.elementwise(node, kinds.Norm(ex.rms_norm(eps, weight is not None)), operands)
 
 
 @_handles(aten.softmax.int, aten._softmax.default)
@@ -291,7 +293,7 @@ def _softmax(r: Raiser, node: fx.Node) -> Value | None:
     x = r.view(node.args[0])
     if not x.dims or node.args[1] % len(x.dims) != len(x.dims) - 1:
         return None
-    return r.elementwise(node, Kind.SOFTMAX, ex.softmax(), [x])
+    return r.elementwise(node, kinds.Softmax(masked=False), [x])
 
 
 @_handles(aten.embedding.default)
@@ -303,7 +305,7 @@ def _embedding(r: Raiser, node: fx.Node) -> Value | None:
     strides = index.strides()
     if strides is None or not TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides):
         return None
-    return r.emit(Kind.EMBEDDING, node.name, (r.realize(table), r.realize(index)), spec)
+    return r.emit(kinds.Embedding(), node.name, (r.realize(table), r.realize(index)), spec)
 
 
 @_handles(aten.scaled_dot_product_attention.default)
@@ -385,14 +387,14 @@ _ACTIVATIONS = frozenset({Op.RELU, Op.SILU, Op.TANH, Op.SIGMOID, Op.GELU, Op.GEL
 @_handles(*_UNARY)
 def _unary(r: Raiser, node: fx.Node) -> Value | None:
     op = _UNARY[node.target]
-    kind = Kind.ACTIVATION if op in _ACTIVATIONS else Kind.POINTWISE
-    return r.elementwise(node, kind, ex.unary(op), [r.view(node.args[0])])
+    kind = kinds.Activation if op in _ACTIVATIONS else kinds.Pointwise
+    return r.elementwise(node, kind(ex.unary(op)), [r.view(node.args[0])])
 
 
 @_handles(aten.gelu.default)
 def _gelu(r: Raiser, node: fx.Node) -> Value | None:
     op = Op.GELU_TANH if node.kwargs.get("approximate", "none") == "tanh" else Op.GELU
-    return r.elementwise(node, Kind.ACTIVATION, ex.unary(op), [r.view(node.args[0])])
+    return r.elementwise(node, kinds.Activation(ex.unary(op)), [r.view(node.args[0])])
 
 
 _BINARY = {
@@ -431,12 +433,12 @@ def _binary(r: Raiser, node: fx.Node) -> Value | None:
             return None
     if not operands:
         return None
-    kind = Kind.POINTWISE
+    kind: type[kinds.Pointwise | kinds.Bias | kinds.Residual] = kinds.Pointwise
     running = [v for v in operands if not r.is_constant(v)]
     if op is Op.ADD and len(operands) == 2:
         bias = len(running) == 1 and any(len(v.dims) == 1 and r.is_constant(v) for v in operands)
-        kind = Kind.BIAS if bias else Kind.RESIDUAL
-    return r.elementwise(node, kind, b.build(b.apply(op, *at)), operands)
+        kind = kinds.Bias if bias else kinds.Residual
+    return r.elementwise(node, kind(b.build(b.apply(op, *at))), operands)
 
 
 def _scalar(r: Raiser, node: fx.Node) -> float | None:
@@ -464,4 +466,4 @@ def _pow(r: Raiser, node: fx.Node) -> Value | None:
         y = b.apply(Op.RECIPROCAL, x)
     else:
         return None
-    return r.elementwise(node, Kind.POINTWISE, b.build(y), [r.view(node.args[0])])
+    return r.elementwise(node, kinds.Pointwise(b.build(y)), [r.view(node.args[0])])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fuser.attention.operators import OPERATORS
+from fuser.attention.registry import masks_of
 from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
-from fuser.ir.graph import Kind, OperatorGraph, OperatorGroup, Region
+from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
@@ -49,12 +51,19 @@ class Compiled:
     """Wall time of every stage of compilation."""
     unfused_share: float
     """Of the predicted time, what the operators take that are left to PyTorch."""
+    masks: tuple[Mask, ...] = ()
+    """The masks of functions in it, as they were."""
 
     @property
     def may_be_slower(self) -> bool:
         """Whether the original model may be faster, which takes many operators that are left to PyTorch: its own
         modules run them with less Python around each."""
         return len(self.assembly.unfused) >= _MANY_UNFUSED and self.unfused_share > _LARGE_SHARE
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its masks are what they were."""
+        return all(mask.is_current for mask in self.masks)
 
 
 def compile_call(
@@ -79,6 +88,7 @@ def compile_call(
     the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
+    attention = None if attention is None else attention.current()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -105,7 +115,8 @@ def compile_call(
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
     share = unfused_share(graph, assembly, target)
-    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds, share)
+    masks = tuple(_functions(captured, attention))
+    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds, share, masks)
 
 
 def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> float:
@@ -115,6 +126,15 @@ def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> f
     )
     fused = math.fsum(choice.seconds for choice in assembly.choices if choice.family is not None)
     return unfused / (unfused + fused) if unfused else 0.0
+
+
+def _functions(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
+    """The masks of functions that a program follows from."""
+    if attention is not None and attention.has_functions:
+        yield attention
+    for node in captured.graph.graph.nodes:
+        if node.target in OPERATORS:
+            yield from (mask for mask in masks_of(node.args[3]) if mask.has_functions and mask.is_current)
 
 
 def choose_all(
@@ -165,5 +185,5 @@ def program_constants(
 ) -> list[Tensor]:
     """The constants of a plan, in its order, on ``device``; with ``folder``, originals that only take memory move to
     files there."""
-    tables = [op.inputs[0] for op in graph.operators if op.kind is Kind.EMBEDDING]
+    tables = [op.inputs[i] for op in graph.operators for i in op.semantics.gathers]
     return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder, device)

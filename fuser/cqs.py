@@ -144,7 +144,7 @@ def _mask(mask: Mask | Tensor | None) -> Mask:
         return from_dense(mask)
     if not isinstance(mask, Mask):
         raise MaskError(f"mask must be one of fuser.masks, a bool tensor or None, got {type(mask).__name__}")
-    return mask
+    return mask.current()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 import networkx as nx
 
 from fuser.codegen.partition import Choice, GroupChoice
-from fuser.ir.graph import Kind, Operator, OperatorGraph, Region, TensorSpec
+from fuser.ir.graph import Operator, OperatorGraph, Region, TensorSpec
 
 COLOURS: Mapping[str, tuple[str, str]] = {
     "gemm": ("#dbeafe", "#2563eb"),
@@ -29,7 +29,6 @@ _PADDING, _TITLE = 12, 22
 _RANK_GAP, _BLOCK_GAP = 34, 28
 _LANE = 16
 _MARGIN = 10
-_VIEW_NAMES = {Kind.SPLIT_HEADS: "split heads", Kind.MERGE_HEADS: "merge heads"}
 
 
 def family_of(choice: GroupChoice) -> str:
@@ -197,22 +196,11 @@ def draw_outline(outline: Outline, kernels: Iterable[tuple[str, str, Sequence[st
 
 def _operator_texts(graph: OperatorGraph, op: Operator) -> tuple[str, str, str, str]:
     out = graph.values[op.output]
-    detail = shape_text(out)
-    if op.kind is Kind.GEMM:
-        detail = f"{graph.values[op.inputs[0]].shape[-1]} → {out.shape[-1]}"
-    elif op.kind is Kind.SCALE:
-        detail = f"× {op.attributes['scale']:.4g}"
-    elif op.kind is Kind.MASK:
-        parts = ["causal"] if op.attributes["causal"] else []
-        parts += [str(op.attributes["pattern"])] if op.attributes["pattern"] is not None else []
-        parts += ["given at run time"] if len(op.inputs) > 1 else []
-        detail = ", ".join(parts) or detail
-    elif op.kind is Kind.NORM or op.kind is Kind.BIAS:
-        detail = f"over {out.shape[-1]}"
-    hint = f"{op.name}: {op.kind.value} → {shape_text(out)} {str(out.dtype).removeprefix('torch.')}"
+    detail = graph.description(op) or shape_text(out)
+    hint = f"{op.name}: {op.kind} → {shape_text(out)} {str(out.dtype).removeprefix('torch.')}"
     if op.expression is not None:
         hint += f"\n{op.expression}"
-    return op.name, op.kind.value, detail, hint
+    return op.name, op.kind, detail, hint
 
 
 def _value_texts(graph: OperatorGraph, value: str, side: str) -> tuple[str, str, str, str]:
@@ -239,7 +227,7 @@ def _first(labels: Sequence[str]) -> str:
 
 def _view_label(graph: OperatorGraph, value: str) -> str:
     producer = graph.producer.get(value)
-    return _VIEW_NAMES.get(producer.kind, "") if producer is not None and graph.is_alias(producer) else ""
+    return graph.description(producer) if producer is not None and graph.is_alias(producer) else ""
 
 
 def _render(blocks: list[_Block], edges: list[_Edge]) -> str:

@@ -181,12 +181,15 @@ class OptimizedModule(nn.Module):
         """The program of a call; None if the original is to run, which ``wanted`` allows only where there can be no
         program."""
         compiled = self._programs.use(key)
-        if compiled is not None and not self._store.changed:
+        if compiled is not None and not self._store.changed and compiled.is_current:
             return compiled
         with self._lock:
             if self._store.changed:
                 self._refresh()
             compiled = self._programs.use(key)
+            if compiled is not None and not compiled.is_current:
+                self._programs.remove(key)
+                compiled = None
             if compiled is not None or key in self._failed or key in self._slower:
                 return compiled
             device = device_of(call)
@@ -198,7 +201,8 @@ class OptimizedModule(nn.Module):
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             form = form_of(call)
-            if not wanted and not self._admits(call, key, form):
+            # The original knows nothing of a mask that was given to us.
+            if not wanted and self._attention is None and not self._admits(call, key, form):
                 return None
             start = self._seconds()
             try:
@@ -213,7 +217,7 @@ class OptimizedModule(nn.Module):
                 self._asks_modes = True
                 key = self._key(call)
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
-            if compiled.may_be_slower:
+            if compiled.may_be_slower and self._attention is None:
                 self._comparisons[key] = Comparison()
             else:
                 self._policy.succeeded(form)
@@ -243,7 +247,7 @@ class OptimizedModule(nn.Module):
             (
                 c
                 for (known, _, other), c in self._programs.items()
-                if (known, other) == (signature, variant) and c.program.device == device
+                if (known, other) == (signature, variant) and c.program.device == device and c.is_current
             ),
             None,
         )

@@ -124,7 +124,7 @@ def _kind(compiled: Compiled, number: int, seconds: float, target: Target) -> St
     assembly = compiled.assembly
     step, operators = assembly.plan.steps[number], tuple(assembly.labels[number].split("+"))
     by_name = {op.name: op for op in compiled.graph.operators}
-    kinds = tuple(by_name[name].kind.value for name in operators)
+    kinds = tuple(by_name[name].kind for name in operators)
     choice = next((c for c in assembly.choices if c.group.names == frozenset(operators)), None)
     kernel = step.symbol if isinstance(step, NativeStep) else _call_name(step)
     if choice is None or choice.family is None:

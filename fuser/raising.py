@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from fuser import attention_patterns
 from fuser.aten import HANDLERS
 from fuser.capture import Captured
-from fuser.ir import expression as ex
+from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
-from fuser.ir.expression import Builder, Expression, Op
-from fuser.ir.graph import VIEWS, Constant, Kind, Operator, OperatorGraph, Ref, TensorSpec, TorchCall
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.masks import Mask, from_dense
+from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
 from fuser.kernels.base import FLOATING
 from fuser.views import Conjunction, Value, View
 
@@ -99,7 +99,7 @@ class Raiser:
         source = self.realize(view)
         name = self.add_value(f"{leaf.name}_copy", TensorSpec.contiguous(view.shape, self.dtype(view)))
         call = TorchCall(torch.clone, (Ref(0),))
-        self.operators.append(Operator(name, Kind.EXTERN, (source,), (name,), call=call, reason="a copy to return"))
+        self.operators.append(Operator(name, Extern(call, "a copy to return"), (source,), (name,)))
         return name
 
     def _known_number(self, node: fx.Node) -> float | None:
@@ -163,12 +163,12 @@ class Raiser:
             spec = TensorSpec(shape, base.dtype, strides, view.base, view.offset)
             name = self.add_value(f"{view.base}_view", spec)
             call = TorchCall(torch.as_strided, (Ref(0), shape, strides, view.offset))
-            self.operators.append(Operator(name, _view_kind(base, spec), (view.base,), (name,), call=call))
+            self.operators.append(Operator(name, _view_kind(base, spec)(call), (view.base,), (name,)))
         else:
             name = self.add_value(f"{view.base}_copy", TensorSpec.contiguous(shape, base.dtype))
             call = _as_strided(view)
             reason = "a view that no strides can describe is copied"
-            self.operators.append(Operator(name, Kind.EXTERN, (view.base,), (name,), call=call, reason=reason))
+            self.operators.append(Operator(name, Extern(call, reason), (view.base,), (name,)))
         self._realized[view] = name
         return name
 
@@ -209,24 +209,13 @@ class Raiser:
 
     # ---- emitting
 
-    def emit(
-        self,
-        kind: Kind,
-        name: str,
-        inputs: Sequence[str],
-        spec: TensorSpec,
-        *,
-        expression: Expression | None = None,
-        attributes: Mapping[str, Any] | None = None,
-    ) -> View:
+    def emit(self, semantics: Semantics, name: str, inputs: Sequence[str], spec: TensorSpec) -> View:
         """Append an operator with one output of its own storage."""
         output = self.add_value(name, spec)
-        self.operators.append(
-            Operator(output, kind, tuple(inputs), (output,), expression=expression, attributes=dict(attributes or {}))
-        )
+        self.operators.append(Operator(output, semantics, tuple(inputs), (output,)))
         return View.of(output, spec)
 
-    def elementwise(self, node: fx.Node, kind: Kind, expression: Expression, operands: Sequence[View]) -> View | None:
+    def elementwise(self, node: fx.Node, semantics: Semantics, operands: Sequence[View]) -> View | None:
         """An elementwise or row-wise operator, in the order in which its largest operand lies in memory."""
         spec = self.spec(node)
         if spec.dtype not in self.floating or not spec.shape or spec.numel == 0:
@@ -245,7 +234,7 @@ class Raiser:
                 view = view.expand((1,) * pad + view.shape).permute(order)
             inputs.append(self.realize(view))
         shape = tuple(spec.shape[d] for d in order)
-        out = self.emit(kind, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype), expression=expression)
+        out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
         return out.permute(inverse)
 
     def _extern(self, node: fx.Node) -> Value:
@@ -279,7 +268,7 @@ class Raiser:
         inputs = tuple(self.realize(v) for v in views)
         names = tuple(self.add_value(s, spec) for s, spec in zip(suffixes, specs, strict=True))
         reason = f"no kernel family knows {node.target}"
-        self.operators.append(Operator(names[0], Kind.EXTERN, inputs, names, call=call, reason=reason))
+        self.operators.append(Operator(names[0], Extern(call, reason), inputs, names))
         found = tuple(View.of(n, s) for n, s in zip(names, specs, strict=True))
         return found if isinstance(val, (tuple, list)) else found[0]
 
@@ -288,7 +277,7 @@ class Raiser:
         spec = self.spec(node)
         name = self.add_value(node.name, spec)
         call = TorchCall(torch.logical_and, (Ref(0), Ref(1)))
-        self.operators.append(Operator(name, Kind.EXTERN, inputs, (name,), call=call, reason="a mask made at run time"))
+        self.operators.append(Operator(name, Extern(call, "a mask made at run time"), inputs, (name,)))
         return View.of(name, spec)
 
     # ---- linear layers
@@ -313,9 +302,9 @@ class Raiser:
         spec = TensorSpec.contiguous((*x.shape[:-1], columns), self.dtype(x))
         inputs = (self.realize(x), self.realize(weight))
         name = node.name if bias is None else f"{node.name}_gemm"
-        out = self.emit(Kind.GEMM, name, inputs, spec, attributes={"transposed": transposed})
+        out = self.emit(kinds.Gemm(transposed), name, inputs, spec)
         if bias is not None:
-            out = self.emit(Kind.BIAS, node.name, (out.base, self.realize(bias)), spec, expression=ex.binary(Op.ADD))
+            out = self.emit(kinds.Bias(), node.name, (out.base, self.realize(bias)), spec)
         return out
 
     # ---- attention
@@ -352,13 +341,9 @@ class Raiser:
         dtype = self.dtype(q)
         scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
         name = node.name
-        s = self.emit(Kind.QK, f"{name}_qk", (self.realize(q), self.realize(k)), scores).base
+        s = self.emit(kinds.QK(), f"{name}_qk", (self.realize(q), self.realize(k)), scores).base
         if scale != 1.0:
-            b = Builder()
-            scaled = b.build(b.apply(Op.MUL, b.input(0), b.constant(scale)))
-            s = self.emit(
-                Kind.SCALE, f"{name}_scale", (s,), scores, expression=scaled, attributes={"scale": scale}
-            ).base
+            s = self.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
         if self.attention is not None and q_len == kv_len:
             pattern = self.attention if pattern is None else pattern & self.attention
         runtime: list[tuple[View, torch.dtype]] = []
@@ -371,16 +356,11 @@ class Raiser:
         if pattern is not None:
             pattern = _hashable(pattern, q_len, kv_len)
         if causal or pattern is not None:
-            attributes = {"causal": causal, "pattern": pattern}
-            s = self.emit(Kind.MASK, f"{name}_mask", (s,), scores, attributes=attributes).base
+            s = self.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
         for i, (view, mask_dtype) in enumerate(runtime):
-            expression = ex.binary(Op.ADD) if mask_dtype.is_floating_point else None
-            inputs = (s, self.realize(view))
-            attributes = {"causal": False, "pattern": None}
-            s = self.emit(
-                Kind.MASK, f"{name}_mask{i or ''}", inputs, scores, expression=expression, attributes=attributes
-            ).base
-        p = self.emit(Kind.SOFTMAX, f"{name}_softmax", (s,), scores, expression=ex.masked_softmax()).base
+            mask = kinds.AdditiveMask() if mask_dtype.is_floating_point else kinds.BooleanMask()
+            s = self.emit(mask, f"{name}_mask{i or ''}", (s, self.realize(view)), scores).base
+        p = self.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
         # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
         width = v.shape[3]
         token = heads * width
@@ -388,7 +368,7 @@ class Raiser:
         time_first = q_strides is not None and batch > 1 and q_len > 1 and q_strides[2] > q_strides[0] > 0
         batch_stride, row_stride = (token, batch * token) if time_first else (q_len * token, token)
         spec = TensorSpec((batch, heads, q_len, width), dtype, (batch_stride, width, row_stride, 1))
-        out = self.emit(Kind.PV, name, (p, self.realize(v)), spec)
+        out = self.emit(kinds.PV(), name, (p, self.realize(v)), spec)
         merged = out.reshape(out_shape)
         if merged is None:
             raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
@@ -417,9 +397,7 @@ class Raiser:
             name = self.add_value(f"{view.base}_not", spec)
             call = TorchCall(torch.logical_not, (Ref(0),))
             inputs = (self.realize(view),)
-            self.operators.append(
-                Operator(name, Kind.EXTERN, inputs, (name,), call=call, reason="a mask made at run time")
-            )
+            self.operators.append(Operator(name, Extern(call, "a mask made at run time"), inputs, (name,)))
             view = View.of(name, spec)
         return None, _four_dims(view.expand(full))
 
@@ -492,12 +470,12 @@ def _four_dims(view: View) -> View:
     raise CaptureError(f"attention over a tensor of {len(view.dims)} dimensions")
 
 
-def _view_kind(base: TensorSpec, spec: TensorSpec) -> Kind:
+def _view_kind(base: TensorSpec, spec: TensorSpec) -> type[kinds.View]:
     if len(spec.shape) == 4 and len(base.shape) < 4:
-        return Kind.SPLIT_HEADS
+        return kinds.SplitHeads
     if len(base.shape) == 4 and len(spec.shape) < 4:
-        return Kind.MERGE_HEADS
-    return Kind.VIEW
+        return kinds.MergeHeads
+    return kinds.View
 
 
 def _rows_in_memory_order(x: View) -> tuple[View, Callable[[View], View]] | None:
@@ -524,7 +502,7 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
     needed = set(outputs)
     kept: list[Operator] = []
     for op in reversed(raiser.operators):
-        if op.is_random or any(o in needed for o in op.outputs):
+        if op.semantics.is_random or any(o in needed for o in op.outputs):
             kept.append(op)
             needed.update(op.inputs)
     kept.reverse()
@@ -533,12 +511,12 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
     first: list[Operator] = []
     rest: list[Operator] = []
     for op in kept:
-        early = op.kind in (Kind.EXTERN, *VIEWS) and not any(v in late for v in op.inputs)
-        early = early and not (op.is_random and random_late)
+        early = not op.semantics.fusible and not any(v in late for v in op.inputs)
+        early = early and not (op.semantics.is_random and random_late)
         (first if early else rest).append(op)
         if not early:
             late.update(op.outputs)
-            random_late |= op.is_random
+            random_late |= op.semantics.is_random
     used = needed | {v for op in kept for v in op.outputs}
     stack = [v for v in used if v in raiser.constants]
     while stack:

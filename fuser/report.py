@@ -17,8 +17,9 @@ from fuser.codegen.partition import Choice, GroupChoice
 from fuser.compiler import Compiled
 from fuser.drawing import COLOURS, draw_region, duration, family_of, shape_text
 from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.graph import VIEWS, Kind, Region
+from fuser.ir.graph import Region
 from fuser.ir.masks import Mask
+from fuser.ir.operators import PatternMask, View
 from fuser.ir.target import Target
 
 if TYPE_CHECKING:
@@ -135,8 +136,7 @@ def report(module: OptimizedModule, path: Path | None = None) -> str:
 def choice_of(compiled: Compiled, record: KernelRecord) -> GroupChoice | None:
     """The choice behind a kernel's first use."""
     graph = compiled.graph
-    kinds = {op.name: op.kind for op in graph.operators}
-    names = frozenset(name for name in record.operators if kinds[name] not in VIEWS)
+    names = frozenset(record.operators) - {op.name for op in graph.operators if isinstance(op.semantics, View)}
     return next((c for c in compiled.assembly.choices if c.group.names == names), None)
 
 
@@ -283,8 +283,7 @@ def _masks(compiled: Compiled) -> list[tuple[Mask, int, int]]:
     """Constant masks of the model's attentions, each once, with the lengths that it is used for."""
     found: dict[tuple[str, int, int], tuple[Mask, int, int]] = {}
     for op in compiled.graph.operators:
-        pattern = op.attributes.get("pattern") if op.kind is Kind.MASK else None
-        if pattern is not None:
+        if isinstance(op.semantics, PatternMask) and (pattern := op.semantics.pattern) is not None:
             n, m = compiled.graph.values[op.output].shape[-2:]
             found.setdefault((pattern.hash, n, m), (pattern, n, m))
     return list(found.values())

@@ -36,8 +36,8 @@ from fuser.capture import OutputSpec, Signature, flatten_call
 from fuser.codegen.assemble import KernelRecord
 from fuser.compiler import Compiled
 from fuser.ir.errors import FuserError, KernelError, MaskError
-from fuser.ir.graph import TorchCall
 from fuser.ir.masks import Mask, from_dense
+from fuser.ir.operators import TorchCall
 from fuser.ir.target import Target
 from fuser.module import OptimizedModule, split_unfused
 from fuser.runtime import cuda

@@ -18,8 +18,25 @@ import torch
 
 from fuser.ir import expression as ex
 from fuser.ir.errors import SchemeError
-from fuser.ir.expression import Builder, Expression, Op
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, Region, TensorSpec
+from fuser.ir.expression import Op
+from fuser.ir.graph import Constant, Operator, OperatorGraph, Region, TensorSpec
+from fuser.ir.operators import (
+    PV,
+    QK,
+    Activation,
+    AdditiveMask,
+    Bias,
+    Gemm,
+    Norm,
+    Ref,
+    Residual,
+    Scale,
+    ScoreMask,
+    Semantics,
+    Softmax,
+    TorchCall,
+    View,
+)
 from fuser.ir.scheme import Scheme
 
 __all__ = ["ATOFFER_OPERATORS", "bert_layer", "from_atoffer"]
@@ -42,18 +59,18 @@ ATOFFER_OPERATORS = (
     "layernorm2",
 )
 
-_LETTERS = {
-    Kind.GEMM: "g",
-    Kind.BIAS: "b",
-    Kind.QK: "q",
-    Kind.SCALE: "s",
-    Kind.MASK: "m",
-    Kind.SOFTMAX: "x",
-    Kind.PV: "p",
-    Kind.RESIDUAL: "r",
-    Kind.NORM: "n",
-    Kind.ACTIVATION: "a",
-}
+_LETTERS: tuple[tuple[type[Semantics], str], ...] = (
+    (Gemm, "g"),
+    (Bias, "b"),
+    (QK, "q"),
+    (Scale, "s"),
+    (ScoreMask, "m"),
+    (Softmax, "x"),
+    (PV, "p"),
+    (Residual, "r"),
+    (Norm, "n"),
+    (Activation, "a"),
+)
 # Group names end in the number of AToffer's operator; its number 6, the transpose, is a free view here. Projections
 # come as one GEMM or as three, each with its bias.
 _ATTENTION = r"(?P<in0>(?:gb?){1,3})(?P<_2>s?qs?)(?P<_3>m*)(?P<_4>x)(?P<_5>p)(?P<_7>g)(?P<_8>b?r)(?P<_9>n)"
@@ -94,9 +111,9 @@ def _segments(bits: str) -> list[tuple[int, int]]:
 
 def _numbers(region: Region) -> list[int]:
     """For every operator of ``region`` the number of the operator of AToffer that it belongs to."""
-    found = _LAYER.fullmatch("".join(_LETTERS.get(op.kind, "?") for op in region.operators))
+    found = _LAYER.fullmatch("".join(map(_letter, region.operators)))
     if found is None:
-        kinds = ", ".join(op.kind.value for op in region.operators)
+        kinds = ", ".join(op.kind for op in region.operators)
         raise SchemeError(
             f"AToffer's schemes are for a BERT layer ({', '.join(ATOFFER_OPERATORS)}), its attention half or its "
             f"feed-forward half; this region is {kinds}"
@@ -106,6 +123,10 @@ def _numbers(region: Region) -> list[int]:
         if name != "in0":
             numbers += [int(name[1:])] * len(text or "")
     return numbers
+
+
+def _letter(op: Operator) -> str:
+    return next((letter for kind, letter in _LETTERS if isinstance(op.semantics, kind)), "?")
 
 
 @functools.cache
@@ -119,18 +140,16 @@ def bert_layer(batch: int = 1, sequence: int = 128, hidden: int = 768, heads: in
         for i, name in zip((0, hidden, 2 * hidden), "qkv", strict=True)
     )
     scores = (batch, heads, sequence, sequence)
-    b = Builder()
-    scaled = b.build(b.apply(Op.MUL, b.input(0), b.constant(width**-0.5)))
-    s = layer.add("qk", Kind.QK, (q, k), scores)
-    s = layer.add("scale", Kind.SCALE, (s,), scores, scaled, scale=width**-0.5)
-    s = layer.add("mask", Kind.MASK, (s, "padding"), scores, ex.binary(Op.ADD), causal=False, pattern=None)
-    p = layer.add("softmax", Kind.SOFTMAX, (s,), scores, ex.softmax())
+    s = layer.add("qk", QK(), (q, k), scores)
+    s = layer.add("scale", Scale(width**-0.5), (s,), scores)
+    s = layer.add("mask", AdditiveMask(), (s, "padding"), scores)
+    p = layer.add("softmax", Softmax(masked=False), (s,), scores)
     strides = (sequence * hidden, width, hidden, 1)
-    o = layer.add("pv", Kind.PV, (p, v), (batch, heads, sequence, width), strides=strides)
+    o = layer.add("pv", PV(), (p, v), (batch, heads, sequence, width), strides=strides)
     merged = layer.view("merged", o, (batch, sequence, hidden), (sequence * hidden, hidden, 1), 0)
     y = layer.normalized("1", layer.linear("1", merged, hidden, hidden), "x")
     up = layer.linear("2", y, hidden, inner)
-    up = layer.add("gelu", Kind.ACTIVATION, (up,), (batch, sequence, inner), ex.unary(Op.GELU))
+    up = layer.add("gelu", Activation(ex.unary(Op.GELU)), (up,), (batch, sequence, inner))
     out = layer.normalized("2", layer.linear("3", up, inner, hidden), y)
     graph = OperatorGraph(
         tuple(layer.operators), layer.values, ("x", "padding"), (out,), {c: Constant(c) for c in layer.constants}
@@ -158,30 +177,29 @@ class _Layer:
     def add(
         self,
         name: str,
-        kind: Kind,
+        semantics: Semantics,
         inputs: tuple[str, ...],
         shape: Sequence[int],
-        expression: Expression | None = None,
         strides: tuple[int, ...] | None = None,
-        **attributes: object,
     ) -> str:
         spec = TensorSpec.contiguous(shape, torch.float32)
         self.values[name] = spec if strides is None else TensorSpec(spec.shape, spec.dtype, strides)
-        self.operators.append(Operator(name, kind, inputs, (name,), expression, attributes=attributes))
+        self.operators.append(Operator(name, semantics, inputs, (name,)))
         return name
 
     def view(self, name: str, base: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> str:
         self.values[name] = TensorSpec(shape, torch.float32, strides, base, offset)
-        self.operators.append(Operator(f"view_{name}", Kind.VIEW, (base,), (name,)))
+        call = TorchCall(torch.as_strided, (Ref(0), shape, strides, offset))
+        self.operators.append(Operator(f"view_{name}", View(call), (base,), (name,)))
         return name
 
     def linear(self, number: str, x: str, k: int, n: int) -> str:
         weight, bias = self.constant(f"weight{number}", n, k), self.constant(f"offset{number}", n)
-        product = self.add(f"gemm{number}", Kind.GEMM, (x, weight), (*self.rows, n), transposed=True)
-        return self.add(f"bias{number}", Kind.BIAS, (product, bias), (*self.rows, n), ex.binary(Op.ADD))
+        product = self.add(f"gemm{number}", Gemm(transposed=True), (x, weight), (*self.rows, n))
+        return self.add(f"bias{number}", Bias(), (product, bias), (*self.rows, n))
 
     def normalized(self, number: str, x: str, residual: str) -> str:
         shape = self.values[x].shape
-        total = self.add(f"residual{number}", Kind.RESIDUAL, (x, residual), shape, ex.binary(Op.ADD))
+        total = self.add(f"residual{number}", Residual(), (x, residual), shape)
         gain, shift = self.constant(f"gain{number}", shape[-1]), self.constant(f"shift{number}", shape[-1])
-        return self.add(f"norm{number}", Kind.NORM, (total, gain, shift), shape, ex.layer_norm(1e-12))
+        return self.add(f"norm{number}", Norm(ex.layer_norm(1e-12)), (total, gain, shift), shape)

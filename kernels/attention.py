@@ -6,14 +6,14 @@ import functools
 import itertools
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fuser.ir.graph import Kind, Operator, OperatorGroup
+from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention_cuda import CudaAttentionParameters
@@ -72,7 +72,7 @@ def workspace_bytes(
     return counters + min(in_flight, batch * heads) * state
 
 
-_KINDS = frozenset({Kind.QK, Kind.SCALE, Kind.MASK, Kind.SOFTMAX, Kind.PV})
+_KINDS = (QK, Scale, ScoreMask, Softmax, PV)
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
 _EXP_FLOPS = 20
@@ -99,29 +99,29 @@ class AttentionFamily:
 
     def match(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
-        if any(op.kind not in _KINDS for op in group.operators):
+        if any(not isinstance(op.semantics, _KINDS) for op in group.operators):
             return None
-        by_kind = {kind: [op for op in group.operators if op.kind is kind] for kind in _KINDS}
-        if any(len(by_kind[kind]) != 1 for kind in (Kind.QK, Kind.SOFTMAX, Kind.PV)) or len(by_kind[Kind.SCALE]) > 1:
+        scales, masks = group.of(Scale), group.of(ScoreMask)
+        if any(len(group.of(kind)) != 1 for kind in (QK, Softmax, PV)) or len(scales) > 1:
             return None
-        (qk,), (pv,) = by_kind[Kind.QK], by_kind[Kind.PV]
+        (qk,), (pv,) = group.of(QK), group.of(PV)
         if group.outputs != (pv.output,) or not _is_chain(group.operators):
             return None
         q, k = qk.inputs
         v = pv.inputs[1]
-        runtime = [op.inputs[1] for op in by_kind[Kind.MASK] if len(op.inputs) > 1]
+        runtime = [op.inputs[1] for op in masks if len(op.inputs) > 1]
         if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime, target):
             return None
         pattern: Mask = Dense()
-        for op in by_kind[Kind.MASK]:
-            if op.attributes["causal"]:
+        for op in group.of(PatternMask):
+            if op.semantics.causal:
                 pattern = pattern & Causal()
-            if op.attributes["pattern"] is not None:
-                pattern = pattern & op.attributes["pattern"]
+            if op.semantics.pattern is not None:
+                pattern = pattern & op.semantics.pattern
         heads = group.graph.values[q].shape[1]
         if pattern.heads not in (None, heads):
             return None
-        scale = math.prod(op.attributes["scale"] for op in by_kind[Kind.SCALE])
+        scale = math.prod(op.semantics.scale for op in scales)
         match = AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
         return match if self.space(match, target) else None
 
@@ -205,24 +205,6 @@ class AttentionFamily:
             workspace_bytes(batch, heads, parameters.value_dim, tiles),
         )
 
-    def reference(self, match: AttentionMatch) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """Plain PyTorch; a row that may see nothing gives zeros."""
-
-        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            q, k, v = values[match.q], values[match.k], values[match.v]
-            group = q.shape[1] // k.shape[1]
-            scores = match.scale * (q @ k.repeat_interleave(group, 1).mT)
-            scores = scores.masked_fill(~match.pattern.dense(q.shape[2], k.shape[2]), -math.inf)
-            if match.mask is not None:
-                mask = values[match.mask]
-                bias = mask if mask.is_floating_point() else torch.zeros_like(scores).masked_fill(~mask, -math.inf)
-                scores = scores + bias
-            empty = torch.isneginf(scores).all(-1, keepdim=True)
-            probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
-            return {match.out: probabilities @ v.repeat_interleave(group, 1)}
-
-        return run
-
 
 def _is_chain(operators: Sequence[Operator]) -> bool:
     """Whether each operator reads the one before as its first input."""
@@ -238,7 +220,14 @@ def keep_plans(store: PlanStore | None) -> None:
     _store = store
 
 
-@functools.lru_cache(maxsize=128)
 def cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
-    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan, and processes where a store is set."""
+    """:func:`fuser.kernels.planner.plan`, remembered: layers share their plan, and processes where a store is set.
+
+    Raises MaskError for a mask made by :meth:`Mask.current` that is so no longer.
+    """
+    return _cached_plan(mask.current(), q_len, kv_len, target)
+
+
+@functools.lru_cache(maxsize=128)
+def _cached_plan(mask: Mask, q_len: int, kv_len: int, target: Target) -> AttentionPlan:
     return stored_plan(mask, q_len, kv_len, target, _store)

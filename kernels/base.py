@@ -185,7 +185,8 @@ class Cost:
 
 
 class KernelFamily(Protocol):
-    """A kind of kernel: what it matches, with which parameters, at what predicted cost, and what the right answer is.
+    """A kind of kernel: what it matches, with which parameters, and at what predicted cost. What is right is what
+    :func:`fuser.ir.evaluation.evaluate` makes of the group.
 
     ``match`` returns None when the family cannot run the whole group as one kernel. ``space`` lists the legal
     parameter choices, the default first. ``call`` binds a choice to the group's values.
@@ -200,5 +201,3 @@ class KernelFamily(Protocol):
     def cost(self, match: Any, parameters: Any, target: Target) -> Cost: ...
 
     def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall | LibraryCall: ...
-
-    def reference(self, match: Any) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]: ...

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fuser.ir.expression import Builder, Expression
-from fuser.ir.graph import Kind, Operator, OperatorGraph, OperatorGroup, TensorSpec
+from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, TensorSpec
+from fuser.ir.operators import Embedding
 from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
 from fuser.kernels.operands import Bound, OperandExtents, bind, row_stride, rows_and_columns
 
@@ -112,7 +112,7 @@ def compose(
         shape = graph.values[op.output].shape
         if len(op.outputs) != 1 or graph.values[op.output].dtype not in storage:
             return None
-        if op.kind is Kind.EMBEDDING:
+        if isinstance(op.semantics, Embedding):
             table, index = op.inputs
             spec, indices = graph.values[table], graph.values[index]
             if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in storage:
@@ -148,28 +148,3 @@ def compose(
         output_dtypes=tuple(STORAGE[graph.values[value].dtype] for value in outputs),
         output_strides=tuple(s for s in strides if s is not None),
     )
-
-
-def reference(group: OperatorGroup) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """What the elementwise and row-wise operators of ``group`` mean, in plain PyTorch and the dtype of the inputs."""
-
-    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        known = dict(values)
-        for op in group.operators:
-            shape = group.graph.values[op.output].shape
-            if op.kind is Kind.EMBEDDING:
-                known[op.output] = known[op.inputs[0]][known[op.inputs[1]]]
-            elif op.expression is not None:
-                arguments = [_look(group.graph, known, value) for value in op.inputs]
-                (result,) = op.expression.evaluate(*arguments)
-                known[op.output] = result.broadcast_to(shape)
-        return {value: known[value] for value in group.outputs}
-
-    return run
-
-
-def _look(graph: OperatorGraph, known: Mapping[str, Tensor], value: str) -> Tensor:
-    if value in known:
-        return known[value]
-    spec = graph.values[value]
-    return known[graph.base(value)].contiguous().as_strided(spec.shape, spec.strides, spec.offset)

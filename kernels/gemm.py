@@ -7,7 +7,7 @@ accumulators of a finished tile, or of finished rows where it reduces along them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fuser.ir.expression import Expression, Op
 from fuser.ir.extents import Extents
-from fuser.ir.graph import Kind, Operator, OperatorGroup
+from fuser.ir.graph import Operator, OperatorGroup
+from fuser.ir.operators import Gemm
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import (
@@ -32,22 +33,9 @@ from fuser.kernels.base import (
     floating,
 )
 from fuser.kernels.base import LibraryParameters as LibraryParameters
-from fuser.kernels.compose import RowProgram, compose, reference
+from fuser.kernels.compose import RowProgram, compose
 from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
-_EPILOGUE = frozenset(
-    {
-        Kind.BIAS,
-        Kind.ACTIVATION,
-        Kind.RESIDUAL,
-        Kind.NORM,
-        Kind.SCALE,
-        Kind.MASK,
-        Kind.POINTWISE,
-        Kind.SOFTMAX,
-        Kind.REDUCE,
-    }
-)
 _MAX_OPERANDS = 16
 _LINE = 16  # floats in a cache line
 _DEPTHS = (256, 384)  # longer passes add up more roundings than a library's GEMM does
@@ -208,7 +196,7 @@ class PrepackedLinear:
     def __call__(self, a: Tensor, weight: Tensor, *rest: Tensor) -> None:
         bias, out = (rest[0] if self.bias else None), rest[-1]
         columns = weight if self.transposed else weight.t()
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if not _packs(a.dtype):
             out.copy_(torch.nn.functional.linear(a, columns, bias))
             return
         # Inference tensors have no version; they cannot be changed in place outside inference mode either.
@@ -220,12 +208,19 @@ class PrepackedLinear:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, self._packed, bias, "none", [], ""))
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype for the CPU at hand: bf16 needs AVX-512 or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @dataclass(frozen=True)
 class GemmMatch:
     """A GEMM operator and the row program of what follows it; ``row_stride`` is that of A in elements."""
 
     group: OperatorGroup
-    gemm: Operator
+    gemm: Operator[Gemm]
     program: RowProgram
     n: int
     k: int
@@ -242,7 +237,7 @@ class GemmMatch:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored (N, K)."""
-        return bool(self.gemm.attributes["transposed"])
+        return self.gemm.semantics.transposed
 
     @property
     def library(self) -> LibraryParameters | None:
@@ -268,9 +263,9 @@ class GemmFamily:
     def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
         """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
         graph = group.graph
-        gemms = [op for op in group.operators if op.kind is Kind.GEMM]
-        others = [op for op in group.operators if op.kind is not Kind.GEMM]
-        if len(gemms) != 1 or any(op.kind not in _EPILOGUE for op in others):
+        gemms = group.of(Gemm)
+        others = [op for op in group.operators if not isinstance(op.semantics, Gemm)]
+        if len(gemms) != 1 or any(op.expression is None for op in others):
             return None
         (gemm,) = gemms
         if len(gemm.inputs) != 2 or gemm.inputs[1] not in graph.constants or group.produces(gemm.inputs[0]):
@@ -284,7 +279,7 @@ class GemmFamily:
         # Tensor cores multiply one type; only fp32 holds every other exactly.
         if target.kind == "cuda" and a.dtype not in (weight.dtype, torch.float32):
             return None
-        n, k = weight.shape if gemm.attributes["transposed"] else weight.shape[::-1]
+        n, k = weight.shape if gemm.semantics.transposed else weight.shape[::-1]
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
         program = compose(group, others, seeds=(gemm.output,), storage=floating(target))
@@ -375,17 +370,6 @@ class GemmFamily:
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
-
-    def reference(self, match: GemmMatch) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """What the group means, in plain PyTorch and the dtype of the inputs, by name of value."""
-        epilogue = reference(match.group)
-
-        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            weight = values[match.weight]
-            product = values[match.a] @ (weight.t() if match.transposed else weight)
-            return epilogue({**values, match.gemm.output: product})
-
-        return run
 
 
 def _tiles(n: int, target: Target) -> list[tuple[int, int]]:

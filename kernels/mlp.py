@@ -7,23 +7,21 @@ every block reads both weights: that pays for narrow models, where rows fit into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fuser.ir.expression import Expression
 from fuser.ir.extents import Extents
-from fuser.ir.graph import Kind, Operator, OperatorGroup
+from fuser.ir.graph import Operator, OperatorGroup
+from fuser.ir.operators import Gemm
 from fuser.ir.target import TF32, Target
 from fuser.kernels import gemm_cuda
 from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Operand, TensorRef, floating
-from fuser.kernels.compose import RowProgram, compose, reference, same_matrix
+from fuser.kernels.compose import RowProgram, compose, same_matrix
 from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
-_BETWEEN = frozenset({Kind.BIAS, Kind.ACTIVATION, Kind.SCALE, Kind.POINTWISE})
-_AFTER = _BETWEEN | {Kind.RESIDUAL, Kind.NORM, Kind.MASK}
 _MAX_OPERANDS = 16
 _MAX_WIDTH = 512
 # (rows of a block, warps along rows, warps along columns).
@@ -128,8 +126,8 @@ class MlpMatch:
     ``row_stride`` is that of the input in elements."""
 
     group: OperatorGroup
-    first: Operator
-    second: Operator
+    first: Operator[Gemm]
+    second: Operator[Gemm]
     between: RowProgram
     after: RowProgram
     k: int
@@ -151,7 +149,7 @@ class MlpFamily:
     def match(self, group: OperatorGroup, target: Target) -> MlpMatch | None:
         """The group as two products with row programs between and behind them; None when it is something else, the
         target has no tensor cores for its type, or its rows are too wide for a block."""
-        gemms = [op for op in group.operators if op.kind is Kind.GEMM]
+        gemms = group.of(Gemm)
         if target.kind != "cuda" or len(gemms) != 2:
             return None
         first, second = gemms
@@ -160,7 +158,7 @@ class MlpFamily:
             return None
         between = [op for op in group.operators if op not in gemms and _leads_to(group, op, second)]
         after = [op for op in group.operators if op not in gemms and op not in between]
-        if any(op.kind not in _BETWEEN for op in between) or any(op.kind not in _AFTER for op in after):
+        if any(op.expression is None for op in (*between, *after)):
             return None
         if group.produces(first.inputs[0]) or _reductions(between) or _reductions(after) > 1:
             return None
@@ -246,7 +244,7 @@ class MlpFamily:
         refs: list[TensorRef] = []
         strides = []
         for gemm in (match.first, match.second):
-            ref, stride = gemm_cuda.rows_of(gemm.inputs[1], graph, bool(gemm.attributes["transposed"]), dtype)
+            ref, stride = gemm_cuda.rows_of(gemm.inputs[1], graph, gemm.semantics.transposed, dtype)
             refs.append(ref)
             strides.append(stride)
         return KernelCall(
@@ -263,31 +261,9 @@ class MlpFamily:
             match.after.outputs,
         )
 
-    def reference(self, match: MlpMatch) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """What the group means, in plain PyTorch and the dtype of the inputs, by name of value."""
-        graph = match.group.graph
-        head = graph.group([op for op in match.group.operators if op is match.first or op in _between(match)])
-        tail = graph.group([op for op in match.group.operators if op not in head.operators])
-        between, after = reference(head), reference(tail)
-
-        def product(gemm: Operator, x: Tensor, weight: Tensor) -> Tensor:
-            return x @ (weight.t() if gemm.attributes["transposed"] else weight)
-
-        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            one, two = match.first, match.second
-            inner = between({**values, one.output: product(one, values[one.inputs[0]], values[one.inputs[1]])})
-            hidden = inner[graph.base(two.inputs[0])].reshape(graph.values[two.inputs[0]].shape)
-            return after({**values, two.output: product(two, hidden, values[two.inputs[1]])})
-
-        return run
-
 
 def _reductions(operators: Sequence[Operator]) -> int:
     return sum(op.expression is not None and op.expression.has_reduction for op in operators)
-
-
-def _between(match: MlpMatch) -> list[Operator]:
-    return [op for op in match.group.operators if op is not match.first and _leads_to(match.group, op, match.second)]
 
 
 def _leads_to(group: OperatorGroup, op: Operator, second: Operator) -> bool:
@@ -301,9 +277,9 @@ def _leads_to(group: OperatorGroup, op: Operator, second: Operator) -> bool:
     return op.name in seen
 
 
-def _columns(gemm: Operator, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _columns(gemm: Operator[Gemm], shape: tuple[int, ...]) -> tuple[int, ...]:
     """(columns of the result, columns of the input) of a weight."""
-    return shape if gemm.attributes["transposed"] else shape[::-1]
+    return shape if gemm.semantics.transposed else shape[::-1]
 
 
 def _multiplied(target: Target) -> frozenset[torch.dtype]:

@@ -6,33 +6,18 @@ elementwise operators, broadcasts included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fuser.ir.expression import Expression
-from fuser.ir.graph import Kind, OperatorGroup
+from fuser.ir.graph import OperatorGroup
+from fuser.ir.operators import Embedding
 from fuser.ir.target import Target
 from fuser.kernels import rowwise_cuda
 from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand, floating
-from fuser.kernels.compose import RowProgram, compose, reference
+from fuser.kernels.compose import RowProgram, compose
 from fuser.kernels.rowwise_cuda import CudaRowwiseParameters, RowwiseExtents
 
-_KINDS = frozenset(
-    {
-        Kind.BIAS,
-        Kind.ACTIVATION,
-        Kind.RESIDUAL,
-        Kind.NORM,
-        Kind.SCALE,
-        Kind.MASK,
-        Kind.SOFTMAX,
-        Kind.EMBEDDING,
-        Kind.POINTWISE,
-        Kind.REDUCE,
-    }
-)
 _MAX_OPERANDS = 16
 
 
@@ -65,7 +50,9 @@ class RowwiseFamily:
     def match(self, group: OperatorGroup, target: Target) -> RowwiseMatch | None:
         """The group as one row expression, when all of it is elementwise or row-wise on one matrix."""
         # Composing is the expensive part, and most groups that are asked about belong to one family only.
-        if any(op.kind not in _KINDS for op in group.operators) or self._is_row(group) != (self.name == "rowwise"):
+        if any(op.expression is None and not isinstance(op.semantics, Embedding) for op in group.operators):
+            return None
+        if self._is_row(group) != (self.name == "rowwise"):
             return None
         program = compose(group, group.operators, storage=floating(target))
         if program is None or len(program.bounds) > _MAX_OPERANDS:
@@ -74,10 +61,7 @@ class RowwiseFamily:
 
     @staticmethod
     def _is_row(group: OperatorGroup) -> bool:
-        return any(
-            op.kind is Kind.EMBEDDING or (op.expression is not None and op.expression.has_reduction)
-            for op in group.operators
-        )
+        return bool(group.of(Embedding)) or any(op.expression and op.expression.has_reduction for op in group.operators)
 
     def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters | CudaRowwiseParameters]:
         """One choice on a CPU, since the kernel is bound by memory; on a GPU also how many threads share a row."""
@@ -127,9 +111,6 @@ class RowwiseFamily:
         if isinstance(parameters, CudaRowwiseParameters):
             return parameters.group == 0
         return parameters.block > 0
-
-    def reference(self, match: RowwiseMatch) -> Callable[..., dict[str, Tensor]]:
-        return reference(match.group)
 
 
 class PointwiseFamily(RowwiseFamily):

@@ -222,7 +222,7 @@ class MeasuredObjective:
         if timing.seconds is None:
             return KernelTime(at, mask, kernel, None, failure=timing.failure, building=building)
         choice = self.space.regions[at].kernels[mask][kernel]
-        operators = [op.kind.value for op in choice.group.operators]
+        operators = [op.kind for op in choice.group.operators]
         value = {**_plain(timing), "operators": operators, "family": self._family(at, mask, kernel)}
         self._write(KERNEL_RECORD, key, {**value, **self._context()})
         return KernelTime(at, mask, kernel, timing.seconds, timing.spread, building=building)

@@ -16,7 +16,7 @@ import torch
 
 from fuser.codegen.partition import PYTORCH, Choice, GroupChoice, choose, offline_space
 from fuser.ir.errors import FuserError
-from fuser.ir.graph import Kind, Region
+from fuser.ir.graph import Region
 from fuser.ir.scheme import Scheme, groups
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelFamily, canonical
@@ -31,20 +31,18 @@ _FARTHEST = 8.0
 
 def structure(region: Region) -> str:
     """A hash of 16 hex digits that is equal for regions that differ in their number of rows alone: operators, wiring,
-    constants' shapes, dtypes, and the heads and widths of attention."""
+    constants' shapes, dtypes, and the widths that follow from neither, such as those of attention."""
     graph = region.graph
     order: dict[str, int] = {}
     parts = []
     for op in region.operators:
-        parts.append(op.signature())
+        parts.append(op.semantics.signature)
         for value in (*op.inputs, *op.outputs):
             spec = graph.values[value]
             at = order.setdefault(graph.base(value), len(order))
             shape = spec.shape if graph.base(value) in graph.constants else (len(spec.shape),)
             parts.append(f"{at}:{spec.dtype}:{shape}")
-        if op.kind is Kind.QK:
-            query = graph.values[op.inputs[0]].shape
-            parts.append(f"{query[1]}x{query[-1]}")
+        parts.append(str(op.semantics.widths([graph.values[value].shape for value in op.inputs])))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fuser.codegen.partition import Choice, GroupChoice, downsets, kernels_of
 from fuser.ir.errors import SearchError
-from fuser.ir.graph import Kind, OperatorGraph, Region
+from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Precedence, Scheme, groups
 from fuser.ir.target import Target
 from fuser.kernels import gemm_cutlass
@@ -155,18 +155,18 @@ class RegionSpace:
         operators = self.region.operators
         runs: list[list[int]] = []
         for i, op in enumerate(operators):
-            if op.kind is Kind.GEMM:
-                follows = bool(runs) and any(operators[j].kind is Kind.PV for j in runs[-1])
-                closed = follows and any(operators[j].kind is Kind.GEMM for j in runs[-1])
+            if op.semantics.is_linear:
+                follows = bool(runs) and any(operators[j].semantics.consumes_scores for j in runs[-1])
+                closed = follows and any(operators[j].semantics.is_linear for j in runs[-1])
                 if follows and not closed:
                     runs[-1].append(i)
                 else:
                     runs.append([i])
                 continue
             new = not runs
-            if not new and operators[i - 1].kind is Kind.GEMM:
-                rest = itertools.takewhile(lambda o: o.kind is not Kind.GEMM, operators[i:])
-                new = any(_reduces(o) for o in rest)
+            if not new and operators[i - 1].semantics.is_linear:
+                rest = itertools.takewhile(lambda o: not o.semantics.is_linear, operators[i:])
+                new = any(o.expression is not None and o.expression.has_reduction for o in rest)
             if new:
                 runs.append([])
             runs[-1].append(i)
@@ -182,7 +182,7 @@ class RegionSpace:
                         switches.append((number,))
             if inner:
                 switches.append(tuple(inner))
-            name = "+".join(operators[i].kind.value for i in run)
+            name = "+".join(operators[i].kind for i in run)
             found.append(NaturalGroup(name, tuple(run), tuple(switches)))
         return tuple(found)
 
@@ -194,8 +194,8 @@ class RegionSpace:
     def _in_attention(self, position: int) -> bool:
         """Whether the operator lies between a product of queries with keys and one with values, ends included."""
         operators, after = self.region.operators, self.precedence.after
-        starts = [i for i, op in enumerate(operators) if op.kind is Kind.QK]
-        ends = [i for i, op in enumerate(operators) if op.kind is Kind.PV]
+        starts = [i for i, op in enumerate(operators) if op.semantics.makes_scores]
+        ends = [i for i, op in enumerate(operators) if op.semantics.consumes_scores]
         before = any(i == position or after[i] >> position & 1 for i in starts)
         return before and any(i == position or after[position] >> i & 1 for i in ends)
 
@@ -279,10 +279,6 @@ class RegionSpace:
     def bits(self, program: Groups) -> tuple[bool, ...]:
         """The canonical bits of a program."""
         return self.scheme(program).bits
-
-
-def _reduces(op: Any) -> bool:
-    return op.kind in (Kind.SOFTMAX, Kind.NORM, Kind.REDUCE)
 
 
 @dataclass(frozen=True)
@@ -444,7 +440,7 @@ class Space:
                     "count": space.count,
                     "programs": str(space.programs),
                     "schemes": str(space.schemes),
-                    "operators": [{"name": op.name, "kind": op.kind.value} for op in space.region.operators],
+                    "operators": [{"name": op.name, "kind": op.kind} for op in space.region.operators],
                     "edges": [list(edge) for edge in space.region.edges],
                     "natural_groups": [
                         {"name": group.name, "operators": list(group.operators)} for group in space.natural_groups

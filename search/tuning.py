@@ -18,7 +18,8 @@ import torch
 from fuser.codegen.partition import Choice, GroupChoice, choose
 from fuser.codegen.render import render
 from fuser.ir.errors import BuildError, FuserError, KernelError, SchemeError
-from fuser.ir.graph import Kind, Region
+from fuser.ir.graph import Region
+from fuser.ir.operators import Bias, Gemm
 from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, canonical
@@ -118,8 +119,8 @@ class Tuner:
     def _library(self, choice: GroupChoice) -> list[GroupChoice] | None:
         """The library's GEMM (with the bias) and the rest of the group as a kernel of its own."""
         group = choice.group
-        head = [op for op in group.operators if op.kind is Kind.GEMM]
-        head += [op for op in group.operators if op.kind is Kind.BIAS and op.inputs[0] == head[0].output]
+        (gemm,) = group.of(Gemm)
+        head = [gemm, *(op for op in group.of(Bias) if op.inputs[0] == gemm.output)]
         rest = [op for op in group.operators if op not in head]
         if not rest or not group.graph.group(rest).is_convex:
             return None
@@ -154,7 +155,7 @@ class Tuner:
                     "seconds": time.seconds,
                     "spread": time.spread,
                     "runs": time.runs,
-                    "operators": [op.kind.value for c in candidate for op in c.group.operators],
+                    "operators": [op.kind for c in candidate for op in c.group.operators],
                     "families": [c.family.name if c.family else "pytorch" for c in candidate],
                     "torch": torch.__version__,
                 }

@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuser.codegen.assemble import Assembly, OperatorMeaning, assemble
+from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import GroupChoice
+from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.target import TF32, Target
 from fuser.kernels.base import Literal, TensorRef
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.library import load
-from fuser.runtime.program import CPU, Program
+from fuser.runtime.program import Program
 from fuser.search.measure import constant, copies_of, device_of, random_tensor, timer
 from fuser.search.standalone import subgraph
 
@@ -312,9 +313,9 @@ class _Bench:
         """Why the numbers of a program are wrong, empty when they are right."""
         key = (unit.region, frozenset(op.name for op in graph.compute))
         if key not in self.references:
-            self.references[key] = reference(
-                graph, lambda name: self._tensor(unit.region, name, graph.values[name], 0), self.device
-            )
+            names = (*graph.inputs, *graph.constants)
+            values = {name: self._tensor(unit.region, name, graph.values[name], 0) for name in names}
+            self.references[key] = evaluate(graph, values, torch.float64)
         expected = self.references[key]
         program(inputs)
         results = program(inputs)
@@ -395,40 +396,6 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     scale = float(want.norm())
     difference = float((got - want).norm())
     return difference / scale if scale else difference
-
-
-def reference(graph: OperatorGraph, tensor: Any, device: torch.device = CPU) -> dict[str, Tensor]:
-    """The outputs of a graph by PyTorch in double precision; ``tensor(name)`` gives inputs and constants on
-    ``device``."""
-    storages: dict[str, Tensor] = {}
-
-    def storage(base: str) -> Tensor:
-        if base not in storages:
-            spec = graph.values[base]
-            storages[base] = torch.zeros(max(spec.extent, 1), dtype=_wide(spec.dtype), device=device)
-        return storages[base]
-
-    def view(name: str) -> Tensor:
-        spec = graph.values[name]
-        return storage(graph.base(name)).as_strided(spec.shape, spec.strides, spec.offset)
-
-    with torch.no_grad():
-        for name in (*graph.inputs, *graph.constants):
-            view(name).copy_(tensor(name))
-        for op in graph.compute:
-            inputs = [view(v) for v in op.inputs]
-            if op.call is not None:
-                results = op.call(*inputs)
-            else:
-                wide = [TensorSpec(graph.values[v].shape, _wide(graph.values[v].dtype), ()) for v in op.outputs]
-                results = OperatorMeaning(op, tuple(wide))(*inputs)
-            for name, result in zip(op.outputs, results, strict=True):
-                view(name).copy_(result)
-        return {name: view(name).clone() for name in graph.outputs}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ torch.library.define("fuser::sparse_attention", f"{_ARGUMENTS} -> Tensor", tags=
 torch.library.define("fuser::sparse_attention_lse", f"{_ARGUMENTS} -> (Tensor, Tensor)", tags=TAGS)
 
 
+OPERATORS = (torch.ops.fuser.sparse_attention.default, torch.ops.fuser.sparse_attention_lse.default)
+
+
 @torch.library.impl("fuser::sparse_attention", "default")
 def _op(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
     return _run(q, k, v, mask, runtime, scale, lse=False)[0]

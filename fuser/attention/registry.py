@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import os
-import threading
 import weakref
 
 import torch
 
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Causal, Dense, Mask
+from fuser.runtime.locks import ForkSafeLock
 
 _REGISTERED = 64
 
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _recent: collections.OrderedDict[str, Mask] = collections.OrderedDict()
 _pinned: dict[str, Mask] = {}
 _known: weakref.WeakKeyDictionary[Mask, dict[tuple[int, int] | None, str]] = weakref.WeakKeyDictionary()
-# A mask that somebody holds can be found, however many others are used between its key and the operator.
-_alive: weakref.WeakValueDictionary[str, Mask] = weakref.WeakValueDictionary()
+# A mask that somebody holds can be found, however many others are used between its key and the operator. Masks of
+# different functions have one key while their entries are equal.
+_alive: weakref.WeakValueDictionary[tuple[str, int], Mask] = weakref.WeakValueDictionary()
 
 
 def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> str:
@@ -41,14 +41,22 @@ def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = Non
 
 def mask_of(key: str) -> Mask:
     """The mask of a key. Raises MaskError if this process does not know it."""
-    with _lock:
-        found = _pinned.get(key) or _recent.get(key) or _alive.get(key)
-    if found is None:
+    known = masks_of(key)
+    if not known:
         raise MaskError(
             f"this process knows no mask with the key {key}: the graph was made in another one; "
             "call fuser.attention.register_mask with its mask first"
         )
-    return found
+    return next((mask for mask in known if mask.is_current), known[0])
+
+
+def masks_of(key: str) -> list[Mask]:
+    """All masks that were given this key, which means that their entries were equal at the lengths in question."""
+    with _lock:
+        known = [table[key] for table in (_pinned, _recent) if key in table]
+        if not known or any(mask.has_functions for mask in known):
+            known += [mask for (name, _), mask in _alive.items() if name == key]
+    return list(dict.fromkeys(known))
 
 
 def adopt_mask(key: str, mask: Mask) -> None:
@@ -59,6 +67,7 @@ def adopt_mask(key: str, mask: Mask) -> None:
 
 def enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
     """The key of ``mask``, known as long as somebody holds it, and among the last ones used in any case."""
+    mask = mask.current()
     with _lock:
         keys = _known.setdefault(mask, {})
     key = keys.get(None)
@@ -76,7 +85,7 @@ def enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
                     key = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
     with _lock:
-        _recent[key] = _alive.setdefault(key, mask)
+        _recent[key] = _alive[key, id(mask)] = mask
         _recent.move_to_end(key)
         while len(_recent) > _REGISTERED:
             _recent.popitem(last=False)
@@ -94,6 +103,7 @@ def pin(key: str) -> None:
 def key_of(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_len: int | None = None) -> str:
     """The key of a mask, a constant of whatever graph is traced; empty if it depends on lengths that are not given."""
     try:
+        mask = mask.current()
         mask = mask.shift(offset) if offset else mask
         return enter(mask & Causal() if causal else mask, q_len, kv_len)
     except MaskError:
@@ -108,14 +118,6 @@ def key_of(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_l
 
         raise Unsupported("a fuser mask is made inside of a compiled function; make it outside") from error
 
-
-def _free_lock() -> None:
-    # The thread that held the lock does not exist in a forked child, so nobody would release it.
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_free_lock)
 
 DENSE = register_mask(Dense())
 CAUSAL = register_mask(Causal())

@@ -129,7 +129,7 @@ def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool
         typer.echo(str(graph))
         return
     operators = [
-        {"name": op.name, "kind": op.kind.value, "inputs": op.inputs, "outputs": op.outputs, "reason": op.reason}
+        {"name": op.name, "kind": op.kind, "inputs": op.inputs, "outputs": op.outputs, "reason": op.reason}
         for op in graph.operators
     ]
     values = {

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeGuard
 
 import networkx as nx
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fuser.ir.expression import Expression
-
-
-class Kind(enum.Enum):
-    """Operator kinds; all but ``VIEW`` and ``EXTERN`` can share a kernel with a neighbour."""
-
-    GEMM = "gemm"
-    BIAS = "bias"
-    ACTIVATION = "activation"
-    RESIDUAL = "residual"
-    NORM = "norm"
-    QK = "qk"
-    SCALE = "scale"
-    MASK = "mask"
-    SOFTMAX = "softmax"
-    PV = "pv"
-    EMBEDDING = "embedding"
-    POINTWISE = "pointwise"
-    REDUCE = "reduce"
-    SPLIT_HEADS = "split_heads"
-    MERGE_HEADS = "merge_heads"
-    VIEW = "view"
-    EXTERN = "extern"
-
-
-VIEWS = frozenset({Kind.VIEW, Kind.SPLIT_HEADS, Kind.MERGE_HEADS})
+from fuser.ir.operators import Extern, Semantics, TorchCall, View
 
 
 @dataclass(frozen=True)
@@ -92,88 +68,44 @@ class TensorSpec:
         )
 
 
-@dataclass(frozen=True)
-class Ref:
-    """Stands for the operator's input number ``index`` inside the arguments of a :class:`TorchCall`."""
-
-    index: int
+S = TypeVar("S", bound=Semantics, default=Semantics, covariant=True)
 
 
 @dataclass(frozen=True)
-class TorchCall:
-    """A PyTorch function with its arguments, tensors replaced by :class:`Ref`; the meaning of an ``extern``."""
-
-    target: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run on ``inputs``; always a tuple of the results."""
-        args = [_substitute(a, inputs) for a in self.args]
-        result = self.target(*args, **{k: _substitute(v, inputs) for k, v in self.kwargs})
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
-
-    def __str__(self) -> str:
-        return str(getattr(self.target, "_name", None) or getattr(self.target, "__name__", self.target))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # ATen overloads do not pickle; their names do.
-        if isinstance(self.target, torch._ops.OpOverload):
-            namespace, name = self.target._schema.name.split("::")
-            return _restore_call, (namespace, name, self.target._overloadname, self.args, self.kwargs)
-        return TorchCall, (self.target, self.args, self.kwargs)
-
-
-def _restore_call(namespace: str, name: str, overload: str, args: Any, kwargs: Any) -> TorchCall:
-    return TorchCall(getattr(getattr(getattr(torch.ops, namespace), name), overload), args, kwargs)
-
-
-def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
-    if isinstance(value, Ref):
-        return inputs[value.index]
-    if isinstance(value, (tuple, list)):
-        return type(value)(_substitute(v, inputs) for v in value)
-    return value
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator.
-
-    ``inputs`` and ``outputs`` name values. Elementwise and row-wise kinds carry their meaning as an
-    :class:`~fuser.ir.expression.Expression` over their inputs, broadcast to the output's shape; ``EXTERN`` and views
-    carry a :class:`TorchCall`. ``attributes`` by kind: GEMM ``transposed`` (the weight is (N, K), else (K, N));
-    SCALE ``scale``; MASK ``causal`` (bool), ``pattern`` (a Mask or None); SOFTMAX nothing; PV and QK nothing:
-    QK is q · kᵀ for q (B, H, Sq, D) and k (B, Hkv, Sk, D); PV is p · v with v (B, Hkv, Sk, Dv).
-    """
+class Operator(Generic[S]):
+    """One operator: what it means, and the names of the values that it reads and makes."""
 
     name: str
-    kind: Kind
+    semantics: S
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    expression: Expression | None = None
-    call: TorchCall | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
-    """Why an EXTERN is not fusible, for the report."""
 
     @property
     def output(self) -> str:
         return self.outputs[0]
 
     @property
-    def is_random(self) -> bool:
-        """Whether it draws random numbers, whose order matters."""
-        return self.call is not None and torch.Tag.nondeterministic_seeded in getattr(self.call.target, "tags", ())
+    def kind(self) -> str:
+        """The name of its kind, to print."""
+        return self.semantics.kind
 
-    def signature(self) -> str:
-        """Kind and attributes as text, without names of values: what structural hashes are made of."""
-        attributes = ",".join(f"{k}={_attribute_text(v)}" for k, v in sorted(self.attributes.items()))
-        return f"{self.kind.value}|{attributes}|{self.expression or ''}|{self.call or ''}"
+    @property
+    def expression(self) -> Expression | None:
+        """What it computes row by row, where a row expression says it."""
+        return self.semantics.expression
+
+    @property
+    def reason(self) -> str:
+        """Why PyTorch runs it, for the report; empty for one that kernels may run."""
+        return self.semantics.reason if isinstance(self.semantics, Extern) else ""
 
 
-def _attribute_text(value: Any) -> str:
-    return str(getattr(value, "hash", value))
+K = TypeVar("K", bound=Semantics)
+
+
+def is_kind(op: Operator, kind: type[K]) -> TypeGuard[Operator[K]]:
+    """Whether ``op`` is of a kind, or of a class of kinds."""
+    return isinstance(op.semantics, kind)
 
 
 @dataclass(frozen=True)
@@ -233,7 +165,15 @@ class OperatorGraph:
 
     def is_alias(self, op: Operator) -> bool:
         """Whether a view operator costs nothing because its output lives in its input's storage."""
-        return op.kind in VIEWS and self.values[op.output].base is not None
+        return isinstance(op.semantics, View) and self.values[op.output].base is not None
+
+    def description(self, op: Operator) -> str:
+        """What an operator does to its values, in a few words; empty where the name of its kind says it."""
+        return op.semantics.describe([self.values[v].shape for v in op.inputs], self.values[op.output].shape)
+
+    def flops(self, op: Operator) -> float:
+        """fp32 operations of one operator."""
+        return op.semantics.flops([self.values[v].shape for v in op.inputs], self.values[op.output].shape)
 
     def source(self, value: str) -> Operator | None:
         """The operator that computes the contents of ``value``, looking through free views."""
@@ -291,8 +231,8 @@ class OperatorGraph:
         lines = [f"inputs  {', '.join(f'{v}{_shape(self.values[v])}' for v in self.inputs)}"]
         for op in self.operators:
             outputs = ", ".join(f"{v}{_shape(self.values[v])}" for v in op.outputs)
-            detail = f" [{op.call}]" if op.call else f" [{op.expression}]" if op.expression else ""
-            lines.append(f"{op.kind.value:<12}{outputs} = {op.name}({', '.join(op.inputs)}){detail}")
+            detail = f" [{text}]" if (text := str(op.semantics)) else ""
+            lines.append(f"{op.kind:<12}{outputs} = {op.name}({', '.join(op.inputs)}){detail}")
         return "\n".join([*lines, f"outputs {', '.join(self.outputs)}"])
 
 
@@ -313,6 +253,10 @@ class OperatorGroup:
 
     def __contains__(self, op: Operator | None) -> bool:
         return op is not None and op.name in self.names
+
+    def of(self, kind: type[K]) -> tuple[Operator[K], ...]:
+        """The operators of a kind, or of a class of kinds."""
+        return tuple(op for op in self.operators if is_kind(op, kind))
 
     def produces(self, value: str) -> Operator | None:
         """The operator of this group that computes ``value`` (through free views), if any."""
@@ -370,13 +314,13 @@ class Region:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Merkle hash over kinds, attributes, shapes, dtypes, layouts and topology, 16 hex digits; equal for layers
-        that differ only in their weights."""
+        """Merkle hash over kinds with all their attributes, shapes, dtypes, layouts and topology, 16 hex digits; equal
+        for layers that differ only in their weights."""
         graph = self.graph
         labels: dict[str, str] = {}
         group = graph.group(self.operators)
         for op in self.operators:
-            parts = [op.signature()]
+            parts = [op.semantics.signature]
             for value in op.inputs:
                 spec = graph.values[value]
                 source = group.produces(value)
@@ -400,24 +344,22 @@ def _layout(spec: TensorSpec) -> str:
     return f"{spec.shape}{spec.strides}{spec.offset}{spec.dtype}"
 
 
-_ROW_ENDS = frozenset({Kind.NORM, Kind.RESIDUAL, Kind.EMBEDDING})
-
-
 def _regions(graph: OperatorGraph) -> Iterator[Region]:
     order = graph.compute
     last_use = {graph.base(value): i for i, op in enumerate(order) for value in op.inputs}
     last_use.update((graph.base(value), len(order)) for value in graph.outputs)
     run: list[Operator] = []
-    alive: dict[str, Kind] = {}
+    alive: dict[str, Semantics] = {}
     for i, op in enumerate(order):
-        alive = {value: kind for value, kind in alive.items() if last_use.get(value, -1) >= i}
-        fusible = op.kind is not Kind.EXTERN and op.kind not in VIEWS
-        if run and (not fusible or (op.kind is Kind.GEMM and all(kind in _ROW_ENDS for kind in alive.values()))):
+        alive = {value: made_by for value, made_by in alive.items() if last_use.get(value, -1) >= i}
+        fusible = op.semantics.fusible
+        starts = op.semantics.is_linear and all(made_by.finishes_rows for made_by in alive.values())
+        if run and (not fusible or starts):
             yield from _connected(graph, run)
             run = []
         if fusible:
             run.append(op)
-            alive.update((value, op.kind) for value in op.outputs)
+            alive.update((value, op.semantics) for value in op.outputs)
     if run:
         yield from _connected(graph, run)
 

@@ -12,7 +12,7 @@ import pytest
 import fuser.attention  # noqa: F401 sets the store
 from fuser import masks
 from fuser.kernels import planner
-from fuser.kernels.attention import cached_plan
+from fuser.kernels.attention import _cached_plan, cached_plan
 from fuser.plans import CachedPlans
 from fuser.runtime.cache import default_cache
 from fuser.runtime.device import cpu_target
@@ -32,7 +32,7 @@ print(attention.cached_plan(masks.Strided(7) | masks.Dilated(3, 5), 200, 200, cp
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FUSER_CACHE_DIR", str(tmp_path / "cache"))
-    cached_plan.cache_clear()
+    _cached_plan.cache_clear()
     return tmp_path / "cache"
 
 
@@ -54,7 +54,7 @@ def test_a_damaged_plan_is_made_again(own_cache: Path, caplog: pytest.LogCapture
     (path,) = own_cache.glob("plans/*.plan")
     intact = path.read_bytes()
     path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-    cached_plan.cache_clear()
+    _cached_plan.cache_clear()
     with caplog.at_level(logging.WARNING, logger="fuser"):
         assert cached_plan(mask, 150, 150, target) == made
     assert "damaged" in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fuser.capture import capture, flatten_call
 from fuser.ir.errors import CaptureError
-from fuser.ir.graph import Kind, Operator, OperatorGraph
+from fuser.ir.graph import Operator, OperatorGraph, is_kind
 from fuser.ir.masks import Causal, SlidingWindow
+from fuser.ir.operators import PV, AdditiveMask, BooleanMask, Gemm, PatternMask, Scale, ScoreMask, Semantics
 from fuser.masks import from_dense
 from fuser.raising import raise_graph
 
@@ -38,16 +39,19 @@ class Model(nn.Module):
         return self.run(self, *inputs)
 
 
+M = TypeVar("M", bound=Semantics)
+
+
 def raised(run: Callable[..., Any], *inputs: Tensor, **settings: Any) -> OperatorGraph:
     return raise_graph(capture(Model(run).eval(), flatten_call(inputs or (X,), {})), **settings)
 
 
 def kinds(graph: OperatorGraph) -> Counter[str]:
-    return Counter(op.kind.value for op in graph.compute)
+    return Counter(op.kind for op in graph.compute)
 
 
-def only(graph: OperatorGraph, kind: Kind) -> Operator:
-    (found,) = (op for op in graph.operators if op.kind is kind)
+def only(graph: OperatorGraph, kind: type[M]) -> Operator[M]:
+    (found,) = (op for op in graph.operators if is_kind(op, kind))
     return found
 
 
@@ -66,19 +70,17 @@ def attention(*masks: Tensor, causal: bool = False) -> Callable[[Any, Tensor], T
 def test_attention_is_one_gemm_and_five_operators_without_copies() -> None:
     graph = raised(attention())
     assert kinds(graph) == {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "softmax": 1, "pv": 1}
-    gemm = only(graph, Kind.GEMM)
+    gemm = only(graph, Gemm)
     assert graph.values[gemm.output].shape == (2, S, 3 * WIDTH)
-    assert only(graph, Kind.SCALE).attributes["scale"] == pytest.approx((WIDTH // HEADS) ** -0.5)
-    pv = graph.values[only(graph, Kind.PV).output]
+    assert only(graph, Scale).semantics.scale == pytest.approx((WIDTH // HEADS) ** -0.5)
+    pv = graph.values[only(graph, PV).output]
     # Heads lie inside a token, so that merging them moves nothing.
     assert pv.strides == (S * WIDTH, WIDTH // HEADS, WIDTH, 1)
 
 
 def test_a_block_keeps_the_granularity_of_the_table() -> None:
     graph = raised(lambda m, x: m.norm(x + m.b(F.gelu(m.a(x)))))
-    assert [op.kind.value for op in graph.operators] == [
-        *("gemm", "bias", "activation", "gemm", "bias", "residual", "norm")
-    ]
+    assert [op.kind for op in graph.operators] == [*("gemm", "bias", "activation", "gemm", "bias", "residual", "norm")]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +109,14 @@ def test_what_depends_on_weights_alone_is_a_constant() -> None:
 
 def test_a_masked_row_of_a_causal_mask_stays_a_pattern() -> None:
     expected = raised(attention(causal=True))
-    assert only(expected, Kind.MASK).attributes["causal"] is True
+    assert only(expected, PatternMask).semantics.causal is True
 
     def buffered(m: Any, x: Tensor) -> Tensor:
         return attention(m.mask)(m, x)
 
     graph = raised(buffered)
-    assert only(graph, Kind.MASK).attributes["pattern"] == Causal()
-    assert len(only(graph, Kind.MASK).inputs) == 1
+    assert only(graph, PatternMask).semantics.pattern == Causal()
+    assert len(only(graph, PatternMask).inputs) == 1
     assert len(graph.inspected) == 1
 
 
@@ -129,7 +131,7 @@ def test_a_masked_row_of_a_causal_mask_stays_a_pattern() -> None:
 )
 def test_constant_masks_become_patterns(mask: Callable[[Any], Tensor]) -> None:
     graph = raised(lambda m, x: attention(mask(m))(m, x))
-    assert only(graph, Kind.MASK).attributes["pattern"] == Causal()
+    assert only(graph, PatternMask).semantics.pattern == Causal()
 
 
 def test_a_constant_mask_that_allows_everything_vanishes() -> None:
@@ -139,16 +141,16 @@ def test_a_constant_mask_that_allows_everything_vanishes() -> None:
 
 def test_masks_of_each_head_are_patterns_and_biases_are_not() -> None:
     per_head = raised(lambda m, x: attention(m.bias > -1)(m, x))
-    assert only(per_head, Kind.MASK).attributes["pattern"].heads == HEADS
-    bias = only(raised(lambda m, x: attention(m.bias)(m, x)), Kind.MASK)
-    assert bias.attributes["pattern"] is None and len(bias.inputs) == 2 and bias.expression is not None
+    assert only(per_head, PatternMask).semantics.pattern.heads == HEADS
+    bias = only(raised(lambda m, x: attention(m.bias)(m, x)), ScoreMask)
+    assert bias.semantics == AdditiveMask() and len(bias.inputs) == 2
 
 
 def test_a_constant_and_a_runtime_mask_stay_apart() -> None:
     keep = torch.ones(2, 1, 1, S, dtype=torch.bool)
     graph = raised(lambda m, x, keep: attention(m.mask & keep)(m, x), X, keep)
-    masks = [op for op in graph.operators if op.kind is Kind.MASK]
-    assert [op.attributes["pattern"] for op in masks] == [Causal(), None]
+    masks = [op for op in graph.operators if is_kind(op, ScoreMask)]
+    assert [op.semantics for op in masks] == [PatternMask(pattern=Causal()), BooleanMask()]
     assert [len(op.inputs) for op in masks] == [1, 2]
     # Where both are needed as one tensor they are computed.
     both = raised(lambda m, x, keep: (attention(m.mask & keep)(m, x), m.mask & keep), X, keep)
@@ -157,7 +159,7 @@ def test_a_constant_and_a_runtime_mask_stay_apart() -> None:
 
 def test_the_attention_argument_restricts_self_attention() -> None:
     window = SlidingWindow(2, 2)
-    assert only(raised(attention(), attention=window), Kind.MASK).attributes["pattern"] == window
+    assert only(raised(attention(), attention=window), PatternMask).semantics.pattern == window
     other = torch.randn(2, 5, WIDTH)
     cross = raised(
         lambda m, x, y: F.scaled_dot_product_attention(heads(m.a(x)), heads(m.b(y)), heads(m.c(y))),
@@ -184,8 +186,8 @@ def test_written_attention_is_recognized(scores: Callable[[Tensor], Tensor]) -> 
 
     graph = raised(run)
     assert kinds(graph) == {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "mask": 1, "softmax": 1, "pv": 1}
-    assert only(graph, Kind.MASK).attributes["pattern"] == Causal()
-    assert only(graph, Kind.SCALE).attributes["scale"] == pytest.approx(8**-0.5)
+    assert only(graph, PatternMask).semantics.pattern == Causal()
+    assert only(graph, Scale).semantics.scale == pytest.approx(8**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_random_operators_keep_their_order() -> None:
         return m.a(x) + torch.rand_like(m.a(x).cumsum(0)), torch.rand(3), torch.rand(4)
 
     graph = raised(run)
-    sizes = [graph.values[op.output].numel for op in graph.operators if op.is_random]
+    sizes = [graph.values[op.output].numel for op in graph.operators if op.semantics.is_random]
     assert sizes == [X.numel(), 3, 4]
 
 

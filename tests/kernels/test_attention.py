@@ -20,7 +20,9 @@ from torch import Tensor
 from fuser import masks
 from fuser.codegen.render import headers, render
 from fuser.ir.errors import KernelError
-from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.evaluation import evaluate
+from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import PV, QK, PatternMask, Scale, Semantics, Softmax
 from fuser.ir.target import Isa, Target
 from fuser.kernels.attention import AttentionFamily, AttentionParameters, extents, workspace_bytes
 from fuser.kernels.base import STORAGE, DType, Literal
@@ -413,11 +415,8 @@ def test_plans_for_other_heads_are_refused() -> None:
         attend(q, k, v, plan(masks.per_head([masks.Causal()] * 2), 20))
 
 
-def operators(*kinds: tuple[Kind, Sequence[str], dict[str, object]]) -> tuple[Operator, ...]:
-    return tuple(
-        Operator(f"op{i}", kind, tuple(inputs), (f"t{i}",), attributes=attributes)
-        for i, (kind, inputs, attributes) in enumerate(kinds)
-    )
+def operators(*made: tuple[Semantics, Sequence[str]]) -> tuple[Operator, ...]:
+    return tuple(Operator(f"op{i}", semantics, tuple(read), (f"t{i}",)) for i, (semantics, read) in enumerate(made))
 
 
 def graph(ops: tuple[Operator, ...], outputs: tuple[str, ...], mask: torch.dtype | None) -> OperatorGraph:
@@ -428,7 +427,7 @@ def graph(ops: tuple[Operator, ...], outputs: tuple[str, ...], mask: torch.dtype
     if mask is not None:
         values["mask"] = TensorSpec((2, 4, 50, 50), mask, (50, 0, 0, 1))
     for op in ops:
-        values[op.output] = spec(2, 4, 50, 64 if op.kind is Kind.PV else 50)
+        values[op.output] = spec(2, 4, 50, 64 if isinstance(op.semantics, PV) else 50)
     inputs = tuple(name for name in ("q", "k", "v", "mask") if name in values)
     return OperatorGraph(ops, values, inputs, outputs, {})
 
@@ -436,11 +435,11 @@ def graph(ops: tuple[Operator, ...], outputs: tuple[str, ...], mask: torch.dtype
 def test_family_matches_attention_and_calls_its_kernel() -> None:
     pattern = masks.Longformer(6, 2)
     ops = operators(
-        (Kind.QK, ("q", "k"), {}),
-        (Kind.SCALE, ("t0",), {"scale": 0.125}),
-        (Kind.MASK, ("t1",), {"causal": True, "pattern": pattern}),
-        (Kind.SOFTMAX, ("t2",), {}),
-        (Kind.PV, ("t3", "v"), {}),
+        (QK(), ("q", "k")),
+        (Scale(0.125), ("t0",)),
+        (PatternMask(True, pattern), ("t1",)),
+        (Softmax(masked=True), ("t2",)),
+        (PV(), ("t3", "v")),
     )
     family, made = AttentionFamily(), graph(ops, ("t4",), None)
     match = family.match(made.group(ops), target())
@@ -459,7 +458,7 @@ def test_family_matches_attention_and_calls_its_kernel() -> None:
     kernel(parameters, NATIVE)(KernelArgs.pack(addresses, call.extents, 2))
     expected = exact(tensors["q"], tensors["k"], tensors["v"], allowed)[0]
     assert error(tensors["t4"], expected) <= FP32
-    meaning = family.reference(match)({n: t.double() for n, t in tensors.items() if n != "t4"})
+    meaning = evaluate(match.group, {n: t for n, t in tensors.items() if n != "t4"}, torch.float64)
     assert error(meaning["t4"], expected) <= 1e-14
     assert family.cost(match, parameters, target()).flops < 8 * 50 * 50 * 4 * 64
     # Nothing that escapes or is left over can be one kernel.

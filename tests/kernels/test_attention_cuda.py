@@ -13,7 +13,8 @@ from torch import Tensor
 from fuser import masks
 from fuser.attention.launch import run_plan
 from fuser.codegen.render import header_folder, render
-from fuser.ir.graph import Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import PV, QK, BooleanMask, PatternMask, Scale, Semantics, Softmax
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import AttentionFamily, cached_plan
@@ -489,27 +490,27 @@ def test_sparse_attention_runs_choices_on_the_emulator() -> None:
     check(HALF, (out, lse), q, k, v, mask.dense(130))
 
 
-def operators(*kinds: tuple[Kind, Sequence[str], dict[str, object]]) -> tuple[Operator, ...]:
-    return tuple(
-        Operator(f"op{i}", kind, tuple(inputs), (f"t{i}",), attributes=attributes)
-        for i, (kind, inputs, attributes) in enumerate(kinds)
-    )
+def operators(*made: tuple[Semantics, Sequence[str]]) -> tuple[Operator, ...]:
+    return tuple(Operator(f"op{i}", semantics, tuple(read), (f"t{i}",)) for i, (semantics, read) in enumerate(made))
 
 
 def test_family_matches_attention_and_calls_its_kernel(run_cuda: Run) -> None:
     pattern = masks.Longformer(6, 2)
     ops = operators(
-        (Kind.QK, ("q", "k"), {}),
-        (Kind.SCALE, ("t0",), {"scale": 0.125}),
-        (Kind.MASK, ("t1", "mask"), {"causal": True, "pattern": pattern}),
-        (Kind.SOFTMAX, ("t2",), {}),
-        (Kind.PV, ("t3", "v"), {}),
+        (QK(), ("q", "k")),
+        (Scale(0.125), ("t0",)),
+        (PatternMask(True, pattern), ("t1",)),
+        (BooleanMask(), ("t2", "mask")),
+        (Softmax(masked=True), ("t3",)),
+        (PV(), ("t4", "v")),
     )
     half = torch.float16
     values = {name: TensorSpec.contiguous((2, heads, 50, 32), half) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     values["mask"] = TensorSpec((2, 4, 50, 50), torch.bool, (50, 0, 0, 1))
-    values |= {op.output: TensorSpec.contiguous((2, 4, 50, 32 if op.kind is Kind.PV else 50), half) for op in ops}
-    made = OperatorGraph(ops, values, ("q", "k", "v", "mask"), ("t4",), {})
+    values |= {
+        op.output: TensorSpec.contiguous((2, 4, 50, 32 if isinstance(op.semantics, PV) else 50), half) for op in ops
+    }
+    made = OperatorGraph(ops, values, ("q", "k", "v", "mask"), ("t5",), {})
     family = AttentionFamily()
     match = family.match(made.group(ops), TARGET)
     assert match is not None
@@ -519,17 +520,17 @@ def test_family_matches_attention_and_calls_its_kernel(run_cuda: Run) -> None:
     p = dataclasses.replace(found[0], lse=False)
     call = family.call(match, p, TARGET, TARGET.cores)
     assert family.cost(match, p, TARGET).seconds(TARGET) > 0
-    assert call.outputs == ("t4",)
+    assert call.outputs == ("t5",)
     q, k, v = operands(p, 2, 4, 2, 50, 50)
     padding = torch.arange(50).lt(torch.tensor([[44], [50]]))
-    tensors = {"q": q, "k": k, "v": v, "mask": padding[:, None, None].expand(2, 4, 50, 50), "t4": torch.zeros_like(q)}
+    tensors = {"q": q, "k": k, "v": v, "mask": padding[:, None, None].expand(2, 4, 50, 50), "t5": torch.zeros_like(q)}
     given = [
         torch.from_numpy(ref.array.copy()) if isinstance(ref, Literal) else tensors[str(ref)] for ref in call.tensors
     ]
     assert run_cuda(call.spec, given, call.extents, workspace_bytes=call.workspace_bytes, threads=TARGET.cores) == 0
     allowed = (pattern & masks.Causal()).dense(50) & padding[:, None, None]
     expected, _ = attention(q, k, v, allowed, scale=0.125)
-    assert error(tensors["t4"], expected) <= 2.0**-11
+    assert error(tensors["t5"], expected) <= 2.0**-11
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a", "sm_89"])

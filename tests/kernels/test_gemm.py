@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuser.codegen.render import headers, render
-from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms_norm, softmax, unary
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.evaluation import evaluate
+from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed
@@ -318,11 +320,11 @@ def _graph(chain: Sequence[Operator], outputs: Sequence[str], constant_weight: b
     return OperatorGraph(tuple(chain), values, ("x", "residual"), tuple(outputs), constants)
 
 
-GEMM = Operator("dense", Kind.GEMM, ("x", "weight"), ("product",), attributes={"transposed": True})
-ADD_BIAS = Operator("bias", Kind.BIAS, ("product", "bias"), ("biased",), binary(Op.ADD))
-GELU = Operator("gelu", Kind.ACTIVATION, ("biased",), ("active",), unary(Op.GELU))
-RESIDUAL = Operator("add", Kind.RESIDUAL, ("biased", "residual"), ("total",), binary(Op.ADD))
-NORM = Operator("norm", Kind.NORM, ("total", "gamma", "beta"), ("normal",), layer_norm(1e-5))
+GEMM = Operator("dense", Gemm(transposed=True), ("x", "weight"), ("product",))
+ADD_BIAS = Operator("bias", Bias(), ("product", "bias"), ("biased",))
+GELU = Operator("gelu", Activation(unary(Op.GELU)), ("biased",), ("active",))
+RESIDUAL = Operator("add", Residual(), ("biased", "residual"), ("total",))
+NORM = Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",))
 
 
 @pytest.mark.parametrize(
@@ -364,8 +366,7 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     workspace = torch.empty(call.workspace_bytes // 4 + 16)
     kernel(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, 2, workspace.data_ptr()))
 
-    exact = family.reference(match)({n: v.double() for n, v in values.items()})
-    eager = family.reference(match)(values)
+    exact, eager = evaluate(match.group, values, torch.float64), evaluate(match.group, values)
     for name in outputs:
         assert error(results[name], exact[name]) <= 2 * error(eager[name], exact[name]) + FLOOR[torch.float32]
 
@@ -373,7 +374,7 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
 @pytest.mark.parametrize("transposed", [True, False])
 def test_library_is_a_choice_and_follows_its_weight(transposed: bool) -> None:
     family, machine = GemmFamily(), target()
-    gemm_ = dataclasses.replace(GEMM, attributes={"transposed": transposed})
+    gemm_ = dataclasses.replace(GEMM, semantics=Gemm(transposed))
     graph = _graph([gemm_, ADD_BIAS], ["biased"])
     if not transposed:
         graph = dataclasses.replace(
@@ -405,9 +406,9 @@ def test_library_is_a_choice_and_follows_its_weight(transposed: bool) -> None:
 
 def test_family_refuses_what_it_cannot_run() -> None:
     family, machine = GemmFamily(), target()
-    second = Operator("dense2", Kind.GEMM, ("x", "weight"), ("product2",), attributes={"transposed": True})
-    again = Operator("norm2", Kind.NORM, ("normal", "gamma", "beta"), ("normal2",), layer_norm(1e-5))
-    mixed = Operator("mixed", Kind.RESIDUAL, ("product", "product2"), ("total",), binary(Op.ADD))
+    second = Operator("dense2", Gemm(transposed=True), ("x", "weight"), ("product2",))
+    again = Operator("norm2", Norm(layer_norm(1e-5)), ("normal", "gamma", "beta"), ("normal2",))
+    mixed = Operator("mixed", Residual(), ("product", "product2"), ("total",))
     chains = [
         [GEMM, second, mixed],
         [GEMM, ADD_BIAS, RESIDUAL, NORM, again],
@@ -418,7 +419,7 @@ def test_family_refuses_what_it_cannot_run() -> None:
         assert family.match(graph.group(chain), machine) is None
     run_time_weight = _graph([GEMM], ["product"], constant_weight=False)
     assert family.match(run_time_weight.group([GEMM]), machine) is None
-    prologue = Operator("pre", Kind.ACTIVATION, ("x",), ("y",), unary(Op.RELU))
+    prologue = Operator("pre", Activation(unary(Op.RELU)), ("x",), ("y",))
     late = dataclasses.replace(GEMM, inputs=("y", "weight"))
     graph = _graph([prologue, late], ["product"])
     graph = dataclasses.replace(graph, values={**graph.values, "y": graph.values["x"]})

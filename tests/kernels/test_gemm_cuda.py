@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
-from fuser.ir.expression import Builder, Expression, Op, binary, layer_norm, rms_norm, softmax, unary
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.evaluation import evaluate
+from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, LibraryParameters, Operand, Packed
 from fuser.kernels.families import materialize
-from fuser.kernels.gemm import GemmFamily
+from fuser.kernels.gemm import GemmFamily, GemmMatch
 from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmExtents, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassParameters
 from fuser.kernels.operands import OperandExtents
@@ -332,17 +334,17 @@ def test_faults_in_the_pipeline_are_found(
 
 FAMILY = GemmFamily()
 EMULATED = emulated_target()
-GEMM = Operator("dense", Kind.GEMM, ("x", "weight"), ("product",), attributes={"transposed": True})
-ADD_BIAS = Operator("bias", Kind.BIAS, ("product", "bias"), ("biased",), binary(Op.ADD))
-GELU = Operator("gelu", Kind.ACTIVATION, ("biased",), ("active",), unary(Op.GELU))
-TANH_GELU = Operator("gelu", Kind.ACTIVATION, ("biased",), ("active",), unary(Op.GELU_TANH))
-RELU = Operator("relu", Kind.ACTIVATION, ("biased",), ("active",), unary(Op.RELU))
-RESIDUAL = Operator("add", Kind.RESIDUAL, ("biased", "residual"), ("total",), binary(Op.ADD))
-ADD_ONLY = Operator("add", Kind.RESIDUAL, ("residual", "product"), ("total",), binary(Op.ADD))
-NORM = Operator("norm", Kind.NORM, ("total", "gamma", "beta"), ("normal",), layer_norm(1e-5))
+GEMM = Operator("dense", Gemm(transposed=True), ("x", "weight"), ("product",))
+ADD_BIAS = Operator("bias", Bias(), ("product", "bias"), ("biased",))
+GELU = Operator("gelu", Activation(unary(Op.GELU)), ("biased",), ("active",))
+TANH_GELU = Operator("gelu", Activation(unary(Op.GELU_TANH)), ("biased",), ("active",))
+RELU = Operator("relu", Activation(unary(Op.RELU)), ("biased",), ("active",))
+RESIDUAL = Operator("add", Residual(), ("biased", "residual"), ("total",))
+ADD_ONLY = Operator("add", Residual(), ("residual", "product"), ("total",))
+NORM = Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",))
 MLP_LAYER = [GEMM, ADD_BIAS, GELU]
 POST_NORM = [GEMM, ADD_BIAS, RESIDUAL, NORM]
-KN = dataclasses.replace(GEMM, attributes={"transposed": False})
+KN = dataclasses.replace(GEMM, semantics=Gemm(transposed=False))
 
 
 _MADE = (("y", "x"), ("other", "residual"))
@@ -362,13 +364,13 @@ def graph(
     values |= {v: TensorSpec.contiguous((n,), dtype) for v in ("bias", "gamma", "beta")}
     values |= {v: TensorSpec.contiguous((2, rows // 2, k), dtype) for v in ("x", "y")}
     values["residual"] = TensorSpec.contiguous((2, rows // 2, n), dtype)
-    transposed = chain[0].attributes["transposed"]
+    transposed = chain[0].semantics.transposed
     values["weight"] = TensorSpec.contiguous((n, k) if transposed else (k, n), weight or dtype)
     constants = {v: Constant(v) for v in ("bias", "gamma", "beta", "weight")}
     values["other"] = values["residual"]
     if not computed:
         return OperatorGraph(tuple(chain), values, ("x", "residual"), tuple(outputs), constants)
-    before = [Operator(made, Kind.ACTIVATION, (of,), (made,), unary(Op.TANH)) for of, made in _MADE]
+    before = [Operator(made, Activation(unary(Op.TANH)), (of,), (made,)) for of, made in _MADE]
     return OperatorGraph((*before, *chain), values, ("y", "other"), tuple(outputs), constants)
 
 
@@ -389,9 +391,8 @@ def launch(call: KernelCall, of: OperatorGraph, values: Mapping[str, Tensor]) ->
     return results
 
 
-def compare(got: Mapping[str, Tensor], match: object, values: Mapping[str, Tensor]) -> None:
-    run = FAMILY.reference(match)  # type: ignore[arg-type]
-    exact, eager = run({n: v.double() for n, v in values.items()}), run(values)
+def compare(got: Mapping[str, Tensor], match: GemmMatch, values: Mapping[str, Tensor]) -> None:
+    exact, eager = evaluate(match.group, values, torch.float64), evaluate(match.group, values)
     for name, result in got.items():
         bound = 2 * error(eager[name], exact[name]) + FLOOR[DType(dict(_NAMES)[result.dtype])]
         assert error(result, exact[name]) <= bound
@@ -450,7 +451,7 @@ def test_packed_weights_share_memory_where_they_can() -> None:
 def test_library_is_a_choice_where_it_has_the_epilogue(
     chain: list[Operator], expected: CublasParameters, transposed: bool
 ) -> None:
-    chain = [dataclasses.replace(chain[0], attributes={"transposed": transposed}), *chain[1:]]
+    chain = [dataclasses.replace(chain[0], semantics=Gemm(transposed)), *chain[1:]]
     of = graph(chain, [chain[-1].output], torch.float32)
     match = FAMILY.match(of.group(chain), EMULATED)
     assert match is not None

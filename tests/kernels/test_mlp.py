@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
+from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, binary, layer_norm, unary
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, TensorSpec
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Activation, Bias, Gemm, Norm, Pointwise, Residual
 from fuser.ir.target import TF32, Isa, Target, cuda_target, emulated_target
 from fuser.kernels import mlp
 from fuser.kernels.base import KernelCall, KernelSpec
@@ -27,14 +29,14 @@ WITH_TF32 = dataclasses.replace(EMULATED, features=EMULATED.features | {TF32})
 # One element may be off by a few roundings where eager's happens to be exact; TF32 rounds all factors to 10 bits.
 FLOOR = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-10}
 
-UP = Operator("up", Kind.GEMM, ("x", "w1"), ("up",), attributes={"transposed": True})
-BIAS = Operator("bias1", Kind.BIAS, ("up", "b1"), ("biased1",), binary(Op.ADD))
-GELU = Operator("gelu", Kind.ACTIVATION, ("biased1",), ("active",), unary(Op.GELU))
-DOWN = Operator("down", Kind.GEMM, ("active", "w2"), ("down",), attributes={"transposed": True})
-BIAS2 = Operator("bias2", Kind.BIAS, ("down", "b2"), ("biased2",), binary(Op.ADD))
-ADD = Operator("add", Kind.RESIDUAL, ("biased2", "residual"), ("total",), binary(Op.ADD))
-NORM = Operator("norm", Kind.NORM, ("total", "gamma", "beta"), ("normal",), layer_norm(1e-5))
-SCALE = Operator("scale", Kind.POINTWISE, ("up", "factor"), ("active",), binary(Op.MUL))
+UP = Operator("up", Gemm(transposed=True), ("x", "w1"), ("up",))
+BIAS = Operator("bias1", Bias(), ("up", "b1"), ("biased1",))
+GELU = Operator("gelu", Activation(unary(Op.GELU)), ("biased1",), ("active",))
+DOWN = Operator("down", Gemm(transposed=True), ("active", "w2"), ("down",))
+BIAS2 = Operator("bias2", Bias(), ("down", "b2"), ("biased2",))
+ADD = Operator("add", Residual(), ("biased2", "residual"), ("total",))
+NORM = Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",))
+SCALE = Operator("scale", Pointwise(binary(Op.MUL)), ("up", "factor"), ("active",))
 PLAIN = [UP, BIAS, GELU, DOWN, BIAS2]
 BLOCK = [*PLAIN, ADD, NORM]
 
@@ -52,9 +54,9 @@ def graph(
     shapes |= {"b1": (h,), "b2": (n,), "gamma": (n,), "beta": (n,), "factor": (*rows, 1)}
     wide = {"up", "biased1", "active"}
     shapes |= {name: (*rows, h if name in wide else n) for op in chain for name in op.outputs}
-    gemms = {op.output: op for op in chain if op.kind is Kind.GEMM}
+    gemms = {op.output: op for op in chain if isinstance(op.semantics, Gemm)}
     for name, weight in (("up", "w1"), ("down", "w2")):
-        if name in gemms and not gemms[name].attributes["transposed"]:
+        if name in gemms and not gemms[name].semantics.transposed:
             shapes[weight] = shapes[weight][::-1]
     values = {name: TensorSpec.contiguous(shape, dtype) for name, shape in shapes.items()}
     constants = {v: Constant(v) for v in ("w1", "w2", "b1", "b2", "gamma", "beta")}
@@ -98,8 +100,7 @@ def check(
     call = FAMILY.call(match, choices[0], target, 4)
     assert call.outputs == of.outputs
     results = run(call, of, values, target)
-    exact = FAMILY.reference(match)({v: t.double() for v, t in values.items()})
-    eager = FAMILY.reference(match)(values)
+    exact, eager = evaluate(match.group, values, torch.float64), evaluate(match.group, values)
     for name, got in results.items():
         bound = 2 * error(eager[name], exact[name]) + FLOOR[got.dtype]
         assert error(got, exact[name]) <= bound
@@ -170,7 +171,10 @@ def test_tf32_where_it_is_allowed() -> None:
 
 
 def test_weights_stored_the_other_way() -> None:
-    chain = [dataclasses.replace(op, attributes={"transposed": False}) if op.kind is Kind.GEMM else op for op in PLAIN]
+    chain = [
+        dataclasses.replace(op, semantics=Gemm(transposed=False)) if isinstance(op.semantics, Gemm) else op
+        for op in PLAIN
+    ]
     check(graph(chain, ["biased2"], rows=(64,)), chain)
 
 
@@ -196,7 +200,7 @@ def test_declines_what_it_cannot_run() -> None:
     # Two products side by side, and a norm between two.
     side = [UP, dataclasses.replace(DOWN, inputs=("x", "w2")), BIAS2]
     assert FAMILY.match(graph(side, ["up", "biased2"]).group(side), EMULATED) is None
-    inner = Operator("inner", Kind.NORM, ("up",), ("active",), layer_norm(1e-5, weight=False, bias=False))
+    inner = Operator("inner", Norm(layer_norm(1e-5, weight=False, bias=False)), ("up",), ("active",))
     between = [UP, inner, DOWN]
     assert FAMILY.match(graph(between, ["down"]).group(between), EMULATED) is None
 

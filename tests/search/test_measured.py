@@ -18,6 +18,7 @@ from torch import nn
 from fuser.capture import capture, flatten_call
 from fuser.codegen.render import TEMPLATES
 from fuser.ir.errors import BuildError, CacheError, SearchError
+from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
 from fuser.raising import raise_graph
 from fuser.runtime.build import Source, build
@@ -29,7 +30,7 @@ from fuser.search.objective import KernelTime
 from fuser.search.space import Point, Space
 from fuser.search.standalone import subgraph
 from fuser.search.study import search
-from fuser.search.worker import TOLERANCES, Timing, Unit, reference, relative_error
+from fuser.search.worker import TOLERANCES, Timing, Unit, relative_error
 
 TARGET = dataclasses.replace(cpu_target(), peak_flops=1e11, bandwidth=1e10, launch_seconds=1e-6)
 SPOILT = {
@@ -241,7 +242,7 @@ def test_the_reference_is_pytorch_in_double_precision() -> None:
     alone = subgraph(region.choice(Space.of(graph, TARGET, 2).default().regions[0]).groups)
     torch.manual_seed(1)
     values = {v: torch.randn(alone.values[v].shape, dtype=torch.float64) for v in (*alone.inputs, *alone.constants)}
-    (result,) = reference(alone, values.__getitem__).values()
+    (result,) = evaluate(alone, values, torch.float64).values()
     w0, b0, w1, b1 = (values[v] for v in _linear_constants(alone))
     (x,) = (values[v] for v in alone.inputs)
     expected = torch.nn.functional.linear(torch.nn.functional.gelu(torch.nn.functional.linear(x, w0, b0)), w1, b1)

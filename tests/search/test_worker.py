@@ -15,12 +15,13 @@ from fuser.codegen.assemble import assemble
 from fuser.codegen.partition import GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.ir.errors import FuserError
+from fuser.ir.evaluation import evaluate
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.runtime.build import build
 from fuser.runtime.cache import default_cache
 from fuser.search.space import Space
 from fuser.search.standalone import standalone, subgraph
-from fuser.search.worker import TOLERANCES, Unit, Worker, reference, tolerance
+from fuser.search.worker import TOLERANCES, Unit, Worker, tolerance
 from fuser.searching import graph_of
 
 EMULATED = emulated_target()
@@ -94,7 +95,10 @@ def test_the_reference_is_computed_on_the_device() -> None:
     (region,) = graph_of(model, (torch.randn(9, 40),)).regions
     graph, device = standalone(region).graph, torch.device("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        found = reference(graph, lambda name: torch.empty(graph.values[name].shape, device=device), device)
+        values = {
+            name: torch.empty(graph.values[name].shape, device=device) for name in (*graph.inputs, *graph.constants)
+        }
+        found = evaluate(graph, values, torch.float64)
         assert {(result.device, result.dtype) for result in found.values()} == {(device, torch.float64)}
 
 

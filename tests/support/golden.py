@@ -25,8 +25,9 @@ from fuser import zoo
 from fuser.capture import Captured, capture, flatten_call
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.compiler import choose_all
-from fuser.ir.graph import OperatorGraph, TensorSpec, TorchCall
+from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.masks import Mask, SlidingWindow
+from fuser.ir.operators import TorchCall
 from fuser.ir.target import TF32, Target, cuda_target
 from fuser.kernels.base import floating
 from fuser.raising import raise_graph
@@ -128,10 +129,8 @@ def _graph(graph: OperatorGraph, names: _Names) -> Iterator[str]:
         base = names.text(spec.base) if spec.base else ""
         yield f"value {number}: {spec.shape} {spec.dtype} {spec.strides} {base}+{spec.offset}"
     for op in graph.operators:
-        meaning = [names.text(part) for part in (op.expression, op.call) if part is not None]
-        meaning += [f"{key}={names.text(value)}" for key, value in sorted(op.attributes.items())]
-        wires = f"{names.text(op.outputs)} = {op.kind.value}{names.text(op.inputs)}"
-        yield f"{names.operators[op.name]}: {wires} {' '.join(meaning)} {op.reason}"
+        wires = f"{names.text(op.outputs)} = {op.kind}{names.text(op.inputs)}"
+        yield f"{names.operators[op.name]}: {wires} {names.text(op.semantics)}"
     yield f"outputs {names.text(graph.outputs)}"
 
 

@@ -8,7 +8,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,6 +24,9 @@ Ints = npt.NDArray[np.int64]
 
 # Entries that one step of a chunked computation may hold: large enough to vectorize, small beside any model.
 CHUNK = 1 << 22
+
+# Where a mask keeps what it was when somebody last asked.
+_CURRENT = "_current"
 
 # Largest length or parameter: products of two of them fit in int64.
 LARGEST = (1 << 31) - 1
@@ -217,6 +220,34 @@ class Mask(ABC):
         offset = integer("offset", offset, 0)
         return Shifted(self, offset) if offset else self
 
+    def current(self) -> Mask:
+        """This mask as it is now, for whoever keeps what follows from it: itself, where nothing can change.
+
+        What the functions in it read belongs to the result's identity, and the result refuses to be used once that has
+        changed: MaskError, from this method too.
+        """
+        now = tuple(mask.current() for mask in self._operands)
+        if all(a is b for a, b in zip(now, self._operands, strict=True)):
+            return self
+        kept = self.__dict__.get(_CURRENT)
+        if kept is None or kept._operands != now:
+            kept = self.__dict__[_CURRENT] = self._with(now)
+        return kept  # type: ignore[no-any-return]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing has changed that this mask, made by :meth:`current`, depends on."""
+        try:
+            self.current()
+        except MaskError:
+            return False
+        return True
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether the mask depends on what functions read, so that it can change."""
+        return any(mask.has_functions for mask in self._operands)
+
     def draw(self, path: str | Path, q_len: int, kv_len: int | None = None) -> None:
         """Write a PNG picture, shaded by block density where there are more entries than pixels. Needs matplotlib."""
         from fuser.ir.masks.picture import draw
@@ -236,6 +267,9 @@ class Mask(ABC):
     def __str__(self) -> str:
         return self.name
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _CURRENT}
+
     def __copy__(self) -> Mask:
         return self
 
@@ -243,6 +277,15 @@ class Mask(ABC):
         return self
 
     # What subclasses define. Lengths are checked; n is q_len, m is kv_len, i and j are int64 indices.
+
+    @property
+    def _operands(self) -> tuple[Mask, ...]:
+        """The masks that this one is made of."""
+        return ()
+
+    def _with(self, operands: tuple[Mask, ...]) -> Mask:
+        """The same of other operands."""
+        raise NotImplementedError(f"{type(self).__name__} has operands and must define _with")
 
     @abstractmethod
     def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
@@ -323,6 +366,13 @@ class Derived(Mask):
     @property
     def structured(self) -> bool:
         return self.operand.structured
+
+    @property
+    def _operands(self) -> tuple[Mask, ...]:
+        return (self.operand,)
+
+    def _with(self, operands: tuple[Mask, ...]) -> Mask:
+        return replace(self, operand=operands[0])
 
 
 @dataclass(frozen=True)
@@ -415,6 +465,13 @@ class _Composed(Mask):
     def name(self) -> str:
         parts = (f"({mask.name})" if isinstance(mask, _Composed) else mask.name for mask in self.operands)
         return f" {self.sign} ".join(parts)
+
+    @property
+    def _operands(self) -> tuple[Mask, ...]:
+        return self.operands
+
+    def _with(self, operands: tuple[Mask, ...]) -> Mask:
+        return self.of(operands)
 
     def _check(self, n: int, m: int) -> None:
         for mask in self.operands:
@@ -551,6 +608,13 @@ class PerHead(Mask):
         if len(times) < len(self.masks):
             return f"per_head({', '.join(f'{count} x {name}' for name, count in times.items())})"
         return f"per_head({', '.join(times)})"
+
+    @property
+    def _operands(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def _with(self, operands: tuple[Mask, ...]) -> Mask:
+        return PerHead(operands)
 
     def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
         shape = np.broadcast_shapes(i.shape, j.shape)

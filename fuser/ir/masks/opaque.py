@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fuser.ir.errors import MaskError
-from fuser.ir.masks.base import Bools, Ints, Mask, integer
+from fuser.ir.masks.base import _CURRENT, Bools, Ints, Mask, integer
+from fuser.ir.masks.captured import captured
 
 ModFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -118,12 +119,17 @@ def from_dense(tensor: torch.Tensor) -> TensorMask:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskMod(Mask):
-    """A mask given by a function; made by ``from_mask_mod``. Equal only to masks of the very same function object."""
+    """A mask given by a function; made by ``from_mask_mod``. Equal only to masks of the very same function object.
+
+    ``state`` is what the function reads besides its arguments, in a mask that :meth:`current` has made: it is equal
+    only to those of the same state, and refuses to be used in another. None follows the function as it is.
+    """
 
     function: ModFunction
     size: int | None = None
     fixed_head: int | None = None
     device: str = "cpu"
+    state: Hashable = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MaskMod) and self.function is other.function and self._rest == other._rest
@@ -131,20 +137,39 @@ class MaskMod(Mask):
     def __hash__(self) -> int:
         return hash((id(self.function), self._rest))
 
+    def current(self) -> Mask:
+        now = captured(self.function)
+        if self.state is None:
+            kept = self.__dict__.get(_CURRENT)
+            if kept is None or kept.state != now:
+                kept = self.__dict__[_CURRENT] = replace(self, state=now)
+            return kept  # type: ignore[no-any-return]
+        if self.state != now:
+            raise MaskError(
+                f"what {self.name} reads has changed since a plan or a graph was made with it: trace or compile again, "
+                "and keep it as it is until gradients have been computed"
+            )
+        return self
+
+    @property
+    def has_functions(self) -> bool:
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         if any(mark in getattr(self.function, "__qualname__", "") for mark in ("<lambda>", "<locals>")):
             raise MaskError(
                 f"{self.name} cannot be pickled, because its function is not importable: define it at the top level of "
                 "a module, or pickle from_dense(mask.dense(q_len, kv_len)) instead"
             )
-        return dict(self.__dict__)
+        # Another process reads what is there.
+        return {**super().__getstate__(), "state": None}
 
     def __repr__(self) -> str:
         return f"MaskMod({self.function!r}, heads={self.size})"
 
     @property
     def _rest(self) -> tuple[Any, ...]:
-        return self.size, self.fixed_head, self.device
+        return self.size, self.fixed_head, self.device, self.state
 
     @property
     def heads(self) -> int | None:
@@ -158,6 +183,10 @@ class MaskMod(Mask):
     def name(self) -> str:
         function = getattr(self.function, "__name__", type(self.function).__name__)
         return f"mask_mod({function})" if self.fixed_head is None else f"mask_mod({function}, head={self.fixed_head})"
+
+    def _check(self, n: int, m: int) -> None:
+        if self.state is not None:
+            self.current()
 
     def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
         q, kv = torch.from_numpy(i).to(self.device), torch.from_numpy(j).to(self.device)
@@ -220,7 +249,7 @@ class MaskMod(Mask):
         return result.expand(full)
 
     def _head(self, index: int) -> Mask:
-        return MaskMod(self.function, None, index, self.device)
+        return replace(self, size=None, fixed_head=index)
 
     def _key(self) -> Any:
         raise MaskError(f"{self.name} has no hash, since a function is opaque: use fingerprint(q_len, kv_len)")
@@ -233,8 +262,10 @@ def from_mask_mod(function: ModFunction, heads: int | None = None, *, device: to
     """A mask from FlexAttention's ``mask_mod(b, h, q_idx, kv_idx) -> bool tensor``, called with tensors on ``device``.
 
     ``heads`` is the number of heads if the result depends on ``h``. It must not depend on ``b``, which is always 0.
-    Both are checked on samples. The function must not change its answers later: what it captures is not copied. Using
-    the mask raises MaskError if the function fails, returns something else than bool, or breaks these rules.
+    Both are checked on samples. What the function reads (closures, defaults, globals, attributes of objects) may change
+    between uses, which see it as it is then. Not seen are writes to tensors through ``tensor.data`` or NumPy, and what
+    is looked up by a computed name or hidden in objects without attributes. Using the mask raises MaskError if the
+    function fails, returns something else than bool, or breaks these rules.
     """
     if not callable(function):
         raise MaskError(f"from_mask_mod takes a function of (b, h, q_idx, kv_idx), got {function!r}")

@@ -43,7 +43,11 @@ def draw(mask: Mask, path: Path, n: int, m: int) -> None:
     down = -(-heads // across)
     figure = Figure(figsize=(4.2 * across, 4.2 * down + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{mask.name}\n{n} x {m}, {mask.density(n, m):.2%} allowed", fontsize=10, wrap=True)
+    figure.suptitle(
+        f"{_literal(mask.name)}\n{n} x {m}, {mask.density(n, m):.2%} allowed",
+        fontsize=10,
+        wrap=True,
+    )
     for h in range(heads):
         axes = figure.add_subplot(down, across, h + 1)
         shares = block_density(mask.head(h), n, m)
@@ -55,5 +59,10 @@ def draw(mask: Mask, path: Path, n: int, m: int) -> None:
         axes.set_xlabel("key")
         axes.set_ylabel("query")
         if mask.heads is not None:
-            axes.set_title(f"head {h}: {mask.head(h).name}", fontsize=8, wrap=True)
+            axes.set_title(f"head {h}: {_literal(mask.head(h).name)}", fontsize=8, wrap=True)
     figure.savefig(path, format="png", dpi=150)
+
+
+def _literal(name: str) -> str:
+    """Text that matplotlib takes for no formula, whatever dollar signs are in a function's name."""
+    return name.replace("$", r"\$")

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -46,10 +47,12 @@ def test_a_mask_that_somebody_holds_is_known() -> None:
 
 
 def test_a_forked_child_does_not_wait_for_the_registry_of_its_parent() -> None:
-    with registry._lock:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(registry._lock.acquire).result()
         child = os.fork()
         if child == 0:
             os._exit(0 if registry._lock.acquire(blocking=False) else 1)
+        pool.submit(registry._lock.release).result()
     assert os.waitpid(child, 0)[1] == 0
 
 

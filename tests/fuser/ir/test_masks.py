@@ -605,6 +605,17 @@ class TestPicture:
         wanted = [[dense[np.ix_(r, c)].mean() for c in cols] for r in rows]
         np.testing.assert_allclose(shares, wanted, rtol=1e-12)
 
+    def test_a_name_is_no_formula(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+
+        def function(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+            return i >= j
+
+        function.__name__ = r"$\frac{$ _^ $x$"
+        for mask in (from_mask_mod(function), from_mask_mod(function, heads=2)):
+            mask.draw(tmp_path / "mask.png", 8)
+            assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
     def test_errors(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(MaskError, match="cannot draw"):
             Causal().draw(tmp_path / "x.png", 0)

@@ -9,16 +9,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from semantics import semantics
 
 from fuser.ir.errors import SchemeError
 from fuser.ir.expression import Builder, Op
-from fuser.ir.graph import Constant, Kind, Operator, OperatorGraph, OperatorGroup, Region, TensorSpec
+from fuser.ir.graph import Constant, Operator, OperatorGraph, OperatorGroup, Region, TensorSpec
+from fuser.ir.operators import (
+    PV,
+    QK,
+    Activation,
+    Bias,
+    Extern,
+    Gemm,
+    Norm,
+    PatternMask,
+    Pointwise,
+    Scale,
+    Semantics,
+    Softmax,
+)
 from fuser.ir.scheme import Scheme, canonical, groups, unfused
 
-KINDS = (Kind.POINTWISE, Kind.ACTIVATION, Kind.NORM)
+KINDS = (Pointwise, Activation, Norm)
 
 
-def build(inputs: Sequence[Sequence[int]], kinds: Sequence[Kind]) -> Region:
+def build(inputs: Sequence[Sequence[int]], kinds: Sequence[type[Semantics]]) -> Region:
     """Operator ``i`` sums the results of ``inputs[i]``, or the graph's input; externs stay outside the region."""
     operators = []
     for i, (sources, kind) in enumerate(zip(inputs, kinds, strict=True)):
@@ -27,15 +42,15 @@ def build(inputs: Sequence[Sequence[int]], kinds: Sequence[Kind]) -> Region:
         total = b.input(0)
         for j in range(1, len(names)):
             total = b.apply(Op.ADD, total, b.input(j))
-        operators.append(Operator(f"op{i}", kind, names, (f"v{i}",), b.build(total)))
+        operators.append(Operator(f"op{i}", semantics(kind, b.build(total)), names, (f"v{i}",)))
     read = {value for op in operators for value in op.inputs}
     values = {v: TensorSpec.contiguous((4, 8), torch.float32) for v in ("x", *(op.output for op in operators))}
     outputs = tuple(op.output for op in operators if op.output not in read)
     graph = OperatorGraph(tuple(operators), values, ("x",), outputs, {})
-    return Region(graph, tuple(op for op in operators if op.kind is not Kind.EXTERN))
+    return Region(graph, tuple(op for op in operators if op.semantics.fusible))
 
 
-def chain(*kinds: Kind) -> Region:
+def chain(*kinds: type[Semantics]) -> Region:
     return build([[i - 1] if i else [] for i in range(len(kinds))], kinds)
 
 
@@ -43,7 +58,7 @@ def chain(*kinds: Kind) -> Region:
 def regions(draw: st.DrawFn, externs: bool = True) -> Region:
     count = draw(st.integers(1, 9))
     inputs = [draw(st.lists(st.integers(0, i - 1), max_size=3, unique=True)) if i else [] for i in range(count)]
-    choices = (*KINDS, Kind.EXTERN) if externs else KINDS
+    choices = (*KINDS, Extern) if externs else KINDS
     kinds = [draw(st.sampled_from(choices if i else KINDS)) for i in range(count)]
     return build(inputs, kinds)
 
@@ -51,8 +66,8 @@ def regions(draw: st.DrawFn, externs: bool = True) -> Region:
 rules = st.sets(st.frozensets(st.sampled_from(KINDS), min_size=1))
 
 
-def by_kinds(rule: set[frozenset[Kind]]) -> Callable[[OperatorGroup], bool]:
-    return lambda group: frozenset(op.kind for op in group.operators) in rule
+def by_kinds(rule: set[frozenset[type[Semantics]]]) -> Callable[[OperatorGroup], bool]:
+    return lambda group: frozenset(type(op.semantics) for op in group.operators) in rule
 
 
 def anything(group: OperatorGroup) -> bool:
@@ -150,14 +165,14 @@ def test_from_groups_inverts_groups(data: st.DataObject, region: Region, rule: s
 
 
 def test_attention_is_found_whole_inside_a_longer_run() -> None:
-    attention = (Kind.QK, Kind.SCALE, Kind.MASK, Kind.SOFTMAX, Kind.PV)
-    region = chain(Kind.GEMM, Kind.BIAS, *attention, Kind.GEMM, Kind.BIAS)
-    kinds = {attention, (Kind.GEMM, Kind.BIAS)}
+    attention = (QK, Scale, PatternMask, Softmax, PV)
+    region = chain(Gemm, Bias, *attention, Gemm, Bias)
+    kinds = {attention, (Gemm, Bias)}
     asked: list[frozenset[str]] = []
 
     def legal(group: OperatorGroup) -> bool:
         asked.append(group.names)
-        return tuple(op.kind for op in group.operators) in kinds
+        return tuple(type(op.semantics) for op in group.operators) in kinds
 
     result = groups(Scheme(region.hash, (True,) * 8), region, legal)
     assert [len(group.operators) for group in result] == [2, 5, 2]
@@ -165,38 +180,38 @@ def test_attention_is_found_whole_inside_a_longer_run() -> None:
 
 
 def test_longest_legal_run_wins_over_a_longer_illegal_one() -> None:
-    region = chain(*[Kind.POINTWISE] * 7)
+    region = chain(*[Pointwise] * 7)
     result = groups(Scheme(region.hash, (True,) * 6), region, lambda group: len(group.operators) <= 3)
     assert [len(group.operators) for group in result] == [3, 3, 1]
 
 
 def test_branches_stay_with_their_own_producers() -> None:
     # A gated MLP: two GEMMs from one input, an activation on the first, a product.
-    region = build([[], [], [0], [1, 2]], [Kind.GEMM, Kind.GEMM, Kind.ACTIVATION, Kind.POINTWISE])
+    region = build([[], [], [0], [1, 2]], [Gemm, Gemm, Activation, Pointwise])
 
     def legal(group: OperatorGroup) -> bool:
-        return sum(op.kind is Kind.GEMM for op in group.operators) == 1
+        return len(group.of(Gemm)) == 1
 
     result = groups(Scheme(region.hash, (True,) * 3), region, legal)
     assert [sorted(group.names) for group in result] == [["op0", "op2"], ["op1", "op3"]]
 
 
 def test_a_group_around_an_operator_outside_it_is_cut() -> None:
-    region = build([[], [0], [0, 1]], [Kind.POINTWISE] * 3)
+    region = build([[], [0], [0, 1]], [Pointwise] * 3)
     assert region.edges == ((0, 1), (0, 2), (1, 2))
     around = Scheme(region.hash, (False, True, False))
     assert [len(group.operators) for group in groups(around, region, anything)] == [1, 1, 1]
 
 
 def test_a_group_around_an_extern_is_cut() -> None:
-    region = build([[], [0], [0, 1]], [Kind.POINTWISE, Kind.EXTERN, Kind.POINTWISE])
+    region = build([[], [0], [0, 1]], [Pointwise, Extern, Pointwise])
     assert region.edges == ((0, 1),)
     assert canonical(Scheme(region.hash, (True,)), region, anything) == unfused(region)
 
 
 def test_two_convex_groups_that_wait_for_each_other_are_cut() -> None:
     # op0 -> op3 and op1 -> op2 cross between the pairs (op0, op2) and (op1, op3).
-    region = build([[], [], [0, 1], [0, 1]], [Kind.POINTWISE] * 4)
+    region = build([[], [], [0, 1], [0, 1]], [Pointwise] * 4)
     bits = {(0, 2): True, (0, 3): False, (1, 2): False, (1, 3): True}
     crossed = Scheme(region.hash, tuple(bits[edge] for edge in region.edges))
     result = groups(crossed, region, anything)
@@ -204,7 +219,7 @@ def test_two_convex_groups_that_wait_for_each_other_are_cut() -> None:
 
 
 def test_a_region_of_one_operator() -> None:
-    region = build([[]], [Kind.NORM])
+    region = build([[]], [Norm])
     alone = unfused(region)
     assert str(alone) == f"1:{region.hash}:1"
     assert Scheme.parse(str(alone)) == alone
@@ -213,7 +228,7 @@ def test_a_region_of_one_operator() -> None:
 
 
 def test_a_region_without_edges() -> None:
-    region = build([[], [], []], [Kind.NORM] * 3)
+    region = build([[], [], []], [Norm] * 3)
     assert unfused(region).edges == 0
     assert [group.names for group in groups(unfused(region), region, anything)] == [{"op0"}, {"op1"}, {"op2"}]
 
@@ -247,7 +262,7 @@ def test_text_of_another_form_is_refused(text: str) -> None:
 
 
 def test_schemes_of_other_regions_are_refused() -> None:
-    region, other = chain(Kind.NORM, Kind.NORM), chain(Kind.NORM, Kind.BIAS)
+    region, other = chain(Norm, Norm), chain(Norm, Bias)
     with pytest.raises(SchemeError, match="belongs to the region"):
         groups(unfused(other), region, anything)
     with pytest.raises(SchemeError, match="2 bits for a region of 1 edges"):
@@ -255,7 +270,7 @@ def test_schemes_of_other_regions_are_refused() -> None:
 
 
 def test_groups_that_no_bits_can_say_are_refused() -> None:
-    region = build([[], [], [0, 1]], [Kind.NORM] * 3)
+    region = build([[], [], [0, 1]], [Norm] * 3)
     a, b, c = region.operators
     group = region.graph.group
     with pytest.raises(SchemeError, match="not connected"):
@@ -272,8 +287,8 @@ def test_schemes_do_not_carry_over_to_other_wirings() -> None:
     constants = {name: Constant(name) for name in ("wa", "wb")}
 
     def product(left: str, right: str) -> Region:
-        gemms = [Operator(n, Kind.GEMM, ("x", f"w{n}"), (n,), attributes={"transposed": True}) for n in "ab"]
-        operators = (*gemms, Operator("s", Kind.QK, (left, right), ("s",)))
+        gemms = [Operator(n, Gemm(transposed=True), ("x", f"w{n}"), (n,)) for n in "ab"]
+        operators = (*gemms, Operator("s", QK(), (left, right), ("s",)))
         return Region(OperatorGraph(operators, values, ("x",), ("s",), constants), operators)
 
     assert product("a", "b").hash == product("a", "b").hash

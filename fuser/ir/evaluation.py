@@ -1,0 +1,62 @@
+"""Evaluating operators by PyTorch: the one reference that kernels and programs are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup
+
+_CPU = torch.device("cpu")
+
+
+class Evaluation:
+    """The values of ``graph`` in memory as their specs lay it out, so that views see what is written to their base.
+
+    ``precision`` is the dtype of all floating-point values; None gives each its own. Set inputs and constants by name,
+    :meth:`run` operators, and read any value by its name.
+    """
+
+    def __init__(self, graph: OperatorGraph, precision: torch.dtype | None = None, device: torch.device = _CPU) -> None:
+        self.graph = graph
+        self.precision = precision
+        self.device = device
+        self._storages: dict[str, Tensor] = {}
+
+    def __getitem__(self, value: str) -> Tensor:
+        spec, base = self.graph.values[value], self.graph.base(value)
+        if base not in self._storages:
+            whole = self.graph.values[base]
+            dtype = self.precision if self.precision and whole.dtype.is_floating_point else whole.dtype
+            self._storages[base] = torch.zeros(max(whole.extent, 1), dtype=dtype, device=self.device)
+        return self._storages[base].as_strided(spec.shape, spec.strides, spec.offset)
+
+    def __setitem__(self, value: str, tensor: Tensor) -> None:
+        with torch.no_grad():
+            self[value].copy_(tensor)
+
+    def run(self, operators: Iterable[Operator]) -> None:
+        """Compute ``operators``, in this order, from values that are there."""
+        with torch.no_grad():
+            for op in operators:
+                results = op.semantics.evaluate(*(self[value] for value in op.inputs))
+                for value, result in zip(op.outputs, results, strict=True):
+                    self[value] = result
+
+
+def evaluate(
+    part: OperatorGraph | OperatorGroup, values: Mapping[str, Tensor], precision: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The outputs of a group or of a whole graph by name, computed by PyTorch on the device of ``values`` in
+    ``precision`` (None: every value in its own dtype).
+
+    ``values`` holds what the group reads, or the bases of these views.
+    """
+    group = part if isinstance(part, OperatorGroup) else part.group(part.compute)
+    found = Evaluation(group.graph, precision, next((t.device for t in values.values()), _CPU))
+    for name, tensor in values.items():
+        found[name] = tensor
+    found.run(group.operators)
+    return {value: found[value].clone() for value in part.outputs}

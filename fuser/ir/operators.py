@@ -1,0 +1,487 @@
+"""Operators: one frozen class a kind, which knows what it computes, what that costs and how others may treat it.
+
+Nothing else knows a kind's meaning: kernels ask for its :attr:`~Semantics.expression` or its attributes, the reference
+that they are checked against, PyTorch where no kernel runs it, the cost model, pictures and hashes ask its methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fuser.ir import expression as ex
+from fuser.ir.expression import Builder, Expression, Op
+from fuser.ir.masks import Mask
+
+Shape = tuple[int, ...]
+
+
+class Semantics(ABC):
+    """What an operator means, whatever its values are called.
+
+    A kind is a subclass that is a frozen dataclass, registered by :func:`kind`; all its fields enter
+    :attr:`fuser.ir.graph.Region.hash`. The class attributes are what the compiler asks about a kind.
+    """
+
+    kind: ClassVar[str]
+    """The name to print."""
+    fusible: ClassVar[bool] = True
+    """Whether it can share a kernel with a neighbour."""
+    is_linear: ClassVar[bool] = False
+    """Whether it multiplies rows by constant weights: where a new region may start."""
+    finishes_rows: ClassVar[bool] = False
+    """Whether its rows are where blocks of a model meet: residual sums, their norms, embeddings."""
+    makes_scores: ClassVar[bool] = False
+    """Whether it compares queries with keys: where attention starts."""
+    consumes_scores: ClassVar[bool] = False
+    """Whether it weighs values by what became of scores: where attention ends."""
+    gathers: ClassVar[tuple[int, ...]] = ()
+    """Positions of the inputs that are tables, of which it reads rows by number."""
+
+    @property
+    def expression(self) -> Expression | None:
+        """What it computes of rows that broadcast to its output's shape, for kernels that work row by row; None where
+        no row expression says it."""
+        return None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, whose order matters."""
+        return False
+
+    @abstractmethod
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Its outputs by PyTorch, in the dtype of the inputs; they broadcast to the outputs' shapes."""
+
+    @abstractmethod
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        """fp32 operations for values of these shapes."""
+
+    @abstractmethod
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        """A few words for pictures about what it does to values of these shapes; empty where its name says it."""
+
+    def widths(self, inputs: Sequence[Shape]) -> Shape:
+        """Sizes of run-time inputs that do not follow from the number of tokens, nor from constants."""
+        return ()
+
+    @property
+    def signature(self) -> str:
+        """A text that is equal exactly when the kind and all its fields are."""
+        return canonical(self)
+
+    def __str__(self) -> str:
+        return str(self.expression or "")
+
+
+S = TypeVar("S", bound=Semantics)
+KINDS: list[type[Semantics]] = []
+"""All kinds."""
+
+
+def kind(name: str) -> Callable[[type[S]], type[S]]:
+    """Registers a kind that prints as ``name``. Raises TypeError for one that lacks a method or can be changed."""
+
+    def register(cls: type[S]) -> type[S]:
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            raise TypeError(f"the kind {cls.__name__} lacks {', '.join(missing)}")
+        parameters = cls.__dict__.get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            raise TypeError(f"the kind {cls.__name__} must be a frozen dataclass")
+        cls.kind = name
+        KINDS.append(cls)
+        return cls
+
+    return register
+
+
+def canonical(value: Any) -> str:
+    """A text that is equal exactly when the values are, to the last bit of their numbers."""
+    if isinstance(value, Mask):
+        return value.hash
+    if isinstance(value, TorchCall):
+        return f"{value}({canonical(value.args)},{canonical(value.kwargs)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f"{field.name}={canonical(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{type(value).__name__}({','.join(fields)})"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, (tuple, list)):
+        return f"({','.join(map(canonical, value))})"
+    return value.hex() if isinstance(value, float) else repr(value)
+
+
+# ---- operators that PyTorch runs
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for the operator's input number ``index`` inside the arguments of a :class:`TorchCall`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    """A PyTorch function with its arguments, tensors replaced by :class:`Ref`."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run on ``inputs``; always a tuple of the results."""
+        args = [_substitute(a, inputs) for a in self.args]
+        result = self.target(*args, **{k: _substitute(v, inputs) for k, v in self.kwargs})
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    def __str__(self) -> str:
+        return str(getattr(self.target, "_name", None) or getattr(self.target, "__name__", self.target))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # ATen overloads do not pickle; their names do.
+        if isinstance(self.target, torch._ops.OpOverload):
+            namespace, name = self.target._schema.name.split("::")
+            return _restore_call, (namespace, name, self.target._overloadname, self.args, self.kwargs)
+        return TorchCall, (self.target, self.args, self.kwargs)
+
+
+def _restore_call(namespace: str, name: str, overload: str, args: Any, kwargs: Any) -> TorchCall:
+    return TorchCall(getattr(getattr(getattr(torch.ops, namespace), name), overload), args, kwargs)
+
+
+def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
+    if isinstance(value, Ref):
+        return inputs[value.index]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_substitute(v, inputs) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class _Called(Semantics):
+    call: TorchCall
+
+    fusible = False
+
+    @property
+    def is_random(self) -> bool:
+        return torch.Tag.nondeterministic_seeded in getattr(self.call.target, "tags", ())
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.call(*inputs)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        """Unknown, and so not counted."""
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+    def __str__(self) -> str:
+        return str(self.call)
+
+
+@kind("extern")
+@dataclass(frozen=True)
+class Extern(_Called):
+    """What PyTorch runs as it is, for a ``reason`` that the report gives."""
+
+    reason: str
+
+
+@kind("view")
+@dataclass(frozen=True)
+class View(_Called):
+    """Another shape of the same storage, which costs nothing."""
+
+    part_of_reader: ClassVar[bool] = False
+    """Whether a report counts it to the kernel that reads through it."""
+    part_of_writer: ClassVar[bool] = False
+    """Whether a report counts it to the kernel that writes through it."""
+
+
+@kind("split_heads")
+@dataclass(frozen=True)
+class SplitHeads(View):
+    """(B, S, H·D) seen as (B, H, S, D)."""
+
+    part_of_reader = True
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "split heads"
+
+
+@kind("merge_heads")
+@dataclass(frozen=True)
+class MergeHeads(View):
+    """(B, H, S, D) seen as (B, S, H·D)."""
+
+    part_of_writer = True
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "merge heads"
+
+
+# ---- products
+
+
+@kind("gemm")
+@dataclass(frozen=True)
+class Gemm(Semantics):
+    """x · W for x (…, K) and a constant W: (N, K) if ``transposed``, else (K, N)."""
+
+    transposed: bool
+
+    is_linear = True
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight = inputs
+        return (x @ (weight.mT if self.transposed else weight),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * math.prod(output) * inputs[0][-1]
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[0][-1]} → {output[-1]}"
+
+
+@kind("qk")
+@dataclass(frozen=True)
+class QK(Semantics):
+    """q · kᵀ for q (B, H, Sq, D) and k (B, Hkv, Sk, D), heads of k serving groups of those of q."""
+
+    makes_scores = True
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k = inputs
+        return (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT,)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * math.prod(output) * inputs[0][-1]
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+    def widths(self, inputs: Sequence[Shape]) -> Shape:
+        return inputs[0][1], inputs[0][-1]
+
+
+@kind("pv")
+@dataclass(frozen=True)
+class PV(Semantics):
+    """p · v for p (B, H, Sq, Sk) and v (B, Hkv, Sk, Dv), heads of v serving groups of those of p."""
+
+    consumes_scores = True
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        p, v = inputs
+        return (p @ v.repeat_interleave(p.shape[1] // v.shape[1], 1),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * math.prod(output) * inputs[0][-1]
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+
+# ---- elementwise and row-wise operators
+
+
+class _RowWise(Semantics):
+    """An operator that its expression says everything about."""
+
+    @property
+    @abstractmethod
+    def expression(self) -> Expression: ...
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.expression.evaluate(*inputs)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(self.expression.flops * math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class _Function(_RowWise):
+    function: Expression
+
+    @property
+    def expression(self) -> Expression:
+        return self.function
+
+
+_ADD = ex.binary(Op.ADD)
+
+
+@kind("bias")
+@dataclass(frozen=True)
+class Bias(_Function):
+    """A sum with a constant row."""
+
+    function: Expression = _ADD
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"over {output[-1]}"
+
+
+@kind("activation")
+@dataclass(frozen=True)
+class Activation(_Function):
+    """The function between two products."""
+
+
+@kind("residual")
+@dataclass(frozen=True)
+class Residual(_Function):
+    """A sum of two values."""
+
+    function: Expression = _ADD
+
+    finishes_rows = True
+
+
+@kind("norm")
+@dataclass(frozen=True)
+class Norm(_Function):
+    """A normalization of rows, with its weight and bias."""
+
+    finishes_rows = True
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"over {output[-1]}"
+
+
+@kind("pointwise")
+@dataclass(frozen=True)
+class Pointwise(_Function):
+    """Any other elementwise function."""
+
+
+@kind("scale")
+@dataclass(frozen=True)
+class Scale(_RowWise):
+    """A product with the number ``scale``."""
+
+    scale: float
+
+    @functools.cached_property
+    def expression(self) -> Expression:
+        b = Builder()
+        return b.build(b.apply(Op.MUL, b.input(0), b.constant(self.scale)))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"× {self.scale:.4g}"
+
+
+@kind("softmax")
+@dataclass(frozen=True)
+class Softmax(_RowWise):
+    """Softmax of rows; a row of -inf alone gives zeros if it is ``masked``, else NaN."""
+
+    masked: bool
+
+    @functools.cached_property
+    def expression(self) -> Expression:
+        return ex.masked_softmax() if self.masked else ex.softmax()
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (x,) = inputs
+        # PyTorch's own is what eager runs, bit for bit.
+        probabilities = torch.softmax(x, -1)
+        if self.masked:
+            probabilities = probabilities.masked_fill(torch.isneginf(x).all(-1, keepdim=True), 0.0)
+        return (probabilities,)
+
+
+@kind("embedding")
+@dataclass(frozen=True)
+class Embedding(Semantics):
+    """Rows of a table (N, D) by their numbers (…)."""
+
+    finishes_rows = True
+    gathers = (0,)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        table, index = inputs
+        return (torch.nn.functional.embedding(index, table),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+
+# ---- masks of attention's scores (B, H, Sq, Sk)
+
+
+class ScoreMask(Semantics):
+    """What lets scores through or not; their second input, if they have one, is a mask given at run time."""
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class PatternMask(ScoreMask):
+    """-inf for pairs that the constant ``pattern`` forbids, and for keys behind the query if it is ``causal``."""
+
+    causal: bool = False
+    pattern: Mask | None = None
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (scores,) = inputs
+        q_len, kv_len = scores.shape[-2:]
+        if self.causal:
+            allowed = torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, -math.inf)
+        if self.pattern is not None:
+            scores = scores.masked_fill(~self.pattern.dense(q_len, kv_len).to(scores.device), -math.inf)
+        return (scores,)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        pattern = "" if self.pattern is None else str(self.pattern)
+        return ", ".join(part for part in ("causal" if self.causal else "", pattern) if part)
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class BooleanMask(ScoreMask):
+    """-inf where its second input, which broadcasts to the scores, is False."""
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        scores, allowed = inputs
+        return (scores.masked_fill(~allowed, -math.inf),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "given at run time"
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class AdditiveMask(ScoreMask, _RowWise):
+    """The sum with its second input, which broadcasts to the scores."""
+
+    @property
+    def expression(self) -> Expression:
+        return _ADD
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "given at run time"
