@@ -213,6 +213,7 @@ class OptimizedModule(nn.Module):
                 self._policy.failed(key, form)
                 self._fail(key, error)
                 return None
+            self._excused.discard(key)
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
             if compiled.may_be_slower and self._attention is None:
                 self._comparisons[key] = Comparison()
