@@ -85,8 +85,8 @@ def _stand_in(model: nn.Module, run: Callable[..., Any]) -> nn.Module:
         "__reduce_ex__": reduce,
         "forward": forward,
     }
-    fused = type(cls)(cls.__name__, (cls,), members)
-    stand_in: nn.Module = object.__new__(fused)
+    metaclass: Any = type(cls)
+    stand_in: nn.Module = object.__new__(metaclass(cls.__name__, (cls,), members))
     object.__setattr__(stand_in, "__dict__", model.__dict__)
     return stand_in
 

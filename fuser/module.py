@@ -213,6 +213,7 @@ class OptimizedModule(nn.Module):
                 self._policy.failed(key, form)
                 self._fail(key, error)
                 return None
+            self._excused.discard(key)
             if compiled.captured.asks_modes and not self._asks_modes:
                 self._asks_modes = True
                 key = self._key(call)

@@ -137,7 +137,7 @@ class CompilationPolicy:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why calls wait, those first that have taken longest."""
-        waiting = sorted((w for w in self._waiting.values() if w.calls), key=lambda w: -w.seconds)
+        waiting = sorted((w for w in list(self._waiting.values()) if w.calls), key=lambda w: -w.seconds)
         found = [self._reason(w) for w in waiting[:_REASONS]]
         if len(waiting) > _REASONS:
             found.append(f"{len(waiting) - _REASONS} more calls wait until compiling them pays")

@@ -36,6 +36,9 @@ class Memory(enum.Enum):
     OUTPUT = "output"
     RESULT = "result"
 
+    # That of an enum hashes its name in Python, several times a step.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -161,7 +164,9 @@ class Program:
         self._keep: list[Any] = []
         self._constants: list[Tensor] = []
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
-        self._views: dict[Slot, Tensor] = {}
+        # By identity of the plan's slots: hashing all that a slot says would take as long as a small operator.
+        self._arena_views: dict[int, Tensor] = {}
+        self._constant_views: dict[int, Tensor] = {}
         self._runner = kernels[RUNNER]
         self._arena.programs.add(self)
         self._assemble()
@@ -181,7 +186,7 @@ class Program:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
         with self._arena.lock:
             self._constants = list(constants)
-            self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.CONSTANT}
+            self._constant_views = {}
             for i, tensor in enumerate(constants):
                 self._patch(Memory.CONSTANT, i, tensor)
 
@@ -258,12 +263,12 @@ class Program:
         self._patch(Memory.ARENA, 0, buffer)
         for args in self._arguments:
             args.workspace = buffer.data_ptr() + self.plan.workspace_offset
-        self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.ARENA}
+        self._arena_views = {}
 
     def leave(self) -> None:
         """Keep nothing of the arena's memory alive; call with its lock held."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._views = {s: v for s, v in self._views.items() if s.memory is not Memory.ARENA}
+        self._arena_views = {}
 
     # ---- setting up
 
@@ -344,7 +349,7 @@ class Program:
             step.call(*arguments, self._tensor(step.out, held))
             return
         for slot, result in zip(step.results, step.call(*arguments), strict=True):
-            if tuple(result.shape) != slot.shape or result.dtype != slot.dtype:
+            if result.shape != slot.shape or result.dtype != slot.dtype:
                 raise KernelError(
                     f"{step.call} returned {result.dtype} {tuple(result.shape)} where the captured model had "
                     f"{slot.dtype} {slot.shape}; the model's behaviour depends on the values of its inputs"
@@ -357,15 +362,17 @@ class Program:
 
     def _tensor(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
         if slot.memory is Memory.ARENA:
-            if slot not in self._views:
+            view = self._arena_views.get(id(slot))
+            if view is None:
                 with torch.inference_mode(False):
                     typed = self._buffer[slot.offset : slot.offset + _bytes(slot)].view(slot.dtype)
-                    self._views[slot] = typed.as_strided(slot.shape, slot.strides)
-            return self._views[slot]
+                    view = self._arena_views[id(slot)] = typed.as_strided(slot.shape, slot.strides)
+            return view
         if slot.memory is Memory.CONSTANT:
-            if slot not in self._views:
-                self._views[slot] = _strided(self._constants[slot.index], slot)
-            return self._views[slot]
+            view = self._constant_views.get(id(slot))
+            if view is None:
+                view = self._constant_views[id(slot)] = _strided(self._constants[slot.index], slot)
+            return view
         return _strided(held[slot.memory, slot.index], slot)
 
     def _returned(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
