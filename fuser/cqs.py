@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.attention.checks import check_operands
+from fuser.attention.checks import check_heads, check_operands
 from fuser.attention.launch import run_plan, say, unsupported
 from fuser.attention.reference import empty_out, reference
 from fuser.ir.errors import BuildError, CacheError, FuserError, MaskError, PlanError, ToolchainError
@@ -153,8 +153,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int]:
     n, m = q.shape[2], k.shape[2]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("CQS attention computes no gradients: call it under torch.no_grad(), or use sparse_attention")
-    if mask.heads not in (None, q.shape[1]):
-        raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {q.shape[1]}")
+    check_heads(mask, q)
     mask.validate(n, m)
     return n, m
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fuser.attention import sparse_attention
-from fuser.attention.checks import check_operands, check_runtime
+from fuser.attention.checks import check_heads, check_operands, check_runtime
 from fuser.attention.reference import arithmetic_dtype, empty_out, weighted_sum
 from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Dense, Mask
@@ -87,8 +87,7 @@ def attention(
     elif mask is not None:
         if not isinstance(mask, Mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
-        if mask.heads not in (None, q.shape[1]):
-            raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {q.shape[1]}: {tuple(q.shape)}")
+        check_heads(mask, q)
         mask.validate(q.shape[2], k.shape[2])
         mask = None if isinstance(mask, Dense) else mask
     q, k, v = q.detach(), k.detach(), v.detach()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
-from fuser.attention.checks import check_operands, check_runtime
+from fuser.attention.checks import check_heads, check_operands, check_runtime
+from fuser.attention.reference import reference
 from fuser.attention.registry import CAUSAL, DENSE, adopt_mask, key_of, mask_of, register_mask
 from fuser.ir.errors import MaskError
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Mask, PerBatch
 
 __all__ = ["adopt_mask", "attend", "mask_of", "register_mask", "sparse_attention"]
 
@@ -20,7 +23,7 @@ def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | Tensor | None = None,
+    mask: Mask | PerBatch | Tensor | None = None,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -31,7 +34,8 @@ def sparse_attention(
         q: (B, H, Sq, D).
         k: (B, Hkv, Sk, D); H is a multiple of Hkv, and each of k's heads serves H / Hkv heads of q in a row.
         v: (B, Hkv, Sk, Dv).
-        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing; or a tensor that broadcasts to
+        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing; or one for each batch entry
+            (``fuser.masks.per_batch``), which are computed one after the other; or a tensor that broadcasts to
             (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart from keys that
             nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for all pairs.
         scale: default 1 / sqrt(D).
@@ -42,22 +46,47 @@ def sparse_attention(
 
     It runs as ``torch.ops.fuser.sparse_attention`` (or ``sparse_attention_lse``): eager, exported, compiled, and as
     part of a fused program under ``fuser.optimize``. The kernels take fp32 and bf16, on GPUs fp16 as well, and heads
-    up to 256 wide; everything else, and the backward pass, is plain PyTorch with all Sq x Sk scores in memory, said
-    once in the log. Under ``torch.compile``, make the mask outside of the compiled function: one made inside breaks the
-    graph.
+    up to 256 wide; everything else, the backward pass and forward-mode differentiation are plain PyTorch with all
+    Sq x Sk scores in memory, said once in the log where no kernel takes the tensors. Under ``torch.compile``, make the
+    mask outside of the compiled function: one made inside breaks the graph.
 
     Raises:
         ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
         MaskError: the mask does not fit them.
     """
+    if isinstance(mask, PerBatch):
+        return _by_entries(q, k, v, mask, scale, return_lse)
     if mask is not None and not isinstance(mask, (Mask, Tensor)):
         raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
     pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
     if not return_lse:
         return attend(q, k, v, pattern, runtime, scale=scale)
     operands = _operands(q, k, v, pattern, runtime, False, 0, scale)
-    out, lse = torch.ops.fuser.sparse_attention_lse(*operands)
-    return out, lse
+    return (
+        _differentiated(*operands) if _is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
+    )
+
+
+def _by_entries(
+    q: Tensor, k: Tensor, v: Tensor, mask: PerBatch, scale: float | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`sparse_attention` of one batch entry after another; neighbours with equal masks are one."""
+    check_operands(q, k, v)
+    if len(mask) != q.shape[0]:
+        raise MaskError(f"the mask is for {len(mask)} batch entries and q has {q.shape[0]}: {tuple(q.shape)}")
+    parts: list[tuple[Tensor, ...]] = []
+    start = 0
+    for entry, same in itertools.groupby(mask.entries):
+        stop = start + len(list(same))
+        part = sparse_attention(q[start:stop], k[start:stop], v[start:stop], entry, scale=scale, return_lse=return_lse)
+        parts.append((part,) if isinstance(part, Tensor) else part)
+        start = stop
+    outs, *sums = zip(*parts, strict=True)
+    if q.stride(1) < q.stride(2):
+        out = torch.cat([part.transpose(1, 2) for part in outs]).transpose(1, 2)
+    else:
+        out = torch.cat(outs)
+    return (out, torch.cat(sums[0])) if return_lse else out
 
 
 def attend(
@@ -75,8 +104,26 @@ def attend(
 
     Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
     """
-    result: Tensor = torch.ops.fuser.sparse_attention(*_operands(q, k, v, pattern, runtime, causal, offset, scale))
+    operands = _operands(q, k, v, pattern, runtime, causal, offset, scale)
+    if _is_forward_differentiated():
+        return _differentiated(*operands)[0]
+    result: Tensor = torch.ops.fuser.sparse_attention(*operands)
     return result
+
+
+def _is_forward_differentiated() -> bool:
+    """Whether tangents may be carried along (``torch.func.jvp``, ``torch.autograd.forward_ad``), which operators of
+    ``torch.library`` drop."""
+    return forward_ad._current_level >= 0
+
+
+def _differentiated(
+    q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by operators that PyTorch differentiates in every mode."""
+    mask = mask_of(key)
+    check_heads(mask, q)
+    return reference(q, k, v, mask, runtime, scale)
 
 
 def _operands(

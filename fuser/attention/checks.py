@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import MaskError
+from fuser.ir.masks import Mask
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -25,6 +26,12 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def check_heads(mask: Mask, q: Tensor) -> None:
+    """Raise MaskError if the mask has matrices for other heads than those of q."""
+    if mask.heads not in (None, q.shape[1]):
+        raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {q.shape[1]}: {tuple(q.shape)}")
 
 
 def check_runtime(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -87,12 +87,14 @@ def run_plan(
     BuildError, ToolchainError or CacheError when there is no kernel.
     """
     target = target_of(q.device) if target is None else target
-    q, k, v = (t.detach() if t.stride(3) == 1 else t.detach().contiguous() for t in (q, k, v))
+    # Kernels read memory, which holds the opposite of a negative view.
+    q, k, v = (t.detach().resolve_neg() for t in (q, k, v))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, q_len, width = q.shape
     tensors = [q, k, v]
     mask_strides: tuple[int, ...] | None = None
     if runtime is not None:
-        runtime = runtime.detach().expand(batch, heads, q_len, k.shape[2])
+        runtime = runtime.detach().resolve_neg().expand(batch, heads, q_len, k.shape[2])
         mask_strides = runtime.stride()
         tensors.append(runtime)
     storage = None if runtime is None else STORAGE[runtime.dtype]

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fuser.attention.checks import check_heads
 from fuser.attention.launch import NoKernelError, run_plan, say, target_for
 from fuser.attention.reference import arithmetic_dtype, empty_out, reference
 from fuser.attention.registry import mask_of, pin
-from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
+from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.kernels.attention import cached_plan
 
 _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale)"
@@ -53,8 +54,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     mask = mask_of(key)
     batch, heads, q_len, _ = q.shape
-    if mask.heads not in (None, heads):
-        raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {heads}: {tuple(q.shape)}")
+    check_heads(mask, q)
     out = empty_out(q, v)
     sums = q.new_empty((batch, heads, q_len) if lse else (0,), dtype=arithmetic_dtype(q))
     if out.numel() == 0 and sums.numel() == 0:

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from fuser.ir.errors import MaskError
 from fuser.ir.masks.base import _CURRENT, Bools, Ints, Mask, integer
+from fuser.ir.masks.batch import PerBatch
 from fuser.ir.masks.captured import captured
 
 ModFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -122,7 +123,8 @@ class MaskMod(Mask):
     """A mask given by a function; made by ``from_mask_mod``. Equal only to masks of the very same function object.
 
     ``state`` is what the function reads besides its arguments, in a mask that :meth:`current` has made: it is equal
-    only to those of the same state, and refuses to be used in another. None follows the function as it is.
+    only to those of the same state, and refuses to be used in another. None follows the function as it is. ``entry`` is
+    the batch entry that the mask is for, None for all.
     """
 
     function: ModFunction
@@ -130,6 +132,7 @@ class MaskMod(Mask):
     fixed_head: int | None = None
     device: str = "cpu"
     state: Hashable = None
+    entry: int | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MaskMod) and self.function is other.function and self._rest == other._rest
@@ -169,7 +172,7 @@ class MaskMod(Mask):
 
     @property
     def _rest(self) -> tuple[Any, ...]:
-        return self.size, self.fixed_head, self.device, self.state
+        return self.size, self.fixed_head, self.device, self.state, self.entry
 
     @property
     def heads(self) -> int | None:
@@ -182,7 +185,8 @@ class MaskMod(Mask):
     @property
     def name(self) -> str:
         function = getattr(self.function, "__name__", type(self.function).__name__)
-        return f"mask_mod({function})" if self.fixed_head is None else f"mask_mod({function}, head={self.fixed_head})"
+        fixed = {"batch": self.entry, "head": self.fixed_head}
+        return f"mask_mod({', '.join([function, *(f'{k}={v}' for k, v in fixed.items() if v is not None)])})"
 
     def _check(self, n: int, m: int) -> None:
         if self.state is not None:
@@ -190,7 +194,7 @@ class MaskMod(Mask):
 
     def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
         q, kv = torch.from_numpy(i).to(self.device), torch.from_numpy(j).to(self.device)
-        allowed = self._call(0, self.fixed_head or 0, q, kv)
+        allowed = self._call(self.entry or 0, self.fixed_head or 0, q, kv)
         self._check_pure(allowed, q, kv)
         return allowed.cpu().numpy()
 
@@ -201,12 +205,13 @@ class MaskMod(Mask):
         some_q, some_kv = q[pick], kv if q.ndim == 2 else kv[pick]
         expected = allowed[pick] if self.size is None else allowed[:, pick]
         trials = [(0, 0, "gives different answers for the same pair: return a function of h, q_idx and kv_idx only")]
-        trials.append((1, 0, "depends on b: make one mask for each batch element, or give padding at run time"))
+        if self.entry is None:
+            trials.append((1, 0, "depends on b: pass from_mask_mod(fn, batch=...), or give padding at run time"))
         if self.size is None and self.fixed_head is None:
             trials.append((0, 1, "depends on h: pass from_mask_mod(fn, heads=...)"))
         for b, h, problem in trials:
             try:
-                again = self._call(b, (self.fixed_head or 0) + h, some_q, some_kv)
+                again = self._call((self.entry or 0) + b, (self.fixed_head or 0) + h, some_q, some_kv)
             except MaskError as error:
                 raise MaskError(f"{self.name} {problem}") from error
             if not torch.equal(expected, again):
@@ -258,15 +263,37 @@ class MaskMod(Mask):
         return ["mask_mod", self.size, _packed_digest(self, n, m)]
 
 
-def from_mask_mod(function: ModFunction, heads: int | None = None, *, device: torch.device | str = "cpu") -> MaskMod:
+@overload
+def from_mask_mod(
+    function: ModFunction, heads: int | None = None, batch: None = None, *, device: torch.device | str = "cpu"
+) -> MaskMod: ...
+
+
+@overload
+def from_mask_mod(
+    function: ModFunction, heads: int | None = None, *, batch: int, device: torch.device | str = "cpu"
+) -> PerBatch: ...
+
+
+def from_mask_mod(
+    function: ModFunction,
+    heads: int | None = None,
+    batch: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> MaskMod | PerBatch:
     """A mask from FlexAttention's ``mask_mod(b, h, q_idx, kv_idx) -> bool tensor``, called with tensors on ``device``.
 
-    ``heads`` is the number of heads if the result depends on ``h``. It must not depend on ``b``, which is always 0.
-    Both are checked on samples. What the function reads (closures, defaults, globals, attributes of objects) may change
-    between uses, which see it as it is then. Not seen are writes to tensors through ``tensor.data`` or NumPy, and what
-    is looked up by a computed name or hidden in objects without attributes. Using the mask raises MaskError if the
-    function fails, returns something else than bool, or breaks these rules.
+    ``heads`` is the number of heads if the result depends on ``h``, ``batch`` the number of batch entries if it depends
+    on ``b``: it gives a :class:`PerBatch`, one mask for each. Both are checked on samples. What the function reads
+    (closures, defaults, globals, attributes of objects) may change between uses, which see it as it is then. Not seen
+    are writes to tensors through ``tensor.data`` or NumPy, and what is looked up by a computed name or hidden in
+    objects without attributes. Using the mask raises MaskError if the function fails, returns something else than bool,
+    or breaks these rules.
     """
     if not callable(function):
         raise MaskError(f"from_mask_mod takes a function of (b, h, q_idx, kv_idx), got {function!r}")
-    return MaskMod(function, None if heads is None else integer("heads", heads, 1), None, str(device))
+    mask = MaskMod(function, None if heads is None else integer("heads", heads, 1), None, str(device))
+    if batch is None:
+        return mask
+    return PerBatch(tuple(replace(mask, entry=b) for b in range(integer("batch", batch, 1))))

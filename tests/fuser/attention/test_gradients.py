@@ -81,3 +81,35 @@ def test_operators_are_registered_well(operator: Any, transposed: bool) -> None:
     torch.library.opcheck(operator, (q.requires_grad_(), k, v, key, None, 0.2))
     runtime = torch.rand(2, 1, 1, 90) > 0.3
     torch.library.opcheck(operator, (q.detach(), k, v, key, runtime, 0.2))
+
+
+@pytest.mark.parametrize("given", ["mask", "tensor", "bias"])
+def test_tangents(given: str) -> None:
+    q, k, v = (t.double() for t in inputs(1, 4, 2, 9, 11, 8))
+    allowed = masks.SlidingWindow(3, 2).dense(9, 11) & (torch.arange(9) != 4)[:, None]
+    bias = torch.where(allowed, 0.5, -math.inf).double()
+    mask = {"mask": masks.from_dense(allowed), "tensor": allowed, "bias": bias}[given]
+    tangents = inputs(1, 4, 2, 9, 11, 8, seed=7)
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return sparse_attention(q, k, v, mask, return_lse=True)
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return sparse_attention(q, k, v, mask)
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dense = torch.zeros(9, 11, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True).nan_to_num()
+
+    # The true rate of change, by differences on both sides: their error is of the second order of the step.
+    step, doubled = 1e-5, [t.double() for t in tangents]
+    ahead, behind = (exactly(*(t + s * d for t, d in zip((q, k, v), doubled, strict=True))) for s in (step, -step))
+    want = (ahead - behind) / (2 * step)
+    got, tangent = torch.func.jvp(alone, (q, k, v), tuple(doubled))
+    torch.testing.assert_close(got, exactly(q, k, v))
+    torch.testing.assert_close(tangent, want, rtol=1e-6, atol=1e-8)
+    (out, _), (tangent, of_lse) = torch.func.jvp(both, (q, k, v), tuple(doubled))
+    torch.testing.assert_close(tangent, want, rtol=1e-6, atol=1e-8)
+    assert torch.equal(out, got) and bool(of_lse[:, :, :4].any())
+    single = torch.func.jvp(alone, (q.float(), k.float(), v.float()), tangents)[1]
+    assert relative(single, want) < 1e-5

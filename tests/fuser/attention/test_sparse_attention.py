@@ -86,6 +86,54 @@ def test_layouts(layout: str) -> None:
         assert out.transpose(1, 2).is_contiguous()  # type: ignore[union-attr]
 
 
+def test_negative_views() -> None:
+    """The imaginary part of a conjugate shares memory with its opposite."""
+    clean = inputs()
+    q, k, v = (torch.complex(t, -t).conj().imag for t in clean)
+    assert all(t.is_neg() for t in (q, k, v)) and torch.equal(q, clean[0])
+    want = sparse_attention(*clean, masks.Causal())
+    for out in (
+        sparse_attention(q, k, v, masks.Causal()),
+        fuser.cqs.attention(q, k, v, 3, mask=masks.Causal()),
+        fuser.flat.attention(q, k, v, mask=masks.Causal()),
+    ):
+        torch.testing.assert_close(out, want, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("layout", ["heads inside tokens", "slice of a wider tensor"])
+@pytest.mark.parametrize("heads", [None, 4])
+def test_a_document_layout_for_each_batch_entry(layout: str, heads: int | None) -> None:
+    q, k, v = (LAYOUTS[layout](t) for t in inputs(3))
+    ids = torch.arange(90) // torch.tensor([[9], [30], [90]])
+
+    def documents(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (ids[b, i] == ids[b, j]) & (i + (0 if heads is None else h) >= j)
+
+    for _ in range(2):
+        mask = masks.SlidingWindow(20, 5) & masks.from_mask_mod(documents, heads, batch=3)
+        head = torch.zeros(1, dtype=torch.int64) if heads is None else torch.arange(4)
+        i, j = torch.arange(70)[:, None], torch.arange(90)
+        want = (ids[:, None, :70, None] == ids[:, None, None]) & (i + head[:, None, None] >= j)
+        want &= masks.SlidingWindow(20, 5).dense(70, 90)
+        out, lse = sparse_attention(q, k, v, mask, return_lse=True)
+        check(out, q, k, v, want)
+        assert lse.shape == q.shape[:3] and out.stride() == sparse_attention(q, k, v).stride()  # type: ignore[union-attr]
+        assert torch.equal(sparse_attention(q, k, v, mask), out)  # type: ignore[arg-type]
+        ids[0] = torch.arange(90) // 4
+
+
+def test_neighbours_with_equal_masks_are_one_call() -> None:
+    q, k, v = inputs(3)
+    mask = masks.per_batch([masks.Causal(), masks.Causal(), masks.Dense()])
+    check(sparse_attention(q, k, v, mask), q, k, v, mask.dense(70, 90)[:, None])  # type: ignore[arg-type]
+    with pytest.raises(MaskError, match="for 3 batch entries and q has 2"):
+        sparse_attention(*inputs(2), mask)
+    with pytest.raises(MaskError, match="at least one"):
+        masks.per_batch([])
+    with pytest.raises(MaskError, match="3 and 1"):
+        mask & masks.per_batch([masks.Dense()])
+
+
 def test_expanded_batch() -> None:
     q, k, v = inputs(batch=1)
     out = sparse_attention(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), masks.Causal())
