@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import copy
 import dataclasses
 import functools
+import io
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuser import capture as capturing
 from fuser.capture import StateError, capture, flatten_call, flatten_output, is_capturing
@@ -431,3 +435,133 @@ def _fork_and_capture() -> None:
         free = capturing._EXPORTING.acquire(blocking=False)
         os._exit(0 if free and not is_capturing() else 1)
     _statuses.append(os.waitpid(pid, 0)[1])
+
+
+# ---- devices, threads, processes
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_model_is_captured_on_the_one_device_of_the_call(elsewhere: bool) -> None:
+    # Stand-ins need no GPU.
+    with FakeTensorMode():
+        model = Outside(lambda length: model.shift).eval()
+        model.linear.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+        model.linear.bias = nn.Parameter(torch.empty(8, device="cuda"))
+        model.shift = nn.Parameter(torch.empty(8, device="cpu" if elsewhere else "cuda"))
+        call = flatten_call((torch.empty(2, 8, device="cuda"),), {})
+        if elsewhere:
+            with pytest.raises(CaptureError, match="cpu"):
+                capture(model, call)
+            return
+        captured = capture(model, call)
+    values = [n.meta["val"] for n in captured.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    assert values and {v.device for v in values} == {torch.device("cuda", 0)}
+
+
+@pytest.fixture
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(30)]).eval()
+
+
+def test_the_model_may_be_used_in_any_way_beside_its_capture(deep: nn.Module) -> None:
+    with torch.no_grad():
+        expected = deep(X)
+    names = list(deep.state_dict())
+    done = threading.Event()
+
+    def use() -> int:
+        uses = 0
+        while not done.is_set() or not uses:
+            with torch.no_grad():
+                assert torch.equal(deep(X), expected)
+                assert torch.equal(copy.deepcopy(deep)(X), expected)
+            assert all(type(t) is Tensor and t.data_ptr() for t in deep.state_dict().values())
+            assert [name for name, _ in deep.named_parameters()] == names
+            buffer = io.BytesIO()
+            torch.save(deep.state_dict(), buffer)
+            uses += 1
+        return uses
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        used = pool.submit(use)
+        try:
+            for _ in range(3):
+                capture(deep, flatten_call((X,), {}))
+        finally:
+            done.set()
+        assert used.result() > 0
+
+
+def test_forks_beside_a_capture_have_the_model_whole_and_can_capture_it(deep: nn.Module) -> None:
+    with torch.no_grad():
+        expected = deep(X)
+    call_of_modules = nn.Module.__call__
+    done = threading.Event()
+
+    def capture_again() -> None:
+        while not done.is_set():
+            capture(deep, flatten_call((X,), {}))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        capturing_all_the_time = pool.submit(capture_again)
+        try:
+            statuses = []
+            for i in range(6):
+                time.sleep(0.05)
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(_right_in_a_child(deep, expected, call_of_modules, again=i == 0))
+                statuses.append(os.waitpid(pid, 0)[1])
+        finally:
+            done.set()
+        capturing_all_the_time.result()
+    assert statuses == [0] * len(statuses)
+
+
+def _right_in_a_child(model: nn.Module, expected: Tensor, call: Any, again: bool) -> int:
+    # A child has one thread, and PyTorch's pool of the parent is not in it.
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            right = torch.equal(model(X), expected) and all(p.data_ptr() for p in model.parameters())
+        right &= nn.Module.__call__ is call and torch.backends.mha.get_fastpath_enabled() and not is_capturing()
+        if again:
+            right &= len(capture(model, flatten_call((X,), {})).parameters) == 60
+        return 0 if right else 1
+    except BaseException:
+        return 2
+
+
+# ---- what transformers returns and installs
+
+
+def attributes_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that the modules of a model hold, containers by their entries."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            inner = list(value.items()) if isinstance(value, dict) else value
+            found[f"{name}.{key}"] = [(k, id(v)) for k, v in inner] if isinstance(value, dict) else inner
+    return found
+
+
+@pytest.mark.parametrize("flags", [{}, {"output_hidden_states": True}, {"use_cache": False}])
+def test_a_causal_model_is_captured_with_its_cache_and_left_as_it_was(flags: dict[str, bool]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=99)).eval()
+    ids = torch.arange(12)[None]
+    before = attributes_of(model)
+    call = flatten_call((), {"input_ids": ids, **flags})
+    captured = capture(model, call)
+    assert attributes_of(model) == before
+    given = {**captured.parameters, **dict(zip(captured.inputs, call.tensors, strict=True))}
+    nodes = [node for node in captured.graph.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        built = captured.output.build(captured.graph(*(given[node.name] for node in nodes)))
+        expected = model(input_ids=ids, **flags)
+    assert type(built) is type(expected) and list(built) == list(expected)
+    ours, theirs = flatten_output(built)[0], flatten_output(expected)[0]
+    assert len(ours) == len(theirs) == {"": 5, "output_hidden_states": 8, "use_cache": 1}[next(iter(flags), "")]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
