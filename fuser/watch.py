@@ -118,7 +118,7 @@ class _Configuration:
         for module in model.modules():
             self._collect(vars(module), holders, _watched(module))
         for cls in {base for module in model.modules() for base in type(module).__mro__}:
-            if not _of_torch(cls) and (keys := tuple(key for key, value in vars(cls).items() if _is_number(value))):
+            if not _of_torch(cls) and (keys := _numbers_of(cls)):
                 holders[id(cls)] = vars(cls), keys
         holders.update((id(variables), (variables, names)) for variables, names in GlobalNumbers(model).read)
         # A getter of one key would give the value itself instead of a tuple.
@@ -177,8 +177,14 @@ class _Configuration:
         return number
 
 
+def _numbers_of(cls: type) -> tuple[str, ...]:
+    return tuple(key for key, value in vars(cls).items() if _is_number(value) and not key.startswith("__"))
+
+
 def _watched(module: nn.Module) -> tuple[str, ...]:
     """Attributes of a module that its code may read, but for tensors and modules."""
+    if isinstance(module, nn.modules.dropout._DropoutNd) and not module.training:
+        return ()
     keys = [
         key
         for key, value in vars(module).items()
