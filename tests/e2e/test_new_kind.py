@@ -22,8 +22,8 @@ from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGroup
 from fuser.ir.operators import Semantics, Shape, kind
 from fuser.ir.target import Target
-from fuser.kernels.base import Cost, KernelCall, KernelSpec
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.raising import Raiser
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import NativeStep
@@ -69,14 +69,16 @@ class RunningSumParameters:
 
 
 class RunningSumFamily:
-    """One running sum of a contiguous matrix, on a CPU."""
+    """One running sum of a contiguous matrix."""
 
     name = "running_sum"
 
     def match(self, group: OperatorGroup, target: Target) -> OperatorGroup | None:
         alone = len(group.operators) == len(group.of(RunningSum)) == 1
-        return group if alone and target.kind == "cpu" and group.graph.values[group.inputs[0]].is_contiguous else None
+        return group if alone and group.graph.values[group.inputs[0]].is_contiguous else None
 
+
+class CpuRunningSum(Implementation[OperatorGroup, RunningSumParameters]):
     def space(self, match: OperatorGroup, target: Target) -> Sequence[RunningSumParameters]:
         return [RunningSumParameters(match.graph.values[match.outputs[0]].shape[-1])]
 
@@ -84,7 +86,7 @@ class RunningSumFamily:
         return Cost(match.graph.flops(match.operators[0]), 2.0 * match.graph.values[match.outputs[0]].nbytes)
 
     def call(self, match: OperatorGroup, parameters: RunningSumParameters, target: Target, threads: int) -> KernelCall:
-        spec = KernelSpec(self.name, "running_sum.cpp.j2", parameters)
+        spec = KernelSpec("running_sum", "running_sum.cpp.j2", parameters)
         rows = match.graph.values[match.outputs[0]].numel // parameters.columns
         return KernelCall(spec, (*match.inputs, *match.outputs), RunningSumExtents(rows), match.outputs)
 
@@ -94,7 +96,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(operators, "KINDS", list(operators.KINDS))
     kind("running sum")(RunningSum)
     monkeypatch.setitem(HANDLERS, CUMSUM, raise_cumsum)
-    monkeypatch.setattr(compiler, "FAMILIES", (RunningSumFamily(), *FAMILIES))
+    monkeypatch.setattr(
+        compiler, "IMPLEMENTATIONS", {(RunningSumFamily(), "cpu"): (CpuRunningSum(),), **IMPLEMENTATIONS}
+    )
     loader = jinja2.FileSystemLoader([TEMPLATES, Path(__file__).parent])
     monkeypatch.setattr(environment(), "loader", loader)
     yield
@@ -125,7 +129,7 @@ def test_a_kind_with_a_family_is_captured_chosen_built_and_right(known: None) ->
 
 
 def test_pytorch_runs_a_kind_without_a_family(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "FAMILIES", FAMILIES)
+    monkeypatch.setattr(compiler, "IMPLEMENTATIONS", IMPLEMENTATIONS)
     x = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
     compiled = compiled_for(x)
     assert torch.equal(compiled.program([x])[0], x.cumsum(-1))
