@@ -28,8 +28,8 @@ from fuser.ir.expression import Op, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm
 from fuser.ir.target import Target
-from fuser.kernels.base import KernelCall, Packed
-from fuser.kernels.gemm import GemmFamily, GemmMatch, GemmParameters, pack
+from fuser.kernels.base import Packed
+from fuser.kernels.gemm import CpuGemm, GemmFamily, GemmMatch, GemmParameters, pack
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target
@@ -81,8 +81,7 @@ def launcher(
     problem: Problem, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int, copies: int
 ) -> Callable[[], None]:
     """A function that runs the kernel on the problem, with the next of ``copies`` copies of the weights each time."""
-    call = GemmFamily().call(match, parameters, target, threads)
-    assert isinstance(call, KernelCall)
+    call = CpuGemm().call(match, parameters, target, threads)
     source = render(call.spec)
     kernel = load(build([source], target, headers=headers(call.spec))[source.symbol], source.symbol)
     named = {"x": problem.x, "b": problem.bias, call.outputs[0]: problem.out}
@@ -123,7 +122,7 @@ def measure(
     copies = 1 if options.warm else min(max(-(-3 * target.cache_bytes[2] // (2 * weight.nbytes)), 2), _MOST_COPIES)
     launch = functools.partial(launcher, problem, target=target, threads=threads, copies=copies)
     plain, fused = (match_linear(problem, gelu, target) for gelu in (False, True))
-    spaces = [[c for c in GemmFamily().space(m, target) if isinstance(c, GemmParameters)] for m in (plain, fused)]
+    spaces = [CpuGemm().space(m, target) for m in (plain, fused)]
     weights = [weight.clone() for _ in range(copies)]
     packed = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
     linear = torch.ops.mkldnn._linear_pointwise

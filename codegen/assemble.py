@@ -10,7 +10,7 @@ import networkx as nx
 import torch
 
 from fuser.codegen.memory import Lifetime, plan_arena
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.partition import PYTORCH, GroupChoice
 from fuser.codegen.render import render
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
@@ -71,7 +71,7 @@ class _Unit:
 def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Target, threads: int) -> Assembly:
     """Lay the chosen groups and the remaining operators out as steps over one arena.
 
-    ``choices`` hold, for every group of every region, the family, match and parameters (None: PyTorch runs it).
+    ``choices`` hold, for every group of every region, its kernel (None: PyTorch runs it).
     Raises FuserError when the groups cannot be ordered.
     """
     units = _ordered(graph, [*_group_units(choices, target, threads), *_extern_units(graph, choices)])
@@ -127,16 +127,12 @@ def runner_source(target: Target) -> Source:
 
 def _group_units(choices: Iterable[GroupChoice], target: Target, threads: int) -> Iterable[_Unit]:
     for choice in choices:
-        if choice.family is None:
-            yield from (_Unit((op,), None, "torch") for op in choice.group.operators)
-        else:
-            call = choice.family.call(choice.match, choice.parameters, target, threads)
-            yield _Unit(choice.group.operators, call, choice.family.name)
+        yield _Unit(choice.group.operators, choice.call(target, threads), choice.family)
 
 
 def _extern_units(graph: OperatorGraph, choices: Sequence[GroupChoice]) -> Iterable[_Unit]:
     grouped = {op.name for choice in choices for op in choice.group.operators}
-    return (_Unit((op,), None, "torch") for op in graph.compute if op.name not in grouped)
+    return (_Unit((op,), None, PYTORCH) for op in graph.compute if op.name not in grouped)
 
 
 def _ordered(graph: OperatorGraph, units: Sequence[_Unit]) -> list[_Unit]:

@@ -1,4 +1,4 @@
-"""Choosing schemes and kernels by predicted or measured times.
+"""Choosing schemes and kernels by predicted times.
 
 Times of groups nearly add up, so the best scheme of a region is a shortest path: its nodes are sets of operators that
 can be complete at one moment (downsets), its edges are the groups that lead from one to another, weighted by the time
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, Region
 from fuser.ir.scheme import Legality, Precedence, Scheme, members
 from fuser.ir.target import Target
-from fuser.kernels.base import Cost, KernelFamily
+from fuser.kernels.base import Cost, Family, Implementation, KernelCall, LibraryCall, Table, canonical
 
 MAX_OPERATORS = 24
 """Operators in one group."""
@@ -35,33 +35,70 @@ _PYTORCH_EFFICIENCY = 0.4
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What one measurement is about: the structural hash of a group (equal for groups that differ only in their
-    weights), the family's name and its parameters."""
+class Kernel:
+    """One kernel for the group ``made_for`` and for every group that is equal but for the names of its values: what a
+    family knows about it (``match``), and a choice of ``parameters`` of an implementation."""
 
-    group: str
-    family: str
+    family: Family
+    implementation: Implementation[Any, Any]
+    made_for: OperatorGroup
+    match: Any
     parameters: Any
+    offline: bool = False
+    """Whether it takes about a minute to build, so that only a search may choose it."""
+
+    def cost(self, target: Target) -> Cost:
+        return self.implementation.cost(self.match, self.parameters, target)
+
+    def call(self, group: OperatorGroup, target: Target, threads: int) -> KernelCall | LibraryCall:
+        """The launch on the values of ``group``, which equals the one it was made for."""
+        call = self.implementation.call(self.match, self.parameters, target, threads)
+        if group is self.made_for:
+            return call
+        return call.renamed(dict(zip(_values(self.made_for), _values(group), strict=True)))
 
 
-Measured = Callable[[Candidate], float | None]
-"""Seconds that a candidate took on the target, None when it was never measured."""
+def _values(group: OperatorGroup) -> tuple[str, ...]:
+    """The values of a group by position: every input and output of its operators in order."""
+    return tuple(value for op in group.operators for value in (*op.inputs, *op.outputs))
 
 
 @dataclass(frozen=True)
 class GroupChoice:
-    """The kernel of one group and its time in ``seconds``; ``family``, ``match`` and ``parameters`` are None where
-    PyTorch runs the group's one operator. ``cost`` is the prediction; ``measured`` tells where ``seconds`` is from,
-    ``offline`` that the kernel takes about a minute to build, so that only a search may choose it."""
+    """The kernel of one group, None where PyTorch runs the group's one operator, and its time in ``seconds``; ``cost``
+    is the prediction, ``measured`` tells where ``seconds`` is from."""
 
     group: OperatorGroup
-    family: KernelFamily | None
-    match: Any
-    parameters: Any
+    kernel: Kernel | None
     cost: Cost
     seconds: float
-    measured: bool
-    offline: bool = False
+    measured: bool = False
+
+    @property
+    def family(self) -> str:
+        """The name of the kernel's family."""
+        return PYTORCH if self.kernel is None else self.kernel.family.name
+
+    @property
+    def parameters(self) -> Any:
+        return None if self.kernel is None else self.kernel.parameters
+
+    @property
+    def name(self) -> str:
+        """Family and parameters in one text."""
+        return PYTORCH if self.kernel is None else f"{self.family} {canonical(self.parameters)}"
+
+    @property
+    def offline(self) -> bool:
+        return self.kernel is not None and self.kernel.offline
+
+    def on(self, group: OperatorGroup) -> GroupChoice:
+        """The same for an equal group with other values."""
+        return dataclasses.replace(self, group=group)
+
+    def call(self, target: Target, threads: int) -> KernelCall | LibraryCall | None:
+        """The launch of the kernel, None where PyTorch runs the operator."""
+        return None if self.kernel is None else self.kernel.call(self.group, target, threads)
 
 
 @dataclass(frozen=True)
@@ -77,25 +114,17 @@ class Choice:
         return math.fsum(choice.seconds for choice in self.groups)
 
 
-def legality(families: Sequence[KernelFamily], target: Target) -> Legality:
-    """The rule of schemes that some family must match a group of several operators."""
-    return lambda group: any(family.match(group, target) is not None for family in families)
+def legality(table: Table, target: Target) -> Legality:
+    """The rule of schemes that some kernel must run a group of several operators."""
+    return lambda group: next(kernels(group, table, target), None) is not None
 
 
-def choose(
-    groups: Iterable[OperatorGroup],
-    families: Sequence[KernelFamily],
-    target: Target,
-    measured: Measured | None = None,
-) -> tuple[GroupChoice, ...]:
-    """The best kernel for each of ``groups``; of equal ones the first in the order of families and their spaces.
-
-    Predictions are bounds that kernels do not beat, so where any candidate of a group was measured, only measured ones
-    compete. Raises SchemeError when no family matches a group of several operators.
-    """
+def choose(groups: Iterable[OperatorGroup], table: Table, target: Target) -> tuple[GroupChoice, ...]:
+    """The kernel with the least predicted time for each of ``groups``; of equal ones the first in the order of the
+    table and of spaces. Raises SchemeError when no family runs a group of several operators."""
     chosen = []
     for group in groups:
-        choice = _best(group, families, target, measured)
+        choice = _best(group, table, target)
         if choice is None:
             names = ", ".join(op.name for op in group.operators)
             raise SchemeError(f"no kernel family runs {names} as one kernel: repair the scheme with `groups` first")
@@ -103,9 +132,7 @@ def choose(
     return tuple(chosen)
 
 
-def default_scheme(
-    region: Region, families: Sequence[KernelFamily], target: Target, measured: Measured | None = None
-) -> Choice:
+def default_scheme(region: Region, table: Table, target: Target) -> Choice:
     """The scheme with the least time under the additive model, and its kernels; of equally fast ones with the fewest.
 
     Exact over all schemes of groups of up to ``MAX_OPERATORS`` when ``region`` has at most ``MAX_DOWNSETS`` downsets.
@@ -117,7 +144,7 @@ def default_scheme(
         if mask not in choices:
             single = not mask & (mask - 1)
             possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
-            choices[mask] = _best(precedence.group(mask), families, target, measured) if possible else None
+            choices[mask] = _best(precedence.group(mask), table, target) if possible else None
         return choices[mask]
 
     complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
@@ -137,7 +164,7 @@ def default_scheme(
 
 
 def kernels_of(
-    region: Region, families: Sequence[KernelFamily], target: Target, *, offline: bool = False
+    region: Region, table: Table, target: Target, *, offline: bool = False
 ) -> dict[int, tuple[GroupChoice, ...]]:
     """All kernels, with predicted times, of every group that can be part of a scheme: by the group's operators as a bit
     mask over their positions; with ``offline`` also those that take about a minute each to build. Groups that are no
@@ -152,61 +179,58 @@ def kernels_of(
             continue
         single = not mask & (mask - 1)
         possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
-        kernels = tuple(_kernels(precedence.group(mask), families, target, offline)) if possible else ()
-        if kernels:
-            found[mask] = kernels
+        choices = tuple(_choices(precedence.group(mask), table, target, offline)) if possible else ()
+        if choices:
+            found[mask] = choices
         else:
             rejected.add(mask)
     return found
 
 
-def offline_space(family: KernelFamily, match: Any, target: Target) -> Sequence[Any]:
-    """Choices of a family beside its space, whose kernels take about a minute each to build; few families have any."""
-    more: Callable[[Any, Target], Sequence[Any]] | None = getattr(family, "offline_space", None)
-    return more(match, target) if more is not None else ()
-
-
-def _kernels(
-    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, offline: bool = False
-) -> Iterator[GroupChoice]:
-    """Every kernel for ``group`` with its predicted time, in the order of families and their spaces; PyTorch only where
-    there is no other for a single operator."""
-    matched = False
-    for family in families:
-        match = family.match(group, target)
+def kernels(group: OperatorGroup, table: Table, target: Target, *, offline: bool = False) -> Iterator[Kernel]:
+    """Every kernel for ``group``, in the order of families, their implementations and their spaces; with ``offline``
+    also those that take about a minute to build, each family's last."""
+    for (family, kind), implementations in table.items():
+        match = family.match(group, target) if kind == target.kind else None
         if match is None:
             continue
-        quick = [(parameters, False) for parameters in family.space(match, target)]
-        slow = [(parameters, True) for parameters in offline_space(family, match, target)] if offline else []
-        for parameters, is_slow in (*quick, *slow):
-            matched = True
-            cost = family.cost(match, parameters, target)
-            yield GroupChoice(group, family, match, parameters, cost, cost.seconds(target), False, is_slow)
-    if not matched and len(group.operators) == 1:
+        for each in implementations:
+            yield from (Kernel(family, each, group, match, p) for p in each.space(match, target))
+        for each in implementations if offline else ():
+            yield from (Kernel(family, each, group, match, p, True) for p in each.offline_space(match, target))
+
+
+def alternatives(kernel: Kernel, table: Table, target: Target) -> list[Kernel]:
+    """All kernels of the same family for the same group, ``kernel`` among them; offline ones if it is one."""
+    found = []
+    for each in table[kernel.family, target.kind]:
+        space = each.offline_space if kernel.offline else each.space
+        found += [dataclasses.replace(kernel, implementation=each, parameters=p) for p in space(kernel.match, target)]
+    return found
+
+
+def predicted(group: OperatorGroup, kernel: Kernel | None, target: Target) -> GroupChoice:
+    """A kernel for ``group``, None for PyTorch, with the time that the cost model predicts."""
+    if kernel is None:
         (op,) = group.operators
-        cost = _pytorch_cost(group.graph, op)
-        yield GroupChoice(group, None, None, None, cost, pytorch_seconds(group.graph, op, target), False)
+        return GroupChoice(group, None, _pytorch_cost(group.graph, op), pytorch_seconds(group.graph, op, target))
+    cost = kernel.cost(target)
+    return GroupChoice(group, kernel, cost, cost.seconds(target))
 
 
-def _best(
-    group: OperatorGroup, families: Sequence[KernelFamily], target: Target, measured: Measured | None
-) -> GroupChoice | None:
+def _choices(group: OperatorGroup, table: Table, target: Target, offline: bool = False) -> Iterator[GroupChoice]:
+    """Every kernel for ``group`` with its predicted time; PyTorch for a single operator that has no other."""
+    found = None
+    for found in kernels(group, table, target, offline=offline):
+        yield predicted(group, found, target)
+    if found is None and len(group.operators) == 1:
+        yield predicted(group, None, target)
+
+
+def _best(group: OperatorGroup, table: Table, target: Target) -> GroupChoice | None:
     """The fastest kernel for ``group``, None when there is none."""
-    structure = Region(group.graph, group.operators).hash if measured is not None else ""
-    best: GroupChoice | None = None
-    for found in _kernels(group, families, target):
-        if measured is not None:
-            name = PYTORCH if found.family is None else found.family.name
-            time = measured(Candidate(structure, name, found.parameters))
-            if time is not None:
-                found = dataclasses.replace(found, seconds=time, measured=True)
-        if math.isfinite(found.seconds) and (best is None or _rank(found) < _rank(best)):
-            best = found
-    return best
-
-
-def _rank(choice: GroupChoice) -> tuple[bool, float]:
-    return not choice.measured, choice.seconds
+    finite = (choice for choice in _choices(group, table, target) if math.isfinite(choice.seconds))
+    return min(finite, key=lambda choice: choice.seconds, default=None)
 
 
 def pytorch_seconds(graph: OperatorGraph, op: Operator, target: Target) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def render(spec: KernelSpec) -> Source:
         raise ValueError(f"the parameters of {spec.symbol} are not printable")
     suffix = Path(spec.template.removesuffix(".j2")).suffix
     return Source(spec.symbol, header + text, suffix, getattr(spec.parameters, "includes", ()))
+
+
+@functools.cache
+def generator_hash(target: Target) -> str:
+    """sha256 of all that makes sources of specs for ``target``, and of the headers that they include."""
+    files = [*(TEMPLATES / target.kind).rglob("*"), *Path(__file__).parent.glob("*.py")]
+    found = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file() and "__pycache__" not in path.parts):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def header_folder(target: Target) -> Path:

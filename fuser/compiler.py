@@ -18,11 +18,11 @@ from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
-from fuser.ir.graph import OperatorGraph, OperatorGroup, Region
+from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.raising import raise_graph
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
@@ -124,7 +124,7 @@ def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> f
     unfused = math.fsum(
         pytorch_seconds(graph, graph.operators[graph.position[name]], target) for name, _ in assembly.unfused
     )
-    fused = math.fsum(choice.seconds for choice in assembly.choices if choice.family is not None)
+    fused = math.fsum(choice.seconds for choice in assembly.choices if choice.kernel is not None)
     return unfused / (unfused + fused) if unfused else 0.0
 
 
@@ -148,7 +148,7 @@ def choose_all(
     distinct: dict[str, Region] = {}
     for region in graph.regions:
         distinct.setdefault(region.hash, region)
-    choices = [(default_scheme(region, FAMILIES, target), region) for region in distinct.values()]
+    choices = [(default_scheme(region, IMPLEMENTATIONS, target), region) for region in distinct.values()]
     best = [choice for choice, _ in choices] if tuner is None else tuner.refine(choices)
     decided = dict(zip(distinct, best, strict=True))
     chosen: list[GroupChoice] = []
@@ -159,14 +159,8 @@ def choose_all(
             continue
         twin = dict(zip((op.name for op in first.operators), region.operators, strict=True))
         for group in choice.groups:
-            chosen.append(_transfer(group, graph.group(twin[op.name] for op in group.group.operators), target))
+            chosen.append(group.on(graph.group(twin[op.name] for op in group.group.operators)))
     return chosen, decided
-
-
-def _transfer(choice: GroupChoice, group: OperatorGroup, target: Target) -> GroupChoice:
-    """The same kernel for an equal group with other values."""
-    match = None if choice.family is None else choice.family.match(group, target)
-    return GroupChoice(group, choice.family, match, choice.parameters, choice.cost, choice.seconds, choice.measured)
 
 
 def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict[str, Kernel]:

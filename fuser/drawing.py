@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 import networkx as nx
 
-from fuser.codegen.partition import Choice, GroupChoice
+from fuser.codegen.partition import Choice
 from fuser.ir.graph import Operator, OperatorGraph, Region, TensorSpec
 
 COLOURS: Mapping[str, tuple[str, str]] = {
@@ -29,11 +29,6 @@ _PADDING, _TITLE = 12, 22
 _RANK_GAP, _BLOCK_GAP = 34, 28
 _LANE = 16
 _MARGIN = 10
-
-
-def family_of(choice: GroupChoice) -> str:
-    """The name of the family that runs a group, ``"pytorch"`` for none."""
-    return "pytorch" if choice.family is None else choice.family.name
 
 
 def colours(family: str) -> tuple[str, str]:
@@ -182,7 +177,7 @@ def draw_region(region: Region, choice: Choice) -> str:
     for group in choice.groups:
         time = duration(group.seconds)
         names = tuple(op.name for op in group.group.operators)
-        kernels.append((family_of(group), time if group.measured else f"≈ {time}", names))
+        kernels.append((group.family, time if group.measured else f"≈ {time}", names))
     return draw_outline(Outline.of(region), kernels)
 
 

@@ -127,11 +127,11 @@ def _kind(compiled: Compiled, number: int, seconds: float, target: Target) -> St
     kinds = tuple(by_name[name].kind for name in operators)
     choice = next((c for c in assembly.choices if c.group.names == frozenset(operators)), None)
     kernel = step.symbol if isinstance(step, NativeStep) else _call_name(step)
-    if choice is None or choice.family is None:
+    if choice is None or choice.kernel is None:
         return StepKind(kernel, PYTORCH, operators, kinds, 1, seconds, None, "", 0.0, 0.0)
     floor, bound = floor_of(choice.cost, target, assembly.plan.threads)
     cost = choice.cost
-    return StepKind(kernel, choice.family.name, operators, kinds, 1, seconds, floor, bound, cost.flops, cost.bytes)
+    return StepKind(kernel, choice.family, operators, kinds, 1, seconds, floor, bound, cost.flops, cost.bytes)
 
 
 def _call_name(step: TorchStep) -> str:

@@ -15,7 +15,7 @@ import jinja2
 from fuser.codegen.assemble import KernelRecord
 from fuser.codegen.partition import Choice, GroupChoice
 from fuser.compiler import Compiled
-from fuser.drawing import COLOURS, draw_region, duration, family_of, shape_text
+from fuser.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Region
 from fuser.ir.masks import Mask
@@ -160,8 +160,7 @@ def _signature(compiled: Compiled) -> str:
 def _blocks(compiled: Compiled) -> Iterator[Block]:
     for region, choice, count in regions_of(compiled):
         groups = tuple(
-            Group(family_of(g), tuple(op.name for op in g.group.operators), g.seconds, g.measured)
-            for g in choice.groups
+            Group(g.family, tuple(op.name for op in g.group.operators), g.seconds, g.measured) for g in choice.groups
         )
         yield Block(region.hash, count, str(choice.scheme), choice.seconds, groups)
 

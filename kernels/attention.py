@@ -15,9 +15,7 @@ from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.target import Target
-from fuser.kernels import attention_cuda
-from fuser.kernels.attention_cuda import CudaAttentionParameters
-from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Literal, floating
+from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Literal, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import PlanStore, stored_plan
 
@@ -91,7 +89,46 @@ class AttentionMatch:
     pattern: Mask
     mask: str | None
 
+    @property
+    def dtype(self) -> DType:
+        return STORAGE[self.group.graph.values[self.q].dtype]
 
+    @property
+    def mask_dtype(self) -> DType | None:
+        """Storage of the run-time mask."""
+        return None if self.mask is None else STORAGE[self.group.graph.values[self.mask].dtype]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        values = self.group.graph.values
+        return values[self.q].shape[-1], values[self.v].shape[-1]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the kernel reads: queries, keys, values, and the run-time mask if any."""
+        return (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        """(batch, head, row) of queries, keys, values and results."""
+        return [self.group.graph.values[value].strides[:3] for value in (self.q, self.k, self.v, self.out)]
+
+    @property
+    def mask_strides(self) -> tuple[int, ...] | None:
+        """(batch, head, row, key) of the run-time mask."""
+        return None if self.mask is None else self.group.graph.values[self.mask].strides
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(self.group.graph.values[value].nbytes for value in (self.q, self.k, self.v, self.out))
+
+    def plan(self, target: Target) -> AttentionPlan:
+        values = self.group.graph.values
+        return cached_plan(self.pattern, values[self.q].shape[2], values[self.k].shape[2], target)
+
+
+@dataclass(frozen=True)
 class AttentionFamily:
     """Product with the keys, scale, masks, softmax and product with the values, whatever views lie around them."""
 
@@ -122,8 +159,7 @@ class AttentionFamily:
         if pattern.heads not in (None, heads):
             return None
         scale = math.prod(op.semantics.scale for op in scales)
-        match = AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
-        return match if self.space(match, target) else None
+        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
 
     @staticmethod
     def _supported(
@@ -138,69 +174,29 @@ class AttentionFamily:
             return False
         return all(group.graph.values[m].dtype in (*floating(target), torch.bool) for m in runtime)
 
-    def space(
-        self, match: AttentionMatch, target: Target
-    ) -> Sequence[AttentionParameters] | Sequence[CudaAttentionParameters]:
-        """Blocks of keys whose scores stay in the first cache; on a GPU what its shared memory holds."""
-        values = match.group.graph.values
-        mask = None if match.mask is None else STORAGE[values[match.mask].dtype]
-        dtype = STORAGE[values[match.q].dtype]
-        if target.kind == "cuda":
-            widths = values[match.q].shape[-1], values[match.v].shape[-1]
-            return attention_cuda.choices(*widths, dtype, mask, False, target)
-        return [AttentionParameters(values[match.q].shape[-1], values[match.v].shape[-1], dtype, mask)]
 
-    def cost(
-        self, match: AttentionMatch, parameters: AttentionParameters | CudaAttentionParameters, target: Target
-    ) -> Cost:
-        values = match.group.graph.values
-        batch, heads, q_len, _ = values[match.q].shape
-        tiles = cached_plan(match.pattern, q_len, values[match.k].shape[2], target)
-        if isinstance(parameters, CudaAttentionParameters):
-            moved = sum(values[value].nbytes for value in (match.q, match.k, match.v, match.out))
-            return attention_cuda.cost(parameters, tiles, batch, heads, moved, target)
-        pairs = batch * heads * tiles.pairs_allowed
+class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
+    """Attention plans on CPUs."""
+
+    def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
+        """Blocks of keys whose scores stay in the first cache."""
+        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype)]
+
+    def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
+        batch, heads, _, _ = match.group.graph.values[match.q].shape
+        pairs = batch * heads * match.plan(target).pairs_allowed
         if match.pattern.heads is not None:
             pairs //= heads
         flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
-        moved = sum(values[value].nbytes for value in (match.q, match.k, match.v, match.out))
-        return Cost(flops, float(moved), efficiency=0.7)
+        return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
-    def call(
-        self,
-        match: AttentionMatch,
-        parameters: AttentionParameters | CudaAttentionParameters,
-        target: Target,
-        threads: int,
-    ) -> KernelCall:
-        values = match.group.graph.values
-        q, k = values[match.q], values[match.k]
-        batch, heads, q_len, _ = q.shape
-        tiles = cached_plan(match.pattern, q_len, k.shape[2], target)
-        strides = [values[value].strides[:3] for value in (match.q, match.k, match.v, match.out)]
-        mask = [] if match.mask is None else [match.mask]
-        mask_strides = values[match.mask].strides if match.mask is not None else None
-        if isinstance(parameters, CudaAttentionParameters):
-            chosen = attention_cuda.schedule(tiles, parameters, batch, heads, threads)
-            return KernelCall(
-                parameters.spec,
-                (match.q, match.k, match.v, *mask, Literal(chosen.tiles.key, chosen.tiles.array), match.out),
-                attention_cuda.extents(batch, heads, k.shape[1], tiles, chosen, match.scale, strides, mask_strides),
-                (match.out,),
-                chosen.workspace_bytes,
-            )
+    def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
+        values, tiles = match.group.graph.values, match.plan(target)
+        batch, heads, _, _ = values[match.q].shape
         return KernelCall(
             parameters.spec,
-            (match.q, match.k, match.v, *mask, Literal(f"plan:{tiles.hash}", tiles.array), match.out),
-            extents(
-                batch,
-                heads,
-                k.shape[1],
-                tiles,
-                match.scale,
-                strides,
-                mask_strides,
-            ),
+            (*match.tensors, Literal(f"plan:{tiles.hash}", tiles.array), match.out),
+            extents(batch, heads, values[match.k].shape[1], tiles, match.scale, match.strides, match.mask_strides),
             (match.out,),
             workspace_bytes(batch, heads, parameters.value_dim, tiles),
         )

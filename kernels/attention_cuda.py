@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.target import TF32, Target
+from fuser.kernels.attention import AttentionMatch
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
-from fuser.kernels.base import Cost, DType, KernelSpec
+from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
 
 TEMPLATE = "cuda/attention.cu.j2"
@@ -174,3 +175,31 @@ def cost(
     seconds = max(whole, longest)
     flops = max(1.0, pairs * 2.0 * width)
     return Cost(flops, float(moved), efficiency=flops / (seconds * target.peak_flops * target.cores))
+
+
+class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
+    """Attention plans on GPUs."""
+
+    def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
+        """What shared memory and registers hold: see :func:`choices`."""
+        return choices(*match.widths, match.dtype, match.mask_dtype, False, target)
+
+    def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:
+        batch, heads, _, _ = match.group.graph.values[match.q].shape
+        return cost(parameters, match.plan(target), batch, heads, match.moved_bytes, target)
+
+    def call(
+        self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target, threads: int
+    ) -> KernelCall:
+        values, plan = match.group.graph.values, match.plan(target)
+        batch, heads, _, _ = values[match.q].shape
+        chosen = schedule(plan, parameters, batch, heads, threads)
+        return KernelCall(
+            parameters.spec,
+            (*match.tensors, Literal(chosen.tiles.key, chosen.tiles.array), match.out),
+            extents(
+                batch, heads, values[match.k].shape[1], plan, chosen, match.scale, match.strides, match.mask_strides
+            ),
+            (match.out,),
+            chosen.workspace_bytes,
+        )

@@ -7,7 +7,7 @@ import enum
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -46,12 +46,12 @@ class DType(enum.Enum):
 STORAGE: Mapping[torch.dtype, DType] = {d.torch: d for d in DType}
 FLOATING = frozenset({torch.float32, torch.bfloat16})
 """Floating storage types of the CPU's kernels."""
-_CUDA_FLOATING = FLOATING | {torch.float16}
+_FLOATING = {"cpu": FLOATING, "cuda": FLOATING | {torch.float16}}
 
 
 def floating(target: Target) -> frozenset[torch.dtype]:
     """Floating storage types of the kernels of ``target``."""
-    return _CUDA_FLOATING if target.kind == "cuda" else FLOATING
+    return _FLOATING[target.kind]
 
 
 class Access(enum.Enum):
@@ -135,6 +135,12 @@ TensorRef = str | Packed | Literal
 """A value of the operator graph by name, a packed constant, or a literal array."""
 
 
+def _renamed(ref: TensorRef, names: Mapping[str, str]) -> TensorRef:
+    if isinstance(ref, Packed):
+        return dataclasses.replace(ref, value=names[ref.value])
+    return ref if isinstance(ref, Literal) else names[ref]
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """One launch: a kernel, its tensors in the template's order, its run-time extents, and the scratch it needs."""
@@ -144,6 +150,11 @@ class KernelCall:
     extents: Extents | tuple[int, ...]
     outputs: tuple[str, ...]
     workspace_bytes: int = 0
+
+    def renamed(self, names: Mapping[str, str]) -> KernelCall:
+        """The same launch on other values, which ``names`` gives for each of its own."""
+        tensors = tuple(_renamed(ref, names) for ref in self.tensors)
+        return dataclasses.replace(self, tensors=tensors, outputs=tuple(names[v] for v in self.outputs))
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,11 @@ class LibraryCall:
     def inputs(self) -> tuple[str, ...]:
         """The values of the operator graph that are read."""
         return tuple(t for t in self.tensors if isinstance(t, str))
+
+    def renamed(self, names: Mapping[str, str]) -> LibraryCall:
+        """The same call on other values, which ``names`` gives for each of its own."""
+        tensors = tuple(_renamed(ref, names) for ref in self.tensors)
+        return dataclasses.replace(self, tensors=tensors, outputs=tuple(names[v] for v in self.outputs))
 
 
 @dataclass(frozen=True)
@@ -184,20 +200,39 @@ class Cost:
         return max(compute, self.bytes / target.bandwidth) + self.launches * target.launch_seconds
 
 
-class KernelFamily(Protocol):
-    """A kind of kernel: what it matches, with which parameters, and at what predicted cost. What is right is what
-    :func:`fuser.ir.evaluation.evaluate` makes of the group.
+Match = TypeVar("Match", contravariant=True)
+Parameters = TypeVar("Parameters")
 
-    ``match`` returns None when the family cannot run the whole group as one kernel. ``space`` lists the legal
-    parameter choices, the default first. ``call`` binds a choice to the group's values.
-    """
 
-    name: str
+class Family(Protocol):
+    """A kind of kernel by what it computes, whatever the device: see :data:`fuser.kernels.families.IMPLEMENTATIONS`."""
 
-    def match(self, group: OperatorGroup, target: Target) -> Any | None: ...
+    @property
+    def name(self) -> str: ...
 
-    def space(self, match: Any, target: Target) -> Sequence[Any]: ...
+    def match(self, group: OperatorGroup, target: Target) -> Any | None:
+        """All that implementations need to know about ``group``, None when it is nothing of this family."""
 
-    def cost(self, match: Any, parameters: Any, target: Target) -> Cost: ...
 
-    def call(self, match: Any, parameters: Any, target: Target, threads: int) -> KernelCall | LibraryCall: ...
+class Implementation(Protocol[Match, Parameters]):
+    """One way to run what a family matches on one kind of target: a template, or a library."""
+
+    from_library: bool = False
+    """Whether the kernels are a library's; how those compare with others is worth a measurement."""
+
+    def space(self, match: Match, target: Target) -> Sequence[Parameters]:
+        """The legal parameters, the default first; none when this implementation cannot run the group."""
+
+    def offline_space(self, match: Match, target: Target) -> Sequence[Parameters]:
+        """More of them, whose kernels take about a minute each to build: for a search that has the time."""
+        return ()
+
+    def cost(self, match: Match, parameters: Parameters, target: Target) -> Cost:
+        """The predicted work of one launch; it may be wrong by a factor, but not in the order of choices."""
+
+    def call(self, match: Match, parameters: Parameters, target: Target, threads: int) -> KernelCall | LibraryCall:
+        """The launch of ``parameters`` on the values of the matched group."""
+
+
+Table = Mapping[tuple[Family, str], Sequence[Implementation[Any, Any]]]
+"""The implementations of every family by the kind of target, families in order of preference."""

@@ -1,4 +1,4 @@
-"""The kernel families that the compiler chooses from, and how constants are brought into their layouts."""
+"""The kernel families that the compiler chooses from, and who runs them on which kind of target."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ import torch
 from torch import Tensor
 
 from fuser.kernels import gemm, gemm_cuda
-from fuser.kernels.attention import AttentionFamily
-from fuser.kernels.base import KernelFamily, Literal, Packed
-from fuser.kernels.gemm import GemmFamily
-from fuser.kernels.mlp import MlpFamily
-from fuser.kernels.rowwise import PointwiseFamily, RowwiseFamily
+from fuser.kernels.attention import AttentionFamily, CpuAttention
+from fuser.kernels.attention_cuda import CudaAttention
+from fuser.kernels.base import Literal, Packed, Table
+from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
+from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
+from fuser.kernels.gemm_cutlass import CutlassGemm
+from fuser.kernels.mlp import CudaMlp, MlpFamily
+from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
+from fuser.kernels.rowwise_cuda import CudaRowwise
 
-FAMILIES: tuple[KernelFamily, ...] = (AttentionFamily(), GemmFamily(), MlpFamily(), RowwiseFamily(), PointwiseFamily())
+IMPLEMENTATIONS: Table = {
+    (AttentionFamily(), "cpu"): (CpuAttention(),),
+    (AttentionFamily(), "cuda"): (CudaAttention(),),
+    (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
+    (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
+    (MlpFamily(), "cuda"): (CudaMlp(),),
+    (RowwiseFamily(), "cpu"): (CpuRowwise(),),
+    (RowwiseFamily(), "cuda"): (CudaRowwise(),),
+    (PointwiseFamily(), "cpu"): (CpuRowwise(),),
+    (PointwiseFamily(), "cuda"): (CudaRowwise(),),
+}
+"""Where several kernels run a group equally fast, the first of this table is taken."""
 
 
 def materialize(constant: Packed | Literal, value: Tensor | None) -> Tensor:

@@ -19,20 +19,20 @@ from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.operators import Gemm
 from fuser.ir.target import Isa, Target
-from fuser.kernels import gemm_cuda, gemm_cutlass
 from fuser.kernels.base import (
     STORAGE,
     Access,
     Cost,
     DType,
+    Implementation,
     KernelCall,
     KernelSpec,
     LibraryCall,
+    LibraryParameters,
     Operand,
     Packed,
     floating,
 )
-from fuser.kernels.base import LibraryParameters as LibraryParameters
 from fuser.kernels.compose import RowProgram, compose
 from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
@@ -138,9 +138,6 @@ class GemmParameters:
         return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
 
 
-AnyParameters = GemmParameters | LibraryParameters | gemm_cuda.CudaGemmParameters | gemm_cutlass.CutlassParameters
-
-
 def _odd_lines(floats: int) -> int:
     return _LINE * (-(-floats // _LINE) | 1)
 
@@ -239,22 +236,8 @@ class GemmMatch:
         """Whether the weight is stored (N, K)."""
         return self.gemm.semantics.transposed
 
-    @property
-    def library(self) -> LibraryParameters | None:
-        """The library's kernel for this group, where it has one: one dtype, and no epilogue but a bias."""
-        program, values = self.program, self.group.graph.values
-        dtypes = {values[v].dtype for v in (self.a, self.weight, *(b.value for b in program.bounds), *program.outputs)}
-        ops = [i.op for i in program.expression.instructions]
-        if len(program.outputs) != 1 or len(dtypes) != 1 or self.k == 0:
-            return None
-        if ops == [Op.INPUT]:
-            return LibraryParameters(bias=False)
-        rows = [b for b in program.bounds if b.stride == 0 and b.operand.access is Access.MATRIX]
-        if ops == [Op.INPUT, Op.INPUT, Op.ADD] and len(rows) == len(program.bounds) == 1:
-            return LibraryParameters(bias=True) if values[rows[0].value].shape == (self.n,) else None
-        return None
 
-
+@dataclass(frozen=True)
 class GemmFamily:
     """One GEMM with a constant weight, and the elementwise operators and at most one norm that read its result."""
 
@@ -276,9 +259,6 @@ class GemmFamily:
         stride = row_stride(a)
         if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= floating(target):
             return None
-        # Tensor cores multiply one type; only fp32 holds every other exactly.
-        if target.kind == "cuda" and a.dtype not in (weight.dtype, torch.float32):
-            return None
         n, k = weight.shape if gemm.semantics.transposed else weight.shape[::-1]
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
@@ -287,11 +267,12 @@ class GemmFamily:
             return None
         return GemmMatch(group, gemm, program, n, k, stride)
 
-    def space(self, match: GemmMatch, target: Target) -> Sequence[AnyParameters]:
-        """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass; the
-        library where it has such a kernel. On CUDA see :func:`fuser.kernels.gemm_cuda.space`."""
-        if target.kind == "cuda":
-            return gemm_cuda.space(match, target)
+
+class CpuGemm(Implementation[GemmMatch, GemmParameters]):
+    """Our template on CPUs."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters]:
+        """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
         values, program = match.group.graph.values, match.program
         a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
 
@@ -313,63 +294,65 @@ class GemmFamily:
 
         tiles = _tiles(match.n, target)
         choices = [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
-        library = [match.library] if match.library is not None else []
-        return [*dict.fromkeys(choices), *library]
+        return [*dict.fromkeys(choices)]
 
-    def offline_space(self, match: GemmMatch, target: Target) -> Sequence[AnyParameters]:
-        """More choices, whose kernels take about a minute to build: for a search that has the time."""
-        if target.kind == "cuda":
-            return gemm_cutlass.space(match, target)
-        return []
+    def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
+        """Roofline of the padded product, its epilogue, and every tensor touched once; 95 % of the peak and more was
+        measured on BERT's shapes."""
+        return _cost(match, target, nr=parameters.nr, share=0.95, passes=1, launches=1)
 
-    def cost(self, match: GemmMatch, parameters: AnyParameters, target: Target) -> Cost:
-        """Roofline of the padded product, its epilogue, and every tensor touched once.
-
-        Efficiencies are measured on BERT's shapes: 95 % of the peak and more for ours, less for the library, whose
-        result is also copied to its place.
-        """
-        if isinstance(parameters, gemm_cutlass.CutlassParameters):
-            return gemm_cutlass.cost(match, parameters, target)
-        if target.kind == "cuda" and not isinstance(parameters, GemmParameters):
-            return gemm_cuda.cost(match, parameters, target)
-        program, values = match.program, match.group.graph.values
-        lanes = target.vector_lanes
-        mine = isinstance(parameters, GemmParameters)
-        nr = parameters.nr if isinstance(parameters, GemmParameters) else lanes
-        padded = -(-match.n // nr) * nr
-        flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
-        # Below eight independent accumulators the latency of a multiply-add shows.
-        efficiency = (0.95 if mine else 0.85) * min(1.0, max(program.rows, 1) * (nr // lanes) / 8)
-        if _multiplies_pairs(STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype], target):
-            efficiency *= 2.0
-        moved = values[match.a].nbytes + padded * match.k * values[match.weight].dtype.itemsize
-        moved += program.bytes(match.group.graph) * (1 if mine else 2)
-        return Cost(flops, float(moved), launches=1 if mine else 3, efficiency=efficiency)
-
-    def call(
-        self, match: GemmMatch, parameters: AnyParameters, target: Target, threads: int
-    ) -> KernelCall | LibraryCall:
-        if isinstance(parameters, gemm_cutlass.CutlassParameters):
-            return gemm_cutlass.call(match, parameters)
-        if not isinstance(parameters, GemmParameters) and target.kind == "cuda":
-            return gemm_cuda.call(match, parameters)
+    def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
-        if isinstance(parameters, LibraryParameters):
-            run = PrepackedLinear(parameters.bias, match.transposed)
-            bounds = tuple(b.value for b in program.bounds)
-            return LibraryCall("onednn_linear", run, (match.a, match.weight, *bounds), program.outputs)
-        if not isinstance(parameters, GemmParameters):
-            raise TypeError(f"{type(parameters).__name__} are no parameters of a CPU kernel")
-        packed = Packed(
-            match.weight, (self.name, parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
-        )
+        packed = Packed(match.weight, ("gemm", parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs))
         return KernelCall(
-            KernelSpec(self.name, "cpu/gemm.cpp.j2", parameters),
+            KernelSpec("gemm", "cpu/gemm.cpp.j2", parameters),
             (match.a, packed, *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
+
+
+class OneDnnGemm(Implementation[GemmMatch, LibraryParameters]):
+    """oneDNN through PyTorch: one dtype, and no epilogue but a bias."""
+
+    from_library = True
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[LibraryParameters]:
+        program, values = match.program, match.group.graph.values
+        read = (match.a, match.weight, *(b.value for b in program.bounds))
+        ops = [i.op for i in program.expression.instructions]
+        if len(program.outputs) != 1 or len({values[v].dtype for v in (*read, *program.outputs)}) != 1 or match.k == 0:
+            return []
+        if ops == [Op.INPUT]:
+            return [LibraryParameters(bias=False)]
+        rows = [b for b in program.bounds if b.stride == 0 and b.operand.access is Access.MATRIX]
+        is_bias = len(rows) == len(program.bounds) == 1 and values[rows[0].value].shape == (match.n,)
+        return [LibraryParameters(bias=True)] if is_bias and ops == [Op.INPUT, Op.INPUT, Op.ADD] else []
+
+    def cost(self, match: GemmMatch, parameters: LibraryParameters, target: Target) -> Cost:
+        """As our template's, a little slower (measured on BERT's shapes), and the result is copied to its place."""
+        return _cost(match, target, nr=target.vector_lanes, share=0.85, passes=2, launches=3)
+
+    def call(self, match: GemmMatch, parameters: LibraryParameters, target: Target, threads: int) -> LibraryCall:
+        run = PrepackedLinear(parameters.bias, match.transposed)
+        bounds = tuple(b.value for b in match.program.bounds)
+        return LibraryCall("onednn_linear", run, (match.a, match.weight, *bounds), match.program.outputs)
+
+
+def _cost(match: GemmMatch, target: Target, *, nr: int, share: float, passes: int, launches: int) -> Cost:
+    """The roofline of a product in tiles of ``nr`` columns at a ``share`` of the peak, whose epilogue goes through
+    memory so many times."""
+    program, values = match.program, match.group.graph.values
+    padded = -(-match.n // nr) * nr
+    flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
+    # Below eight independent accumulators the latency of a multiply-add shows.
+    efficiency = share * min(1.0, max(program.rows, 1) * (nr // target.vector_lanes) / 8)
+    if _multiplies_pairs(STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype], target):
+        efficiency *= 2.0
+    moved = values[match.a].nbytes + padded * match.k * values[match.weight].dtype.itemsize
+    moved += program.bytes(match.group.graph) * passes
+    return Cost(flops, float(moved), launches=launches, efficiency=efficiency)
 
 
 def _tiles(n: int, target: Target) -> list[tuple[int, int]]:

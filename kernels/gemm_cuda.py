@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from fuser.kernels.base import (
     Access,
     Cost,
     DType,
+    Implementation,
     KernelCall,
     KernelSpec,
     LibraryCall,
@@ -39,10 +39,8 @@ from fuser.kernels.base import (
     Packed,
     TensorRef,
 )
+from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.operands import OperandExtents
-
-if TYPE_CHECKING:
-    from fuser.kernels.gemm import GemmMatch
 
 _CHOICES = 6
 _MAX_ITEMS = 8
@@ -288,18 +286,6 @@ def linear(match: GemmMatch) -> Linear | None:
     return found if program.expression.outputs == (current,) else None
 
 
-def library(match: GemmMatch) -> CublasParameters | None:
-    """The library's kernel for a group, where it has one: one type, a bias with or without an activation, or a
-    residual."""
-    program, values, found = match.program, match.group.graph.values, linear(match)
-    dtypes = {values[v].dtype for v in (match.a, match.weight, *(b.value for b in program.bounds), *program.outputs)}
-    if found is None or len(dtypes) != 1 or match.k == 0 or (found.bias and found.residual):
-        return None
-    if found.activation is not None and (found.activation not in _CUBLAS_ACTIVATIONS or found.bias is None):
-        return None
-    return CublasParameters(found.bias is not None, found.activation, found.residual is not None)
-
-
 def weight(match: GemmMatch) -> tuple[TensorRef, int]:
     """The weight as rows (N, K) of A's type, and their stride: as it is where it is that, else packed."""
     return rows_of(match.weight, match.group.graph, match.transposed, product_dtype(match))
@@ -329,21 +315,6 @@ def pack(weight: Tensor, transposed: bool, dtype: DType) -> Tensor:
     """The weight of a linear layer as contiguous (N, K) of ``dtype``; (K, N) when not ``transposed``. Shares memory
     with ``weight`` where that is what it is already."""
     return (weight if transposed else weight.t()).to(dtype.torch).contiguous()
-
-
-def space(match: GemmMatch, target: Target) -> Sequence[CudaGemmParameters | LibraryParameters]:
-    """The tiles with the least predicted time, and the library where it has such a kernel."""
-    program, dtype = match.program, product_dtype(match)
-    tensor_cores = dtype is not DType.F32 or TF32 in target.features
-    reduces = program.expression.has_reduction
-    choices = [
-        parameters(
-            match.n, match.k, dtype, program.expression, program.operands, program.output_dtypes, tile, tensor_cores
-        )
-        for tile in best_tiles(program.rows, match.n, match.k, dtype, tensor_cores, reduces, target)
-    ]
-    cublas = library(match)
-    return [*choices, *([cublas] if cublas is not None else [])]
 
 
 def parameters(
@@ -440,42 +411,91 @@ def resident_blocks(tile: Tile, dtype: DType, target: Target) -> int:
     return max(1, min(shared, tile.blocks(dtype.bytes)))
 
 
-def cost(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters, target: Target) -> Cost:
-    """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory where a
-    second kernel applies it. The library is taken to find as good a tile, at a higher rate on Hopper and later."""
-    rows, dtype = match.program.rows, product_dtype(match)
-    tensor_cores = dtype is not DType.F32 or TF32 in target.features
-    flops = max(2.0 * rows * match.n * match.k, 1.0)
-    launches = 1
-    if isinstance(parameters, CudaGemmParameters):
-        p = parameters
-        seconds = _seconds(p.tile, rows, match.n, match.k, dtype, tensor_cores, p.reduces, target)
-        if p.separate:
-            # The roofline adds it.
-            seconds -= target.launch_seconds
-            launches = 2
-    else:
-        tile = best_tiles(rows, match.n, match.k, dtype, tensor_cores, False, target)[0]
-        seconds = _seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
-        if tensor_cores:
-            seconds *= _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) / _LIBRARY_SHARE
+def _tensor_cores(dtype: DType, target: Target) -> bool:
+    return dtype is not DType.F32 or TF32 in target.features
+
+
+def is_multiplied(match: GemmMatch) -> bool:
+    """Whether A and W can be multiplied in the type of A: only fp32 holds every other exactly."""
+    values = match.group.graph.values
+    return product_dtype(match) is DType.F32 or values[match.weight].dtype == values[match.a].dtype
+
+
+def _cost(match: GemmMatch, seconds: float, launches: int, target: Target) -> Cost:
+    """Every tensor touched once, and the product in ``seconds``."""
+    flops = max(2.0 * match.program.rows * match.n * match.k, 1.0)
     efficiency = flops / (target.peak_flops * target.cores * max(seconds, 1e-9))
     return Cost(flops, moved_bytes(match), launches, efficiency)
 
 
-def call(match: GemmMatch, parameters: CudaGemmParameters | LibraryParameters) -> KernelCall | LibraryCall:
-    """The launch of a choice of :func:`space`."""
-    program = match.program
-    if not isinstance(parameters, CudaGemmParameters):
-        cublas = parameters if isinstance(parameters, CublasParameters) else CublasParameters(parameters.bias)
-        bounds = tuple(b.value for b in program.bounds)
-        run = CublasLinear(cublas, match.transposed)
-        return LibraryCall("cublas_linear", run, (match.a, match.weight, *bounds), program.outputs)
-    columns, stride = weight(match)
-    return KernelCall(
-        KernelSpec("gemm", "cuda/gemm.cu.j2", parameters),
-        (match.a, columns, *program.tensors),
-        CudaGemmExtents(program.rows, match.row_stride, stride, program.operand_extents, program.output_strides),
-        program.outputs,
-        parameters.workspace_bytes(program.rows),
-    )
+class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
+    """Our template on GPUs."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[CudaGemmParameters]:
+        """The tiles with the least predicted time."""
+        if not is_multiplied(match):
+            return []
+        program, dtype = match.program, product_dtype(match)
+        tensor_cores = _tensor_cores(dtype, target)
+        reduces = program.expression.has_reduction
+        return [
+            parameters(
+                match.n, match.k, dtype, program.expression, program.operands, program.output_dtypes, tile, tensor_cores
+            )
+            for tile in best_tiles(program.rows, match.n, match.k, dtype, tensor_cores, reduces, target)
+        ]
+
+    def cost(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> Cost:
+        """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory
+        where a second kernel applies it."""
+        p, dtype = parameters, product_dtype(match)
+        seconds = _seconds(
+            p.tile, match.program.rows, match.n, match.k, dtype, _tensor_cores(dtype, target), p.reduces, target
+        )
+        if not p.separate:
+            return _cost(match, seconds, 1, target)
+        # The roofline adds the second launch.
+        return _cost(match, seconds - target.launch_seconds, 2, target)
+
+    def call(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target, threads: int) -> KernelCall:
+        program = match.program
+        columns, stride = weight(match)
+        return KernelCall(
+            KernelSpec("gemm", "cuda/gemm.cu.j2", parameters),
+            (match.a, columns, *program.tensors),
+            CudaGemmExtents(program.rows, match.row_stride, stride, program.operand_extents, program.output_strides),
+            program.outputs,
+            parameters.workspace_bytes(program.rows),
+        )
+
+
+class CublasGemm(Implementation[GemmMatch, CublasParameters]):
+    """cuBLAS and cuBLASLt: one type, a bias with or without an activation, or a residual."""
+
+    from_library = True
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[CublasParameters]:
+        program, values, found = match.program, match.group.graph.values, linear(match)
+        read = (match.a, match.weight, *(b.value for b in program.bounds))
+        if found is None or len({values[v].dtype for v in (*read, *program.outputs)}) != 1 or match.k == 0:
+            return []
+        if found.bias and found.residual:
+            return []
+        if found.activation is not None and (found.activation not in _CUBLAS_ACTIVATIONS or found.bias is None):
+            return []
+        return [CublasParameters(found.bias is not None, found.activation, found.residual is not None)]
+
+    def cost(self, match: GemmMatch, parameters: CublasParameters, target: Target) -> Cost:
+        """The library is taken to find as good a tile as ours, at a higher rate on Hopper and later."""
+        rows, dtype = match.program.rows, product_dtype(match)
+        tensor_cores = _tensor_cores(dtype, target)
+        tile = best_tiles(rows, match.n, match.k, dtype, tensor_cores, False, target)[0]
+        seconds = _seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
+        if tensor_cores:
+            seconds *= _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) / _LIBRARY_SHARE
+        return _cost(match, seconds, 1, target)
+
+    def call(self, match: GemmMatch, parameters: CublasParameters, target: Target, threads: int) -> LibraryCall:
+        bounds = tuple(b.value for b in match.program.bounds)
+        run = CublasLinear(parameters, match.transposed)
+        return LibraryCall("cublas_linear", run, (match.a, match.weight, *bounds), match.program.outputs)

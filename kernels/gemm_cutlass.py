@@ -12,18 +12,15 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fuser.ir.expression import Op
 from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
 from fuser.ir.target import Target
 from fuser.kernels import gemm_cuda
-from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec
+from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec
+from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_cuda import Linear
-
-if TYPE_CHECKING:
-    from fuser.kernels.gemm import GemmMatch
 
 _PACKAGE = "nvidia-cutlass"
 _ALIGNMENT = 16  # bytes to a multiple of which TMA needs rows to start
@@ -107,40 +104,77 @@ def version() -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(_PACKAGE).split(".") if part.isdigit())
 
 
-def space(match: GemmMatch, target: Target) -> Sequence[CutlassParameters]:
-    """CUTLASS's tiles for a product that it can run: on sm_90a, with 16-byte rows in one 16-bit type, and a linear
-    layer's epilogue. None without its headers."""
-    linear, values = gemm_cuda.linear(match), match.group.graph.values
-    dtype = STORAGE[values[match.a].dtype]
-    if target.arch != "sm_90a" or target.emulated or include_folder() is None or linear is None:
+class CutlassGemm(Implementation[GemmMatch, CutlassParameters]):
+    """CUTLASS's kernels, all of which take long to build."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[CutlassParameters]:
         return []
-    if dtype not in (DType.F16, DType.BF16) or linear.activation not in (None, *_ACTIVATIONS):
-        return []
-    specs = [values[v] for v in (match.a, *match.program.outputs, *([linear.residual] if linear.residual else []))]
-    if any(spec.dtype != dtype.torch for spec in specs) or match.k == 0 or match.program.rows >= 1 << 31:
-        return []
-    strides = [match.row_stride, match.k, match.n, *match.program.output_strides]
-    strides += [b.stride for b in match.program.bounds]
-    if any(stride * dtype.bytes % _ALIGNMENT for stride in strides) or not _aligned(match, linear):
-        return []
-    bias = STORAGE[values[linear.bias].dtype] if linear.bias else None
-    return [
-        CutlassParameters(
-            match.n,
-            match.k,
-            dtype,
-            bias,
-            linear.activation,
-            linear.residual is not None,
-            bm,
-            bn,
-            _DEPTH_BYTES // dtype.bytes,
-            cluster,
-            pingpong,
-            version(),
+
+    def offline_space(self, match: GemmMatch, target: Target) -> Sequence[CutlassParameters]:
+        """CUTLASS's tiles for a product that it can run: on sm_90a, with 16-byte rows in one 16-bit type, and a linear
+        layer's epilogue. None
+        without its headers."""
+        linear, values = gemm_cuda.linear(match), match.group.graph.values
+        dtype = STORAGE[values[match.a].dtype]
+        if target.arch != "sm_90a" or target.emulated or include_folder() is None or linear is None:
+            return []
+        if not gemm_cuda.is_multiplied(match):
+            return []
+        if dtype not in (DType.F16, DType.BF16) or linear.activation not in (None, *_ACTIVATIONS):
+            return []
+        specs = [values[v] for v in (match.a, *match.program.outputs, *([linear.residual] if linear.residual else []))]
+        if any(spec.dtype != dtype.torch for spec in specs) or match.k == 0 or match.program.rows >= 1 << 31:
+            return []
+        strides = [match.row_stride, match.k, match.n, *match.program.output_strides]
+        strides += [b.stride for b in match.program.bounds]
+        if any(stride * dtype.bytes % _ALIGNMENT for stride in strides) or not _aligned(match, linear):
+            return []
+        bias = STORAGE[values[linear.bias].dtype] if linear.bias else None
+        return [
+            CutlassParameters(
+                match.n,
+                match.k,
+                dtype,
+                bias,
+                linear.activation,
+                linear.residual is not None,
+                bm,
+                bn,
+                _DEPTH_BYTES // dtype.bytes,
+                cluster,
+                pingpong,
+                version(),
+            )
+            for bm, bn, cluster, pingpong in _TILES
+        ]
+
+    def cost(self, match: GemmMatch, parameters: CutlassParameters, target: Target) -> Cost:
+        """Whole tiles on whole SMs at the tensor cores' rate, every tensor touched once."""
+        p, rows = parameters, match.program.rows
+        tiles = -(-rows // p.bm) * -(-p.n // p.bn)
+        each = 2.0 * p.bm * p.bn * p.k / (target.tensor_flops * _SHARE)
+        seconds = _START_SECONDS + -(-tiles // target.cores) * each
+        flops = max(2.0 * rows * p.n * p.k, 1.0)
+        moved = gemm_cuda.moved_bytes(match)
+        return Cost(flops, moved, 1, flops / (target.peak_flops * target.cores * seconds))
+
+    def call(self, match: GemmMatch, parameters: CutlassParameters, target: Target, threads: int) -> KernelCall:
+        """The launch of a choice of :meth:`offline_space`."""
+        linear = gemm_cuda.linear(match)
+        if linear is None:
+            raise ValueError("CUTLASS runs only products that `offline_space` offers it for")
+        program = match.program
+        strides = {b.value: b.stride for b in program.bounds}
+        weight, stride = gemm_cuda.weight(match)
+        operands = [value for value in (linear.bias, linear.residual) if value is not None]
+        (output_stride,) = program.output_strides
+        residual_stride = strides[linear.residual] if linear.residual else 0
+        return KernelCall(
+            KernelSpec("gemm", "cuda/gemm_cutlass.cu.j2", parameters),
+            (match.a, weight, *operands, *program.outputs),
+            CutlassExtents(program.rows, match.row_stride, stride, output_stride, residual_stride),
+            program.outputs,
         )
-        for bm, bn, cluster, pingpong in _TILES
-    ]
 
 
 def _aligned(match: GemmMatch, linear: Linear) -> bool:
@@ -153,33 +187,3 @@ def _aligned(match: GemmMatch, linear: Linear) -> bool:
 
     tensors = (match.a, match.weight, linear.bias, linear.residual)
     return all(starts(value) for value in tensors if value is not None)
-
-
-def cost(match: GemmMatch, parameters: CutlassParameters, target: Target) -> Cost:
-    """Whole tiles on whole SMs at the tensor cores' rate, every tensor touched once."""
-    p, rows = parameters, match.program.rows
-    tiles = -(-rows // p.bm) * -(-p.n // p.bn)
-    each = 2.0 * p.bm * p.bn * p.k / (target.tensor_flops * _SHARE)
-    seconds = _START_SECONDS + -(-tiles // target.cores) * each
-    flops = max(2.0 * rows * p.n * p.k, 1.0)
-    moved = gemm_cuda.moved_bytes(match)
-    return Cost(flops, moved, 1, flops / (target.peak_flops * target.cores * seconds))
-
-
-def call(match: GemmMatch, parameters: CutlassParameters) -> KernelCall:
-    """The launch of a choice of :func:`space`."""
-    linear = gemm_cuda.linear(match)
-    if linear is None:
-        raise ValueError("CUTLASS runs only products that `space` offers it for")
-    program = match.program
-    strides = {b.value: b.stride for b in program.bounds}
-    weight, stride = gemm_cuda.weight(match)
-    operands = [value for value in (linear.bias, linear.residual) if value is not None]
-    (output_stride,) = program.output_strides
-    residual_stride = strides[linear.residual] if linear.residual else 0
-    return KernelCall(
-        KernelSpec("gemm", "cuda/gemm_cutlass.cu.j2", parameters),
-        (match.a, weight, *operands, *program.outputs),
-        CutlassExtents(program.rows, match.row_stride, stride, output_stride, residual_stride),
-        program.outputs,
-    )

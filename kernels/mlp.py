@@ -18,7 +18,17 @@ from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.operators import Gemm
 from fuser.ir.target import TF32, Target
 from fuser.kernels import gemm_cuda
-from fuser.kernels.base import STORAGE, Cost, DType, KernelCall, KernelSpec, Operand, TensorRef, floating
+from fuser.kernels.base import (
+    STORAGE,
+    Cost,
+    DType,
+    Implementation,
+    KernelCall,
+    KernelSpec,
+    Operand,
+    TensorRef,
+    floating,
+)
 from fuser.kernels.compose import RowProgram, compose, same_matrix
 from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 
@@ -140,6 +150,7 @@ class MlpMatch:
         return STORAGE[self.group.graph.values[self.first.inputs[0]].dtype]
 
 
+@dataclass(frozen=True)
 class MlpFamily:
     """A GEMM, elementwise operators, a GEMM that reads them, and the elementwise operators and at most one norm that
     read its result."""
@@ -150,7 +161,7 @@ class MlpFamily:
         """The group as two products with row programs between and behind them; None when it is something else, the
         target has no tensor cores for its type, or its rows are too wide for a block."""
         gemms = group.of(Gemm)
-        if target.kind != "cuda" or len(gemms) != 2:
+        if len(gemms) != 2:
             return None
         first, second = gemms
         graph = group.graph
@@ -197,6 +208,10 @@ class MlpFamily:
         if len(one.bounds) + len(two.bounds) > _MAX_OPERANDS or one.rows != two.rows:
             return None
         return one, two
+
+
+class CudaMlp(Implementation[MlpMatch, MlpParameters]):
+    """Both products by tensor cores."""
 
     def space(self, match: MlpMatch, target: Target) -> Sequence[MlpParameters]:
         """Rows of a block that fit into shared memory and registers, the most first."""
@@ -248,7 +263,7 @@ class MlpFamily:
             refs.append(ref)
             strides.append(stride)
         return KernelCall(
-            KernelSpec(self.name, "cuda/mlp.cu.j2", parameters),
+            KernelSpec("mlp", "cuda/mlp.cu.j2", parameters),
             (match.first.inputs[0], *refs, *(b.value for b in match.between.bounds), *match.after.tensors),
             MlpExtents(
                 match.after.rows,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fuser.ir.expression import Expression
+from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGroup
 from fuser.ir.operators import Embedding
 from fuser.ir.target import Target
-from fuser.kernels import rowwise_cuda
-from fuser.kernels.base import Access, Cost, DType, KernelCall, KernelSpec, Operand, floating
+from fuser.kernels.base import Access, Cost, DType, Implementation, KernelCall, KernelSpec, Operand, floating
 from fuser.kernels.compose import RowProgram, compose
-from fuser.kernels.rowwise_cuda import CudaRowwiseParameters, RowwiseExtents
+from fuser.kernels.operands import OperandExtents
 
 _MAX_OPERANDS = 16
 
@@ -37,11 +38,49 @@ class RowwiseParameters:
 
 
 @dataclass(frozen=True)
+class RowwiseExtents(Extents):
+    """Rows and columns of the matrix, the operands, and elements between the rows of every output."""
+
+    rows: int
+    columns: int
+    operands: tuple[OperandExtents, ...]
+    output_strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RowwiseMatch:
+    """A group as one row expression; ``family`` is the name of the family that matched it."""
+
+    family: str
     group: OperatorGroup
     program: RowProgram
 
+    def cost(self) -> Cost:
+        """Every operand and result touched once: expressions are bound by memory, whatever the target."""
+        program = self.program
+        flops = float(program.rows * program.columns * max(program.expression.flops, 1))
+        return Cost(flops, float(program.bytes(self.group.graph)), efficiency=0.3)
 
+    def call(self, template: str, parameters: Any, *, elementwise: bool) -> KernelCall:
+        """One launch; ``elementwise`` says that the template knows no rows."""
+        program = self.program
+        rows, columns = program.rows, program.columns
+        if (
+            elementwise
+            and all(s == columns for s in program.output_strides)
+            and all(
+                b.operand.access is Access.MATRIX and not b.operand.periodic and b.stride == columns
+                for b in program.bounds
+            )
+        ):
+            # Rows lie end to end, so the matrix is one long row and short rows cost no tails.
+            rows, columns = 1, rows * columns
+        spec = KernelSpec(self.family, template, parameters)
+        extents = RowwiseExtents(rows, columns, program.operand_extents, program.output_strides)
+        return KernelCall(spec, program.tensors, extents, program.outputs)
+
+
+@dataclass(frozen=True)
 class RowwiseFamily:
     """Row expressions with reductions or gathers."""
 
@@ -57,63 +96,31 @@ class RowwiseFamily:
         program = compose(group, group.operators, storage=floating(target))
         if program is None or len(program.bounds) > _MAX_OPERANDS:
             return None
-        return RowwiseMatch(group, program)
+        return RowwiseMatch(self.name, group, program)
 
     @staticmethod
     def _is_row(group: OperatorGroup) -> bool:
         return bool(group.of(Embedding)) or any(op.expression and op.expression.has_reduction for op in group.operators)
 
-    def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters | CudaRowwiseParameters]:
-        """One choice on a CPU, since the kernel is bound by memory; on a GPU also how many threads share a row."""
-        program = match.program
-        if target.kind == "cuda":
-            return rowwise_cuda.space(program, target)
-        block = 0 if program.expression.has_reduction else 4096
-        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block)]
 
-    def cost(self, match: RowwiseMatch, parameters: RowwiseParameters | CudaRowwiseParameters, target: Target) -> Cost:
-        program = match.program
-        flops = float(program.rows * program.columns * max(program.expression.flops, 1))
-        return Cost(flops, float(program.bytes(match.group.graph)), efficiency=0.3)
-
-    def call(
-        self,
-        match: RowwiseMatch,
-        parameters: RowwiseParameters | CudaRowwiseParameters,
-        target: Target,
-        threads: int,
-    ) -> KernelCall:
-        program = match.program
-        rows, columns = program.rows, program.columns
-        flat = (
-            self._is_elementwise(parameters)
-            and all(s == columns for s in program.output_strides)
-            and all(
-                b.operand.access is Access.MATRIX and not b.operand.periodic and b.stride == columns
-                for b in program.bounds
-            )
-        )
-        if flat:
-            # Rows lie end to end, so the matrix is one long row and short rows cost no tails.
-            rows, columns = 1, rows * columns
-        if isinstance(parameters, CudaRowwiseParameters):
-            return rowwise_cuda.call(self.name, program, parameters, rows, columns)
-        spec = KernelSpec(self.name, "cpu/rowwise.cpp.j2", parameters)
-        return KernelCall(
-            spec,
-            program.tensors,
-            RowwiseExtents(rows, columns, program.operand_extents, program.output_strides),
-            program.outputs,
-        )
-
-    @staticmethod
-    def _is_elementwise(parameters: RowwiseParameters | CudaRowwiseParameters) -> bool:
-        if isinstance(parameters, CudaRowwiseParameters):
-            return parameters.group == 0
-        return parameters.block > 0
-
-
+@dataclass(frozen=True)
 class PointwiseFamily(RowwiseFamily):
     """Elementwise expressions."""
 
     name = "pointwise"
+
+
+class CpuRowwise(Implementation[RowwiseMatch, RowwiseParameters]):
+    """Row expressions of either family on CPUs."""
+
+    def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters]:
+        """One choice, since the kernel is bound by memory."""
+        program = match.program
+        block = 0 if program.expression.has_reduction else 4096
+        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block)]
+
+    def cost(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target) -> Cost:
+        return match.cost()
+
+    def call(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target, threads: int) -> KernelCall:
+        return match.call("cpu/rowwise.cpp.j2", parameters, elementwise=parameters.block > 0)

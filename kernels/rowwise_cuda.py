@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.expression import Expression
-from fuser.ir.extents import Extents
 from fuser.ir.target import Target
-from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, Operand
+from fuser.kernels.base import Access, Cost, DType, Implementation, KernelCall, Operand
 from fuser.kernels.compose import RowProgram
-from fuser.kernels.operands import OperandExtents
+from fuser.kernels.rowwise import RowwiseExtents, RowwiseMatch
 
 TEMPLATE = "cuda/rowwise.cu.j2"
 _WARP = 32
@@ -20,16 +19,6 @@ _ACCESS_BYTES = 16
 _MOST_THREADS = 1024
 # Registers of a thread for elements of its row; the rest is for addresses and the expression.
 _KEPT = 64
-
-
-@dataclass(frozen=True)
-class RowwiseExtents(Extents):
-    """Rows and columns of the matrix, the operands, and elements between the rows of every output."""
-
-    rows: int
-    columns: int
-    operands: tuple[OperandExtents, ...]
-    output_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,15 +80,17 @@ def space(program: RowProgram, target: Target) -> Sequence[CudaRowwiseParameters
     return [warp, block]
 
 
-def call(family: str, program: RowProgram, parameters: CudaRowwiseParameters, rows: int, columns: int) -> KernelCall:
-    """One launch on ``rows`` × ``columns`` elements."""
-    spec = KernelSpec(family, TEMPLATE, parameters)
-    return KernelCall(
-        spec,
-        program.tensors,
-        RowwiseExtents(rows, columns, program.operand_extents, program.output_strides),
-        program.outputs,
-    )
+class CudaRowwise(Implementation[RowwiseMatch, CudaRowwiseParameters]):
+    """Row expressions of either family on GPUs."""
+
+    def space(self, match: RowwiseMatch, target: Target) -> Sequence[CudaRowwiseParameters]:
+        return space(match.program, target)
+
+    def cost(self, match: RowwiseMatch, parameters: CudaRowwiseParameters, target: Target) -> Cost:
+        return match.cost()
+
+    def call(self, match: RowwiseMatch, parameters: CudaRowwiseParameters, target: Target, threads: int) -> KernelCall:
+        return match.call(TEMPLATE, parameters, elementwise=parameters.group == 0)
 
 
 def _vectors(program: RowProgram) -> Sequence[DType]:

@@ -18,11 +18,9 @@ import filelock
 import torch
 
 from fuser.codegen.assemble import assemble
-from fuser.codegen.partition import PYTORCH
 from fuser.codegen.render import header_folder
 from fuser.ir.errors import CacheError, FuserError
 from fuser.ir.graph import Region
-from fuser.kernels.base import canonical
 from fuser.runtime.build import Source, build, included_headers
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.search.objective import KernelTime, Outcome, RegionTime
@@ -289,8 +287,7 @@ class MeasuredObjective:
         names = {op.name for choice in choices for op in choice.group.operators}
         work = Region(space.region.graph, tuple(op for op in space.region.operators if op.name in names))
         parts = [work.hash, str(space.count), *(f"{k}={v}" for k, v in sorted(self._context().items()))]
-        for choice in choices:
-            parts.append(PYTORCH if choice.family is None else f"{choice.family.name} {canonical(choice.parameters)}")
+        parts += [choice.name for choice in choices]
         parts += [_digest(source, header_folder(self.space.target)) for source in self.sources(at, program)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -311,8 +308,7 @@ class MeasuredObjective:
             logger.warning("a measurement could not be remembered: %s", error)
 
     def _family(self, region: int, mask: int, kernel: int) -> str:
-        family = self.space.regions[region].kernels[mask][kernel].family
-        return PYTORCH if family is None else family.name
+        return self.space.regions[region].kernels[mask][kernel].family
 
 
 class _Measuring:

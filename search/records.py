@@ -6,21 +6,22 @@ their number of rows, the nearest first, and travels with ``fuserc cache export`
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from fuser.codegen.partition import PYTORCH, Choice, GroupChoice, choose, offline_space
+from fuser.codegen.partition import Choice, GroupChoice, Kernel, alternatives, choose, kernels, predicted
 from fuser.ir.errors import FuserError
-from fuser.ir.graph import Region
+from fuser.ir.graph import OperatorGroup, Region
 from fuser.ir.scheme import Scheme, groups
 from fuser.ir.target import Target
-from fuser.kernels.base import KernelFamily, canonical
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.base import Table, canonical
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.runtime.cache import KernelCache
 
 logger = logging.getLogger("fuser")
@@ -58,15 +59,15 @@ def write(
     """Remember ``choice`` for ``region``; ``details`` are numbers to keep with it. Raises CacheError when the cache
     cannot be written."""
     position = {op.name: i for i, op in enumerate(region.operators)}
-    kernels = []
+    chosen = []
     for group in choice.groups:
-        space = [] if group.family is None else _space(group.family, group.match, target, group.offline)
-        kernels.append(
+        found = [] if group.kernel is None else alternatives(group.kernel, IMPLEMENTATIONS, target)
+        chosen.append(
             {
                 "operators": [position[op.name] for op in group.group.operators],
-                "family": PYTORCH if group.family is None else group.family.name,
-                "parameters": None if group.family is None else canonical(group.parameters),
-                "index": space.index(group.parameters) if group.parameters in space else 0,
+                "family": group.family,
+                "parameters": None if group.kernel is None else canonical(group.parameters),
+                "index": found.index(group.kernel) if group.kernel in found else 0,
                 "seconds": group.seconds if group.measured else None,
                 "offline": group.offline,
             }
@@ -80,7 +81,7 @@ def write(
         "region": region.hash,
         "rows": rows(region),
         "scheme": str(choice.scheme),
-        "kernels": kernels,
+        "kernels": chosen,
         "torch": torch.__version__,
         **details,
     }
@@ -92,7 +93,7 @@ def read(
     region: Region,
     target: Target,
     threads: int,
-    families: Sequence[KernelFamily] = FAMILIES,
+    table: Table = IMPLEMENTATIONS,
     *,
     exact: bool = False,
 ) -> Choice | None:
@@ -121,7 +122,7 @@ def read(
                 found.append((distance, str(other.get("region")), other))
     for _, _, value in sorted(found, key=lambda f: f[:2]):
         try:
-            choice = _restore(value, region, target, families)
+            choice = _restore(value, region, target, table)
         except (FuserError, LookupError, TypeError, ValueError) as error:
             logger.info("a tuning record does not fit the region %s: %s", region.hash, error)
             continue
@@ -133,47 +134,36 @@ def _context(region: Region, target: Target, threads: int) -> tuple[str, ...]:
     return structure(region), target.key, str(target.cores), str(threads)
 
 
-def _restore(value: Mapping[str, Any], region: Region, target: Target, families: Sequence[KernelFamily]) -> Choice:
+def _restore(value: Mapping[str, Any], region: Region, target: Target, table: Table) -> Choice:
     """The choice of a record for a region of the same structure. Raises SchemeError, LookupError, TypeError or
     ValueError when it does not fit."""
     operators = region.operators
-    by_name = {family.name: family for family in families}
     wanted = {tuple(k["operators"]): k for k in value["kernels"]}
     members = [region.graph.group(operators[i] for i in positions) for positions in wanted]
     scheme = Scheme.from_groups(region, members)
     position = {op.name: i for i, op in enumerate(operators)}
+    known: dict[frozenset[str], list[Kernel]] = {}
+
+    def all_kernels(group: OperatorGroup) -> list[Kernel]:
+        if group.names not in known:
+            known[group.names] = list(kernels(group, table, target, offline=True))
+        return known[group.names]
+
     chosen: list[GroupChoice] = []
-    for group in groups(scheme, region, lambda g: any(f.match(g, target) is not None for f in families)):
+    for group in groups(scheme, region, lambda group: bool(all_kernels(group))):
         entry = wanted.get(tuple(position[op.name] for op in group.operators))
         if entry is None:
             raise ValueError("no kernel of this version runs one of its groups")
-        family = by_name.get(entry["family"])
-        match = None if family is None else family.match(group, target)
         offline = bool(entry.get("offline"))
-        space = [] if family is None or match is None else _space(family, match, target, offline)
-        same = [p for p in space if canonical(p) == entry["parameters"]]
-        if family is None or match is None or (offline and not same):
+        space = [k for k in all_kernels(group) if k.family.name == entry["family"] and k.offline == offline]
+        same = [k for k in space if canonical(k.parameters) == entry["parameters"]]
+        if not space or (offline and not same):
             # No other kernel is like one that was built offline, say of headers that are gone.
-            chosen.extend(choose([group], families, target))
+            chosen.extend(choose([group], table, target))
             continue
-        parameters = same[0] if same else space[min(int(entry["index"]), len(space) - 1)]
-        cost = family.cost(match, parameters, target)
+        choice = predicted(group, same[0] if same else space[min(int(entry["index"]), len(space) - 1)], target)
         seconds = entry.get("seconds") if same and value.get("region") == region.hash else None
-        chosen.append(
-            GroupChoice(
-                group,
-                family,
-                match,
-                parameters,
-                cost,
-                cost.seconds(target) if seconds is None else float(seconds),
-                seconds is not None,
-                offline,
-            )
-        )
+        if seconds is not None:
+            choice = dataclasses.replace(choice, seconds=float(seconds), measured=True)
+        chosen.append(choice)
     return Choice(Scheme.from_groups(region, (c.group for c in chosen)), tuple(chosen))
-
-
-def _space(family: KernelFamily, match: Any, target: Target, offline: bool) -> Sequence[Any]:
-    """Where a record's parameters are looked up."""
-    return offline_space(family, match, target) if offline else family.space(match, target)

@@ -19,8 +19,8 @@ from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Precedence, Scheme, groups
 from fuser.ir.target import Target
 from fuser.kernels import gemm_cutlass
-from fuser.kernels.base import KernelFamily, canonical
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.base import Table
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.search.standalone import standalone
 
 Groups = tuple[tuple[int, int], ...]
@@ -300,7 +300,7 @@ class Space:
         graph: OperatorGraph | Sequence[Region],
         target: Target,
         threads: int,
-        families: Sequence[KernelFamily] = FAMILIES,
+        table: Table = IMPLEMENTATIONS,
         *,
         offline: bool = False,
     ) -> Space:
@@ -317,7 +317,7 @@ class Space:
         spaces = []
         for equal in found.values():
             alone = standalone(equal[0])
-            kernels = kernels_of(alone, families, target, offline=offline)
+            kernels = kernels_of(alone, table, target, offline=offline)
             allowed = {mask: tuple(range(len(choices))) for mask, choices in kernels.items()}
             spaces.append(RegionSpace(alone, len(equal), kernels, allowed))
         if offline and not any(k.offline for space in spaces for choices in space.kernels.values() for k in choices):
@@ -330,7 +330,7 @@ class Space:
         parts = [self.target.key, str(self.target.cores), str(self.threads)]
         for space in self.regions:
             parts += [space.region.hash, str(space.count)]
-            parts += [f"{mask:x}:{name}" for mask in sorted(space.kernels) for name in map(_name, space.kernels[mask])]
+            parts += [f"{mask:x}:{choice.name}" for mask in sorted(space.kernels) for choice in space.kernels[mask]]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @property
@@ -447,7 +447,7 @@ class Space:
                     ],
                     "kernels": {
                         f"{mask:x}": [
-                            {"name": _name(choice), "family": _family(choice), "predicted": choice.seconds}
+                            {"name": choice.name, "family": choice.family, "predicted": choice.seconds}
                             for choice in choices
                         ]
                         for mask, choices in space.kernels.items()
@@ -462,17 +462,6 @@ def _why_none_offline(target: Target) -> str:
     if target.arch == "sm_90a" and not target.emulated and gemm_cutlass.include_folder() is None:
         return "they need CUTLASS's headers; pip install 'sparse-fuser[cuda]'"
     return "they run linear layers in fp16 or bf16 on sm_90a (H100, H200), and this model or target has none"
-
-
-def _family(choice: GroupChoice) -> str:
-    return "pytorch" if choice.family is None else choice.family.name
-
-
-def _name(choice: GroupChoice) -> str:
-    """Family and parameters in one text."""
-    if choice.family is None:
-        return "pytorch"
-    return f"{choice.family.name} {canonical(choice.parameters)}"
 
 
 def _through(space: RegionSpace, cost: Callable[[int, int], float]) -> dict[tuple[int, int], float]:

@@ -7,6 +7,7 @@ rest of the group. Results are records of the kernel cache, so they are reused b
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -15,16 +16,16 @@ from typing import Any
 
 import torch
 
-from fuser.codegen.partition import Choice, GroupChoice, choose
-from fuser.codegen.render import render
+from fuser.codegen.partition import Choice, GroupChoice, alternatives, choose, kernels, predicted
+from fuser.codegen.render import generator_hash
 from fuser.ir.errors import BuildError, FuserError, KernelError, SchemeError
-from fuser.ir.graph import Region
+from fuser.ir.graph import OperatorGroup, Region
 from fuser.ir.operators import Bias, Gemm
 from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
-from fuser.kernels.base import KernelCall, canonical
-from fuser.kernels.families import FAMILIES
-from fuser.kernels.gemm import GemmFamily, LibraryParameters
+from fuser.kernels.base import KernelCall
+from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.kernels.gemm import GemmFamily
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.search import records
 from fuser.search.measure import measure, prepare
@@ -107,34 +108,30 @@ class Tuner:
 
     def _candidates(self, choice: GroupChoice) -> list[list[GroupChoice]]:
         """Ways to run a group, the given one first."""
-        if choice.family is None or choice.family.name != GemmFamily.name or self.target.emulated:
+        if choice.kernel is None or choice.family != GemmFamily.name or self.target.emulated:
             # How fast the emulator is says nothing about a GPU.
             return [[choice]]
-        found = [[choice]]
-        library = [p for p in choice.family.space(choice.match, self.target) if isinstance(p, LibraryParameters)]
-        found += [[_with(choice, p, self.target)] for p in library if p != choice.parameters]
-        split = self._library(choice)
-        return [*found, split] if split is not None else found
+        others = [k for k in alternatives(choice.kernel, IMPLEMENTATIONS, self.target) if k != choice.kernel]
+        library = [predicted(choice.group, k, self.target) for k in others if k.implementation.from_library]
+        split = self._library(choice.group)
+        return [[choice], *([found] for found in library), *([split] if split is not None else [])]
 
-    def _library(self, choice: GroupChoice) -> list[GroupChoice] | None:
+    def _library(self, group: OperatorGroup) -> list[GroupChoice] | None:
         """The library's GEMM (with the bias) and the rest of the group as a kernel of its own."""
-        group = choice.group
         (gemm,) = group.of(Gemm)
         head = [gemm, *(op for op in group.of(Bias) if op.inputs[0] == gemm.output)]
         rest = [op for op in group.operators if op not in head]
         if not rest or not group.graph.group(rest).is_convex:
             return None
         first = group.graph.group(head)
-        match = GemmFamily().match(first, self.target)
-        if match is None:
+        library = (k for k in kernels(first, IMPLEMENTATIONS, self.target) if k.implementation.from_library)
+        if (found := next(library, None)) is None:
             return None
-        known = (p for p in GemmFamily().space(match, self.target) if isinstance(p, LibraryParameters))
-        if (parameters := next(known, None)) is None:
-            return None
-        cost = GemmFamily().cost(match, parameters, self.target)
-        library = GroupChoice(first, GemmFamily(), match, parameters, cost, cost.seconds(self.target), False)
         try:
-            return [library, *choose([group.graph.group(rest)], FAMILIES, self.target)]
+            return [
+                predicted(first, found, self.target),
+                *choose([group.graph.group(rest)], IMPLEMENTATIONS, self.target),
+            ]
         except ValueError:
             return None
 
@@ -156,7 +153,7 @@ class Tuner:
                     "spread": time.spread,
                     "runs": time.runs,
                     "operators": [op.kind for c in candidate for op in c.group.operators],
-                    "families": [c.family.name if c.family else "pytorch" for c in candidate],
+                    "families": [c.family for c in candidate],
                     "torch": torch.__version__,
                 }
                 cache.write_record(RECORD, self._key(candidate), value)
@@ -165,32 +162,21 @@ class Tuner:
         best = min(range(1, len(seconds)), key=seconds.__getitem__)
         at = best if seconds[best] < seconds[0] * (1 - _MARGIN) else 0
         share = seconds[at] / len(candidates[at])
-        return [GroupChoice(c.group, c.family, c.match, c.parameters, c.cost, share, True) for c in candidates[at]]
+        return [dataclasses.replace(c, seconds=share, measured=True) for c in candidates[at]]
 
     def _key(self, candidate: Sequence[GroupChoice]) -> str:
-        """What a time depends on: the kernels' sources and sizes, the machine, the threads and the libraries.
+        """What a time depends on: the kernels, their templates and sizes, the machine, the threads and the libraries.
 
         Rows count by their nearest power of two, so that a new length of a sequence reuses what its neighbour found.
         """
         parts = [self.target.key, str(self.target.cores), str(self.threads), torch.__version__]
+        parts.append(generator_hash(self.target))
         for choice in candidate:
-            if choice.family is None:
-                parts.append(Region(choice.group.graph, choice.group.operators).hash)
-                continue
-            call = choice.family.call(choice.match, choice.parameters, self.target, self.threads)
-            program = choice.match.program
-            rows = 1 << round(math.log2(max(program.rows, 1)))
-            parts += [choice.family.name, canonical(choice.parameters)]
-            parts.append(f"{rows}x{program.columns}x{getattr(choice.match, 'k', 0)}")
-            parts.append(render(call.spec).text if isinstance(call, KernelCall) else call.name)
+            region = Region(choice.group.graph, choice.group.operators)
+            call = choice.call(self.target, self.threads)
+            parts += [records.structure(region), str(1 << round(math.log2(records.rows(region)))), choice.name]
+            parts += [call.spec.hash] if isinstance(call, KernelCall) else []
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _with(choice: GroupChoice, parameters: object, target: Target) -> GroupChoice:
-    if choice.family is None:
-        raise ValueError("PyTorch's operators have no parameters")
-    cost = choice.family.cost(choice.match, parameters, target)
-    return GroupChoice(choice.group, choice.family, choice.match, parameters, cost, cost.seconds(target), False)
 
 
 def tuner_for(search: str | int, target: Target, threads: int) -> Tuner | None:

@@ -20,8 +20,7 @@ from fuser.codegen.render import TEMPLATES, render
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
 from fuser.kernels.operands import OperandExtents
-from fuser.kernels.rowwise import RowwiseParameters
-from fuser.kernels.rowwise_cuda import RowwiseExtents
+from fuser.kernels.rowwise import RowwiseExtents, RowwiseParameters
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target

@@ -8,7 +8,7 @@ import json
 from fuser.codegen.partition import default_scheme
 from fuser.drawing import Outline, draw_outline, draw_region, duration
 from fuser.ir.target import Target
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.schemes import bert_layer
 
 TARGET = Target("cpu", "avx2", frozenset(), 2, (32768, 2**20, 2**25), 5e10, 1e10, 1e-6)
@@ -16,12 +16,12 @@ TARGET = Target("cpu", "avx2", frozenset(), 2, (32768, 2**20, 2**25), 5e10, 1e10
 
 def test_a_stored_outline_gives_the_same_picture() -> None:
     region = bert_layer()
-    choice = default_scheme(region, FAMILIES, TARGET)
+    choice = default_scheme(region, IMPLEMENTATIONS, TARGET)
     outline = Outline.from_json(json.loads(json.dumps(dataclasses.asdict(Outline.of(region)))))
     assert outline == Outline.of(region)
     kernels = [
         (
-            "pytorch" if g.family is None else g.family.name,
+            g.family,
             f"≈ {duration(g.seconds)}",
             [o.name for o in g.group.operators],
         )

@@ -69,7 +69,7 @@ def test_a_fatal_kernel_ends_its_trial_alone(device: torch.device) -> None:
         sources = assemble(subgraph([choice]), [choice], target, target.cores).sources
         paths = dict(build(list(sources), target, headers=header_folder(target)))
         if key == "fatal":
-            symbol = choice.family.call(choice.match, choice.parameters, target, target.cores).spec.symbol
+            symbol = choice.call(target, target.cores).spec.symbol
             spoilt = Source(symbol, FATAL.format(symbol=symbol), ".cu")
             paths |= build([spoilt], target, headers=header_folder(target))
         units.append(Unit(key, "region", (choice,), paths, 1))

@@ -24,7 +24,7 @@ from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import PV, QK, PatternMask, Scale, Semantics, Softmax
 from fuser.ir.target import Isa, Target
-from fuser.kernels.attention import AttentionFamily, AttentionParameters, extents, workspace_bytes
+from fuser.kernels.attention import AttentionFamily, AttentionParameters, CpuAttention, extents, workspace_bytes
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import FEW_ROWS, AttentionPlan, Group
 from fuser.kernels.planner import plan
@@ -444,8 +444,8 @@ def test_family_matches_attention_and_calls_its_kernel() -> None:
     family, made = AttentionFamily(), graph(ops, ("t4",), None)
     match = family.match(made.group(ops), target())
     assert match is not None
-    (parameters,) = family.space(match, target())
-    call = family.call(match, parameters, target(), 2)
+    (parameters,) = CpuAttention().space(match, target())
+    call = CpuAttention().call(match, parameters, target(), 2)
     assert parameters == AttentionParameters(64, 64)
     assert call.outputs == ("t4",)
     literal = next(t for t in call.tensors if isinstance(t, Literal))
@@ -460,7 +460,7 @@ def test_family_matches_attention_and_calls_its_kernel() -> None:
     assert error(tensors["t4"], expected) <= FP32
     meaning = evaluate(match.group, {n: t for n, t in tensors.items() if n != "t4"}, torch.float64)
     assert error(meaning["t4"], expected) <= 1e-14
-    assert family.cost(match, parameters, target()).flops < 8 * 50 * 50 * 4 * 64
+    assert CpuAttention().cost(match, parameters, target()).flops < 8 * 50 * 50 * 4 * 64
     # Nothing that escapes or is left over can be one kernel.
     escaping = graph(ops, ("t3", "t4"), None)
     assert family.match(escaping.group(ops), target()) is None

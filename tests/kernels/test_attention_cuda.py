@@ -18,7 +18,7 @@ from fuser.ir.operators import PV, QK, BooleanMask, PatternMask, Scale, Semantic
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import AttentionFamily, cached_plan
-from fuser.kernels.attention_cuda import CudaAttentionParameters, Schedule, choices, extents, schedule
+from fuser.kernels.attention_cuda import CudaAttention, CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan
 from fuser.runtime.build import build
@@ -511,15 +511,15 @@ def test_family_matches_attention_and_calls_its_kernel(run_cuda: Run) -> None:
         op.output: TensorSpec.contiguous((2, 4, 50, 32 if isinstance(op.semantics, PV) else 50), half) for op in ops
     }
     made = OperatorGraph(ops, values, ("q", "k", "v", "mask"), ("t5",), {})
-    family = AttentionFamily()
-    match = family.match(made.group(ops), TARGET)
+    implementation = CudaAttention()
+    match = AttentionFamily().match(made.group(ops), TARGET)
     assert match is not None
-    found = family.space(match, TARGET)
+    found = implementation.space(match, TARGET)
     assert all(isinstance(p, CudaAttentionParameters) and p.mask is DType.BOOL for p in found)
     assert {p.rows for p in found} == {64, 128}
     p = dataclasses.replace(found[0], lse=False)
-    call = family.call(match, p, TARGET, TARGET.cores)
-    assert family.cost(match, p, TARGET).seconds(TARGET) > 0
+    call = implementation.call(match, p, TARGET, TARGET.cores)
+    assert implementation.cost(match, p, TARGET).seconds(TARGET) > 0
     assert call.outputs == ("t5",)
     q, k, v = operands(p, 2, 4, 2, 50, 50)
     padding = torch.arange(50).lt(torch.tensor([[44], [50]]))

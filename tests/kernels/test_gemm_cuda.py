@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuser.codegen import partition
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
@@ -24,11 +25,11 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda, gemm_cutlass
-from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, LibraryParameters, Operand, Packed
-from fuser.kernels.families import materialize
+from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed
+from fuser.kernels.families import IMPLEMENTATIONS, materialize
 from fuser.kernels.gemm import GemmFamily, GemmMatch
-from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmExtents, CudaGemmParameters, Tile
-from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassParameters
+from fuser.kernels.gemm_cuda import CublasGemm, CublasParameters, CudaGemm, CudaGemmExtents, CudaGemmParameters, Tile
+from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassGemm, CutlassParameters
 from fuser.kernels.operands import OperandExtents
 from fuser.runtime import emulator
 from fuser.runtime.build import build
@@ -332,7 +333,7 @@ def test_faults_in_the_pipeline_are_found(
 
 # The family on operator graphs.
 
-FAMILY = GemmFamily()
+FAMILY, OURS, CUTLASS = GemmFamily(), CudaGemm(), CutlassGemm()
 EMULATED = emulated_target()
 GEMM = Operator("dense", Gemm(transposed=True), ("x", "weight"), ("product",))
 ADD_BIAS = Operator("bias", Bias(), ("product", "bias"), ("biased",))
@@ -417,11 +418,11 @@ def test_family_runs_a_group(
     of = graph(chain, outputs, dtype, weight=weight)
     match = FAMILY.match(of.group(chain), EMULATED)
     assert match is not None
-    choices = FAMILY.space(match, EMULATED)
+    choices = OURS.space(match, EMULATED)
     assert 1 <= len(choices) <= 8 and len(set(choices)) == len(choices)
-    costs = [FAMILY.cost(match, c, EMULATED).seconds(EMULATED) for c in choices]
-    assert all(c > 0 for c in costs) and isinstance(choices[0], CudaGemmParameters)
-    call = FAMILY.call(match, choices[0], EMULATED, 4)
+    costs = [OURS.cost(match, c, EMULATED).seconds(EMULATED) for c in choices]
+    assert all(c > 0 for c in costs)
+    call = OURS.call(match, choices[0], EMULATED, 4)
     assert isinstance(call, KernelCall) and call.outputs == tuple(outputs)
     # The weight of a linear layer is used where it is; every other one is packed.
     assert isinstance(call.tensors[1], Packed) == (chain[0] is KN or weight is not None)
@@ -455,8 +456,9 @@ def test_library_is_a_choice_where_it_has_the_epilogue(
     of = graph(chain, [chain[-1].output], torch.float32)
     match = FAMILY.match(of.group(chain), EMULATED)
     assert match is not None
-    assert FAMILY.space(match, EMULATED)[-1] == expected
-    call = FAMILY.call(match, expected, EMULATED, 4)
+    assert CublasGemm().space(match, EMULATED) == [expected]
+    assert CublasGemm().cost(match, expected, EMULATED).seconds(EMULATED) > 0
+    call = CublasGemm().call(match, expected, EMULATED, 4)
     assert isinstance(call, LibraryCall) and call.outputs == of.outputs
     values = inputs(of)
     out = torch.full(of.values[call.outputs[0]].shape, float("nan"))
@@ -465,7 +467,7 @@ def test_library_is_a_choice_where_it_has_the_epilogue(
 
 
 def test_library_does_not_pretend() -> None:
-    """No exact GELU, no norm, not two outputs; and the choice that the tuner makes works on CUDA too."""
+    """No exact GELU, no norm, not two outputs."""
     for chain, outputs in (
         (MLP_LAYER, ["active"]),
         (POST_NORM, ["normal"]),
@@ -473,17 +475,12 @@ def test_library_does_not_pretend() -> None:
     ):
         of = graph(chain, outputs)
         match = FAMILY.match(of.group(chain), EMULATED)
-        assert match is None or all(isinstance(c, CudaGemmParameters) for c in FAMILY.space(match, EMULATED))
-    of = graph([GEMM, ADD_BIAS], ["biased"])
-    match = FAMILY.match(of.group([GEMM, ADD_BIAS]), EMULATED)
-    assert match is not None and match.library == LibraryParameters(bias=True)
-    call = FAMILY.call(match, match.library, EMULATED, 4)
-    assert isinstance(call, LibraryCall) and call.inputs == ("x", "weight", "bias")
+        assert match is not None and not CublasGemm().space(match, EMULATED)
 
 
 def test_family_refuses_a_weight_that_is_wider_than_its_input() -> None:
     of = graph([GEMM], ["product"], torch.bfloat16, weight=torch.float32)
-    assert FAMILY.match(of.group([GEMM]), EMULATED) is None
+    assert not list(partition.kernels(of.group([GEMM]), IMPLEMENTATIONS, EMULATED, offline=True))
     half = graph([GEMM], ["product"])
     cpu = dataclasses.replace(EMULATED, kind="cpu", arch="portable", features=frozenset())
     assert FAMILY.match(half.group([GEMM]), cpu) is None
@@ -501,8 +498,7 @@ def defaults(target: Target, chain: Sequence[Operator], dtype: torch.dtype, size
     of = graph(chain, [chain[-1].output], dtype, sizes)
     match = FAMILY.match(of.group(chain), target)
     assert match is not None
-    choice = FAMILY.space(match, target)[0]
-    assert isinstance(choice, CudaGemmParameters)
+    choice = OURS.space(match, target)[0]
     assert choice.tensor_cores == (dtype is not torch.float32 or TF32 in target.features)
     assert choice.shared_bytes <= target.shared_bytes
     return choice.tile
@@ -539,7 +535,7 @@ def test_no_registers_spill(arch: str, compile_cuda: Callable[[KernelSpec, str],
         of = graph(chain, [chain[-1].output], dtype, sizes)
         match = FAMILY.match(of.group(chain), machine)
         assert match is not None
-        call = FAMILY.call(match, FAMILY.space(match, machine)[0], machine, machine.cores)
+        call = OURS.call(match, OURS.space(match, machine)[0], machine, machine.cores)
         assert isinstance(call, KernelCall)
         for kernel in compile_cuda(call.spec, arch):
             assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
@@ -604,17 +600,15 @@ def _cutlass(chain: Sequence[Operator], **options: object) -> Sequence[CutlassPa
     target = cuda_target("sm_90a")
     match = FAMILY.match(of.group(chain), target)
     assert match is not None
-    choices = FAMILY.offline_space(match, target)
+    choices = CUTLASS.offline_space(match, target)
+    assert not CUTLASS.space(match, target)
     for choice in choices:
-        assert isinstance(choice, CutlassParameters)
-        assert FAMILY.cost(match, choice, target).seconds(target) > 0
-        call = FAMILY.call(match, choice, target, target.cores)
+        assert CUTLASS.cost(match, choice, target).seconds(target) > 0
+        call = CUTLASS.call(match, choice, target, target.cores)
         assert isinstance(call, KernelCall) and call.outputs == match.program.outputs
-        assert len(call.tensors) == 3 + (choice.bias is not None) + choice.residual and isinstance(
-            call.extents, CutlassExtents
-        )
-        assert choice not in FAMILY.space(match, target)
-    return choices  # type: ignore[return-value]
+        assert len(call.tensors) == 3 + (choice.bias is not None) + choice.residual
+        assert isinstance(call.extents, CutlassExtents)
+    return choices
 
 
 without_cutlass = pytest.mark.skipif(
@@ -634,7 +628,7 @@ def test_cutlass_is_offered_where_it_can_run() -> None:
     of = graph([GEMM], ["product"])
     for target in (cuda_target("sm_80"), cuda_target("sm_90a"), EMULATED):
         match = FAMILY.match(of.group([GEMM]), target)
-        assert match is not None and not FAMILY.offline_space(match, target)
+        assert match is not None and not CUTLASS.offline_space(match, target)
 
 
 @without_cutlass

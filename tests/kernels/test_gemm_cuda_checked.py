@@ -19,7 +19,7 @@ from fuser.ir.operators import Activation, Gemm, Norm, Residual
 from fuser.ir.target import TF32, Target, emulated_target
 from fuser.kernels.base import KernelCall
 from fuser.kernels.gemm import GemmFamily
-from fuser.kernels.gemm_cuda import CudaGemmParameters
+from fuser.kernels.gemm_cuda import CudaGemm
 from fuser.runtime import emulator
 from fuser.runtime.build import build
 
@@ -71,10 +71,10 @@ class Case:
         graph = self.graph
         match = FAMILY.match(graph.group(self.chain), self.target)
         assert match is not None
-        choice = next(c for c in FAMILY.space(match, self.target) if isinstance(c, CudaGemmParameters))
+        choice = CudaGemm().space(match, self.target)[0]
         sizes = {"bm": 16, "bn": self.bn, "bk": 64 // choice.dtype.bytes, "warps_m": 1, "warps_n": 4}
         tile = dataclasses.replace(choice.tile, **sizes, stages=self.stages, split=self.split)
-        call = FAMILY.call(match, dataclasses.replace(choice, tile=tile), self.target, 4)
+        call = CudaGemm().call(match, dataclasses.replace(choice, tile=tile), self.target, 4)
         assert isinstance(call, KernelCall)
         return call
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuser.codegen.partition import kernels
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, binary, layer_norm, unary
@@ -18,12 +19,12 @@ from fuser.ir.operators import Activation, Bias, Gemm, Norm, Pointwise, Residual
 from fuser.ir.target import TF32, Isa, Target, cuda_target, emulated_target
 from fuser.kernels import mlp
 from fuser.kernels.base import KernelCall, KernelSpec
-from fuser.kernels.families import materialize
-from fuser.kernels.mlp import MlpExtents, MlpFamily, MlpParameters
+from fuser.kernels.families import IMPLEMENTATIONS, materialize
+from fuser.kernels.mlp import CudaMlp, MlpExtents, MlpFamily, MlpParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
 
-FAMILY = MlpFamily()
+FAMILY, OURS = MlpFamily(), CudaMlp()
 EMULATED = emulated_target()
 WITH_TF32 = dataclasses.replace(EMULATED, features=EMULATED.features | {TF32})
 # One element may be off by a few roundings where eager's happens to be exact; TF32 rounds all factors to 10 bits.
@@ -93,11 +94,11 @@ def check(
     """Run the group with blocks of ``bm`` rows; ``shift``: elements in front of the input in its memory."""
     match = FAMILY.match(of.group(chain), target)
     assert match is not None
-    choices = [p for p in FAMILY.space(match, target) if bm in (None, p.bm)]
+    choices = [p for p in OURS.space(match, target) if bm in (None, p.bm)]
     values = inputs(of)
     room = torch.empty(shift + values["x"].numel(), dtype=values["x"].dtype)
     values["x"] = room[shift:].view_as(values["x"]).copy_(values["x"])
-    call = FAMILY.call(match, choices[0], target, 4)
+    call = OURS.call(match, choices[0], target, 4)
     assert call.outputs == of.outputs
     results = run(call, of, values, target)
     exact, eager = evaluate(match.group, values, torch.float64), evaluate(match.group, values)
@@ -151,7 +152,7 @@ def test_offsets_beyond_32_bits() -> None:
         pytest.skip("this machine does not lend out 6 GiB of addresses")
     match = FAMILY.match(of.group(PLAIN), EMULATED)
     assert match is not None
-    call, values = FAMILY.call(match, FAMILY.space(match, EMULATED)[0], EMULATED, 4), inputs(of)
+    call, values = OURS.call(match, OURS.space(match, EMULATED)[0], EMULATED, 4), inputs(of)
     assert isinstance(call.extents, MlpExtents) and call.extents.rows == 4
     distant = dataclasses.replace(call, extents=dataclasses.replace(call.extents, x_stride=stride))
     found = run(distant, of, {**values, "x": far.copy_(values["x"])}, EMULATED)
@@ -182,7 +183,7 @@ def test_no_rows() -> None:
     of = graph(PLAIN, ["biased2"], rows=(0,))
     match = FAMILY.match(of.group(PLAIN), EMULATED)
     assert match is not None
-    call = FAMILY.call(match, FAMILY.space(match, EMULATED)[0], EMULATED, 4)
+    call = OURS.call(match, OURS.space(match, EMULATED)[0], EMULATED, 4)
     assert run(call, of, inputs(of), EMULATED)["biased2"].shape == (0, 64)
 
 
@@ -190,7 +191,9 @@ def test_declines_what_it_cannot_run() -> None:
     cpu = Target("cpu", Isa.PORTABLE.value, frozenset(), 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 1e-6)
     of = graph(BLOCK, ["normal"])
     assert FAMILY.match(of.group(BLOCK), EMULATED) is not None
-    assert FAMILY.match(of.group(BLOCK), cpu) is None
+    # Nobody runs it on CPUs.
+    assert (FAMILY, "cuda") in IMPLEMENTATIONS and (FAMILY, "cpu") not in IMPLEMENTATIONS
+    assert not list(kernels(of.group(BLOCK), IMPLEMENTATIONS, cpu))
     # One product; a hidden layer that something else reads; rows too wide for a block.
     assert FAMILY.match(of.group([UP, BIAS, GELU]), EMULATED) is None
     seen = graph(BLOCK, ["active", "normal"])
@@ -212,9 +215,9 @@ def test_choices_fit_and_cost_something(arch: str) -> None:
         of = graph(BLOCK, ["normal"], sizes, (8, 512))
         match = FAMILY.match(of.group(BLOCK), target)
         assert match is not None
-        for choice in FAMILY.space(match, target):
+        for choice in OURS.space(match, target):
             assert choice.shared_bytes <= target.shared_bytes
-            seconds = FAMILY.cost(match, choice, target).seconds(target)
+            seconds = OURS.cost(match, choice, target).seconds(target)
             assert 2.0 * 8 * 512 * 2 * sizes[0] * sizes[1] / (target.tensor_flops * target.cores) < seconds < 1e-2
 
 
@@ -246,7 +249,7 @@ def test_no_registers_spill(arch: str, compile_cuda: object) -> None:
     of = graph(BLOCK, ["normal"], (384, 1536, 384), (8, 512))
     match = FAMILY.match(of.group(BLOCK), target)
     assert match is not None and callable(compile_cuda)
-    best = min(FAMILY.space(match, target), key=lambda p: FAMILY.cost(match, p, target).seconds(target))
+    best = min(OURS.space(match, target), key=lambda p: OURS.cost(match, p, target).seconds(target))
     assert isinstance(best, MlpParameters) and best.sums <= mlp._MAX_SUMS
     for kernel in compile_cuda(KernelSpec("mlp", "cuda/mlp.cu.j2", best), arch):
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel

@@ -19,7 +19,8 @@ from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
 from fuser.kernels.compose import RowProgram
 from fuser.kernels.operands import Bound, OperandExtents
-from fuser.kernels.rowwise_cuda import TEMPLATE, CudaRowwiseParameters, RowwiseExtents, space
+from fuser.kernels.rowwise import RowwiseExtents
+from fuser.kernels.rowwise_cuda import TEMPLATE, CudaRowwiseParameters, space
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import Resources
 

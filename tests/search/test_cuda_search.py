@@ -16,15 +16,16 @@ from caches import with_own_records
 from torch import nn
 
 from fuser.capture import flatten_call
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.partition import GroupChoice, alternatives
 from fuser.codegen.render import header_folder
 from fuser.compiler import Compiled, compile_call
 from fuser.ir.errors import DeviceMemoryError, FuserError, SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target, cuda_target, emulated_target
-from fuser.kernels import gemm_cuda, gemm_cutlass
-from fuser.kernels.gemm import GemmFamily, GemmMatch
-from fuser.kernels.gemm_cuda import CublasParameters, CudaGemmParameters, Tile
+from fuser.kernels import gemm_cutlass
+from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.kernels.gemm import GemmMatch
+from fuser.kernels.gemm_cuda import CublasParameters, CudaGemm, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassParameters
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
@@ -64,11 +65,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel of the emulator in the place of those that take a minute to build."""
 
-    def space(self: GemmFamily, match: GemmMatch, target: Target) -> Sequence[CudaGemmParameters]:
-        first = gemm_cuda.space(match, target)[0]
-        return [dataclasses.replace(first, tile=SLOW)] if isinstance(first, CudaGemmParameters) else []
+    def space(self: CudaGemm, match: GemmMatch, target: Target) -> Sequence[CudaGemmParameters]:
+        return [dataclasses.replace(self.space(match, target)[0], tile=SLOW)]
 
-    monkeypatch.setattr(GemmFamily, "offline_space", space)
+    monkeypatch.setattr(CudaGemm, "offline_space", space)
 
 
 def built(sources: Sequence[Source]) -> Mapping[str, Path]:
@@ -164,12 +164,12 @@ def test_a_kernel_that_was_built_offline_is_remembered(
     assert [group.offline for group in choice.groups].count(True) == 2
     assert is_right(program)
     # Where such kernels cannot be built, the cost model chooses among the others.
-    monkeypatch.setattr(GemmFamily, "offline_space", lambda *arguments: [])
+    monkeypatch.setattr(CudaGemm, "offline_space", lambda *arguments: [])
     (choice,) = compiled().choices.values()
     assert len(choice.groups) == len(won.groups)
     for group in choice.groups:
-        assert group.family is not None and not group.offline
-        assert group.parameters in list(group.family.space(group.match, EMULATED))
+        assert group.kernel is not None and not group.offline
+        assert group.kernel in alternatives(group.kernel, IMPLEMENTATIONS, EMULATED)
 
 
 def test_cutlass_is_offered_on_hopper_where_its_headers_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from fuser.capture import capture, flatten_call
 from fuser.codegen.partition import Choice, default_scheme
 from fuser.ir.graph import OperatorGraph, Region
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.raising import raise_graph
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.device import cpu_target
@@ -51,7 +51,7 @@ def test_a_record_is_read_as_it_was_written(cache: KernelCache) -> None:
     records.write(cache, region, choice, TARGET, 2, {"speedup": 1.5})
     found = records.read(cache, region, TARGET, 2, exact=True)
     assert found is not None and same(found, choice) and found.scheme == choice.scheme
-    assert not same(found, default_scheme(region, FAMILIES, TARGET))
+    assert not same(found, default_scheme(region, IMPLEMENTATIONS, TARGET))
     (value,) = cache.records(records.RECORD)
     assert value["speedup"] == 1.5 and value["rows"] == 9
 
@@ -59,7 +59,7 @@ def test_a_record_is_read_as_it_was_written(cache: KernelCache) -> None:
 def test_the_nearest_rows_are_taken(cache: KernelCache) -> None:
     near, far = graph_of(16).regions[0], graph_of(64).regions[0]
     records.write(cache, near, unusual(near), TARGET, 2, {})
-    default = default_scheme(far, FAMILIES, TARGET)
+    default = default_scheme(far, IMPLEMENTATIONS, TARGET)
     records.write(cache, far, default, TARGET, 2, {})
     few, many = graph_of(20).regions[0], graph_of(50).regions[0]
     found = records.read(cache, few, TARGET, 2)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fuser.capture import capture, flatten_call
+from fuser.codegen.partition import legality
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Scheme, canonical
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.raising import raise_graph
 from fuser.runtime.device import cpu_target
 from fuser.schemes import bert_layer
@@ -123,7 +124,7 @@ def test_every_bit_string_is_a_legal_program(bits: list[bool]) -> None:
 
 
 def _legal(group) -> bool:  # type: ignore[no-untyped-def]
-    return any(family.match(group, TARGET) is not None for family in FAMILIES)
+    return legality(IMPLEMENTATIONS, TARGET)(group)
 
 
 def test_random_points_are_legal_and_written_as_text() -> None:

@@ -10,13 +10,13 @@ from torch import nn
 
 import fuser
 from fuser.capture import capture, flatten_call
-from fuser.codegen.partition import Choice, GroupChoice, default_scheme
+from fuser.codegen.partition import Choice, GroupChoice, alternatives, default_scheme
 from fuser.compiler import choose_all
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import cuda_target
 from fuser.kernels.base import floating
-from fuser.kernels.families import FAMILIES
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import LibraryParameters
 from fuser.raising import raise_graph
 from fuser.runtime.cache import KernelCache, default_cache
@@ -52,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelCache:
 
 def chosen(graph: OperatorGraph, tuner: Tuner) -> list[Choice]:
     regions = list({r.hash: r for r in graph.regions}.values())
-    return tuner.refine([(default_scheme(r, FAMILIES, TARGET), r) for r in regions])
+    return tuner.refine([(default_scheme(r, IMPLEMENTATIONS, TARGET), r) for r in regions])
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, library_seconds: float) -> list[int]:
@@ -123,7 +123,7 @@ def on_gpu(cache: KernelCache) -> list[GroupChoice]:
     graph = raise_graph(capture(model, flatten_call((torch.randn(9, 40).half(),), {})), None, floating(target))
     regions = {region.hash: region for region in graph.regions}.values()
     tuner = Tuner(target, target.cores, cache=cache)
-    refined = tuner.refine([(default_scheme(region, FAMILIES, target), region) for region in regions])
+    refined = tuner.refine([(default_scheme(region, IMPLEMENTATIONS, target), region) for region in regions])
     return [group for choice in refined for group in choice.groups]
 
 
@@ -133,9 +133,9 @@ def test_on_a_gpu_a_product_is_compared_with_cublas(cache: KernelCache, monkeypa
     library = [group for group in on_gpu(cache) if isinstance(group.parameters, LibraryParameters)]
     assert library
     for group in library:
-        assert group.family is not None and group.measured
+        assert group.kernel is not None and group.measured
         # A record that names it is found again.
-        assert group.parameters in list(group.family.space(group.match, cuda_target("sm_80")))
+        assert group.kernel in alternatives(group.kernel, IMPLEMENTATIONS, cuda_target("sm_80"))
 
 
 def test_without_memory_to_measure_in_the_model_decides(

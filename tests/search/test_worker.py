@@ -48,8 +48,7 @@ def unit(choice: GroupChoice, key: str, library: Path | None = None) -> Unit:
 
 
 def spoilt(choice: GroupChoice, body: str, folder: Path) -> Path:
-    assert choice.family is not None
-    symbol = choice.family.call(choice.match, choice.parameters, EMULATED, 4).spec.symbol  # type: ignore[union-attr]
+    symbol = choice.call(EMULATED, 4).spec.symbol  # type: ignore[union-attr]
     compiler = shutil.which("g++") or shutil.which("c++")
     text = f'extern "C" int {symbol}(const void*, void*) {{ {body} }}'
     command = [str(compiler), "-x", "c++", "-", "-shared", "-fPIC", "-O0", "-o", str(folder / "spoilt.so")]

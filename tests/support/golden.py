@@ -140,9 +140,8 @@ def _schemes(graph: OperatorGraph, assembly: Assembly, names: _Names) -> Iterato
         alike = first.setdefault(region.hash, i)
         yield f"region {i} like {alike}: {' '.join(names.operators[op.name] for op in region)}"
     for choice in assembly.choices:
-        family = "pytorch" if choice.family is None else choice.family.name
         operators = " ".join(names.operators[op.name] for op in choice.group.operators)
-        yield f"{family}: {operators} {choice.seconds:.6g} s"
+        yield f"{choice.family}: {operators} {choice.seconds:.6g} s"
 
 
 def _sources(assembly: Assembly, symbols: Mapping[str, str]) -> Iterator[str]:
