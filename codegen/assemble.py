@@ -105,6 +105,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         inputs=tuple(_contiguous_slot(Memory.INPUT, i, graph.values[v]) for i, v in enumerate(graph.inputs)),
         outputs=layout.outputs,
         returns=tuple(layout.slot(v) for v in graph.outputs),
+        aliases=dict(graph.aliases),
         constants=layout.constants,
         result_count=layout.result_count,
         arena_bytes=layout.arena_bytes

@@ -23,12 +23,15 @@ C_TYPES = {
 _IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "__int_as_float(0xff800000)"}
 
 
-def _statement(position: int, i: Instruction) -> str:
+def _statement(expression: Expression, position: int) -> str:
+    i = expression.instructions[position]
     args = [f"v{a}" for a in i.args]
     if i.op is Op.INPUT:
         body = f"x{i.index}"
     elif i.op is Op.CONSTANT:
         body = _number(i.value)
+    elif i.op is Op.MUL and expression.rounds:
+        body = f"__fmul_rn({', '.join(args)})"
     elif i.op in INFIX:
         body = f" {INFIX[i.op]} ".join(args)
     else:
@@ -49,7 +52,7 @@ def statements(expression: Expression) -> list[str]:
 
     Reads ``x0``, ``x1``, … (``float``); output ``j`` is the variable ``v{expression.outputs[j]}``.
     """
-    return [_statement(at, expression.instructions[at]) for at in needed(expression, expression.outputs)]
+    return [_statement(expression, at) for at in needed(expression, expression.outputs)]
 
 
 def element_function(
@@ -216,7 +219,7 @@ class _Writer:
             if i.op is Op.INPUT and not self._is_column(at):
                 lines.append(f"const float v{at} = a{i.index}[e];")
             else:
-                lines.append(_statement(at, i))
+                lines.append(_statement(self.expression, at))
         return lines
 
     def _elements(self, body: list[str]) -> list[str]:

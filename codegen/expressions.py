@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Sequence
 
-from fuser.ir.expression import REDUCTIONS, Expression, Instruction, Op
+from fuser.ir.expression import REDUCTIONS, Expression, Op
 from fuser.kernels.base import Access, DType, Operand
 
 C_TYPES = {DType.F32: "float", DType.BF16: "simd::bf16", DType.I64: "int64_t", DType.BOOL: "uint8_t"}
@@ -24,12 +24,15 @@ def literal(value: float) -> str:
     return f"{value!r}f"
 
 
-def _statement(position: int, i: Instruction) -> str:
+def _statement(expression: Expression, position: int) -> str:
+    i = expression.instructions[position]
     args = [f"v{a}" for a in i.args]
     if i.op is Op.INPUT:
         body = f"x{i.index}"
     elif i.op is Op.CONSTANT:
         body = f"simd::set1({literal(i.value)})"
+    elif i.op is Op.MUL and expression.rounds:
+        body = f"simd::mul_rounded({', '.join(args)})"
     elif i.op in INFIX:
         body = f" {INFIX[i.op]} ".join(args)
     else:
@@ -56,7 +59,7 @@ def statements(expression: Expression) -> list[str]:
 
     Reads ``x0``, ``x1``, … (``simd::vf``); output ``j`` is the variable ``v{expression.outputs[j]}``.
     """
-    return [_statement(at, expression.instructions[at]) for at in needed(expression, expression.outputs)]
+    return [_statement(expression, at) for at in needed(expression, expression.outputs)]
 
 
 def row_function(name: str, expression: Expression, operands: Sequence[Operand], outputs: Sequence[DType]) -> str:
@@ -88,9 +91,7 @@ def _loads(expression: Expression, steps: Sequence[int], columns: set[int], load
 def _body(expression: Expression, roots: Sequence[int], columns: set[int], load: str) -> list[str]:
     steps = needed(expression, roots)
     lines = _loads(expression, steps, columns, load)
-    return lines + [
-        _statement(at, expression.instructions[at]) for at in steps if expression.instructions[at].op not in REDUCTIONS
-    ]
+    return lines + [_statement(expression, at) for at in steps if expression.instructions[at].op not in REDUCTIONS]
 
 
 def _accumulate(op: Op, into: str, value: str) -> str:

@@ -142,6 +142,22 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     return view.slice(dim, start, count, step) if count else None
 
 
+@_handles(aten.as_strided.default, aten.as_strided_copy.default)
+def _as_strided(r: Raiser, node: fx.Node) -> Value | None:
+    """Whatever lies in the memory of the operand's root, once that lies as the model has it."""
+    result, root = node.meta["val"], r.root(node.args[0])
+    source = root.meta["val"]
+    if source.dtype != result.dtype or not r.is_whole(root):
+        return None
+    base = r.in_place(root)
+    # A copy's own offset says nothing about where it was read.
+    given = {**dict(zip(("size", "stride", "storage_offset"), node.args[1:], strict=False)), **node.kwargs}
+    offset = given.get("storage_offset")
+    offset = node.args[0].meta["val"].storage_offset() if offset is None else offset
+    dims = tuple(((size, stride),) for size, stride in zip(given["size"], given["stride"], strict=True))
+    return View(base.base, dims, base.offset + offset - source.storage_offset())
+
+
 @_handles(aten.expand.default)
 def _expand(r: Raiser, node: fx.Node) -> Value:
     shape = tuple(node.meta["val"].shape)
@@ -380,6 +396,7 @@ _UNARY = {
     aten.reciprocal.default: Op.RECIPROCAL,
     aten.neg.default: Op.NEG,
     aten.abs.default: Op.ABS,
+    aten.round.default: Op.ROUND,
 }
 _ACTIVATIONS = frozenset({Op.RELU, Op.SILU, Op.TANH, Op.SIGMOID, Op.GELU, Op.GELU_TANH})
 
@@ -395,6 +412,29 @@ def _unary(r: Raiser, node: fx.Node) -> Value | None:
 def _gelu(r: Raiser, node: fx.Node) -> Value | None:
     op = Op.GELU_TANH if node.kwargs.get("approximate", "none") == "tanh" else Op.GELU
     return r.elementwise(node, kinds.Activation(ex.unary(op)), [r.view(node.args[0])])
+
+
+_CLAMPS = {
+    aten.clamp.default: ("min", "max"),
+    aten.clamp_min.default: ("min", None),
+    aten.clamp_max.default: (None, "max"),
+    aten.hardtanh.default: ("min_val", "max_val"),
+}
+"""The names of the lower and upper bound, in the order of the arguments."""
+
+
+@_handles(*_CLAMPS)
+def _clamp(r: Raiser, node: fx.Node) -> Value | None:
+    low, high = names = _CLAMPS[node.target]
+    defaults = {"min_val": -1.0, "max_val": 1.0}
+    given = {**defaults, **dict(zip(filter(None, names), node.args[1:], strict=False)), **node.kwargs}
+    b = Builder()
+    y = b.input(0)
+    for name, op in ((low, Op.MAXIMUM), (high, Op.MINIMUM)):
+        bound = given.get(name)
+        if bound is not None:
+            y = b.apply(op, y, b.constant(float(bound)))
+    return r.elementwise(node, kinds.Pointwise(b.build(y)), [r.view(node.args[0])])
 
 
 _BINARY = {

@@ -15,17 +15,26 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _PASS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-# Scores pass through these without more loss than the kernel's own.
-_PRECISE = (torch.bfloat16, torch.float32, torch.float64)
+# A kernel keeps scores and probabilities in fp32 between the products, as PyTorch's own attention does. So they may
+# pass through dtypes that hold all that the model's own does; a rounding to less is more than attention.
+_HOLDS = {
+    torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
+    torch.float32: (torch.float32, torch.float64),
+}
 _FLOOR = -1e30
 
 
 @dataclass(frozen=True)
 class MaskUse:
-    """A mask operand: boolean (True = may attend, or its inverse) or additive, as the node's dtype says."""
+    """A mask operand: boolean (True = may attend, or its inverse) or additive, as the node's dtype says.
+
+    ``fill`` is the score of what a boolean mask forbids. A finite one is so low that nothing is left of the score that
+    it replaces: adding it gives the same. It forbids nothing, though, in a row that consists of it.
+    """
 
     node: fx.Node
     inverted: bool
+    fill: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ Numbers = Callable[[fx.Node], float | None]
 class _Walk:
     numbers: Numbers
     shape: torch.Size
+    dtypes: tuple[torch.dtype, ...]
     scale: float = 1.0
     masks: list[MaskUse] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
@@ -83,12 +93,15 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     scores = _value(softmax)
     if scores is None or scores.dim() not in (3, 4) or softmax.args[1] % scores.dim() != scores.dim() - 1:
         return None
-    walk = _Walk(numbers, scores.shape, nodes=[softmax])
+    found = _probabilities(softmax)
+    if found is None:
+        return None
+    *inner, output = found
+    walk = _Walk(numbers, scores.shape, _HOLDS.get(output.meta["val"].dtype, ()), nodes=[softmax, *inner])
+    if any(node.meta["val"].dtype not in walk.dtypes for node in walk.nodes):
+        return None
     product = _scores(softmax.args[0], walk)
     if product is None:
-        return None
-    output = _probabilities(softmax, walk)
-    if output is None:
         return None
     q, k = product.args[0], product.args[1]
     q = _prescaled(q, walk)
@@ -117,7 +130,7 @@ def _scores(node: Any, walk: _Walk) -> fx.Node | None:
     """From the softmax's operand back to the product, collecting scales and masks."""
     while isinstance(node, fx.Node):
         value = _value(node)
-        if _only_user(node) is None or value is None or value.shape != walk.shape or value.dtype not in _PRECISE:
+        if _only_user(node) is None or value is None or value.shape != walk.shape or value.dtype not in walk.dtypes:
             return None
         if node.target in _PRODUCTS:
             return node
@@ -156,16 +169,25 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
                 walk.masks.append(MaskUse(other, inverted=False))
                 return this
         return None
-    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_floor(args[2], walk):
-        walk.masks.append(MaskUse(args[1], inverted=True))
-        return args[0]
-    if target in (aten.where.self, aten.where.ScalarOther) and _is_floor(args[2], walk):
-        walk.masks.append(MaskUse(args[0], inverted=False))
-        return args[1]
-    if target in (aten.where.self, aten.where.ScalarSelf) and _is_floor(args[1], walk):
-        walk.masks.append(MaskUse(args[0], inverted=True))
-        return args[2]
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return _filled(args[0], args[1], args[2], True, walk)
+    if target in (aten.where.self, aten.where.ScalarOther) and _number(args[2], walk.numbers) is not None:
+        return _filled(args[1], args[0], args[2], False, walk)
+    if target in (aten.where.self, aten.where.ScalarSelf):
+        return _filled(args[2], args[0], args[1], True, walk)
     return None
+
+
+def _filled(scores: fx.Node, mask: fx.Node, fill: Any, inverted: bool, walk: _Walk) -> fx.Node | None:
+    """The scores below a mask whose ``fill``, scaled as they are afterwards, is so low that its probability is exactly
+    zero next to any ordinary score."""
+    number = _number(fill, walk.numbers)
+    if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR:
+        return None
+    # What fp32 cannot hold after scaling has become infinite.
+    lowest = number * walk.scale
+    walk.masks.append(MaskUse(mask, inverted, lowest if lowest >= torch.finfo(torch.float32).min else -math.inf))
+    return scores
 
 
 def _leads_to_product(node: Any, depth: int = 8) -> bool:
@@ -174,6 +196,8 @@ def _leads_to_product(node: Any, depth: int = 8) -> bool:
             return True
         if not node.args:
             return False
+        if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            return any(_leads_to_product(value, depth - 1) for value in node.args[1:])
         node, depth = node.args[0], depth - 1
     return False
 
@@ -205,27 +229,20 @@ def _constant_number(node: fx.Node, numbers: Numbers) -> float | None:
     return None
 
 
-def _is_floor(fill: Any, walk: _Walk) -> bool:
-    """Whether ``fill``, scaled as the scores are afterwards, is so low that its probability is exactly zero next to
-    any ordinary score."""
-    number = _number(fill, walk.numbers)
-    return number is not None and walk.scale > 0 and number * walk.scale <= _FLOOR
-
-
-def _probabilities(softmax: fx.Node, walk: _Walk) -> fx.Node | None:
-    """From the softmax on to the product with the values."""
+def _probabilities(softmax: fx.Node) -> list[fx.Node] | None:
+    """What follows the softmax, to the product with the values."""
     node = softmax
+    found: list[fx.Node] = []
     while True:
         user = _only_user(node)
         if user is None:
             return None
         if user.target in _PRODUCTS:
-            return user if user.args[0] is node and user.args[1] is not node else None
+            return [*found, user] if user.args[0] is node and user.args[1] is not node else None
         evaluated = user.target is aten.dropout.default and (not user.args[2] or user.args[1] == 0)
-        cast = _value(user) if user.target in _CASTS else None
-        if not (evaluated or user.target in _PASS or (cast is not None and cast.dtype in _PRECISE)):
+        if not (evaluated or user.target in _PASS or (user.target in _CASTS and _value(user) is not None)):
             return None
-        walk.nodes.append(user)
+        found.append(user)
         node = user
 
 

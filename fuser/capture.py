@@ -496,6 +496,7 @@ def _exporting(inference: bool) -> Iterator[None]:
         _undo.enter_context(warnings.catch_warnings())
         # torch.export prints what it has of a graph when a trace fails, hundreds of lines.
         _undo.enter_context(mock.patch.object(exporter, "print", lambda *lines, **where: None, create=True))
+        _undo.enter_context(mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _given_causality))
         warnings.simplefilter("ignore")
         # Patched by the export itself.
         for name in ("__call__", "__getattr__"):
@@ -516,6 +517,12 @@ def _exporting(inference: bool) -> Iterator[None]:
 def _end_of_capture() -> None:
     global _capturing
     _capturing = None
+
+
+def _given_causality(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """For nn.TransformerEncoder and nn.TransformerDecoder, which compare a mask's entries with a causal mask's unless
+    they are told: that only finds a hint, and the mask says the same."""
+    return is_causal is True
 
 
 def _check_writes(graph: torch.fx.Graph) -> None:

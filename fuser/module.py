@@ -375,7 +375,11 @@ class OptimizedModule(nn.Module):
             if self._store.changed:
                 self._refresh()
             return [
-                (key, c, program_constants(c.assembly, c.graph, c.captured.parameters, self._store))
+                (
+                    key,
+                    c,
+                    [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
+                )
                 for (key, _, variant), c in self._programs.items()
                 if variant[0] == self._store.configuration
             ]

@@ -7,11 +7,15 @@ an ``extern`` operator that PyTorch runs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+import operator as python_operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fuser import attention_patterns
@@ -19,9 +23,10 @@ from fuser.aten import HANDLERS
 from fuser.capture import Captured
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
-from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.masks import Mask, from_dense
-from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
+from fuser.ir.expression import Builder
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
+from fuser.ir.masks import Causal, Dense, Mask, from_dense
+from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
 from fuser.kernels.base import FLOATING
 from fuser.views import Conjunction, Value, View
 
@@ -41,6 +46,29 @@ def raise_graph(
     return Raiser(captured, attention, floating).run()
 
 
+# What gives the same elements however its operands lie in memory. Of everything else that PyTorch runs we cannot know,
+# so it gets operands with the strides that it had when the model was captured.
+_READS_ELEMENTS = frozenset(
+    {
+        *(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default, aten.addmm.default),
+        *(aten.cat.default, aten.stack.default, aten.embedding.default, aten.gather.default),
+        *(aten.index_select.default, aten.index.Tensor, aten.cumsum.default, aten.layer_norm.default),
+        *(aten.softmax.int, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default),
+        *(aten.scaled_dot_product_attention.default, torch.ops.fuser.sparse_attention.default),
+        *(aten.conv1d.default, aten.conv2d.default),
+    }
+)
+# What reaches beyond its operand's elements, into the memory that they lie in.
+_READS_STORAGE = frozenset(
+    {aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.set_.source_Tensor}
+)
+
+
+def _is_elementwise(target: Any) -> bool:
+    tags = getattr(target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
 class Raiser:
     def __init__(self, captured: Captured, attention: Mask | None, floating: frozenset[torch.dtype]) -> None:
         self.captured = captured
@@ -54,7 +82,8 @@ class Raiser:
         self._tensors: dict[str, Tensor] = {}
         self._realized: dict[View, str] = {}
         self._inspected: set[str] = set()
-        self._returned: dict[str, int] = {}
+        self._roots = _roots(captured.graph.graph)
+        self._aliases: dict[int, ViewCalls] = {}
 
     # ---- the walk
 
@@ -69,7 +98,7 @@ class Raiser:
                 if node not in self.env:
                     self._call(node)
             elif node.op == "output":
-                outputs = tuple(self._output(leaf) for leaf in node.args[0])
+                outputs = self._outputs(node.args[0])
             elif node.op != "get_attr":
                 raise CaptureError(f"the captured graph holds a {node.op} that fuser does not know")
         return _finish(self, outputs)
@@ -86,20 +115,115 @@ class Raiser:
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the model takes a {type(value).__name__} that fuser cannot guard on")
             spec = TensorSpec.contiguous(value.shape, value.dtype)
-            self._returned[name] = value.untyped_storage()._cdata
         self.values[name] = spec
         self.env[node] = View.of(name, spec)
 
-    def _output(self, leaf: fx.Node) -> str:
-        """A value to return: in memory of its own unless the model returns tensors that share theirs."""
-        view = self.view(leaf)
-        storage = leaf.meta["val"].untyped_storage()._cdata
-        if self._returned.setdefault(view.base, storage) == storage or self.is_constant(view):
-            return self.realize(view)
-        source = self.realize(view)
-        name = self.add_value(f"{leaf.name}_copy", TensorSpec.contiguous(view.shape, self.dtype(view)))
-        call = TorchCall(torch.clone, (Ref(0),))
-        self.operators.append(Operator(name, Extern(call, "a copy to return"), (source,), (name,)))
+    # ---- outputs
+
+    def _outputs(self, leaves: Sequence[fx.Node]) -> tuple[str, ...]:
+        """The values to return, with the strides that the model gives them, and sharing memory where the model's do."""
+        names: dict[int, str] = {}
+        sharing: dict[int, list[int]] = {}
+        for position, leaf in enumerate(leaves):
+            calls = self._view_calls(leaf)
+            if calls is None:
+                sharing.setdefault(_storage(leaf), []).append(position)
+            else:
+                self._aliases[position] = calls
+                names[position] = self.root(leaf).name
+        taken: set[str] = set()
+        for positions in sharing.values():
+            found = self._together([leaves[p] for p in positions], taken)
+            taken.update(self.values[name].base or name for name in found)
+            names.update(zip(positions, found, strict=True))
+        return tuple(names[position] for position in range(len(leaves)))
+
+    def _together(self, leaves: Sequence[fx.Node], taken: Collection[str]) -> list[str]:
+        """Values for outputs that share the memory of their root: as they lie if that is how the model has them, else
+        in a copy of the root."""
+        values = [leaf.meta["val"] for leaf in leaves]
+        realized = [self.realize(self.view(leaf)) for leaf in leaves]
+        specs = [self.values[name] for name in realized]
+        (base, *more) = {spec.base or name for name, spec in zip(realized, specs, strict=True)}
+        if (
+            not more
+            and base not in taken
+            and base not in self.constants
+            and (base not in self.captured.inputs or self.root(leaves[0]).op == "placeholder")
+            and all(spec.has_strides(value.stride()) for spec, value in zip(specs, values, strict=True))
+            and len({s.offset - v.storage_offset() for s, v in zip(specs, values, strict=True)}) == 1
+        ):
+            offset = specs[0].offset - values[0].storage_offset()
+        else:
+            root = self.root(leaves[0])
+            if not self.is_whole(root) or any(v.dtype != root.meta["val"].dtype for v in values):
+                return [self._laid_out(leaf, "a copy to return") for leaf in leaves]
+            base = self._laid_out(root, "a copy to return")
+            offset = -root.meta["val"].storage_offset()
+        return [
+            self._alias(f"{leaf.name}_output", base, value.shape, value.stride(), offset + value.storage_offset())
+            for leaf, value in zip(leaves, values, strict=True)
+        ]
+
+    def is_whole(self, node: fx.Node) -> bool:
+        """Whether the tensor of ``node`` is known and all of its memory."""
+        value = node.meta["val"]
+        known = isinstance(self.env.get(node), (View, Conjunction))
+        return known and value.untyped_storage().nbytes() == value.nbytes and _is_dense(value)
+
+    def _view_calls(self, leaf: fx.Node) -> ViewCalls | None:
+        """The views that make an output of an input or parameter; None for what the model computes."""
+        if self.root(leaf).op != "placeholder":
+            return None
+        calls: list[tuple[TorchCall, int]] = []
+        node, index = leaf, 0
+        while node.op != "placeholder":
+            source, *rest = node.args
+            if any(isinstance(a, fx.Node) for a in pytree.tree_leaves((rest, node.kwargs))):
+                return None
+            if node.target is python_operator.getitem:
+                node, index = source, rest[0]
+                continue
+            if node.target is aten.lift_fresh.default:
+                # A tensor that the model writes down, new in every call.
+                return None
+            calls.append((TorchCall(node.target, (Ref(0), *rest), tuple(node.kwargs.items())), index))
+            node, index = source, 0
+        return tuple(reversed(calls))
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node that made the memory which the tensor of ``node`` lies in."""
+        return self._roots[_storage(node)]
+
+    def in_place(self, node: fx.Node) -> View:
+        """A tensor as the model has it in memory: of whatever root, with all strides."""
+        view, value = self.view(node), node.meta["val"]
+        spec = self.values[self.realize(view)]
+        if spec.has_strides(value.stride()):
+            return dataclasses.replace(View.of(spec.base or self.realize(view), spec), offset=spec.offset)
+        name = self._laid_out(node, "a copy as it lies in the model's memory")
+        return View.of(name, self.values[name])
+
+    def _laid_out(self, node: fx.Node, reason: str) -> str:
+        """A copy of a tensor in memory of its own, with the strides that the model has it with."""
+        value = node.meta["val"]
+        source = self.realize(self.view(node))
+        # Memory that overlaps cannot be written to.
+        strides = value.stride() if _is_dense(value) else TensorSpec.contiguous(value.shape, value.dtype).strides
+        name = self.add_value(f"{node.name}_copy", TensorSpec(tuple(value.shape), value.dtype, tuple(strides)))
+        call = TorchCall(laid_out, (Ref(0), tuple(strides)))
+        self.operators.append(Operator(name, Extern(call, reason), (source,), (name,)))
+        return name
+
+    def _alias(self, name: str, base: str, shape: Sequence[int], strides: Sequence[int], offset: int) -> str:
+        """Memory of ``base`` seen with another shape and strides."""
+        whole = self.values[base]
+        spec = TensorSpec(tuple(shape), whole.dtype, tuple(strides), base, offset)
+        if offset == 0 and (spec.shape, spec.strides) == (whole.shape, whole.strides):
+            return base
+        name = self.add_value(name, spec)
+        call = TorchCall(torch.as_strided, (Ref(0), spec.shape, spec.strides, offset))
+        self.operators.append(Operator(name, _view_kind(whole, spec)(call), (base,), (name,)))
         return name
 
     def _known_number(self, node: fx.Node) -> float | None:
@@ -160,10 +284,7 @@ class Raiser:
         if self.is_constant(view):
             name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape)
         elif strides is not None:
-            spec = TensorSpec(shape, base.dtype, strides, view.base, view.offset)
-            name = self.add_value(f"{view.base}_view", spec)
-            call = TorchCall(torch.as_strided, (Ref(0), shape, strides, view.offset))
-            self.operators.append(Operator(name, _view_kind(base, spec)(call), (view.base,), (name,)))
+            name = self._alias(f"{view.base}_view", view.base, shape, strides, view.offset)
         else:
             name = self.add_value(f"{view.base}_copy", TensorSpec.contiguous(shape, base.dtype))
             call = _as_strided(view)
@@ -216,7 +337,11 @@ class Raiser:
         return View.of(output, spec)
 
     def elementwise(self, node: fx.Node, semantics: Semantics, operands: Sequence[View]) -> View | None:
-        """An elementwise or row-wise operator, in the order in which its largest operand lies in memory."""
+        """An elementwise or row-wise operator, in the order in which its largest operand lies in memory.
+
+        Kernels compute in fp32 whatever a model stores, so where operands and result differ in dtype, as in a cast,
+        each is rounded to its own.
+        """
         spec = self.spec(node)
         if spec.dtype not in self.floating or not spec.shape or spec.numel == 0:
             return None
@@ -225,6 +350,9 @@ class Raiser:
         full = next((v for v in operands if v.shape == spec.shape and not self.is_constant(v)), None)
         if full is None:
             return None
+        dtypes = [self.dtype(view) for view in operands]
+        if any(dtype != spec.dtype for dtype in dtypes):
+            semantics = _rounded(semantics, dtypes, spec.dtype)
         order = full.memory_order()
         inverse = tuple(order.index(d) for d in range(len(order)))
         inputs = []
@@ -239,12 +367,19 @@ class Raiser:
 
     def _extern(self, node: fx.Node) -> Value:
         """Run the ATen operator as it is; fold it when all it reads is constant."""
+        if node.target in _READS_STORAGE:
+            raise CaptureError(f"the model uses {node.target} on memory that it has not made as a whole")
         views: list[View] = []
+        free = node.target in _READS_ELEMENTS or _is_elementwise(node.target)
 
         def convert(argument: Any) -> Any:
             if isinstance(argument, fx.Node):
-                views.append(self.view(argument))
-                return Ref(len(views) - 1)
+                view = self.view(argument)
+                views.append(view)
+                strides = tuple(argument.meta["val"].stride())
+                if free or self.values[self.realize(view)].has_strides(strides):
+                    return Ref(len(views) - 1)
+                return Ref(len(views) - 1, strides)
             if isinstance(argument, (tuple, list)):
                 return type(argument)(convert(a) for a in argument)
             return argument
@@ -346,20 +481,14 @@ class Raiser:
             s = self.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
         if self.attention is not None and q_len == kv_len:
             pattern = self.attention if pattern is None else pattern & self.attention
-        runtime: list[tuple[View, torch.dtype]] = []
-        for use in masks:
-            constant, rest = self._split_mask(use, (batch, heads, q_len, kv_len), rank)
-            if constant is not None:
-                pattern = constant if pattern is None else pattern & constant
-            if rest is not None:
-                runtime.append((rest, self.dtype(rest)))
+        pattern, runtime = self._masks(masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
         if pattern is not None:
             pattern = _hashable(pattern, q_len, kv_len)
         if causal or pattern is not None:
             s = self.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
-        for i, (view, mask_dtype) in enumerate(runtime):
-            mask = kinds.AdditiveMask() if mask_dtype.is_floating_point else kinds.BooleanMask()
-            s = self.emit(mask, f"{name}_mask{i or ''}", (s, self.realize(view)), scores).base
+        if runtime is not None:
+            mask = kinds.AdditiveMask() if self.dtype(runtime).is_floating_point else kinds.BooleanMask()
+            s = self.emit(mask, f"{name}_mask", (s, self.realize(runtime)), scores).base
         p = self.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
         # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
         width = v.shape[3]
@@ -374,57 +503,137 @@ class Raiser:
             raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
         return merged
 
-    def _split_mask(
-        self, use: attention_patterns.MaskUse, shape: tuple[int, int, int, int], rank: int
+    def _masks(
+        self,
+        uses: Sequence[attention_patterns.MaskUse],
+        shape: tuple[int, int, int, int],
+        rank: int,
+        pattern: Mask | None,
+        causal: bool,
+        dtype: torch.dtype,
     ) -> tuple[Mask | None, View | None]:
-        """A mask operand as a constant pattern, a run-time tensor (expanded to ``shape``), or both.
+        """All masks of one attention over scores of ``rank`` dimensions: a constant pattern of what is forbidden, and
+        one run-time tensor, expanded to ``shape``.
 
-        It broadcasts against scores of ``rank`` dimensions.
+        Only -inf forbids. A finite minimum that a mask adds, or fills in, gives exactly zero in every row that allows
+        something, as a pattern does, and a uniform average in a row that does not: that needs the numbers.
         """
         full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
-        value = self.env[use.node]
-        if isinstance(value, Conjunction) and not use.inverted:
-            constant, _ = self._constant_mask(_four_dims(value.constant.expand(full)), use)
+        lowered: list[tuple[attention_patterns.MaskUse, Mask | None]] = []
+        runtime: list[View] = []
+        for use in uses:
+            constant, finite = self._constant_mask(use, full)
+            if finite:
+                lowered.append((use, constant))
+                continue
+            value, rest = self.env[use.node], None
+            if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf:
+                constant, _ = self._constant_mask(use, full, value.constant)
+                rest = value.runtime if constant is not None else None
             if constant is not None:
-                return constant, _four_dims(value.runtime.expand(full))
-        view = self.view(use.node)
-        if self.is_constant(view):
-            constant, known = self._constant_mask(_four_dims(view.expand(full)), use)
-            if known:
-                return constant, None
-        if use.inverted:
-            spec = TensorSpec.contiguous(view.shape, torch.bool)
-            name = self.add_value(f"{view.base}_not", spec)
-            call = TorchCall(torch.logical_not, (Ref(0),))
-            inputs = (self.realize(view),)
-            self.operators.append(Operator(name, Extern(call, "a mask made at run time"), inputs, (name,)))
-            view = View.of(name, spec)
-        return None, _four_dims(view.expand(full))
+                pattern = _conjunction(pattern, constant)
+            if constant is None or rest is not None:
+                runtime.append(self._runtime_mask(use, rest or self.view(use.node), dtype))
+        for use, constant in lowered:
+            known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
+            if runtime or (known is not None and not bool(known.dense(shape[2], shape[3]).any(-1).all())):
+                runtime.append(self._runtime_mask(use, self.view(use.node), dtype))
+            else:
+                pattern = _conjunction(pattern, constant)
+        if isinstance(pattern, Dense):
+            pattern = None
+        if not runtime:
+            return pattern, None
+        total, *more = runtime if len(runtime) == 1 else [self._additive(v, -math.inf, dtype) for v in runtime]
+        for view in more:
+            total = self._torch_mask("sum", torch.add, (total, view), (), dtype)
+        return pattern, _four_dims(total.expand(full))
 
-    def _constant_mask(self, view: View, use: attention_patterns.MaskUse) -> tuple[Mask | None, bool]:
-        """A constant mask as a pattern; (None, True) when it allows everything, (None, False) when it is no pattern
-        (a bias, or different for each sample)."""
-        tensor = self.constant_tensor(view).detach()
+    def _runtime_mask(self, use: attention_patterns.MaskUse, view: View, dtype: torch.dtype) -> View:
+        """A mask operand as kernels take it: True where something may attend, or numbers to add."""
+        if use.inverted:
+            view = self._torch_mask("not", torch.logical_not, (view,), (), torch.bool)
+        if use.fill != -math.inf and self.dtype(view) == torch.bool:
+            return self._additive(view, use.fill, dtype)
+        return view
+
+    def _additive(self, view: View, fill: float, dtype: torch.dtype) -> View:
+        """A boolean mask as numbers to add: zero, and ``fill`` where it is False."""
+        if self.dtype(view) != torch.bool:
+            return view
+        lowest = fill if fill == -math.inf else max(fill, torch.finfo(dtype).min)
+        return self._torch_mask("numbers", _numbers, (view,), (lowest, dtype), dtype)
+
+    def _torch_mask(
+        self,
+        what: str,
+        function: Callable[..., Tensor],
+        views: Sequence[View],
+        more: tuple[Any, ...],
+        dtype: torch.dtype,
+    ) -> View:
+        """A mask that PyTorch makes of others."""
+        shape = torch.broadcast_shapes(*(view.shape for view in views))
+        spec = TensorSpec.contiguous(shape, dtype)
+        name = self.add_value(f"{views[0].base}_{what}", spec)
+        call = TorchCall(function, (*map(Ref, range(len(views))), *more))
+        inputs = tuple(self.realize(view) for view in views)
+        self.operators.append(Operator(name, Extern(call, "a mask made at run time"), inputs, (name,)))
+        return View.of(name, spec)
+
+    def _constant_mask(
+        self, use: attention_patterns.MaskUse, full: Sequence[int], view: View | None = None
+    ) -> tuple[Mask | None, bool]:
+        """A constant mask as a pattern, Dense for what allows everything and None for what is no pattern (a bias, not
+        constant, or different for each sample); and whether what it forbids is a finite number."""
+        if view is None:
+            value = self.env[use.node]
+            if isinstance(value, Conjunction) or not self.is_constant(self.view(use.node)):
+                return None, False
+            view = self.view(use.node)
+        tensor = self.constant_tensor(_four_dims(view.expand(full))).detach()
+        finite = use.fill != -math.inf
         if tensor.dtype != torch.bool:
-            lowest = torch.finfo(tensor.dtype).min / 2 if tensor.is_floating_point() else None
-            if lowest is None or not bool(((tensor == 0) | (tensor < lowest)).all()):
-                return None, False
-            # Adding such a number leaves a probability of exactly zero wherever a row allows anything.
             allowed = tensor == 0
-            if not bool(allowed.any(-1).all()) and not bool(torch.isneginf(tensor[~allowed]).all()):
+            lowest = torch.finfo(tensor.dtype).min / 2 if tensor.is_floating_point() else -math.inf
+            if not bool((allowed | (tensor < lowest)).all()):
                 return None, False
+            finite = not bool(torch.isneginf(tensor[~allowed]).all())
             tensor = allowed
         elif use.inverted:
             tensor = ~tensor
         if bool(tensor.all()):
-            return None, True
+            return Dense(), False
         if not bool((tensor == tensor[:1]).all()):
             return None, False
         tensor = tensor[0]
         if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
             tensor = tensor[:1]
         dense = tensor[0] if tensor.shape[0] == 1 else tensor
-        return _named_mask(dense.contiguous()), True
+        return _named_mask(dense.contiguous()), finite
+
+
+def _conjunction(a: Mask | None, b: Mask | None) -> Mask | None:
+    """What both allow; None and Dense allow everything."""
+    if a is None or isinstance(a, Dense):
+        return b
+    return a if b is None or isinstance(b, Dense) else a & b
+
+
+def _numbers(mask: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, fill)
+
+
+def _rounded(semantics: Semantics, operands: Sequence[torch.dtype], result: torch.dtype) -> Semantics:
+    """The same of operands in dtypes other than the result's, every one rounded to its own."""
+    if semantics.expression is None:
+        raise ValueError(f"{semantics.kind} is no row expression, and so cannot round its operands")
+    b = Builder()
+    inputs = [b.cast(b.input(i), dtype) if dtype != result else b.input(i) for i, dtype in enumerate(operands)]
+    function = b.build(*(b.cast(output, result) for output in b.inline(semantics.expression, inputs)))
+    if hasattr(semantics, "function"):
+        return dataclasses.replace(semantics, function=function)
+    return kinds.Pointwise(function)
 
 
 @functools.lru_cache(maxsize=8)
@@ -445,6 +654,32 @@ def _named_mask(dense: Tensor) -> Mask:
         if bool((dense == causal.dense(*dense.shape)).all()):
             return causal
     return masks.from_dense(dense)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether every element has a place of its own and nothing lies between them."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _storage(node: fx.Node) -> int:
+    storage: int = node.meta["val"].untyped_storage()._cdata
+    return storage
+
+
+def _roots(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The first node of every storage: the one that made it, since nodes are in the order of execution."""
+    roots: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            roots.setdefault(_storage(node), node)
+    return roots
 
 
 def _as_strided(view: View) -> TorchCall:
@@ -532,5 +767,6 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
         inputs=raiser.captured.inputs,
         outputs=outputs,
         constants={name: constant for name, constant in raiser.constants.items() if name in keep},
+        aliases=raiser._aliases,
         inspected=frozenset(raiser._inspected),
     )

@@ -170,7 +170,8 @@ class WeightStore:
         if isinstance(ref, Packed):
             return self._memo(key, lambda: materialize(ref, self._value(ref.value, constants, parameters)))
         if constants[ref].call is None:
-            return parameters[ref].detach()
+            # Itself, since a model may return it.
+            return parameters[ref]
         return self._memo(key, lambda: self._value(ref, constants, parameters))
 
     def _memo(self, key: str, make: Any) -> Tensor:

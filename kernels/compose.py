@@ -137,8 +137,10 @@ def compose(
     strides = tuple(row_stride(graph.values[value]) for value in outputs)
     if not outputs or any(s is None for s in strides):
         return None
+    stored = {len(seeds) + i: bound.operand.dtype.torch for i, bound in enumerate(bounds)}
+    expression = builder.build(*(at[value] for value in outputs))
     return RowProgram(
-        expression=builder.build(*(at[value] for value in outputs)),
+        expression=expression.without_idle_casts(stored, [graph.values[value].dtype for value in outputs]),
         seeds=len(seeds),
         bounds=tuple(bounds),
         gathers=tuple(gathers),

@@ -237,7 +237,7 @@ class CudaProgram(_KernelProgram):
     def _launched(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         held = self._bind(inputs)
         self._execute(held)
-        return self._results(held)
+        return self._results(held, inputs)
 
     def _launched_aside(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with contextlib.ExitStack() as stack:
@@ -268,7 +268,7 @@ class CudaProgram(_KernelProgram):
                 source = self._graph.held[key]
                 fresh = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=source.device)
                 held[key] = fresh.copy_(source, non_blocking=True)
-        return self._results(held)
+        return self._results(held, inputs)
 
     def _captured(self, inputs: Sequence[Tensor]) -> _Graph | None:
         try:

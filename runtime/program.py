@@ -8,7 +8,7 @@ import enum
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ class ProgramPlan:
     """Everything about a program but its memory and its kernels' addresses.
 
     ``inputs`` are the shapes and dtypes expected (contiguous); ``outputs`` the storages to allocate for each call;
-    ``results`` the tensors to return. ``workspace_offset`` is where the kernels' scratch starts in the arena.
+    ``returns`` the tensors to return, or, for positions in ``aliases``, the input or constant that the view functions
+    there are applied to. ``workspace_offset`` is where the kernels' scratch starts in the arena.
     """
 
     steps: tuple[NativeStep | TorchStep, ...]
@@ -90,6 +91,7 @@ class ProgramPlan:
     arena_bytes: int
     workspace_offset: int
     threads: int
+    aliases: Mapping[int, Sequence[tuple[Callable[..., Sequence[Tensor]], int]]] = field(default_factory=dict)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -163,6 +165,7 @@ class Program:
         self._arguments: list[KernelArgs] = []
         self._keep: list[Any] = []
         self._constants: list[Tensor] = []
+        self._given: Sequence[Tensor] = ()
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
         # By identity of the plan's slots: hashing all that a slot says would take as long as a small operator.
         self._arena_views: dict[int, Tensor] = {}
@@ -185,14 +188,15 @@ class Program:
     def set_constants(self, constants: Sequence[Tensor]) -> None:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
         with self._arena.lock:
-            self._constants = list(constants)
+            self._given = list(constants)
+            self._constants = [tensor.detach() for tensor in constants]
             self._constant_views = {}
             for i, tensor in enumerate(constants):
                 self._patch(Memory.CONSTANT, i, tensor)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
-        the model itself returns views of its inputs.
+        the model itself returns its inputs or parameters, or views of them.
 
         Raises IndexRangeError for an index outside its table, and KernelError for other failures of kernels.
         """
@@ -203,7 +207,7 @@ class Program:
         with self._arena.lock:
             held = self._bind(inputs)
             self._execute(held)
-            return self._results(held)
+            return self._results(held, inputs)
 
     def _execute(self, held: dict[tuple[Memory, int], Tensor]) -> None:
         for segment in self._segments:
@@ -222,10 +226,20 @@ class Program:
         with self._arena.lock:
             held = self._bind(inputs)
             runs = [run for segment in self._segments for run in self._singly(segment, held)]
-            yield runs, lambda: self._results(held)
+            yield runs, lambda: self._results(held, inputs)
 
-    def _results(self, held: dict[tuple[Memory, int], Tensor]) -> list[Tensor]:
-        return [self._returned(slot, held) for slot in self.plan.returns]
+    def _results(self, held: dict[tuple[Memory, int], Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        results = []
+        for position, slot in enumerate(self.plan.returns):
+            calls = self.plan.aliases.get(position)
+            if calls is None:
+                results.append(self._tensor(slot, held))
+                continue
+            tensor = inputs[slot.index] if slot.memory is Memory.INPUT else self._given[slot.index]
+            for call, index in calls:
+                tensor = call(tensor)[index]
+            results.append(tensor)
+        return results
 
     def _singly(
         self, segment: tuple[Any, int, int] | TorchStep, held: dict[tuple[Memory, int], Tensor]
@@ -374,10 +388,6 @@ class Program:
                 view = self._constant_views[id(slot)] = _strided(self._constants[slot.index], slot)
             return view
         return _strided(held[slot.memory, slot.index], slot)
-
-    def _returned(self, slot: Slot, held: dict[tuple[Memory, int], Tensor]) -> Tensor:
-        tensor = self._tensor(slot, held)
-        return tensor.clone() if slot.memory is Memory.CONSTANT else tensor
 
 
 def _bytes(slot: Slot) -> int:

@@ -7,9 +7,10 @@ kernels (LayerNorm, RMSNorm, softmax) and GEMM epilogues, so that fusing two ope
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,18 @@ class Op(enum.Enum):
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
+    ROUND = "round_even"
+    TO_BF16 = "to_bf16"
+    TO_F16 = "to_f16"
     ROW_SUM = "row_sum"
     ROW_MEAN = "row_mean"
     ROW_MAX = "row_max"
 
 
 REDUCTIONS = frozenset({Op.ROW_SUM, Op.ROW_MEAN, Op.ROW_MAX})
-_LEAVES = frozenset({Op.INPUT, Op.CONSTANT})
+CASTS = {torch.bfloat16: Op.TO_BF16, torch.float16: Op.TO_F16}
+"""Rounding a number to what a dtype can hold; to fp32, in which expressions compute, nothing rounds."""
+_ROUNDINGS = frozenset({Op.ROUND, *CASTS.values()})
 _ARITY = {
     **dict.fromkeys(Op, 1),
     Op.INPUT: 0,
@@ -76,6 +82,9 @@ _TORCH: dict[Op, Callable[..., Tensor]] = {
     Op.GELU: torch.nn.functional.gelu,
     Op.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     Op.SILU: torch.nn.functional.silu,
+    Op.ROUND: torch.round,
+    Op.TO_BF16: lambda x: x.to(torch.bfloat16).to(x.dtype),
+    Op.TO_F16: lambda x: x.to(torch.float16).to(x.dtype),
     Op.ROW_SUM: lambda x: x.sum(-1, keepdim=True),
     Op.ROW_MEAN: lambda x: x.mean(-1, keepdim=True),
     Op.ROW_MAX: lambda x: x.amax(-1, keepdim=True),
@@ -136,6 +145,12 @@ class Expression:
         return any(i.op in REDUCTIONS for i in self.instructions)
 
     @property
+    def rounds(self) -> bool:
+        """Whether it rounds explicitly, so that the last bit of what it rounds can decide about a whole step; products
+        are then rounded to fp32 as in PyTorch, never contracted with the sum that reads them."""
+        return any(i.op in _ROUNDINGS for i in self.instructions)
+
+    @property
     def flops(self) -> int:
         """fp32 operations for each element of the matrix."""
         return sum(_FLOPS[i.op] for i in self.instructions)
@@ -155,6 +170,25 @@ class Expression:
         for instruction in self.instructions:
             depth.append(max((depth[a] + (self.instructions[a].op in REDUCTIONS) for a in instruction.args), default=0))
         return tuple(depth)
+
+    def without_idle_casts(self, inputs: Mapping[int, torch.dtype], outputs: Sequence[torch.dtype]) -> Expression:
+        """The same program without casts that change nothing: of inputs that are stored in that dtype already
+        (``inputs`` by number), and of outputs that will be stored in it."""
+        b = Builder()
+        at: list[int] = []
+        instructions = self.instructions
+        idle = {index: CASTS[dtype] for index, dtype in inputs.items() if dtype in CASTS}
+        for i in instructions:
+            source = instructions[i.args[0]] if i.op in idle.values() else None
+            if source is not None and source.op is Op.INPUT and idle.get(source.index) is i.op:
+                at.append(at[i.args[0]])
+            else:
+                at.append(b.add(i, [at[a] for a in i.args]))
+        results = []
+        for output, dtype in zip(self.outputs, outputs, strict=True):
+            i = instructions[output]
+            results.append(at[i.args[0]] if i.op is CASTS.get(dtype) else at[output])
+        return b.build(*results)
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The plain PyTorch meaning, in the dtype of the inputs; inputs broadcast against ``(..., columns)``."""
@@ -204,16 +238,20 @@ class Builder:
     def apply(self, op: Op, *args: int) -> int:
         return self._add(Instruction(op, args=args))
 
+    def add(self, instruction: Instruction, args: Sequence[int]) -> int:
+        """An instruction of another expression, applied to the results ``args``."""
+        return self._add(dataclasses.replace(instruction, args=tuple(args)))
+
+    def cast(self, value: int, dtype: torch.dtype) -> int:
+        """``value`` rounded to what ``dtype`` can hold; fp32, in which expressions compute, holds everything."""
+        op = CASTS.get(dtype)
+        return value if op is None or self._instructions[value].op is op else self.apply(op, value)
+
     def inline(self, expression: Expression, inputs: Sequence[int]) -> tuple[int, ...]:
         """Copy ``expression`` in, its inputs replaced by the results ``inputs``; returns where its outputs are."""
         at: list[int] = []
         for i in expression.instructions:
-            if i.op is Op.INPUT:
-                at.append(inputs[i.index])
-            elif i.op is Op.CONSTANT:
-                at.append(self._add(i))
-            else:
-                at.append(self.apply(i.op, *(at[a] for a in i.args)))
+            at.append(inputs[i.index] if i.op is Op.INPUT else self.add(i, [at[a] for a in i.args]))
         return tuple(at[o] for o in expression.outputs)
 
     def build(self, *outputs: int) -> Expression:

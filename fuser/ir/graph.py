@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeGuard
 
 import networkx as nx
@@ -128,6 +128,9 @@ class Constant:
             return self.call(*sources)[0].detach().contiguous()
 
 
+ViewCalls = tuple[tuple[TorchCall, int], ...]
+
+
 @dataclass(frozen=True)
 class OperatorGraph:
     """Operators in topological order, the specs of all values, and which values enter, leave and are constant."""
@@ -137,6 +140,9 @@ class OperatorGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, Constant]
+    aliases: Mapping[int, ViewCalls] = field(default_factory=dict)
+    """Outputs by position that the model makes of an input or parameter by views alone: ``outputs`` names that, and
+    these calls, each with the number of its result, make the output of the very tensor that was given."""
     inspected: frozenset[str] = frozenset()
     """Parameters whose values, not only shapes, made the graph what it is: if one changes, another graph is needed."""
 

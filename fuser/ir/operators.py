@@ -125,9 +125,11 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for the operator's input number ``index`` inside the arguments of a :class:`TorchCall`."""
+    """Stands for the operator's input number ``index`` inside the arguments of a :class:`TorchCall`; with ``strides``,
+    laid out like that, for functions whose results depend on it."""
 
     index: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,15 @@ def _restore_call(namespace: str, name: str, overload: str, args: Any, kwargs: A
     return TorchCall(getattr(getattr(getattr(torch.ops, namespace), name), overload), args, kwargs)
 
 
+def laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy of ``tensor`` in memory of its own with these strides."""
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
     if isinstance(value, Ref):
-        return inputs[value.index]
+        tensor = inputs[value.index]
+        return tensor if value.strides is None or value.strides == tensor.stride() else laid_out(tensor, value.strides)
     if isinstance(value, (tuple, list)):
         return type(value)(_substitute(v, inputs) for v in value)
     return value

@@ -55,13 +55,34 @@ FUSER_INLINE vf load(const bf16* p) {
   std::memcpy(&h, p, sizeof(h));
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
-FUSER_INLINE void store(bf16* p, vf v) {
+// The bits of the nearest bf16 number in the low half of every lane.
+FUSER_INLINE vu bf16_bits(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const vu nan = (u >> 16) | 0x40;
   const vi is_nan = (vi)(v != v);
-  const vh h = __builtin_convertvector((vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded)), vh);
+  return (vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded));
+}
+FUSER_INLINE void store(bf16* p, vf v) {
+  const vh h = __builtin_convertvector(bf16_bits(v), vh);
   std::memcpy(p, &h, sizeof(h));
+}
+FUSER_INLINE vf to_bf16(vf v) { return (vf)(bf16_bits(v) << 16); }
+
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+#define FUSER_VECTOR_REGISTER "+v"
+#elif (defined(__AVX2__) && FUSER_VECTOR_BYTES == 32) || (defined(__SSE2__) && FUSER_VECTOR_BYTES == 16)
+#define FUSER_VECTOR_REGISTER "+x"
+#elif defined(__aarch64__) && FUSER_VECTOR_BYTES == 16
+#define FUSER_VECTOR_REGISTER "+w"
+#else
+#define FUSER_VECTOR_REGISTER "+m"
+#endif
+// The product rounded to fp32: what adds it cannot become a fused multiply-add.
+FUSER_INLINE vf mul_rounded(vf a, vf b) {
+  vf product = a * b;
+  asm("" : FUSER_VECTOR_REGISTER(product));
+  return product;
 }
 
 // The first n (0 < n < kLanes) elements; the others read as zero and are not touched.
@@ -100,9 +121,9 @@ FUSER_INLINE vi first(int64_t n) {
 
 FUSER_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
-// Both keep a NaN of their first operand, as PyTorch does.
-FUSER_INLINE vf maximum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a > b), a, b)); }
-FUSER_INLINE vf minimum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a < b), a, b)); }
+// Both keep a NaN of either operand, and of two zeros the first, as PyTorch's clamp does.
+FUSER_INLINE vf maximum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a >= b), a, b)); }
+FUSER_INLINE vf minimum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a <= b), a, b)); }
 // One instruction on x86; the second operand wins when either is NaN.
 FUSER_INLINE vf max_fast(vf a, vf b) { return select((vi)(a > b), a, b); }
 FUSER_INLINE vf min_fast(vf a, vf b) { return select((vi)(a < b), a, b); }

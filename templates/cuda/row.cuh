@@ -28,8 +28,11 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 }
 // These keep a NaN, as PyTorch does and fmaxf does not.
 __device__ __forceinline__ float relu(float x) { return 0.0f > x ? 0.0f : x; }
-__device__ __forceinline__ float maximum(float a, float b) { return a != a || a > b ? a : b; }
-__device__ __forceinline__ float minimum(float a, float b) { return a != a || a < b ? a : b; }
+__device__ __forceinline__ float maximum(float a, float b) { return a != a || a >= b ? a : b; }
+__device__ __forceinline__ float minimum(float a, float b) { return a != a || a <= b ? a : b; }
+__device__ __forceinline__ float round_even(float x) { return rintf(x); }
+__device__ __forceinline__ float to_bf16(float x) { return float(bf16(x)); }
+__device__ __forceinline__ float to_f16(float x) { return float(half(x)); }
 
 }  // namespace math
 

@@ -223,3 +223,31 @@ def test_sources_name_their_parameters(tmp_path: Path) -> None:
     source = render(CASES["softmax"].spec)
     assert source.text.startswith(f"// fuser rowwise kernel {source.symbol}\n")
     assert "RowwiseParameters(" in source.text.splitlines()[1]
+
+
+# ---- rounding
+
+
+def test_products_are_written_without_contraction_where_something_rounds() -> None:
+    def chain(last: Op) -> Expression:
+        b = Builder()
+        return b.build(b.apply(last, b.apply(Op.ADD, b.apply(Op.MUL, b.input(0), b.input(1)), b.input(2))))
+
+    assert "const simd::vf v2 = v0 * v1;" in statements(chain(Op.RELU))
+    for last in (Op.ROUND, Op.TO_BF16):
+        assert "const simd::vf v2 = simd::mul_rounded(v0, v1);" in statements(chain(last))
+
+
+def test_casts_that_memory_makes_anyway_are_left_out() -> None:
+    b = Builder()
+    read = b.cast(b.input(0), torch.bfloat16)
+    total = b.apply(Op.ADD, read, b.cast(b.input(1), torch.bfloat16))
+    assert b.cast(b.cast(total, torch.bfloat16), torch.bfloat16) == b.cast(total, torch.bfloat16)
+    assert b.cast(total, torch.float32) == total
+    whole = b.build(b.cast(total, torch.bfloat16), b.cast(total, torch.bfloat16))
+    stored = whole.without_idle_casts({0: torch.bfloat16, 1: torch.float32}, (torch.bfloat16, torch.float32))
+    assert str(stored) == "add(x0, to_bf16(x1)), to_bf16(add(x0, to_bf16(x1)))"
+    x, y = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    x = x.bfloat16().float()
+    for a, c in zip(whole.evaluate(x, y), stored.evaluate(x, y), strict=True):
+        assert torch.equal(a.bfloat16(), c.bfloat16())
