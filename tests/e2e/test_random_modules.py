@@ -64,7 +64,7 @@ def _agree(a: Tensor, b: Tensor, rounds: bool) -> bool:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "FAMILIES", ())
+    monkeypatch.setattr(compiler, "IMPLEMENTATIONS", {})
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
@@ -79,7 +79,7 @@ def test_kernels_of_random_modules_compute_what_eager_does(seed: int) -> None:
 
 if __name__ == "__main__":
     if "kernels" not in sys.argv:
-        compiler.FAMILIES = ()  # type: ignore[assignment]
+        compiler.IMPLEMENTATIONS = {}
     wrong = 0
     for seed in range(int(sys.argv[1]), int(sys.argv[2])):
         try:
