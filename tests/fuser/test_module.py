@@ -14,14 +14,16 @@ from torch import Tensor, nn
 import fuser
 from fuser.compiler import Compiled
 from fuser.module import OptimizedModule
-from fuser.policy import AT_ONCE
+from fuser.policy import AT_ONCE, CompilationPolicy
 from fuser.runtime.program import Program
 
 X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Clock:
-    """Seconds that pass only where a test says so."""
+    """Seconds that pass only where a test says so; in a slot, where nobody takes them for a setting of the model."""
+
+    __slots__ = ("now",)
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -184,6 +186,14 @@ def test_what_is_fused_is_never_compared(clock: Clock) -> None:
     for _ in range(20):
         fast(X)
     assert clock.now == before
+
+
+def test_a_mask_is_not_dropped_while_a_call_waits() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    fast = fuser.optimize(layer, attention=fuser.masks.SlidingWindow(1, 1), search="model")
+    fast._policy = CompilationPolicy(at_once=0)
+    fast(X[None])
+    assert len(fast.programs) == 1 and fast.fallbacks == ()
 
 
 def test_a_program_that_gave_way_leaves_nothing_behind(clock: Clock) -> None:
