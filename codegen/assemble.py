@@ -12,9 +12,11 @@ import torch
 from fuser.codegen.memory import Lifetime, plan_arena
 from fuser.codegen.partition import PYTORCH, GroupChoice
 from fuser.codegen.render import render
+from fuser.codegen.template import ProgramTemplate
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Extern, Semantics, View
+from fuser.ir.size import maximum
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, TensorRef
 from fuser.runtime.build import Source
@@ -46,6 +48,11 @@ class Assembly:
     labels: tuple[str, ...]
     choices: tuple[GroupChoice, ...]
 
+    @property
+    def template(self) -> ProgramTemplate:
+        """The plan for any values of the graph's named sizes."""
+        return ProgramTemplate(self.plan)
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -72,7 +79,8 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
     """Lay the chosen groups and the remaining operators out as steps over one arena.
 
     ``choices`` hold, for every group of every region, its kernel (None: PyTorch runs it).
-    Raises FuserError when the groups cannot be ordered.
+    Where the graph has named sizes, numbers of the plan are formulas, and the result's ``template`` binds them. Raises
+    FuserError when the groups cannot be ordered.
     """
     units = _ordered(graph, [*_group_units(choices, target, threads), *_extern_units(graph, choices)])
     layout = _Layout(graph, units)
@@ -109,7 +117,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         constants=layout.constants,
         result_count=layout.result_count,
         arena_bytes=layout.arena_bytes
-        + max((u.call.workspace_bytes for u in units if isinstance(u.call, KernelCall)), default=0),
+        + maximum([0, *(u.call.workspace_bytes for u in units if isinstance(u.call, KernelCall))]),
         workspace_offset=layout.arena_bytes,
         threads=threads,
     )

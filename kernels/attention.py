@@ -6,12 +6,14 @@ import functools
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fuser.ir.graph import Operator, OperatorGroup
+from fuser.ir.binding import late_fields
+from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.target import Target
@@ -110,16 +112,6 @@ class AttentionMatch:
         return (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
 
     @property
-    def strides(self) -> list[tuple[int, ...]]:
-        """(batch, head, row) of queries, keys, values and results."""
-        return [self.group.graph.values[value].strides[:3] for value in (self.q, self.k, self.v, self.out)]
-
-    @property
-    def mask_strides(self) -> tuple[int, ...] | None:
-        """(batch, head, row, key) of the run-time mask."""
-        return None if self.mask is None else self.group.graph.values[self.mask].strides
-
-    @property
     def moved_bytes(self) -> int:
         return sum(self.group.graph.values[value].nbytes for value in (self.q, self.k, self.v, self.out))
 
@@ -191,15 +183,54 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
-        values, tiles = match.group.graph.values, match.plan(target)
-        batch, heads, _, _ = values[match.q].shape
-        return KernelCall(
-            parameters.spec,
-            (*match.tensors, Literal(f"plan:{tiles.hash}", tiles.array), match.out),
-            extents(batch, heads, values[match.k].shape[1], tiles, match.scale, match.strides, match.mask_strides),
-            (match.out,),
-            workspace_bytes(batch, heads, parameters.value_dim, tiles),
-        )
+        return call_of(match, parameters, target, threads, launch_of)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch needs besides its tensors: the plan's array, extents, and bytes of scratch memory."""
+
+    plan: Literal
+    extents: tuple[int, ...]
+    workspace_bytes: int
+
+
+def call_of(
+    match: AttentionMatch,
+    parameters: Any,
+    target: Target,
+    threads: int,
+    launch: Callable[..., Launch],
+) -> KernelCall:
+    """The call of a match; ``launch(pattern, (q, k, v, out), mask, scale, parameters, target, threads)`` gives what
+    depends on how the tensors lie in memory, once their sizes are known."""
+    values = match.group.graph.values
+    layouts = tuple(values[value].layout for value in (match.q, match.k, match.v, match.out))
+    mask = None if match.mask is None else values[match.mask].layout
+    made = late_fields(launch, Launch, match.pattern, layouts, mask, match.scale, parameters, target, threads)
+    tensors = (*match.tensors, made.plan, match.out)
+    return KernelCall(parameters.spec, tensors, made.extents, (match.out,), made.workspace_bytes)
+
+
+def launch_of(
+    pattern: Mask,
+    specs: tuple[TensorSpec, ...],
+    mask: TensorSpec | None,
+    scale: float,
+    parameters: AttentionParameters,
+    target: Target,
+    threads: int,
+) -> Launch:
+    """The launch for q, k, v and the result as they lie in memory, and the run-time ``mask`` of the scores' shape."""
+    q, k = specs[:2]
+    batch, heads, q_len, _ = q.shape
+    tiles = cached_plan(pattern, q_len, k.shape[2], target)
+    strides = [spec.strides[:3] for spec in specs]
+    return Launch(
+        Literal(f"plan:{tiles.hash}", tiles.array),
+        extents(batch, heads, k.shape[1], tiles, scale, strides, None if mask is None else mask.strides),
+        workspace_bytes(batch, heads, parameters.value_dim, tiles),
+    )
 
 
 def _is_chain(operators: Sequence[Operator]) -> bool:

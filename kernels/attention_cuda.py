@@ -6,8 +6,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fuser.ir.graph import TensorSpec
+from fuser.ir.masks import Mask
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AttentionMatch
+from fuser.kernels.attention import AttentionMatch, Launch, cached_plan, call_of
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -191,15 +193,27 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
     def call(
         self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target, threads: int
     ) -> KernelCall:
-        values, plan = match.group.graph.values, match.plan(target)
-        batch, heads, _, _ = values[match.q].shape
-        chosen = schedule(plan, parameters, batch, heads, threads)
-        return KernelCall(
-            parameters.spec,
-            (*match.tensors, Literal(chosen.tiles.key, chosen.tiles.array), match.out),
-            extents(
-                batch, heads, values[match.k].shape[1], plan, chosen, match.scale, match.strides, match.mask_strides
-            ),
-            (match.out,),
-            chosen.workspace_bytes,
-        )
+        return call_of(match, parameters, target, threads, launch_of)
+
+
+def launch_of(
+    pattern: Mask,
+    specs: tuple[TensorSpec, ...],
+    mask: TensorSpec | None,
+    scale: float,
+    parameters: CudaAttentionParameters,
+    target: Target,
+    threads: int,
+) -> Launch:
+    """The launch for q, k, v and the result as they lie in memory, and the run-time ``mask`` of the scores' shape."""
+    q, k = specs[:2]
+    batch, heads, q_len, _ = q.shape
+    plan = cached_plan(pattern, q_len, k.shape[2], target)
+    chosen = schedule(plan, parameters, batch, heads, threads)
+    strides = [spec.strides[:3] for spec in specs]
+    mask_strides = None if mask is None else mask.strides
+    return Launch(
+        Literal(chosen.tiles.key, chosen.tiles.array),
+        extents(batch, heads, k.shape[1], plan, chosen, scale, strides, mask_strides),
+        chosen.workspace_bytes,
+    )

@@ -18,6 +18,7 @@ from fuser.ir.expression import Expression, Op
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.operators import Gemm
+from fuser.ir.size import maximum, minimum
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import (
     STORAGE,
@@ -134,7 +135,7 @@ class GemmParameters:
         """Scratch for ``rows`` rows of A on ``threads`` threads."""
         tiles = threads * self.mc
         if self.reduces:
-            tiles = max(tiles, min(rows, self.shared))
+            tiles = maximum([tiles, minimum([rows, self.shared])])
         return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
 
 

@@ -7,13 +7,15 @@ are shared with the tree, so that binding a plan of a hundred steps takes less t
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from fuser.ir.size import Maximum, Name, Quotient, Result, Size
+from fuser.ir.size import Maximum, Name, Quotient, Result, Size, called, result
 
 Tree = TypeVar("Tree")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class Late:
     arguments: tuple[Any, ...]
 
     def __str__(self) -> str:
-        name = getattr(self.function, "__name__", str(self.function))
-        return f"{name}({', '.join(map(str, self.arguments))})"
+        return called(self.function, self.arguments)
 
 
 class Binder(Generic[Tree]):
@@ -184,6 +185,37 @@ def _identity(value: Any) -> Any:
     if isinstance(value, (str, bytes, int, float, type(None))):
         return (type(value), value)
     return ("object", id(value))
+
+
+def late_fields(function: Callable[..., Made], kind: type[Made], *arguments: Any) -> Made:
+    """``function(*arguments)``, a dataclass ``kind``; where sizes of the arguments are known late, one whose fields
+    are: integers as sizes, others as :class:`Late`."""
+    if not Binder(arguments).names:
+        return function(*arguments)
+    made = Late(function, arguments)
+    hints = typing.get_type_hints(kind)
+    fields = {
+        field.name: (result if hints[field.name] is int else _late)(Field(field.name), made)
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    }
+    return kind(**fields)
+
+
+def _late(function: Callable[..., Any], *arguments: Any) -> Any:
+    return Late(function, arguments)
+
+
+@dataclass(frozen=True)
+class Field:
+    """Gives one field of a value."""
+
+    name: str
+
+    def __call__(self, value: Any) -> Any:
+        return getattr(value, self.name)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def bound(tree: Tree, sizes: Mapping[str, int]) -> Tree:

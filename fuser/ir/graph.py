@@ -16,6 +16,7 @@ from typing_extensions import TypeVar
 
 from fuser.ir.expression import Expression
 from fuser.ir.operators import Extern, Semantics, TorchCall, View
+from fuser.ir.size import Size
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class TensorSpec:
 
     @classmethod
     def contiguous(cls, shape: Iterable[int], dtype: torch.dtype) -> TensorSpec:
-        shape = tuple(int(s) for s in shape)
+        shape = tuple(s if isinstance(s, Size) else int(s) for s in shape)
         strides, step = [], 1
         for size in reversed(shape):
             strides.append(step)
@@ -49,6 +50,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the elements, without gaps."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def layout(self) -> TensorSpec:
+        """Shape, dtype and strides alone, without the place in the storage of another."""
+        return TensorSpec(self.shape, self.dtype, self.strides)
 
     @property
     def extent(self) -> int:

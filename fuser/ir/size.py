@@ -99,8 +99,13 @@ class Result:
     high = None
 
     def __str__(self) -> str:
-        name = getattr(self.function, "__name__", str(self.function))
-        return f"{name}({', '.join(str(a) for a in self.arguments if isinstance(a, (Size, int, str)))})"
+        return called(self.function, self.arguments)
+
+
+def called(function: Callable[..., Any], arguments: Iterable[Any]) -> str:
+    """A call as text, in which only sizes, numbers and other calls are written out."""
+    texts = (str(a) if isinstance(a, (Size, int)) or hasattr(a, "arguments") else "…" for a in arguments)
+    return f"{getattr(function, '__name__', str(function))}({', '.join(k for k, _ in itertools.groupby(texts))})"
 
 
 Atom = Name | Quotient | Maximum | Result
@@ -233,6 +238,11 @@ def maximum(sizes: Iterable[int]) -> int:
         a for i, a in enumerate(distinct) if not any(_covers(b, a, j < i) for j, b in enumerate(distinct) if j != i)
     ]
     return left[0] if len(left) == 1 else Size({(Maximum(tuple(left)),): 1})
+
+
+def minimum(sizes: Iterable[int]) -> int:
+    """The smallest of ``sizes``, decided late where their ranges do not decide."""
+    return -maximum(-size for size in sizes)
 
 
 def result(function: Callable[..., int], *arguments: Any) -> Size:

@@ -1,0 +1,111 @@
+"""Programs for any sizes: a plan whose numbers are formulas, and the plan that it is once sizes are known."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fuser.codegen.partition import GroupChoice
+from fuser.ir.binding import Binder
+from fuser.ir.errors import FuserError
+from fuser.ir.graph import OperatorGraph
+from fuser.ir.size import Name
+from fuser.ir.target import Target
+from fuser.runtime.program import Memory, NativeStep, ProgramPlan, Slot
+
+
+@dataclass(frozen=True)
+class ProgramTemplate:
+    """A program plan in which numbers may be sizes that are bound late.
+
+    ``plan`` holds the formulas; :meth:`bind` makes of them the plan that :func:`fuser.codegen.assemble.assemble` makes
+    of a graph with these sizes and the same kernels. A plan without named sizes is bound as it is.
+    """
+
+    plan: ProgramPlan
+
+    @functools.cached_property
+    def _binder(self) -> Binder[ProgramPlan]:
+        return Binder(self.plan)
+
+    @property
+    def names(self) -> Mapping[str, Name]:
+        """The sizes that it needs, with their ranges."""
+        return self._binder.names
+
+    def bind(self, sizes: Mapping[str, int]) -> ProgramPlan:
+        """The plan for these sizes by name. Raises ValueError for one that is missing or outside its range."""
+        return self._binder(sizes)
+
+    def __str__(self) -> str:
+        """Every step with the formulas of its extents and of the places, shapes and strides of its tensors."""
+        plan = self.plan
+        lines = [
+            f"size {name} from {size.low}{f' to {size.high}' if size.high else ''}" for name, size in self.names.items()
+        ]
+        for step in plan.steps:
+            lines.append(f"{step.symbol} {step.extents}" if isinstance(step, NativeStep) else str(step.call))
+            tensors = step.tensors if isinstance(step, NativeStep) else step.inputs
+            lines.extend(f"  {_place(slot)}" for slot in tensors)
+            if not isinstance(step, NativeStep):
+                lines.extend(f"  -> {_place(slot)}" for slot in (*step.results, *([step.out] if step.out else [])))
+        lines.append(f"arena: {plan.arena_bytes} bytes, scratch from {plan.workspace_offset}")
+        return "\n".join(lines)
+
+
+def _place(slot: Slot) -> str:
+    number = "" if slot.memory is Memory.ARENA else f" {slot.index}"
+    shape, strides = (" × ".join(map(str, numbers)) for numbers in (slot.shape, slot.strides))
+    return f"{slot.memory.value}{number} + {slot.offset}: {shape} by {strides}, {slot.dtype}"
+
+
+@dataclass(frozen=True)
+class RangedTemplate:
+    """Templates for ranges of one formula of the sizes, such as the number of rows, since kernels want other tiles for
+    few than for many: ``templates[i]`` is for values of ``measure`` below ``limits[i]``, the last for all others."""
+
+    measure: int
+    limits: tuple[int, ...]
+    templates: tuple[ProgramTemplate, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.templates) != len(self.limits) + 1 or list(self.limits) != sorted(set(self.limits)):
+            raise ValueError("ranges need ascending limits, and one template more than limits")
+
+    @classmethod
+    def merged(cls, measure: int, limits: Sequence[int], templates: Sequence[ProgramTemplate]) -> RangedTemplate:
+        """The same with neighbours that are equal as one."""
+        kept = [i for i in range(len(limits)) if templates[i] != templates[i + 1]]
+        return cls(measure, tuple(limits[i] for i in kept), (*(templates[i] for i in kept), templates[-1]))
+
+    @functools.cached_property
+    def _measured(self) -> Binder[int]:
+        return Binder(self.measure)
+
+    def bind(self, sizes: Mapping[str, int]) -> ProgramPlan:
+        """The plan for these sizes by name. Raises ValueError for one that is missing or outside its range."""
+        return self.templates[bisect.bisect_right(self.limits, self._measured(sizes))].bind(sizes)
+
+
+def generalized(choices: Sequence[GroupChoice], graph: OperatorGraph, target: Target) -> tuple[GroupChoice, ...]:
+    """The same kernels for the operators of the same names of ``graph``, which has named sizes where the graph that the
+    choices were made for has numbers. Predicted and measured times stay those of the numbers.
+
+    Raises FuserError where a kernel's family does not match the operators for all sizes.
+    """
+    operators = {op.name: op for op in graph.operators}
+    found = []
+    for choice in choices:
+        group = graph.group(operators[op.name] for op in choice.group.operators)
+        kernel = choice.kernel
+        if kernel is not None:
+            match = kernel.family.match(group, target)
+            if match is None:
+                names = ", ".join(op.name for op in group.operators)
+                raise FuserError(f"the kernel for {names} exists for some sizes only")
+            kernel = dataclasses.replace(kernel, made_for=group, match=match)
+        found.append(dataclasses.replace(choice, group=group, kernel=kernel))
+    return tuple(found)
