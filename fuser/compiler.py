@@ -24,10 +24,10 @@ from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.raising import raise_graph
-from fuser.runtime.build import build
+from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
-from fuser.runtime.library import Kernel, load
+from fuser.runtime.library import Kernel
 from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
 from fuser.weights import WeightStore
@@ -165,8 +165,7 @@ def choose_all(
 
 def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict[str, Kernel]:
     """Build what the cache lacks and load all kernels of a program."""
-    paths = build(assembly.sources, target, headers=header_folder(target), cache=cache)
-    return {symbol: load(path, symbol) for symbol, path in paths.items()}
+    return build_and_load(assembly.sources, target, headers=header_folder(target), cache=cache)
 
 
 def program_constants(

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
+import stat
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from fuser.runtime.entries import FORMAT, KEY
 KERNEL_MEMBER = re.compile(rf"kernels/({KEY.pattern})/(kernel\.so|source\.cpp|manifest\.json)")
 RECORD_MEMBER = re.compile(r"records/([A-Za-z_][A-Za-z0-9_]*)/([0-9a-f]{64})\.json")
 PLAN_MEMBER = re.compile(r"plans/([0-9a-f]{64}\.plan)")
-_MAX_ARCHIVE_BYTES = 4 << 30
+_LEAST_LIMIT = 64 << 20
+_EXPANSION = 64
+"""How many times its own size an archive may unpack to by default; kernels compress four to ten times."""
 
 
 def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
@@ -35,9 +37,17 @@ def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
         raise CacheError(f"cannot write the archive {path}: {error}") from error
 
 
-def read_archive(path: Path) -> dict[str, bytes]:
-    """The members of an archive, in memory: names are matched, never used as paths. Raises :class:`CacheError`."""
+def read_archive(path: Path, max_bytes: int | None = None) -> dict[str, bytes]:
+    """The members of an archive, in memory: names are matched, never used as paths.
+
+    Raises :class:`CacheError` for a file that is no archive or is damaged, and for one that unpacks to more than
+    ``max_bytes``, by default 64 MiB or 64 times its own size. What is unpacked counts, not what the archive says.
+    """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheError(f"cannot read the archive {path}: it is not a file")
+        left = max(_LEAST_LIMIT, _EXPANSION * status.st_size) if max_bytes is None else max_bytes
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
@@ -47,9 +57,16 @@ def read_archive(path: Path) -> dict[str, bytes]:
                 raise CacheError(f"{path} is not an archive of a kernel cache: it holds {sorted(strange)[:5]}")
             if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
                 raise CacheError(f"{path} is not an archive of a kernel cache: it is compressed in another way")
-            if sum(info.file_size for info in infos) > _MAX_ARCHIVE_BYTES:
-                raise CacheError(f"the archive {path} unpacks to more than {_MAX_ARCHIVE_BYTES >> 30} GiB")
-            members = {name: archive.read(name) for name in names}
+            members: dict[str, bytes] = {}
+            for info in infos:
+                with archive.open(info) as file:
+                    members[info.filename] = content = file.read(left + 1)
+                left -= len(content)
+                if left < 0:
+                    raise CacheError(
+                        f"the archive {path} unpacks to far more than its size; if you trust where it comes from, "
+                        "raise the limit with `fuserc cache import --max-size`"
+                    )
         index = json.loads(members.pop("index.json"))
         if index["format"] != FORMAT:
             raise CacheError(f"the archive {path} has format {index['format']}; this version of fuser reads {FORMAT}")
@@ -57,15 +74,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
             raise CacheError(f"the archive {path} is damaged: its content does not match its index")
     except OSError as error:
         raise CacheError(f"cannot read the archive {path}: {error}") from error
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except CacheError:
+        raise
+    except Exception as error:  # whatever the parsers of zip and JSON find wrong
         raise CacheError(f"{path} is not an archive of a kernel cache, or is damaged: {error}") from error
     return members

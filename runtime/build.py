@@ -23,7 +23,9 @@ from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.ir.target import Target
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.entries import KernelKey, kernel_key
-from fuser.runtime.toolchain import Toolchain, find_ninja, find_toolchain
+from fuser.runtime.library import Kernel, UnusableLibraryError, load
+from fuser.runtime.store import FULL, remedy
+from fuser.runtime.toolchain import NO_SPACE, Toolchain, find_ninja, find_toolchain
 
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
@@ -31,6 +33,9 @@ _ANNOUNCE_SECONDS = 2.0
 _REPEAT_SECONDS = 15.0
 _STOP_SECONDS = 0.1
 _LOCK_SECONDS = 120.0
+_COMPILATIONS = 3
+"""Times that sources are compiled when other processes remove the folder that this is done in."""
+_LOADS = 3
 _MESSAGE_CHARACTERS = 6000
 _LITTLE_SPACE = 4 << 20
 _SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
@@ -123,9 +128,33 @@ def build(
         missing = [job for job in missing if job.source.symbol not in built]
         if missing:
             parallel = jobs or _usable_cpus()
-            built |= cache.writing(lambda _: _compile(missing, target, toolchain, ninja, cache, parallel, stop))
+            built |= cache.writing(
+                lambda _: _compile(missing, target, toolchain, ninja, cache, parallel, stop), attempts=_COMPILATIONS
+            )
             cache.prune()
     return built
+
+
+def build_and_load(
+    sources: Sequence[Source], target: Target, *, headers: Path, cache: KernelCache | None = None
+) -> dict[str, Kernel]:
+    """The kernels of all sources by symbol, loaded; see :func:`build`.
+
+    A library that has vanished from the cache since it was found, or that cannot be used although it is what its
+    manifest says, is built again. Raises what :func:`build` raises, and :class:`CacheError` when that does not help.
+    """
+    cache = default_cache() if cache is None else cache
+    for attempt in range(_LOADS):
+        paths = build(sources, target, headers=headers, cache=cache)
+        try:
+            return {symbol: load(path, symbol) for symbol, path in paths.items()}
+        except UnusableLibraryError as error:
+            if attempt == _LOADS - 1:
+                raise
+            logger.info("building again: %s", error)
+            if error.path.exists():
+                cache.remove(error.path.parent)
+    raise AssertionError
 
 
 def key_of(source: Source, target: Target, *, headers: Path) -> KernelKey:
@@ -242,9 +271,9 @@ def _compile(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL or not folder.exists():
                 raise
-            raise CacheError(f"cannot build in {folder}: {error}; free some space, or set FUSER_CACHE_DIR") from error
+            raise CacheError(f"cannot build in {folder}: {error}; {remedy(error)}") from error
         built: dict[str, Path] = {}
         failures = []
         for index, job in enumerate(jobs):
@@ -259,10 +288,12 @@ def _compile(
                     target=target.key,
                 )
                 continue
+            if not folder.exists():
+                raise FileNotFoundError(errno.ENOENT, "another process has removed it", str(folder))
             report = folder / f"k{index}.log"
             output = (report.read_text(errors="replace") if report.exists() else "") or log
             # On a full disk a compiler cannot even write what is wrong.
-            if "No space left on device" in output or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+            if NO_SPACE in output or shutil.disk_usage(folder).free < _LITTLE_SPACE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
             source = cache.keep_failure(job.key.digest, job.source.text, job.headers, output)
             command = shlex.join([*toolchain.command, *toolchain.compile_flags, "-c", str(source), "-o", os.devnull])

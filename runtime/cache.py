@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +47,16 @@ from fuser.runtime.entries import (
     plan_path,
     record_path,
 )
-from fuser.runtime.store import Store, default_root, write_atomic
+from fuser.runtime.store import (
+    Store,
+    children,
+    default_root,
+    make_held,
+    read_regular,
+    require_own_folder,
+    write_atomic,
+    write_own,
+)
 
 _ENTRY_FILES = ("kernel.so", "manifest.json", "source.cpp")
 DEFAULT_MAX_BYTES = 2 << 30
@@ -91,7 +99,7 @@ class KernelCache(Store):
 
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._verified: dict[str, tuple[int, int, int]] = {}
+        self._verified: dict[str, tuple[int, int, int, int]] = {}
         self._used: set[str] = set()
         super().__init__(root)
 
@@ -116,9 +124,10 @@ class KernelCache(Store):
         """The most recently used library of :attr:`KernelKey.source`, whatever compiler built it."""
         found = []
         for root in self.roots():
-            with contextlib.suppress(OSError):
-                for folder in (root / "kernels" / source[:2]).glob(f"{source}-*"):
-                    found.append(((folder / "manifest.json").stat().st_mtime, folder.name))
+            for folder in children(root / "kernels" / source[:2]):
+                with contextlib.suppress(OSError):
+                    if folder.name.startswith(f"{source}-"):
+                        found.append(((folder / "manifest.json").stat().st_mtime, folder.name))
         return next((path for _, key in sorted(found, reverse=True) if (path := self.get(key))), None)
 
     def publish(self, key: KernelKey, *, symbol: str, library: Path, text: str, compiler: str, target: str) -> Path:
@@ -139,13 +148,14 @@ class KernelCache(Store):
         for folder in self._folders(self.roots()):
             with contextlib.suppress(OSError, CacheError):
                 manifest = folder / "manifest.json"
-                found.append((manifest.stat().st_mtime, Entry.read(manifest)))
+                entry = Entry.parse(read_regular(manifest), str(manifest))
+                found.append((manifest.stat().st_mtime, entry))
         return [entry for _, entry in sorted(found, key=lambda item: (-item[0], item[1].key))]
 
     def size(self) -> int:
         """Bytes of all kernels, with their sources and manifests, and of all plans."""
-        plans = _folder_bytes(self.root / "plans")
-        return plans + sum(_folder_bytes(folder) for folder in self._folders([self.root]))
+        plans = sum(_folder_bytes(root / "plans") for root in self.roots())
+        return plans + sum(_folder_bytes(folder) for folder in self._folders(self.roots()))
 
     def verify(self) -> VerifyReport:
         """Check every kernel, record and plan against its checksum. Nothing is changed; what is damaged is a miss."""
@@ -159,13 +169,13 @@ class KernelCache(Store):
                 damaged.append((folder.name, str(error)))
         for path in self._record_paths():
             try:
-                parse_record(path.read_bytes(), path.parent.name, None)
+                parse_record(read_regular(path), path.parent.name, None)
                 records += 1
             except (OSError, CacheError) as error:
                 damaged.append((f"{path.parent.name}/{path.name}", str(error)))
         for path in self._plan_paths(self.roots()):
             try:
-                parse_plan(path.read_bytes(), path)
+                parse_plan(read_regular(path), path)
                 plans += 1
             except (OSError, CacheError) as error:
                 damaged.append((f"plans/{path.name}", str(error)))
@@ -232,7 +242,7 @@ class KernelCache(Store):
         for root in self.roots():
             path = plan_path(root, key)
             try:
-                content = parse_plan(path.read_bytes(), path)[1]
+                content = parse_plan(read_regular(path), path)[1]
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, CacheError) as error:
@@ -262,8 +272,7 @@ class KernelCache(Store):
         for path in self._plan_paths(self.roots()):
             with contextlib.suppress(OSError, CacheError):
                 status = path.stat()
-                with path.open("rb") as file:
-                    title, _ = plan_header(file.readline(_LONGEST_HEADER), path)
+                title, _ = plan_header(read_regular(path, _LONGEST_HEADER).partition(b"\n")[0], path)
                 found.append(PlanEntry(path.name, title, status.st_size, status.st_mtime))
         return sorted(found, key=lambda entry: (-entry.used, entry.name))
 
@@ -274,7 +283,7 @@ class KernelCache(Store):
         for root in self.roots():
             path = record_path(root, kind, key)
             try:
-                return parse_record(path.read_bytes(), kind, key)[1]
+                return parse_record(read_regular(path), kind, key)[1]
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, CacheError) as error:
@@ -293,7 +302,7 @@ class KernelCache(Store):
         """The values of all intact records of ``kind``, by the names of their files."""
         for path in sorted((p for p in self._record_paths() if p.parent.name == kind), key=lambda p: p.name):
             with contextlib.suppress(OSError, CacheError):
-                yield parse_record(path.read_bytes(), kind, None)[1]
+                yield parse_record(read_regular(path), kind, None)[1]
 
     # Archives
 
@@ -315,24 +324,25 @@ class KernelCache(Store):
                 members |= {f"kernels/{key}/{name}": content for name, content in files.items()}
         for record in self._record_paths() if keys is None else []:
             with contextlib.suppress(CacheError, OSError):
-                content = record.read_bytes()
+                content = read_regular(record)
                 parse_record(content, record.parent.name, None)
                 members[f"records/{record.parent.name}/{record.name}"] = content
         for plan in self._plan_paths(self.roots()) if keys is None else []:
             with contextlib.suppress(CacheError, OSError):
-                content = plan.read_bytes()
+                content = read_regular(plan)
                 parse_plan(content, plan)
                 members[f"plans/{plan.name}"] = content
         write_archive(path, members)
         return kernels
 
-    def import_(self, path: Path) -> ImportReport:
+    def import_(self, path: Path, max_bytes: int | None = None) -> ImportReport:
         """Add the kernels, records and plans of a file that :meth:`export` wrote; what is here already stays.
 
-        The kernels are code that will run as this user, so import only what comes from people you trust. Raises
-        :class:`CacheError`, and adds nothing, if any part of the file is damaged or out of place.
+        ``max_bytes`` bounds what the file unpacks to, by default in proportion to its size. The kernels are code that
+        will run as this user, so import only what comes from people you trust. Raises :class:`CacheError`, and adds
+        nothing, if any part of the file is damaged or out of place.
         """
-        members = read_archive(path)
+        members = read_archive(path, max_bytes)
         entries: dict[str, Entry] = {}
         records: dict[tuple[str, str], dict[str, Any]] = {}
         plans: dict[str, bytes] = {}
@@ -394,7 +404,7 @@ class KernelCache(Store):
 
         path = self.writing(write)
         kept = []
-        for folder in (self.root / "failed").glob("*"):
+        for folder in children(self.root / "failed"):
             with contextlib.suppress(OSError):
                 kept.append((folder.stat().st_mtime, folder))
         for _, folder in sorted(kept)[:-_FAILURES_KEPT]:
@@ -404,21 +414,22 @@ class KernelCache(Store):
     # Inside
 
     def _folders(self, roots: Iterable[Path]) -> list[Path]:
-        found = {folder.name: folder for root in roots for folder in (root / "kernels").glob("??/*")}
+        found = {f.name: f for root in roots for part in children(root / "kernels") for f in children(part)}
         return [found[name] for name in sorted(found)]
 
     def _record_paths(self) -> list[Path]:
-        return sorted(path for root in self.roots() for path in (root / "records").glob("*/*.json"))
+        kinds = [kind for root in self.roots() for kind in children(root / "records")]
+        return sorted(path for kind in kinds for path in children(kind) if path.suffix == ".json")
 
     def _plan_paths(self, roots: Iterable[Path]) -> list[Path]:
-        return sorted(path for root in roots for path in (root / "plans").glob("*.plan"))
+        return sorted(path for root in roots for path in children(root / "plans") if path.suffix == ".plan")
 
     def _read_entry(self, key: str) -> dict[str, bytes] | None:
         """The files of an intact entry, as :meth:`import_` wants them; None if there is none or it is damaged."""
         if (library := self.get(key)) is None:
             return None
         try:
-            files = {name: (library.parent / name).read_bytes() for name in _ENTRY_FILES}
+            files = {name: read_regular(library.parent / name) for name in _ENTRY_FILES}
             entry = Entry.parse(files["manifest.json"], str(library.parent / "manifest.json"))
             if digest_of([files["source.cpp"]]) != entry.fields.get("text"):
                 raise CacheError(f"{library.parent / 'source.cpp'} does not match its manifest")
@@ -430,19 +441,20 @@ class KernelCache(Store):
     def _check(self, key: str, folder: Path, *, remember: bool = True) -> Entry:
         """The manifest of an entry whose library matches it. Raises OSError or :class:`CacheError`."""
         manifest, library = folder / "manifest.json", folder / "kernel.so"
-        folder.stat()
+        for part in (folder.parent.parent, folder.parent, folder):
+            require_own_folder(part)
         try:
-            entry = Entry.read(manifest)
-            status = library.stat()
+            entry = Entry.parse(read_regular(manifest), str(manifest))
+            status = library.lstat()
         except FileNotFoundError as error:
             folder.stat()  # another process may have pruned the entry a moment ago: a plain miss
             raise CacheError(f"{folder} is incomplete: {error.filename} is missing") from error
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         if remember and self._verified.get(key) == stamp:
             return entry
         if entry.key != key:
             raise CacheError(f"{manifest} belongs to the entry {entry.key}")
-        if hashlib.sha256(library.read_bytes()).hexdigest() != entry.sha256:
+        if hashlib.sha256(read_regular(library)).hexdigest() != entry.sha256:
             raise CacheError(f"{library} does not match its checksum")
         if remember:
             self._verified[key] = stamp
@@ -455,15 +467,17 @@ class KernelCache(Store):
 
         def write(root: Path) -> Path:
             folder = _entry_folder(root, entry.key)
-            stage = Path(tempfile.mkdtemp(prefix="stage-", dir=root / "tmp"))
+            stage, handle = make_held(root / "tmp", "stage-")
             try:
-                (stage / "kernel.so").write_bytes(library)
-                (stage / "source.cpp").write_bytes(text)
-                (stage / "manifest.json").write_bytes(manifest)
-                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_own(stage / "kernel.so", library)
+                write_own(stage / "source.cpp", text)
+                write_own(stage / "manifest.json", manifest)
+                with contextlib.suppress(FileExistsError):
+                    folder.parent.mkdir(mode=0o700, parents=True)
                 self._install(entry.key, stage, folder)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
+                os.close(handle)
             return folder / "kernel.so"
 
         path = self.writing(write)

@@ -87,11 +87,6 @@ class Entry:
     fields: dict[str, str]
 
     @classmethod
-    def read(cls, path: Path) -> Entry:
-        """The manifest at ``path``. Raises OSError if there is none and :class:`CacheError` if it is damaged."""
-        return cls.parse(path.read_bytes(), str(path))
-
-    @classmethod
     def parse(cls, content: bytes, name: str) -> Entry:
         """The manifest in ``content``; ``name`` is for errors. Raises :class:`CacheError` if it is damaged."""
         try:

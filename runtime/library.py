@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import os
@@ -19,6 +20,7 @@ from fuser.runtime.abi import KernelArgs, KernelFunction
 
 Result = TypeVar("Result")
 _RUNTIME_NAME = re.compile(r"^lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
+_NO_EXECUTION = ("failed to map segment", "Operation not permitted")
 # The thread of a forked child that still refers to its parent's pool of threads, and the one that stands in for it.
 _stale_thread: int | None = None
 _substitute: ThreadPoolExecutor | None = None
@@ -100,13 +102,22 @@ class Kernel:
         return f"Kernel({self.symbol!r}, {str(self.path)!r})"
 
 
+class UnusableLibraryError(CacheError):
+    """The library at ``path`` is gone, is damaged, or is not what it was built as: another build helps."""
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 _kernels: dict[tuple[str, str], Kernel] = {}
 
 
 def load(path: Path, symbol: str) -> Kernel:
     """The kernel ``symbol`` of the shared object ``path``, loaded once per process.
 
-    Raises :class:`CacheError` if the file cannot be loaded and :class:`KernelError` if it lacks the symbol.
+    Raises :class:`CacheError` if the file cannot be loaded or lacks the symbol, and its subclass
+    :class:`UnusableLibraryError` where building it again would help.
     """
     memo = (str(path), symbol)
     if (kernel := _kernels.get(memo)) is not None:
@@ -115,11 +126,18 @@ def load(path: Path, symbol: str) -> Kernel:
     try:
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
     except OSError as error:
-        raise CacheError(f"cannot load the kernel library {path}: {error}. {_advice(path, str(error))}") from error
+        message = f"cannot load the kernel library {path}: {error}. {_advice(path, str(error))}"
+        if any(reason in str(error) for reason in _NO_EXECUTION):
+            raise CacheError(message) from error
+        raise UnusableLibraryError(path, message) from error
     try:
         address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
     except AttributeError:
-        raise KernelError(f"the library {path} does not define the kernel {symbol}; its source is beside it") from None
+        # Else the loader would find this library again under its name, whatever is there then.
+        _ctypes.dlclose(library._handle)
+        raise UnusableLibraryError(
+            path, f"the library {path} does not define the kernel {symbol}: it is not what its name says"
+        ) from None
     kernel = Kernel(path, symbol, library, address or 0)
     return _kernels.setdefault(memo, kernel)
 
@@ -127,7 +145,7 @@ def load(path: Path, symbol: str) -> Kernel:
 def _advice(path: Path, error: str) -> str:
     if not path.exists():
         return "The entry has been removed from the cache since it was built; build it again."
-    if "failed to map segment" in error or "Operation not permitted" in error:
+    if any(reason in error for reason in _NO_EXECUTION):
         return "Its file system forbids execution (noexec); set FUSER_CACHE_DIR to a directory elsewhere."
     if "GLIBC" in error:
         return "It was built on a newer system; build it here, or export it from a system as old as this one."

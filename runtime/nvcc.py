@@ -20,7 +20,7 @@ from fuser.ir.errors import BuildError, ToolchainError
 from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.toolchain import Toolchain, check_once
+from fuser.runtime.toolchain import NO_SPACE, Toolchain, check_once, checking_folder, no_room
 
 INSTALL_NVCC = (
     "install the CUDA toolkit (https://developer.nvidia.com/cuda-downloads) and set CUDA_HOME, or "
@@ -316,8 +316,8 @@ def _version(resolved: str, stamp: int) -> str:
 
 
 def _check(toolchain: Toolchain) -> None:
-    with tempfile.TemporaryDirectory(prefix="fuser-check-") as folder:
-        source, objects, library = (Path(folder) / name for name in ("check.cu", "check.o", "check.so"))
+    with checking_folder() as folder:
+        source, objects, library = (folder / name for name in ("check.cu", "check.o", "check.so"))
         source.write_text(_CHECK)
         for arguments in (
             (*toolchain.compile_flags, "-c", str(source), "-o", str(objects)),
@@ -325,6 +325,8 @@ def _check(toolchain: Toolchain) -> None:
         ):
             result = _execute((*toolchain.command, *arguments))
             if result.returncode != 0:
+                if NO_SPACE in _output(result):
+                    raise no_room(NO_SPACE)
                 raise ToolchainError(
                     f"it cannot build a small kernel; {INSTALL_NVCC}.\n"
                     f"command: {shlex.join([*toolchain.command, *arguments])}\n{_output(result)[:4000]}"

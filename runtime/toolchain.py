@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ _ARM_EXTENSIONS = {"asimddp": "dotprod", "bf16": "bf16", "i8mm": "i8mm"}
 # -Bsymbolic: a kernel must never call a function of the same name in torch or in another kernel.
 _LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed")
 _TIMEOUT = 60.0
+NO_SPACE = "No space left on device"
+"""What compilers, told to speak English, say on a full disk."""
 
 _CHECK = """
 #include <cstdint>
@@ -130,6 +133,8 @@ def find_toolchain(target: Target, cache: KernelCache | None = None) -> Toolchai
             continue
         try:
             return _toolchain((name,), target, cache)
+        except NoRoomError:
+            raise
         except ToolchainError as error:
             failures.append(str(error))
     if failures:
@@ -209,13 +214,35 @@ def _identify(command: tuple[str, ...], resolved: str, stamp: int, isa_flags: tu
 def _check(toolchain: Toolchain) -> None:
     """Build a small library. Raises :class:`ToolchainError` if that fails."""
     command = toolchain.command
-    with tempfile.TemporaryDirectory(prefix="fuser-check-") as folder:
-        source, objects, library = (Path(folder) / name for name in ("check.cpp", "check.o", "check.so"))
+    with checking_folder() as folder:
+        source, objects, library = (folder / name for name in ("check.cpp", "check.o", "check.so"))
         source.write_text(_CHECK)
         _run((*command, *toolchain.compile_flags, "-c", str(source), "-o", str(objects)), command)
         _run((*command, *toolchain.link_flags, str(objects), "-o", str(library)), command)
         if not library.exists():
             raise ToolchainError(f"{shlex.join(command)} reports success but writes no library; {INSTALL_COMPILER}")
+
+
+class NoRoomError(ToolchainError):
+    """A compiler could not be tried because the folder for temporary files is full or missing."""
+
+
+def no_room(reason: object) -> NoRoomError:
+    """The error to raise when a temporary file cannot be written."""
+    return NoRoomError(
+        f"compilers cannot write their temporary files ({reason}): free some space in "
+        f"{os.environ.get('TMPDIR', '/tmp')}, or set TMPDIR to a folder that has it"
+    )
+
+
+@contextlib.contextmanager
+def checking_folder() -> Iterator[Path]:
+    """A temporary folder to try a compiler in. Raises :class:`NoRoomError` where none can be made or written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="fuser-check-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise no_room(error) from error
 
 
 def _run(arguments: tuple[str, ...], command: tuple[str, ...]) -> str:
@@ -235,6 +262,8 @@ def _run(arguments: tuple[str, ...], command: tuple[str, ...]) -> str:
         raise ToolchainError(f"cannot run {shlex.join(arguments)}: {error}; {INSTALL_COMPILER}") from error
     if result.returncode != 0:
         output = (result.stderr or result.stdout).strip()
+        if NO_SPACE in output:
+            raise no_room(output.partition("\n")[0])
         raise ToolchainError(
             f"{shlex.join(command)} cannot build C++17 with OpenMP for this target ({platform.machine()}); "
             f"{INSTALL_COMPILER}.\ncommand: {shlex.join(arguments)}\n{output[:4000]}"

@@ -176,9 +176,7 @@ def _on_device(tiles: Tiles, device: torch.device) -> Tensor:
 
 @functools.cache
 def _kernel(parameters: AttentionParameters | CudaAttentionParameters, target: Target) -> Kernel:
-    from fuser.runtime.build import build
-    from fuser.runtime.library import load
+    from fuser.runtime.build import build_and_load
 
-    source = render(parameters.spec)
-    (path,) = build([source], target, headers=header_folder(target)).values()
-    return load(path, source.symbol)
+    (kernel,) = build_and_load([render(parameters.spec)], target, headers=header_folder(target)).values()
+    return kernel

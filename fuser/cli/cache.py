@@ -34,7 +34,7 @@ def ls(json: Json = False) -> None:
     entries, plans = cache.entries(), cache.plans()
     if json:
         lists = {"kernels": [dataclasses.asdict(e) for e in entries], "plans": [dataclasses.asdict(p) for p in plans]}
-        print_json({"root": str(cache.root), "bytes": cache.size(), "max_bytes": cache.max_bytes, **lists})
+        print_json({"root": str(cache.home), "bytes": cache.size(), "max_bytes": cache.max_bytes, **lists})
         return
     rows = [
         (entry.symbol, entry.key[:12], size_text(entry.size), _age(entry.created), entry.compiler.partition("\n")[0])
@@ -47,7 +47,7 @@ def ls(json: Json = False) -> None:
         listed = [(plan.title, plan.name[:12], size_text(plan.size), _age(plan.used)) for plan in plans]
         out.print(table("", ("plan", "key", ">size", ">used"), listed))
     used = f"{size_text(cache.size())} of {size_text(cache.max_bytes)}"
-    text = f"{len(entries)} kernels and {len(plans)} plans in {cache.root}, {used}"
+    text = f"{len(entries)} kernels and {len(plans)} plans in {cache.home}, {used}"
     out.print(text, markup=False, soft_wrap=True)
 
 
@@ -63,12 +63,12 @@ def verify(json: Json = False) -> None:
     cache = default_cache()
     report = cache.verify()
     if json:
-        print_json({"root": str(cache.root), **dataclasses.asdict(report)})
+        print_json({"root": str(cache.home), **dataclasses.asdict(report)})
     else:
         out = console()
         kernels = f"{report.kernels} kernels ({size_text(report.bytes)})"
         text = f"{kernels}, {report.plans} plans and {report.records} records are intact"
-        out.print(f"{text} in {cache.root}", markup=False, soft_wrap=True)
+        out.print(f"{text} in {cache.home}", markup=False, soft_wrap=True)
         for name, reason in report.damaged:
             out.print(f"damaged: {name}: {reason}", markup=False, soft_wrap=True)
     if report.damaged:
@@ -100,7 +100,7 @@ def prune(
         removed = cache.prune(limit)
     freed = before - cache.size()
     if json:
-        print_json({"root": str(cache.root), "removed": removed, "freed": freed, "bytes": cache.size()})
+        print_json({"root": str(cache.home), "removed": removed, "freed": freed, "bytes": cache.size()})
     else:
         count = sum(name.endswith(".plan") for name in removed)
         text = f"removed {len(removed) - count} kernels and {count} plans, {size_text(freed)}"
@@ -124,6 +124,9 @@ def export(
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="A file that `fuserc cache export` wrote.", dir_okay=False)],
+    max_size: Annotated[
+        str, typer.Option("--max-size", help="What the file may unpack to; default: 64M or 64 times its size.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Add the kernels, tuning results and attention plans of a file; what is here already stays.
@@ -134,7 +137,7 @@ def import_(
 
     cache = default_cache()
     _kept(cache)
-    report = cache.import_(path)
+    report = cache.import_(path, _bytes(max_size) if max_size else None)
     _kept(cache)
     if json:
         values = {**dataclasses.asdict(report), "targets": sorted(report.targets)}
@@ -146,13 +149,10 @@ def import_(
 
 def _kept(cache: KernelCache) -> None:
     """Raise FuserError where what is done to the cache is lost with this process."""
-    from fuser.runtime.store import default_root
+    from fuser.runtime.store import remedy
 
-    if cache.root != default_root():
-        raise FuserError(
-            f"the kernel cache {default_root()} cannot be written: free some space, or set FUSER_CACHE_DIR to another "
-            "directory"
-        )
+    if cache.refusal is not None:
+        raise FuserError(f"the kernel cache {cache.home} cannot be written ({cache.refusal}): {remedy(cache.refusal)}")
 
 
 def _bytes(text: str) -> int:
