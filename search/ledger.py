@@ -23,7 +23,6 @@ VERSION = 1
 """Of what a study holds."""
 _STALE_SECONDS = 900.0
 _OURS = "fuser"
-_HEADER = frozenset({"created", "space", "strategy", "seed", "trials", "context"})
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,23 @@ class Ledger:
         return ledger
 
     def _check_version(self) -> None:
+        """Raise SearchError unless the study is one of ours whose header can be used."""
+        from fuser.search.storage import shown
+
         header = self.header
         version = header.get("version")
-        if version == VERSION and (missing := sorted(_HEADER - header.keys())):
-            raise self.damaged(KeyError(*missing))
         if version != VERSION:
             what = "was not made by fuser" if version is None else f"has version {version}, this fuser reads {VERSION}"
-            raise SearchError(f"the study {self.name!r} {what}; start a new one")
+            raise SearchError(f"the study {self.name!r} in {shown(self.storage)} {what}; start a new one")
+        try:
+            float(header["created"]), int(header["seed"]), int(header["trials"]), dict(header["context"])
+            if not isinstance(header["strategy"], str):
+                raise TypeError("the strategy has no name")
+            for part in (header["space"], *header["space"]["regions"]):
+                if not isinstance(part["hash"], str):
+                    raise TypeError("a part of its space has no hash")
+        except Exception as error:
+            raise self.damaged(error) from error
 
     @property
     def header(self) -> dict[str, Any]:
@@ -243,12 +252,17 @@ class Ledger:
             return self._view()
         except SearchError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:
             raise self.damaged(error) from error
 
     def damaged(self, error: Exception) -> SearchError:
         """What to say of a study whose content cannot be understood."""
-        return SearchError(f"the study {self.name!r} is damaged ({type(error).__name__}: {error}); start a new one")
+        from fuser.search.storage import shown
+
+        return SearchError(
+            f"the study {self.name!r} in {shown(self.storage)} is damaged ({type(error).__name__}: {error!s:.200}); "
+            "start a new one, or put the file back from a copy"
+        )
 
     def _view(self) -> StudyView:
         header = self.header

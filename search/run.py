@@ -405,7 +405,7 @@ class Run:
                 point = Point.parse(trial.user_attrs["point"])
                 value = trial.value if trial.state.name == "COMPLETE" else None
                 self._add_to_mirror(point, value, trial.user_attrs.get("notes", {}))
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except Exception as error:
                 raise self.ledger.damaged(error) from error
             self._learn(trial.number, point, value, str(details.get("failure", "")))
 

@@ -62,8 +62,8 @@ def open_storage(name: str, *, create: bool = True) -> tuple[BaseStorage, str]:
     with translated(name):
         if "://" not in name:
             path = Path(name).expanduser().absolute()
-            if not create and not path.is_file():
-                raise SearchError(f"there are no studies at {path}")
+            if not path.is_file() and (path.exists() or not create):
+                raise SearchError(f"there are no studies at {path}" if not path.exists() else f"{path} is not a file")
             if create:
                 path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix not in (".db", ".sqlite", ".sqlite3"):
@@ -159,10 +159,6 @@ def translated(name: str) -> Iterator[None]:
         else:
             hint = "check that it can be reached and written; what was measured before is kept"
         raise SearchError(f"the storage {shown_name} failed ({cause}): {hint}") from error
-    except RuntimeError as error:
-        if "version" not in str(error):
-            raise
-        raise SearchError(f"the storage {shown_name} is of another version of Optuna: {error}") from error
     except ImportError as error:
         raise SearchError(f"the storage {shown_name} needs a database driver that is not installed: {error}") from error
     except OSError as error:
@@ -171,6 +167,11 @@ def translated(name: str) -> Iterator[None]:
             f"the storage {shown_name} failed ({reason}): make room or choose another place; what was measured before "
             "is kept, and the study can be resumed"
         ) from error
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # Damaged lines of a journal, or of something else.
-        raise SearchError(f"the storage {shown_name} cannot be read ({error}): it is damaged or no storage") from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "version" in str(error):
+            raise SearchError(f"the storage {shown_name} is of another version of Optuna: {error}") from error
+        # Damaged lines of a journal, rows of a database, or another program's file: Optuna asserts, recurses, looks up.
+        raise SearchError(
+            f"the storage {shown_name} cannot be read ({type(error).__name__}: {error!s:.200}): it is damaged or no "
+            "storage of studies; use another file, or put this one back from a copy"
+        ) from error
