@@ -37,11 +37,11 @@ class KernelRecord:
 class Assembly:
     """A plan and everything it was made from: the sources to build and what to report.
 
-    ``constants`` are, in the plan's order, names of the graph's constants or packed forms of them. ``labels`` names
-    every step for profiles.
+    ``specs`` are the kernels that ``sources`` define beside the step runner. ``labels`` names every step for profiles.
     """
 
     plan: ProgramPlan
+    specs: tuple[KernelSpec, ...]
     sources: tuple[Source, ...]
     kernels: tuple[KernelRecord, ...]
     unfused: tuple[tuple[str, str], ...]
@@ -121,7 +121,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         workspace_offset=layout.arena_bytes,
         threads=threads,
     )
-    return Assembly(plan, tuple(sources), records, tuple(unfused), tuple(labels), tuple(choices))
+    return Assembly(plan, tuple(specs.values()), tuple(sources), records, tuple(unfused), tuple(labels), tuple(choices))
 
 
 _RUNNERS = {"cpu": "cpu/run_steps.cpp.j2", "cuda": "cuda/run_steps.cu.j2"}

@@ -8,7 +8,7 @@ accumulators of a finished tile, or of finished rows where it reduces along them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -174,6 +174,16 @@ def unpack(packed: Tensor, n: int, k: int, transposed: bool = True) -> Tensor:
     return (columns if transposed else columns.t()).contiguous()
 
 
+@dataclass
+class _Prepacked:
+    """A weight that oneDNN has reordered, its version then, and the result."""
+
+    weight: Tensor | None = None
+    version: int = -1
+    packed: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PrepackedLinear:
     """``run(a, weight, [bias,] out)`` by oneDNN, the weight reordered at the first call and whenever it changes.
 
@@ -181,15 +191,12 @@ class PrepackedLinear:
     oneDNN in this build of PyTorch it is ``torch.nn.functional.linear``. A pickled object forgets the reordered weight.
     """
 
-    def __init__(self, bias: bool, transposed: bool) -> None:
-        self.bias = bias
-        self.transposed = transposed
-        self._weight: Tensor | None = None
-        self._version = -1
-        self._packed: Tensor | None = None
+    bias: bool
+    transposed: bool
+    _last: _Prepacked = field(default_factory=_Prepacked, init=False, repr=False, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight": None, "_version": -1, "_packed": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PrepackedLinear, (self.bias, self.transposed)
 
     def __call__(self, a: Tensor, weight: Tensor, *rest: Tensor) -> None:
         bias, out = (rest[0] if self.bias else None), rest[-1]
@@ -199,11 +206,12 @@ class PrepackedLinear:
             return
         # Inference tensors have no version; they cannot be changed in place outside inference mode either.
         version = -1 if weight.is_inference() else weight._version
-        if self._packed is None or self._weight is not weight or self._version != version:
+        last = self._last
+        if last.packed is None or last.weight is not weight or last.version != version:
             rows = a.numel() // max(a.shape[-1], 1)
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(columns.detach().contiguous(), rows)
-            self._weight, self._version = weight, version
-        out.copy_(torch.ops.mkldnn._linear_pointwise(a, self._packed, bias, "none", [], ""))
+            last.packed = torch.ops.mkldnn._reorder_linear_weight(columns.detach().contiguous(), rows)
+            last.weight, last.version = weight, version
+        out.copy_(torch.ops.mkldnn._linear_pointwise(a, last.packed, bias, "none", [], ""))
 
 
 def _packs(dtype: torch.dtype) -> bool:

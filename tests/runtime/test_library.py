@@ -91,7 +91,7 @@ def test_a_failing_kernel_is_an_error(target: Target, cache: KernelCache, header
 
 
 def test_a_missing_symbol_is_an_error(path: Path) -> None:
-    with pytest.raises(KernelError, match="does not define the kernel other"):
+    with pytest.raises(CacheError, match="does not define the kernel other"):
         load(path, "other")
 
 

@@ -26,7 +26,7 @@ HEADER: dict[str, Any] = {
     "context": {},
 }
 SETTINGS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3),
@@ -104,7 +104,7 @@ def test_whatever_a_line_of_a_journal_says(journal: bytes, tmp_path: Path, data:
     opened(path)
 
 
-@settings(SETTINGS, max_examples=8)
+@settings(SETTINGS, max_examples=4)
 @given(st.data())
 def test_whatever_happens_to_the_bytes_of_a_database(database: bytes, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "s.db"
@@ -112,7 +112,7 @@ def test_whatever_happens_to_the_bytes_of_a_database(database: bytes, tmp_path: 
     opened(path)
 
 
-@settings(SETTINGS, max_examples=8)
+@settings(SETTINGS, max_examples=4)
 @given(VALUES, st.sampled_from(["fuser", "kernels", "result", "point", "details", "strategy"]))
 def test_whatever_a_database_says(database: bytes, tmp_path: Path, value: Any, key: str) -> None:
     path = tmp_path / "s.db"

@@ -1,0 +1,178 @@
+"""Writing compiled programs to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import fuser
+from fuser.attention.registry import mask_of
+from fuser.capture import Signature
+from fuser.compiler import Compiled
+from fuser.ir.errors import FuserError
+from fuser.ir.masks import Mask, from_dense
+from fuser.ir.operators import TorchCall
+from fuser.module import OptimizedModule, split_unfused
+from fuser.saved import codec
+from fuser.saved.content import (
+    FORMAT,
+    PROGRAMS,
+    REPORTS,
+    Manifest,
+    SavedProgram,
+    SavedPrograms,
+    SavedTensor,
+    torch_calls,
+)
+from fuser.saved.outline import outline_of
+
+_STORED = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint8, torch.bool}
+)
+"""Types that every version of safetensors has names for."""
+
+
+def save(module: OptimizedModule, path: Path) -> None:
+    """Write all programs that ``module`` has compiled to ``path``, at once or not at all.
+
+    The file is as large as the packed weights. It holds programs for the shapes that were compiled, not the model:
+    call the module on every shape that is needed first.
+
+    Raises FuserError when nothing is compiled, when a part of a program cannot be saved, or when the file cannot be
+    written.
+    """
+    programs = module.snapshot()
+    target = module._target
+    if not programs or target is None:
+        raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
+    spans = _Spans()
+    try:
+        saved = tuple(_saved(key, compiled, constants, spans) for key, compiled, constants in programs)
+        text = codec.dump(SavedPrograms(saved, tuple(_masks_of(saved).items())))
+        codec.load(text)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FuserError(f"a part of the program cannot be saved: {error}") from error
+    parts = {
+        PROGRAMS: _bytes(text),
+        **{f"weights/{name}": tensor for name, tensor in spans.tensors()},
+        **{f"kernels/{s}.so": _bytes(content) for s, content in _libraries(c for _, c, _ in programs).items()},
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            html = Path(folder) / REPORTS[1]
+            reports = {REPORTS[0]: module.report(html), REPORTS[1]: html.read_text(encoding="utf-8")}
+        parts |= {name: _bytes(report.encode()) for name, report in reports.items()}
+        sums = {name: checksum(tensor) for name, tensor in parts.items()}
+        manifest = codec.dump(Manifest(fuser.__version__, str(torch.__version__), platform.machine(), target, sums))
+        write_file(temporary, parts, manifest)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FuserError(f"cannot write {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path: Path, parts: Mapping[str, Tensor], manifest: bytes) -> None:
+    """A safetensors file of these parts. What says how to read it is in its metadata."""
+    metadata = {
+        "fuser.format": FORMAT,
+        "fuser.version": fuser.__version__,
+        "fuser.manifest": manifest.decode(),
+        "fuser.sha256": hashlib.sha256(manifest).hexdigest(),
+    }
+    safetensors.torch.save_file(dict(parts), path, metadata)
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a contiguous tensor."""
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"").hexdigest()
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def _libraries(programs: Iterable[Compiled]) -> dict[str, bytes]:
+    """The shared objects of all kernels."""
+    found: dict[str, bytes] = {}
+    for symbol, kernel in sorted({s: k for c in programs for s, k in c.program.kernels.items()}.items()):
+        try:
+            found[symbol] = kernel.path.read_bytes()
+        except OSError as error:
+            raise FuserError(
+                f"the kernel {symbol} is no longer in the cache ({error}); optimize the model again before saving"
+            ) from error
+    return found
+
+
+def _saved(key: Signature, compiled: Compiled, constants: Sequence[Tensor], spans: _Spans) -> SavedProgram:
+    assembly = compiled.assembly
+    unfused, outside = split_unfused(compiled)
+    plan = dataclasses.replace(assembly.plan, constants=())
+    return SavedProgram(
+        key=key,
+        plan=plan,
+        output=outline_of(compiled.output.build([torch.empty(0)] * len(plan.returns))),
+        constants=tuple(spans.add(t) for t in constants),
+        specs=assembly.specs,
+        kernels=assembly.kernels,
+        unfused=unfused,
+        outside=outside,
+    )
+
+
+class _Spans:
+    """Memory that constants lie in: what several share is written once."""
+
+    def __init__(self) -> None:
+        self._spans: dict[tuple[int, int, torch.dtype], tuple[str, Tensor]] = {}
+
+    def add(self, tensor: Tensor) -> SavedTensor:
+        tensor = tensor.detach()
+        shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if tensor.numel() else 0
+        span = tensor.as_strided((size,), (1,))
+        key = (span.data_ptr(), size, span.dtype)
+        name, _ = self._spans.setdefault(key, (str(len(self._spans)), span))
+        return SavedTensor(name, tensor.dtype, shape, strides)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The contents, on the CPU."""
+        return [
+            (name, (span if span.dtype in _STORED else span.view(torch.uint8)).cpu())
+            for name, span in self._spans.values()
+        ]
+
+
+def _masks_of(programs: Sequence[SavedProgram]) -> dict[str, Mask]:
+    """Masks that calls of our own operators name by key; of those that a function is part of, their entries."""
+    found: dict[str, Mask] = {}
+    for step in torch_calls(programs):
+        call: Any = step.call
+        if isinstance(call, TorchCall) and getattr(call.target, "namespace", "") == "fuser":
+            key = next(a for a in call.args if isinstance(a, str))
+            mask = mask_of(key)
+            try:
+                codec.dump(mask)
+            except TypeError:
+                mask = from_dense(mask.dense(*(step.inputs[i].shape[2] for i in (0, 1))))
+            found[key] = mask
+    return found
