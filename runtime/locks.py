@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from types import TracebackType
+from typing import Any
 
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 
@@ -23,7 +24,7 @@ class ForkSafeLock:
         self._depth = 0
         _locks.add(self)
 
-    def _make(self) -> threading.Lock | threading._RLock:
+    def _make(self) -> Any:
         return threading.Lock()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -63,7 +64,7 @@ class ForkSafeLock:
 class ForkSafeRLock(ForkSafeLock):
     """A ``threading.RLock``, which its holder may take again, with the same promise."""
 
-    def _make(self) -> threading.Lock | threading._RLock:
+    def _make(self) -> Any:
         return threading.RLock()
 
 
