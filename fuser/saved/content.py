@@ -154,7 +154,7 @@ def describe(key: tuple[Any, ...]) -> str:
     spec, *leaves = key
     texts = [
         _Text(f"{str(leaf[1]).removeprefix('torch.')} {leaf[0]}" + (f" on {leaf[2]}" if leaf[2] != "cpu" else ""))
-        if len(leaf) == 3
+        if len(leaf) > 2
         else _Text(repr(leaf[1]))
         for leaf in leaves
     ]
