@@ -46,7 +46,7 @@ def _holds_graph(cls: type) -> bool:
     return dataclasses.is_dataclass(cls) and any(
         word in str(field.type)
         for field in dataclasses.fields(cls)
-        for word in ("Group", "Graph", "Region", "Match", "Kernel]")
+        for word in ("Group", "Graph", "Region", "Match", "Kernel]", "Operator", "Kind")
     )
 
 
@@ -60,6 +60,7 @@ CLASSES = sorted(
         and not getattr(found, "__abstractmethods__", None)
         and not issubclass(found, (Mask, Scheme))
         and not _holds_graph(found)
+        and found.__name__ not in ("OperatorGraph", "_Unit", "Unfused")
     },
     key=lambda cls: (cls.__module__, cls.__qualname__),
 )
@@ -116,6 +117,8 @@ def _of(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(_of(args[0]), max_size=2).map(tuple)
     if origin is tuple:
         return st.tuples(*map(_of, args))
+    if origin is collections.abc.Sequence:
+        return st.lists(_of(args[0]), max_size=2).map(tuple)
     if origin is frozenset:
         return st.frozensets(_of(args[0]), max_size=2)
     if origin is not None and issubclass(origin, collections.abc.Mapping):
