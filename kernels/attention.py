@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,15 @@ from typing import Any
 import torch
 
 from fuser.ir.binding import late_fields
+from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.target import Target
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Literal, floating
-from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.plan import FEW_ROWS, AttentionPlan
 from fuser.kernels.planner import PlanStore, stored_plan
+from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cpu/attention.cpp.j2"
 HEADS_IN_FLIGHT = 2
@@ -29,7 +30,8 @@ HEADS_IN_FLIGHT = 2
 class AttentionParameters:
     """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None.
 
-    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output.
+    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output;
+    ``rule`` changes scaled scores before masks do.
     """
 
     head_dim: int
@@ -38,10 +40,59 @@ class AttentionParameters:
     mask: DType | None = None
     lse: bool = False
     key_block: int = 96
+    rule: ScoreRule | None = None
 
     @property
     def spec(self) -> KernelSpec:
         return KernelSpec("attention", TEMPLATE, self)
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return AttentionExtents.declaration()
+
+    @property
+    def few_rows(self) -> int:
+        """The most rows of a group that is computed with the elements of a row in lanes."""
+        return FEW_ROWS
+
+
+@dataclass(frozen=True)
+class HeadStrides(Extents):
+    """Elements between batch entries, heads and rows of q, k, v or out."""
+
+    batch: int
+    head: int
+    row: int
+
+
+@dataclass(frozen=True)
+class MaskStrides(Extents):
+    """Elements between batch entries, heads, rows and keys of a run-time mask, 0 where it is broadcast."""
+
+    batch: int
+    head: int
+    row: int
+    key: int
+
+
+@dataclass(frozen=True)
+class AttentionExtents(Extents):
+    """``mask`` is zero where there is no run-time mask, and where it is broadcast. ``in_flight`` is how many heads may
+    be at work whose rows several phases share."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    q_len: int
+    kv_len: int
+    scale: float
+    in_flight: int
+    q: HeadStrides
+    k: HeadStrides
+    v: HeadStrides
+    out: HeadStrides
+    mask: MaskStrides
 
 
 def extents(
@@ -53,12 +104,14 @@ def extents(
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
     in_flight: int = HEADS_IN_FLIGHT,
-) -> tuple[int, ...]:
-    """The template's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
+) -> AttentionExtents:
+    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
     (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", scale))
-    flat = [stride for tensor in strides for stride in tensor]
-    return (batch, heads, key_heads, plan.q_len, plan.kv_len, bits, in_flight, *flat, *(mask_strides or ()))
+    q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
+    mask = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
+    return AttentionExtents(
+        batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale), in_flight, q, k, v, out, mask
+    )
 
 
 def workspace_bytes(

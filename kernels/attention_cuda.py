@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Mask
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AttentionMatch, Launch, cached_plan, call_of
+from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, cached_plan, call_of
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cuda/attention.cu.j2"
 _WARP_ROWS = 16
@@ -40,7 +41,7 @@ class CudaAttentionParameters:
     ``rows`` (64 or 128) query rows make a tile, sixteen a warp; ``keys`` (16, 32 or 64) travel together through
     ``stages`` buffers; ``blocks`` a multiprocessor are what registers are limited for. fp32 is computed with fused
     multiply-adds, or with ``tf32`` on tensor cores with operands rounded to 11 bits; 16-bit types use tensor cores.
-    ``lse`` adds the log-sum-exp output.
+    ``lse`` adds the log-sum-exp output; ``rule`` changes scaled scores before masks do.
     """
 
     head_dim: int
@@ -53,10 +54,16 @@ class CudaAttentionParameters:
     keys: int = 64
     stages: int = 2
     blocks: int = 2
+    rule: ScoreRule | None = None
 
     @property
     def spec(self) -> KernelSpec:
         return KernelSpec("attention", TEMPLATE, self)
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return CudaAttentionExtents.declaration()
 
     @property
     def order(self) -> BitOrder:
@@ -137,6 +144,33 @@ def schedule(plan: AttentionPlan, parameters: CudaAttentionParameters, batch: in
     return Schedule(cut, in_flight, counters + in_flight * cut.states * (parameters.padded_value_dim + 2) * 4)
 
 
+@dataclass(frozen=True)
+class CudaAttentionExtents(Extents):
+    """``items``, ``states`` and where members, records, lists and words are in the array are those of a
+    :class:`Tiles`; ``per_head`` is 1 where heads have tiles of their own, ``in_flight`` how many units are at work
+    together, and ``mask`` zero where there is no run-time mask."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    q_len: int
+    kv_len: int
+    scale: float
+    items: int
+    states: int
+    per_head: int
+    in_flight: int
+    members_at: int
+    records_at: int
+    lists_at: int
+    words_at: int
+    q: HeadStrides
+    k: HeadStrides
+    v: HeadStrides
+    out: HeadStrides
+    mask: MaskStrides
+
+
 def extents(
     batch: int,
     heads: int,
@@ -146,14 +180,14 @@ def extents(
     scale: float,
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
-) -> tuple[int, ...]:
-    """The template's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
+) -> CudaAttentionExtents:
+    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
     (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", scale))
     cut = chosen.tiles
+    sizes = (batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale))
     of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, *cut.offsets)
-    flat = [stride for tensor in strides for stride in tensor]
-    return (batch, heads, key_heads, plan.q_len, plan.kv_len, bits, *of_tiles, *flat, *(mask_strides or ()))
+    of_heads = (HeadStrides(*tensor) for tensor in strides)
+    return CudaAttentionExtents(*sizes, *of_tiles, *of_heads, MaskStrides(*(mask_strides or (0, 0, 0, 0))))
 
 
 def cost(

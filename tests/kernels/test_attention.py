@@ -28,6 +28,7 @@ from fuser.kernels.attention import AttentionFamily, AttentionParameters, CpuAtt
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import FEW_ROWS, AttentionPlan, Group
 from fuser.kernels.planner import plan
+from fuser.kernels.scores import ScoreRule, SoftCap
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
@@ -41,7 +42,10 @@ FP32 = 8e-7
 PLAIN = AttentionParameters(59, 16, lse=True)
 BOOLEAN = AttentionParameters(32, 32, mask=DType.BOOL, lse=True)
 ADDITIVE = AttentionParameters(32, 32, mask=DType.F32, lse=True)
+CAPPED = AttentionParameters(32, 32, lse=True, rule=SoftCap(2.0))
 SPECIAL = [
+    AttentionParameters(32, 32, mask=DType.BOOL, lse=True, rule=SoftCap(2.0)),
+    AttentionParameters(32, 32, mask=DType.F32, lse=True, rule=SoftCap(2.0)),
     AttentionParameters(24, 80, DType.BF16),
     AttentionParameters(256, 256, DType.BF16, mask=DType.BOOL),
     AttentionParameters(32, 32, mask=DType.BF16, lse=True),
@@ -56,7 +60,7 @@ def target(isa: Isa = NATIVE) -> Target:
 @functools.cache
 def libraries(isa: Isa) -> dict[str, Path]:
     """All kernels of this file for one instruction set, built side by side."""
-    wanted = [PLAIN, BOOLEAN, ADDITIVE, *(SPECIAL if isa is NATIVE else ())]
+    wanted = [PLAIN, BOOLEAN, ADDITIVE, CAPPED, *(SPECIAL if isa is NATIVE else ())]
     cache = KernelCache(Path(tempfile.mkdtemp(prefix="fuser-test-")))
     return build([render(p.spec) for p in wanted], target(isa), headers=headers(PLAIN.spec), cache=cache)
 
@@ -79,11 +83,12 @@ def attend(
     isa: Isa = NATIVE,
     out: Tensor | None = None,
     in_flight: int = 2,
+    rule: ScoreRule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given."""
     (batch, heads, q_len, dim), (_, key_heads, kv_len, value_dim) = q.shape, v.shape
     kind = None if mask is None else STORAGE[mask.dtype]
-    run = kernel(AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse), isa)
+    run = kernel(AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse, rule=rule), isa)
     if out is None:
         out = torch.full((batch, q_len, heads, value_dim), 777.0, dtype=q.dtype).transpose(1, 2)
     sums = torch.full((batch, heads, q_len), 777.0)
@@ -239,7 +244,7 @@ def test_poison_reaches_only_rows_that_may_see_it(given: str, where: str, poison
 
 
 def test_plans_know_which_rows_are_few() -> None:
-    assert f"kFewRows = {FEW_ROWS};" in render(PLAIN.spec).text
+    assert PLAIN.few_rows == FEW_ROWS
     assert [plan(masks.Dense(), rows, 100).work_ratio for rows in (1, FEW_ROWS, FEW_ROWS + 1)] == [1.0, 1.0, 16 / 5]
 
 
@@ -299,6 +304,41 @@ def test_large_scores_do_not_overflow() -> None:
     eager = torch.softmax((q @ k.mT / 8).masked_fill(~masks.Causal().dense(100), -math.inf), -1) @ v
     assert out.isfinite().all()
     assert error(out, expected[0]) <= 2 * error(eager, expected[0]) + FP32
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_scores_keep_the_digits_in_which_they_differ(isa: Isa) -> None:
+    """Whole numbers up to about 100, which fp32 holds: nothing may be lost before the maximum is subtracted."""
+    q, k, v = heads(1, 1, 2, 150, 59).mul(20).round(), heads(2, 1, 2, 200, 59).round(), heads(3, 1, 2, 200, 16)
+    scores = 0.125 * (q @ k.mT)
+    assert torch.equal(scores.double(), 0.125 * (q.double() @ k.double().mT))
+    assert 80 < scores.abs().max() < 128
+    for rows in (150, 3):
+        result = attend(q[:, :, :rows], k, v, plan(masks.Dense(), rows, 200), scale=0.125, isa=isa)
+        check(result, exact(q[:, :, :rows], k, v, scale=0.125), 2.0**-22)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_are_softly_capped_before_masks(isa: Isa) -> None:
+    """Scores up to twice the cap, so that a kernel without the rule is far off."""
+    rule = SoftCap(2.0)
+    for rows, mask in ((130, masks.Causal()), (130, masks.Strided(9)), (3, masks.Dense())):
+        q, k, v = heads(1, 2, 4, rows, 32), heads(2, 2, 2, 130, 32), heads(3, 2, 2, 130, 32)
+        tiles, pattern = plan(mask, rows, 130), mask.dense(rows, 130)
+        expected = exact(q, k, v, pattern, cap=2.0)
+        assert error(exact(q, k, v, pattern)[0].float(), expected[0]) > 0.01
+        check(attend(q, k, v, tiles, isa=isa, rule=rule), expected)
+        if isa is NATIVE:
+            allowed = torch.rand(2, 1, rows, 130, generator=torch.Generator().manual_seed(rows)) > 0.4
+            check(attend(q, k, v, tiles, allowed, rule=rule), exact(q, k, v, pattern & allowed, cap=2.0))
+            bias = torch.where(allowed, 3.0 * heads(4, 2, 1, rows, 130), -math.inf)
+            check(attend(q, k, v, tiles, bias, rule=rule), exact(q, k, v, pattern, bias, cap=2.0))
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan])
+def test_caps_are_finite_and_above_zero(cap: float) -> None:
+    with pytest.raises(ValueError, match="finite number above zero"):
+        SoftCap(cap)
 
 
 def test_half_precision_storage() -> None:

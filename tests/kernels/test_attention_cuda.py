@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from attention_reference import exact
 from torch import Tensor
 
 from fuser import masks
@@ -21,6 +22,7 @@ from fuser.kernels.attention import AttentionFamily, cached_plan
 from fuser.kernels.attention_cuda import CudaAttention, CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.scores import SoftCap
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import Resources
 
@@ -38,6 +40,8 @@ EXACT_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=
 EXACT_BOOLEAN = CudaAttentionParameters(64, 64, DType.F32, mask=DType.BOOL, lse=True, rows=128, keys=32, stages=3)
 TF32_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, tf32=True, rows=128, stages=3)
 WIDE_ADDITIVE = CudaAttentionParameters(136, 40, mask=DType.F16, keys=16)
+CAPPED = CudaAttentionParameters(32, 32, lse=True, rule=SoftCap(2.0))
+EXACT_CAPPED = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, keys=16, rule=SoftCap(2.0))
 WIDTHS = [
     CudaAttentionParameters(59, 16, lse=True),
     CudaAttentionParameters(80, 128, DType.BF16, lse=True, rows=128),
@@ -50,7 +54,7 @@ WIDTHS = [
 ]
 KINDS = [HALF, LARGE, EXACT, TF32]
 BIASES = [ADDITIVE, HALF_ADDITIVE, EXACT_ADDITIVE, TF32_ADDITIVE, WIDE_ADDITIVE]
-ALL = [*KINDS, BOOLEAN, EXACT_BOOLEAN, *BIASES, *WIDTHS]
+ALL = [*KINDS, BOOLEAN, EXACT_BOOLEAN, CAPPED, EXACT_CAPPED, *BIASES, *WIDTHS]
 DESIGN = [
     masks.Dense(),
     masks.Causal(),
@@ -396,6 +400,45 @@ def test_large_scores_do_not_overflow(run_cuda: Run) -> None:
     # Scores near 1e6 carry errors near 0.1 whoever computes them, so compare with what eager does.
     assert out.isfinite().all()
     assert error(out, expected) <= 2 * error(eager, expected) + 8e-7
+
+
+@pytest.mark.parametrize("cores", [4, 200])
+def test_large_scores_keep_the_digits_in_which_they_differ(run_cuda: Run, cores: int) -> None:
+    """Whole numbers up to about 100, which fp32 holds, in rows whose maximum grows and which are merged from parts."""
+    q, k, v = operands(EXACT, 1, 2, 1, 20, 1100)
+    q, k = q.mul(20).round(), k.round() * torch.linspace(0.25, 1, 1100).mul(4).round().div(4)[:, None]
+    tiles = cached_plan(masks.Dense(), 20, 1100, TARGET)
+    assert (schedule(tiles, EXACT, 1, 2, cores).tiles.states > 0) == (cores == 200)
+    expected = attention(q, k, v, scale=0.125)[0]
+    assert error(attention(q, k, v, scale=0.125, dtype=torch.float32)[0], expected) <= 2.0**-22
+    assert error(attend(run_cuda, EXACT, q, k, v, tiles, scale=0.125, cores=cores)[0], expected) <= 2.0**-21
+
+
+@pytest.mark.parametrize("scale", [0.2, -0.2])
+@pytest.mark.parametrize("p", [CAPPED, EXACT_CAPPED], ids=name)
+def test_scores_are_softly_capped_before_masks(run_cuda: Run, p: CudaAttentionParameters, scale: float) -> None:
+    """Scores up to twice the cap, with rows that poison makes the kernel compute again."""
+    q, k, v = operands(p, 1, 4, 2, 150, 150)
+    v[:, :, 140] = math.inf
+    allowed = masks.Causal().dense(150)
+    bias = (
+        torch.where(torch.arange(150).ne(7), torch.linspace(-2, 2, 150), -math.inf)[None, None, None]
+        if p.mask
+        else None
+    )
+    tiles = cached_plan(masks.Causal(), 150, 150, TARGET)
+    out, lse = attend(run_cuda, p, q, k, v, tiles, bias, scale=scale)
+    expected, sums = exact(
+        q[:, :, :140],
+        k[:, :, :140],
+        v[:, :, :140],
+        allowed[:140, :140],
+        None if bias is None else bias[..., :140],
+        scale,
+        cap=2.0,
+    )
+    assert error(out[:, :, :140], expected) <= BIASED[p.dtype]
+    assert torch.allclose(lse[:, :, :140].double(), sums, rtol=1e-6, atol=4e-6)
 
 
 # Every dtype, queries in registers and in shared memory, masks by key and by row, both sizes of tiles.

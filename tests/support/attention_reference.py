@@ -15,15 +15,18 @@ def exact(
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in float64, as the definition has them; rows without keys give zeros and -inf.
 
-    ``allowed`` (bool) and ``bias`` broadcast to (B, H, Sq, Sk); heads of ``k`` and ``v`` serve groups of those of q.
+    ``cap`` limits scaled scores, softly. ``allowed`` (bool) and ``bias`` broadcast to (B, H, Sq, Sk); heads of ``k`` and ``v`` serve groups of those of q.
     """
     q, k, v = (t.detach().double() for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = (torch.stack([t[:, h // group] for h in range(q.shape[1])], 1) for t in (k, v))
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if bias is not None:
         scores = scores + bias.double()
     if allowed is not None:

@@ -1,0 +1,121 @@
+// What one thread has at hand while it computes a group of rows, and how rows lie in the lanes of vectors.
+//
+// A kernel is instantiated with a configuration C:
+//   Extents                       the struct of run-time sizes
+//   Element, MaskElement          types of q, k, v and out, and of the run-time mask (uint8_t where there is none)
+//   kHeadDim, kValueDim           widths of the heads of q and k, and of v and out
+//   kKeyBlock                     keys that are scored before their weights meet the values
+//   kFewRows                      rows for which a product over lanes is less work than a vector of rows
+//   kMask, kBias, kLse            whether there is a run-time mask, it is added to scores, lse is wanted
+//   Rule                          what changes a scaled score before masks do (such as soft_cap.h), or void
+//   Scores                        the score policy (scores.h)
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/plan.h"
+#include "simd.h"
+
+namespace attention {
+using namespace simd;
+
+constexpr int64_t L = kLanes, kGroup = 64;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kAccumulators = 24, kTileVectors = 4;
+#else
+constexpr int64_t kAccumulators = 12, kTileVectors = 2;
+#endif
+constexpr int64_t kMostKeys = 8;
+constexpr int64_t kMostAhead = 192;  // keys of a group for which reading ahead is worth its instructions
+constexpr int64_t kRepeated = 2 * (kMostKeys > L ? kMostKeys : L);  // how often the last key of a block is repeated
+constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.44269504f;
+// A bias this low counts as masked as long as its row has another key.
+constexpr float kNever = -1e30f;
+
+// Keys and values in another type than fp32 are copied.
+template <class C>
+constexpr bool kConvert = sizeof(typename C::Element) != 4;
+// Floats from one row of partial results to the next.
+template <class C>
+constexpr int64_t kStateRow = (C::kValueDim + 15) / 16 * 16;
+
+// One (batch, head) of the problem.
+template <class C>
+struct Head {
+  const typename C::Element *q, *k, *v;
+  const typename C::MaskElement* mask;
+  typename C::Element* out;
+  float *lse, *state, *state_top, *state_sum;
+  int64_t q_row, k_row, v_row, out_row, mask_row, mask_key;
+  float scale;
+};
+
+// Rows to bring into L2 while tiles are at work, `pace` of them with each, so that memory is read evenly.
+template <class C>
+struct Ahead {
+  const void* row[2 * kGroup + 2 * kMostAhead];
+  int64_t size, next, pace;
+
+  void add(const void* address) { row[size++] = address; }
+  void announce() {
+    const int64_t end = next + pace < size ? next + pace : size;
+    for (; next < end; ++next)
+      for (int64_t byte = 0; byte < C::kHeadDim * int64_t(sizeof(typename C::Element)); byte += 64)
+        __builtin_prefetch(static_cast<const char*>(row[next]) + byte, 0, 2);
+  }
+};
+
+template <class C>
+struct alignas(64) Scratch {
+  static constexpr int64_t kBlock = C::kKeyBlock;
+  float q[C::kHeadDim * kGroup], o[C::kValueDim * kGroup];
+  float s[(kBlock + kMostKeys) * kGroup];
+  float top[kGroup], peak[kGroup], sum[kGroup], decay[kGroup], zero[kStateRow<C>];
+  float bias[C::kBias ? (kBlock + L) * kGroup : 1];
+  float k[kConvert<C> ? kBlock * C::kHeadDim : 1], v[kConvert<C> ? kBlock * C::kValueDim : 1];
+  const float *k_row[kBlock + kRepeated], *v_row[kBlock];
+  uint64_t lanes[kBlock + kGroup];
+  int32_t key[kBlock + kGroup];
+  Ahead<C> ahead;
+  int64_t pitch;  // floats from one key, or one element of a row, to the next: the lanes of all vectors in use
+};
+
+// Vectors of lanes, from `first` to before `last`.
+struct Range {
+  int64_t first, last;
+  bool operator==(const Range& other) const { return first == other.first && last == other.last; }
+};
+
+// The vectors that have a lane in a word that is not zero.
+FUSER_INLINE Range vectors_of(uint64_t lanes) {
+  return {__builtin_ctzll(lanes) / L, 64 / L - __builtin_clzll(lanes) / L};
+}
+
+// Calls f(size, v) for the vectors v ... v + size of each tile of a range; size is a constant.
+template <class F>
+FUSER_INLINE void by_tiles(Range range, const F& f) {
+  int64_t v = range.first;
+  if constexpr (kTileVectors == 4)
+    for (; v + 4 <= range.last; v += 4) f(std::integral_constant<int, 4>(), v);
+  for (; v + 2 <= range.last; v += 2) f(std::integral_constant<int, 2>(), v);
+  if (v < range.last) f(std::integral_constant<int, 1>(), v);
+}
+
+// to[i][lane] = factor * from(lane)[i] for i < n, `pitch` floats apart; from gives the address of a lane's row.
+template <class T, class From>
+FUSER_INLINE void rows_to_lanes(float* to, int64_t pitch, int64_t n, float factor, const From& from) {
+  for (int64_t c = 0; c < pitch / L; ++c)
+    for (int64_t i = 0; i < n; i += L) {
+      const int64_t size = n - i < L ? n - i : L;
+      vf x[L];
+      for (int64_t r = 0; r < L; ++r) {
+        const T* row = from(c * L + r) + i;
+        x[r] = size == L ? load(row) : load_n(row, size);
+      }
+      transpose(x);
+      for (int64_t r = 0; r < size; ++r) store(to + (i + r) * pitch + c * L, x[r] * factor);
+    }
+}
+
+}  // namespace attention

@@ -1,0 +1,89 @@
+// Weights times values: every function adds a block of n keys to the results w.o of the rows in its lanes, after the
+// results so far are multiplied with w.decay.
+#pragma once
+#include "attention/scratch.h"
+
+namespace attention {
+
+// o[d][lane] = decay[lane] * o[d][lane] + sum over keys of p[j][lane] v[j][d], for RD values of d; o counts as 0 if
+// first. A block is summed by itself, so that rounding errors grow with the number of blocks rather than of keys.
+template <int RV, int RD>
+FUSER_INLINE void values_tile(const float* p, const float* const* v_row, int64_t n, int64_t d, const float* decay,
+                              bool first, int64_t pitch, float* o) {
+  vf acc[RD][RV] = {};
+  for (int64_t j = 0; j < n; ++j, p += pitch) {
+    const float* value = v_row[j] + d;
+    vf x[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) x[v] = load(p + v * L);
+#pragma GCC unroll 24
+    for (int i = 0; i < RD; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < RV; ++v) acc[i][v] += x[v] * value[i];
+  }
+  o += d * pitch;
+#pragma GCC unroll 24
+  for (int i = 0; i < RD; ++i, o += pitch)
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v)
+      store(o + v * L, first ? acc[i][v] : load(o + v * L) * load(decay + v * L) + acc[i][v]);
+}
+
+template <int RV, class C>
+__attribute__((noinline)) void values(Scratch<C>& w, int64_t n, int64_t v, bool first) {
+  constexpr int64_t DV = C::kValueDim;
+  constexpr int RD = kAccumulators / RV;
+  const float* const p = w.s + v * L;
+  for (int64_t d = 0; d + RD <= DV; d += RD) {
+    w.ahead.announce();
+    values_tile<RV, RD>(p, w.v_row, n, d, w.decay + v * L, first, w.pitch, w.o + v * L);
+  }
+  if constexpr (DV % RD != 0)
+    values_tile<RV, DV % RD>(p, w.v_row, n, DV - DV % RD, w.decay + v * L, first, w.pitch, w.o + v * L);
+}
+
+// The same for one row r and the `size` elements from d that M vectors hold.
+template <int M, class C>
+FUSER_INLINE void values_of_row(Scratch<C>& w, int64_t n, int64_t r, int64_t d, int64_t size) {
+  vf acc[M] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    const float p = w.s[j * w.pitch + r];
+    const float* value = w.v_row[j] + d;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m] += p * (size == M * L ? load(value + m * L) : load_n(value, size));
+  }
+  float sum[M * L];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) store(sum + m * L, acc[m]);
+  float* const o = w.o + d * w.pitch + r;
+  for (int64_t i = 0; i < size; ++i) o[i * w.pitch] = o[i * w.pitch] * w.decay[r] + sum[i];
+}
+
+template <class C>
+__attribute__((noinline)) void values_of_few(Scratch<C>& w, int64_t n, int64_t rows) {
+  constexpr int64_t DV = C::kValueDim;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + 8 * L <= DV; d += 8 * L) values_of_row<8>(w, n, r, d, 8 * L);
+    for (; d + 4 * L <= DV; d += 4 * L) values_of_row<4>(w, n, r, d, 4 * L);
+    for (; d + L <= DV; d += L) values_of_row<1>(w, n, r, d, L);
+    if constexpr (DV % L != 0) values_of_row<1>(w, n, r, d, DV % L);
+  }
+}
+
+// The same where masked weights, marked -0, must not multiply a value that is not finite.
+template <class C>
+void values_exact(Scratch<C>& w, int64_t n, Range range, bool first) {
+  for (int64_t v = range.first; v < range.last; ++v)
+    for (int64_t d = 0; d < C::kValueDim; ++d) {
+      float* o = w.o + d * w.pitch + v * L;
+      vf acc = vf{};
+      for (int64_t j = 0; j < n; ++j) {
+        const vf p = load(w.s + j * w.pitch + v * L);
+        acc = select((vi)p == INT32_MIN, acc, acc + p * w.v_row[j][d]);
+      }
+      store(o, first ? acc : load(o) * load(w.decay + v * L) + acc);
+    }
+}
+
+}  // namespace attention
