@@ -19,7 +19,8 @@ def exact(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in float64, as the definition has them; rows without keys give zeros and -inf.
 
-    ``cap`` limits scaled scores, softly. ``allowed`` (bool) and ``bias`` broadcast to (B, H, Sq, Sk); heads of ``k`` and ``v`` serve groups of those of q.
+    ``cap`` limits scaled scores, softly. ``allowed`` (bool) and ``bias`` broadcast to (B, H, Sq, Sk); heads of ``k``
+    and ``v`` serve groups of those of ``q``.
     """
     q, k, v = (t.detach().double() for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
