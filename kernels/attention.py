@@ -244,7 +244,7 @@ class Launch:
     """What one launch needs besides its tensors: the plan's array, extents, and bytes of scratch memory."""
 
     plan: Literal
-    extents: tuple[int, ...]
+    extents: Extents
     workspace_bytes: int
 
 
