@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fuser import zoo
-from fuser.capture import capture, flatten_call
 from fuser.codegen.render import header_folder
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Region
 from fuser.ir.masks import Mask
-from fuser.raising import raise_graph
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache
 from fuser.schemes import from_atoffer

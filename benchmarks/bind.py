@@ -15,9 +15,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / part) for part in (
 from test_template import BATCH, PRIMES, SEQUENCE, assembled, with_names  # noqa: E402
 
 from fuser import zoo  # noqa: E402
-from fuser.capture import capture, flatten_call  # noqa: E402
-from fuser.compiler import choose_all  # noqa: E402
-from fuser.raising import raise_graph  # noqa: E402
+from fuser.frontend.capture import capture, flatten_call  # noqa: E402
+from fuser.frontend.raising import raise_graph  # noqa: E402
+from fuser.module.compiler import choose_all  # noqa: E402
 from fuser.runtime.device import cpu_target  # noqa: E402
 
 ROUNDS = 300

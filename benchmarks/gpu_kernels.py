@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.capture import capture, flatten_call
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder, render
-from fuser.compiler import choose_all
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.expression import Builder, Op
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda
 from fuser.kernels.base import Access, Cost, DType, KernelSpec, Operand, floating
-from fuser.raising import raise_graph
+from fuser.module.compiler import choose_all
 from fuser.runtime import emulator
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import Resources, find_disassembler, find_nvcc, resources

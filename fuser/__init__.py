@@ -12,8 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "optimize": ("fuser.module", "optimize"),
-    "OptimizedModule": ("fuser.module", "OptimizedModule"),
+    "optimize": ("fuser.module.optimized", "optimize"),
+    "OptimizedModule": ("fuser.module.optimized", "OptimizedModule"),
     "load": ("fuser.saved", "load"),
     "sparse_attention": ("fuser.attention", "sparse_attention"),
     "plan": ("fuser.kernels.planner", "plan"),

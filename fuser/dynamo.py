@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
-from fuser.module import OptimizedModule
+from fuser.module.optimized import OptimizedModule
 from fuser.runtime.locks import ForkSafeLock
 
 logger = logging.getLogger("fuser")

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuser.capture import capture, flatten_call
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import FLOATING, floating
-from fuser.raising import raise_graph
 from fuser.runtime.program import CPU
 from fuser.runtime.targets import named_target, on_device, target_of, threads_now
 from fuser.schemes import from_atoffer

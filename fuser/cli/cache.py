@@ -27,7 +27,7 @@ _UNITS = {"": 0, "k": 10, "m": 20, "g": 30}
 @app.command("ls")
 def ls(json: Json = False) -> None:
     """List the kernels and attention plans, most recently used first."""
-    from fuser.report import size_text
+    from fuser.explain.report import size_text
     from fuser.runtime.cache import default_cache
 
     cache = default_cache()
@@ -57,7 +57,7 @@ def verify(json: Json = False) -> None:
 
     Damaged kernels and plans are never used: they are made again when they are needed.
     """
-    from fuser.report import size_text
+    from fuser.explain.report import size_text
     from fuser.runtime.cache import default_cache
 
     cache = default_cache()
@@ -86,7 +86,7 @@ def prune(
     json: Json = False,
 ) -> None:
     """Remove the least recently used kernels and plans."""
-    from fuser.report import size_text
+    from fuser.explain.report import size_text
     from fuser.runtime.cache import default_cache
 
     limit = _bytes(max_size) if max_size else None

@@ -21,8 +21,8 @@ def cqs(
     json: Json = False,
 ) -> None:
     """Divide attention among workers by a cyclic quorum set: tokens, pairs and memory of each."""
+    from fuser.explain.report import size_text
     from fuser.kernels.cqs import partition
-    from fuser.report import size_text
 
     part = partition(workers, seq, kv_len=kv)
     shares = part.shares()

@@ -14,7 +14,7 @@ from fuser.cli.output import Json, console, print_json, table
 
 if TYPE_CHECKING:
     from fuser.demo import Batch, Encoder, Timing
-    from fuser.module import OptimizedModule
+    from fuser.module.optimized import OptimizedModule
 
 
 def demo(
@@ -196,9 +196,9 @@ def _race(
 
 
 def _write(optimized: OptimizedModule, out: Path) -> list[Path]:
-    from fuser.drawing import draw_region
+    from fuser.explain.drawing import draw_region
+    from fuser.explain.report import regions_of
     from fuser.ir.errors import FuserError
-    from fuser.report import regions_of
 
     try:
         out.mkdir(parents=True, exist_ok=True)

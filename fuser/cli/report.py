@@ -30,8 +30,8 @@ def report(
 
     With --json and without --out only the numbers are printed.
     """
+    from fuser.explain.study_report import render_html, render_text, summarize
     from fuser.search.ledger import list_studies, open_study
-    from fuser.study_report import render_html, render_text, summarize
 
     names = study or list_studies(storage)[-1:]
     if not names:

@@ -169,7 +169,7 @@ def _run(
 ) -> SearchResult:
     import torch
 
-    from fuser.report import target_text
+    from fuser.explain.report import target_text
     from fuser.runtime.cuda import resolve_device
     from fuser.runtime.device import cpu_name, cpu_target
     from fuser.runtime.program import CPU
@@ -227,7 +227,7 @@ def _graph(options: Mapping[str, Any], target: Target, device: torch.device) -> 
 
 def _outlines(graph: OperatorGraph) -> dict[str, Any]:
     """What pictures of the regions need, so that a report can be written without the model."""
-    from fuser.drawing import Outline
+    from fuser.explain.drawing import Outline
 
     found = {region.hash: region for region in reversed(graph.regions)}
     return {key: dataclasses.asdict(Outline.of(region)) for key, region in found.items()}
@@ -288,7 +288,7 @@ def _lines() -> Callable[[Progress], None]:
 
 def facts(state: Progress) -> str:
     """One line: the best so far, the default, what failed, time spent and left."""
-    from fuser.drawing import duration
+    from fuser.explain.drawing import duration
 
     found = []
     if state.best is not None:
@@ -333,9 +333,9 @@ def as_dict(result: SearchResult) -> dict[str, Any]:
 
 
 def _print(result: SearchResult, storage: str | None) -> None:
-    from fuser.drawing import duration
+    from fuser.explain.drawing import duration
+    from fuser.explain.study_report import count_text
     from fuser.search.storage import shown
-    from fuser.study_report import count_text
 
     lines = [("study", f"{result.study} in {shown(result.storage)}")]
     at_least = "" if result.space.is_exact else "at least "

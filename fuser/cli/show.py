@@ -13,10 +13,10 @@ from fuser.ir.errors import FuserError
 
 if TYPE_CHECKING:
     from fuser.cli.models import Named
-    from fuser.compiler import Compiled
     from fuser.ir.masks import Mask
     from fuser.ir.target import Target
-    from fuser.module import OptimizedModule
+    from fuser.module.compiler import Compiled
+    from fuser.module.optimized import OptimizedModule
 
 
 class Stage(str, enum.Enum):
@@ -100,7 +100,7 @@ def show(
 
 
 def _compile(named: Named, attention: Mask | None, search: str) -> OptimizedModule:
-    from fuser.module import optimize
+    from fuser.module.optimized import optimize
 
     optimized = optimize(named.model, named.args or named.kwargs, attention=attention, search=search)
     if not optimized.programs:
@@ -110,8 +110,8 @@ def _compile(named: Named, attention: Mask | None, search: str) -> OptimizedModu
 
 
 def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool) -> None:
-    from fuser.capture import capture
-    from fuser.raising import raise_graph
+    from fuser.frontend.capture import capture
+    from fuser.frontend.raising import raise_graph
 
     captured = capture(named.model, named.call)
     if stage is Stage.FX:
@@ -150,8 +150,8 @@ def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool
 
 
 def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
-    from fuser.drawing import duration
-    from fuser.report import collect
+    from fuser.explain.drawing import duration
+    from fuser.explain.report import collect
 
     found = collect(optimized)
     if json:
@@ -185,8 +185,8 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
 
 
 def _show_profile(named: Named, compiled: Compiled, optimized: OptimizedModule, rounds: int, json: bool) -> None:
-    from fuser.drawing import duration
-    from fuser.profiling import profile_compiled, summary
+    from fuser.explain.drawing import duration
+    from fuser.explain.profiling import profile_compiled, summary
     from fuser.runtime.device import cpu_target
 
     target: Target = cpu_target()
@@ -220,7 +220,7 @@ def _show_profile(named: Named, compiled: Compiled, optimized: OptimizedModule, 
 
 
 def _show_plan(compiled: Compiled, json: bool) -> None:
-    from fuser.report import size_text
+    from fuser.explain.report import size_text
     from fuser.runtime.program import NativeStep
 
     plan, labels = compiled.assembly.plan, compiled.assembly.labels

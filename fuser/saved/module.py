@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuser.acceptance import unreadable
-from fuser.capture import Signature, flatten_call
 from fuser.codegen.assemble import KernelRecord
+from fuser.frontend.capture import Signature, flatten_call
 from fuser.ir.errors import KernelError
+from fuser.module.acceptance import unreadable
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.locks import ForkSafeLock
 from fuser.runtime.program import Arena, Program

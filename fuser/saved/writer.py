@@ -20,12 +20,12 @@ from torch import Tensor
 
 import fuser
 from fuser.attention.registry import mask_of
-from fuser.capture import Signature
-from fuser.compiler import Compiled
+from fuser.frontend.capture import Signature
 from fuser.ir.errors import FuserError
 from fuser.ir.masks import Mask, from_dense
 from fuser.ir.operators import TorchCall
-from fuser.module import OptimizedModule, split_unfused
+from fuser.module.compiler import Compiled
+from fuser.module.optimized import OptimizedModule, split_unfused
 from fuser.saved import codec
 from fuser.saved.content import (
     FORMAT,

@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from fuser import zoo
-from fuser.capture import Captured, capture, flatten_call
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import GroupChoice
 from fuser.codegen.template import ProgramTemplate, RangedTemplate, generalized
-from fuser.compiler import choose_all, load_kernels, program_constants
+from fuser.frontend.capture import Captured, capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.operators import TorchCall
 from fuser.ir.size import named
 from fuser.ir.target import Target
-from fuser.raising import raise_graph
+from fuser.module.compiler import choose_all, load_kernels, program_constants
+from fuser.module.weights import WeightStore
 from fuser.runtime.cache import default_cache
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import Program, ProgramPlan
-from fuser.weights import WeightStore
 
 BATCH, SEQUENCE = named("batch"), named("sequence")
 # Captured at primes that no size of a model has as a factor, so that every number tells what it is made of.

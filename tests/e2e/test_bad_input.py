@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import fuser
-from fuser import module as fuser_module
 from fuser.ir.errors import FuserError, IndexRangeError
-from fuser.module import OptimizedModule
+from fuser.module import optimized as fuser_module
+from fuser.module.optimized import OptimizedModule
 from fuser.runtime import cache as runtime_cache
 from fuser.runtime.device import cpu_target
 
@@ -1076,7 +1076,7 @@ def test_an_interrupted_compilation_can_be_repeated(monkeypatch: pytest.MonkeyPa
     model = encoder()
     fast = optimize(model)
     identities = [id(p) for p in model.parameters()]
-    from fuser import compiler
+    from fuser.module import compiler
 
     for stage in ("raise_graph", "assemble", "load_kernels", "program_constants"):
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.capture import capture, flatten_call
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
-from fuser.compiler import choose_all
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import FuserError, ToolchainError
 from fuser.ir.target import cuda_target
 from fuser.kernels.base import floating
-from fuser.raising import raise_graph
+from fuser.module.compiler import choose_all
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import find_nvcc
 

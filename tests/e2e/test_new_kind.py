@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fuser import compiler
-from fuser.aten import HANDLERS
-from fuser.capture import flatten_call
 from fuser.codegen.render import TEMPLATES, environment
+from fuser.frontend.aten import HANDLERS
+from fuser.frontend.capture import flatten_call
+from fuser.frontend.raising import Raiser
+from fuser.frontend.views import View
 from fuser.ir import operators
 from fuser.ir.evaluation import evaluate
 from fuser.ir.extents import Extents
@@ -24,11 +25,10 @@ from fuser.ir.operators import Semantics, Shape, kind
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 from fuser.kernels.families import IMPLEMENTATIONS
-from fuser.raising import Raiser
+from fuser.module import compiler
+from fuser.module.weights import WeightStore
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import NativeStep
-from fuser.views import View
-from fuser.weights import WeightStore
 
 CUMSUM = torch.ops.aten.cumsum.default
 

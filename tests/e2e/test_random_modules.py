@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent / "support"))
 from random_modules import RandomModule, inputs_of
 
 import fuser
-from fuser import compiler
+from fuser.module import compiler
 
 
 def relations(model: nn.Module, inputs: tuple[Tensor, ...], outputs: list[Tensor]) -> list[Any]:

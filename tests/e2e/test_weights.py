@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fuser
-from fuser import weights
-from fuser.module import OptimizedModule
+from fuser.module import weights
+from fuser.module.optimized import OptimizedModule
 
 WIDTH = 256
 X = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -15,10 +15,9 @@ import torch
 from caches import with_own_records
 from torch import nn
 
-from fuser.capture import flatten_call
 from fuser.codegen.partition import GroupChoice, alternatives
 from fuser.codegen.render import header_folder
-from fuser.compiler import Compiled, compile_call
+from fuser.frontend.capture import flatten_call
 from fuser.ir.errors import DeviceMemoryError, FuserError, SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target, cuda_target, emulated_target
@@ -27,6 +26,8 @@ from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_cuda import CublasParameters, CudaGemm, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassParameters
+from fuser.module.compiler import Compiled, compile_call
+from fuser.module.weights import WeightStore
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
@@ -36,7 +37,6 @@ from fuser.search.run import SearchResult
 from fuser.search.space import Point, Space
 from fuser.search.tuning import tuner_for
 from fuser.searching import graph_of, search_model, team_of
-from fuser.weights import WeightStore
 
 EMULATED = emulated_target()
 SLOW = Tile(16, 64, 32, 1, 4, 2, 1)

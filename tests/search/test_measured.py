@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from fuser.capture import capture, flatten_call
 from fuser.codegen.render import TEMPLATES
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import BuildError, CacheError, SearchError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
-from fuser.raising import raise_graph
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fuser.capture import capture, flatten_call
 from fuser.codegen.partition import Choice, default_scheme
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.kernels.families import IMPLEMENTATIONS
-from fuser.raising import raise_graph
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.device import cpu_target
 from fuser.search import records

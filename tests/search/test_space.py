@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fuser.capture import capture, flatten_call
 from fuser.codegen.partition import legality
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Scheme, canonical
 from fuser.kernels.families import IMPLEMENTATIONS
-from fuser.raising import raise_graph
 from fuser.runtime.device import cpu_target
 from fuser.schemes import bert_layer
 from fuser.search.space import Point, RegionSpace, Space

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 import fuser
-from fuser.capture import capture, flatten_call
 from fuser.codegen.partition import Choice, GroupChoice, alternatives, default_scheme
-from fuser.compiler import choose_all
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import cuda_target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import LibraryParameters
-from fuser.raising import raise_graph
+from fuser.module.compiler import choose_all
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning

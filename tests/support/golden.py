@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from fuser import zoo
-from fuser.capture import Captured, capture, flatten_call
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.compiler import choose_all
+from fuser.frontend.capture import Captured, capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.masks import Mask, SlidingWindow
 from fuser.ir.operators import TorchCall
 from fuser.ir.target import TF32, Target, cuda_target
 from fuser.kernels.base import floating
-from fuser.raising import raise_graph
+from fuser.module.compiler import choose_all
 from fuser.runtime.program import NativeStep
 
 ROOT = Path(__file__).parent.parent.parent

@@ -60,7 +60,7 @@ CLASSES = sorted(
         and not getattr(found, "__abstractmethods__", None)
         and not issubclass(found, (Mask, Scheme))
         and not _holds_graph(found)
-        and found.__name__ not in ("OperatorGraph", "_Unit", "Unfused")
+        and found.__name__ not in ("OperatorGraph", "Operator", "_Unit", "Unfused")
     },
     key=lambda cls: (cls.__module__, cls.__qualname__),
 )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fuser import attention_patterns
 from fuser.attention.registry import mask_of
+from fuser.frontend import attention_patterns
+from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
@@ -19,10 +20,9 @@ from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
-from fuser.views import Conjunction, Value, View
 
 if TYPE_CHECKING:
-    from fuser.raising import Raiser
+    from fuser.frontend.raising import Raiser
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3

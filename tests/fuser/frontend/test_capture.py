@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fuser import capture as capturing
-from fuser.capture import StateError, capture, flatten_call, flatten_output, is_capturing
+from fuser.frontend import capture as capturing
+from fuser.frontend.capture import StateError, capture, flatten_call, flatten_output, is_capturing
 from fuser.ir.errors import CaptureError
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))

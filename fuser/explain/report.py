@@ -14,16 +14,16 @@ import jinja2
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.codegen.partition import Choice, GroupChoice
-from fuser.compiler import Compiled
-from fuser.drawing import COLOURS, draw_region, duration, shape_text
+from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Region
 from fuser.ir.masks import Mask
 from fuser.ir.operators import PatternMask, View
 from fuser.ir.target import Target
+from fuser.module.compiler import Compiled
 
 if TYPE_CHECKING:
-    from fuser.module import OptimizedModule
+    from fuser.module.optimized import OptimizedModule
 
 _TEMPLATE = "report.html.j2"
 

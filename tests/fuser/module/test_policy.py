@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuser.policy import AT_ONCE, ATTEMPTS, Comparison, CompilationPolicy
-from fuser.programs import ProgramCache
+from fuser.module.policy import AT_ONCE, ATTEMPTS, Comparison, CompilationPolicy
+from fuser.module.programs import ProgramCache
 
 COMPILE, ORIGINAL, FUSED = 0.5, 0.02, 0.01
 

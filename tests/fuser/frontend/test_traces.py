@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fuser import traces
+from fuser.frontend import traces
 
 
 def kept() -> tuple[int, int, int]:

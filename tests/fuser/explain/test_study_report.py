@@ -11,9 +11,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from fuser.report import Group
-from fuser.study_charts import charts
-from fuser.study_report import (
+from fuser.explain.report import Group
+from fuser.explain.study_charts import charts
+from fuser.explain.study_report import (
     BlockResult,
     StudySummary,
     TrialRow,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fuser.frontend.shadow import functions_of, is_plain, names_in
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeLock
-from fuser.shadow import functions_of, is_plain, names_in
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _MOST_ENTRIES = 64

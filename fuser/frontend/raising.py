@@ -18,9 +18,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fuser import attention_patterns
-from fuser.aten import HANDLERS
-from fuser.capture import Captured
+from fuser.frontend import attention_patterns
+from fuser.frontend.aten import HANDLERS
+from fuser.frontend.capture import Captured
+from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder
@@ -28,7 +29,6 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCa
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
 from fuser.kernels.base import FLOATING
-from fuser.views import Conjunction, Value, View
 
 aten = torch.ops.aten
 _FOLD_LIMIT = 1 << 28

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuser.capture import capture, flatten_call
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.raising import raise_graph
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import Operator, OperatorGraph, is_kind
 from fuser.ir.masks import Causal, SlidingWindow
 from fuser.ir.operators import PV, AdditiveMask, BooleanMask, Gemm, PatternMask, Scale, ScoreMask, Semantics
 from fuser.masks import from_dense
-from fuser.raising import raise_graph
 
 WIDTH, HEADS, S = 32, 4, 12
 X = torch.randn(2, S, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fuser.drawing import COLOURS, Outline, draw_outline, duration
+from fuser.explain.drawing import COLOURS, Outline, draw_outline, duration
+from fuser.explain.report import Group, render_page
+from fuser.explain.study_charts import charts
 from fuser.ir.errors import SearchError
-from fuser.report import Group, render_page
-from fuser.study_charts import charts
 
 if TYPE_CHECKING:
     from fuser.search.ledger import StudyView, TrialView

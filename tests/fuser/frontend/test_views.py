@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fuser.frontend.views import View
 from fuser.ir.graph import TensorSpec
-from fuser.views import View
 
 
 def elements(view: View, base: Tensor) -> Tensor:

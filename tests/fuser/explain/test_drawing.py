@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from fuser.codegen.partition import default_scheme
-from fuser.drawing import Outline, draw_outline, draw_region, duration
+from fuser.explain.drawing import Outline, draw_outline, draw_region, duration
 from fuser.ir.target import Target
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.schemes import bert_layer

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fuser.capture import FlatCall, flatten_call
+from fuser.frontend.capture import FlatCall, flatten_call
 from fuser.ir.errors import CaptureError
 from fuser.ir.target import Target
 

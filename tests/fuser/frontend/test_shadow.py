@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fuser.frontend.shadow import Shadow
 from fuser.ir.errors import CaptureError
-from fuser.shadow import Shadow
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fuser
 from fuser import zoo
-from fuser.drawing import draw_region, duration
+from fuser.explain.drawing import draw_region, duration
+from fuser.explain.report import choice_of, collect, regions_of, render_html, render_text
 from fuser.ir.errors import FuserError
-from fuser.report import choice_of, collect, regions_of, render_html, render_text
 from fuser.runtime.profile import profile
 
 SIZES = {"layers": 3, "hidden": 32, "heads": 2, "intermediate": 64, "seq": 16}

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fuser
-from fuser.compiler import Compiled
-from fuser.module import OptimizedModule
-from fuser.policy import AT_ONCE, CompilationPolicy
+from fuser.module.compiler import Compiled
+from fuser.module.optimized import OptimizedModule
+from fuser.module.policy import AT_ONCE, CompilationPolicy
 from fuser.runtime.program import Program
 
 X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))

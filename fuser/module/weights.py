@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuser.frontend.watch import Structure
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.kernels.families import materialize
-from fuser.watch import Structure
 
 Use = tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
 """The constants that a program refers to, what they are, and the live tensors that they are made from."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fuser import optimize
-from fuser.watch import Structure
+from fuser.frontend.watch import Structure
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 FACTOR = 1.0

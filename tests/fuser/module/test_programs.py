@@ -7,7 +7,7 @@ from collections import OrderedDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuser.programs import ProgramCache
+from fuser.module.programs import ProgramCache
 
 
 @given(st.lists(st.tuples(st.sampled_from(["use", "add", "remove"]), st.integers(0, 6))), st.integers(1, 4))

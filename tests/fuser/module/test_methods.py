@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.methods import BoundMethods
+from fuser.module.methods import BoundMethods
 
 
 class Speaker(nn.Module):

@@ -28,10 +28,10 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
+from fuser.frontend.shadow import Shadow, forget, is_plain, slots_of
+from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeRLock
-from fuser.shadow import Shadow, forget, is_plain, slots_of
-from fuser.watch import GlobalNumbers
 
 Signature = tuple[Any, ...]
 # torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from fuser.attention.operators import OPERATORS
 from fuser.attention.registry import masks_of
-from fuser.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
+from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
+from fuser.frontend.raising import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
-from fuser.raising import raise_graph
+from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
 from fuser.runtime.library import Kernel
 from fuser.runtime.program import Arena, Program
 from fuser.search.tuning import Tuner
-from fuser.weights import WeightStore
 
 logger = logging.getLogger("fuser")
 _MANY_UNFUSED = 8

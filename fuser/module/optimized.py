@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fuser import traces
-from fuser.acceptance import acceptable, device_of, form_of, kin_of, text_of
-from fuser.capture import FlatCall, Signature, StateError, is_capturing
 from fuser.codegen.assemble import KernelRecord
-from fuser.compiler import Compiled, compile_call, program_constants
+from fuser.frontend import traces
+from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
-from fuser.methods import BoundMethods
-from fuser.policy import AT_ONCE, Comparison, CompilationPolicy
-from fuser.programs import ProgramCache
+from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
+from fuser.module.compiler import Compiled, compile_call, program_constants
+from fuser.module.methods import BoundMethods
+from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
+from fuser.module.programs import ProgramCache
+from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
 from fuser.runtime.program import Arena
 from fuser.runtime.targets import named_target, on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
-from fuser.weights import WeightStore
 
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
@@ -354,7 +354,7 @@ class OptimizedModule(nn.Module):
 
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
-        from fuser.report import report
+        from fuser.explain.report import report
 
         return report(self, Path(path) if path is not None else None)
 

@@ -1,0 +1,1 @@
+"""Reports, drawings and profiles of programs and studies."""

@@ -1,0 +1,125 @@
+"""The architectures of transformers, small, as users call them: right, without an exception, and left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fuser
+from fuser.architectures import ARCHITECTURES, Scale
+
+transformers = pytest.importorskip("transformers")
+
+SCALE = Scale()
+TOLERANCE = 2e-5
+"""Relative L2 distance from eager: rounding of fp32, through layers whose norms divide by small numbers."""
+DETAILED = ("albert", "bart", "bert", "distilbert", "gpt2", "llama", "modernbert", "qwen3", "t5", "vit", "whisper")
+"""Architectures that are called once more with all hidden states and attention weights."""
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors of an output by where they are: in mappings, sequences, and the caches of transformers."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping):
+        inner = dict(value)
+    elif isinstance(value, (tuple, list)):
+        inner = dict(enumerate(value))
+    elif type(value).__module__.startswith("transformers."):
+        inner = vars(value)
+    else:
+        return {}
+    return {key: t for part, item in inner.items() for key, t in tensors(item, f"{name}.{part}").items()}
+
+
+def agree(ours: Any, theirs: Any) -> None:
+    """Same class and tensors of the same names, shapes and dtypes, finite numbers within rounding."""
+    assert type(ours) is type(theirs)
+    mine, eager = tensors(ours), tensors(theirs)
+    assert list(mine) == list(eager) and eager
+    for name, expected in eager.items():
+        found = mine[name]
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        if expected.is_floating_point():
+            scale = expected.double().norm()
+            assert (found.double() - expected.double()).norm() <= TOLERANCE * scale, name
+        else:
+            assert torch.equal(found, expected), name
+
+
+_OWN = ("_parameters", "_buffers", "_modules")
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a call could leave changed; what is compared by identity is kept alive."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[f"{name}: class"] = type(module)
+        for key, value in vars(module).items():
+            if key in _OWN:
+                found[f"{name}.{key}"] = {k: _Same(v) for k, v in value.items()}
+            elif isinstance(value, (dict, list, tuple, set)):
+                found[f"{name}.{key}"] = (_Same(value), [_Same(v) for v in value], len(value))
+                if isinstance(value, dict):
+                    found[f"{name}.{key}: values"] = [_Same(v) for v in value.values()]
+            else:
+                found[f"{name}.{key}"] = _Same(value)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, type(tensor))
+        found[f"{name}: content"] = (form, tensor.detach().cpu().numpy().tobytes())
+    return found
+
+
+class _Same:
+    """Equal to the same object, or to an equal plain value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same):
+            return False
+        plain = isinstance(self.value, (bool, int, float, str, bytes, type(None)))
+        return self.value is other.value or (
+            plain and type(self.value) is type(other.value) and self.value == other.value
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def check(model: nn.Module, **call: Any) -> fuser.OptimizedModule:
+    """The optimized model agrees with the model, twice, and leaves it as it was."""
+    expected = model(**call)
+    before = state(model)
+    fast = fuser.optimize(model, search="model")
+    for _ in range(2):
+        agree(fast(**call), expected)
+    after = state(model)
+    changed = [key for key in {**before, **after} if key not in before or key not in after or before[key] != after[key]]
+    assert changed == []
+    agree(model(**call), expected)
+    return fast
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_called_plainly(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    check(architecture.build(SCALE), **architecture.call(SCALE))
+
+
+@pytest.mark.parametrize("name", DETAILED)
+def test_an_architecture_with_all_of_its_outputs(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build(SCALE)
+    model.set_attn_implementation("eager")
+    check(model, **architecture.call(SCALE), output_hidden_states=True, output_attentions=True)
