@@ -164,7 +164,7 @@ class OutputSpec:
         if self.cls is None:
             return pytree.tree_unflatten(filled, self.spec)
         # Not through its constructor, which may compute, and need not take what it keeps.
-        built = object.__new__(self.cls)
+        built: Any = object.__new__(self.cls)
         for name, value in zip(self.spec, filled, strict=True):
             object.__setattr__(built, name, value)
         return built

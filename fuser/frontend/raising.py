@@ -573,7 +573,7 @@ class Raiser:
         dtype: torch.dtype,
     ) -> View:
         """A mask that PyTorch makes of others."""
-        shape = torch.broadcast_shapes(*(view.shape for view in views))
+        shape: tuple[int, ...] = torch.broadcast_shapes(*(view.shape for view in views))  # type: ignore[no-untyped-call]
         spec = TensorSpec.contiguous(shape, dtype)
         name = self.add_value(f"{views[0].base}_{what}", spec)
         call = TorchCall(function, (*map(Ref, range(len(views))), *more))
@@ -631,7 +631,7 @@ def _rounded(semantics: Semantics, operands: Sequence[torch.dtype], result: torc
     b = Builder()
     inputs = [b.cast(b.input(i), dtype) if dtype != result else b.input(i) for i, dtype in enumerate(operands)]
     function = b.build(*(b.cast(output, result) for output in b.inline(semantics.expression, inputs)))
-    if hasattr(semantics, "function"):
+    if dataclasses.is_dataclass(semantics) and hasattr(semantics, "function"):
         return dataclasses.replace(semantics, function=function)
     return kinds.Pointwise(function)
 

@@ -178,7 +178,7 @@ class Shadow:
         return copied
 
     def _copy_container(self, value: Any, path: str) -> Any:
-        kind = next(k for k in (collections.OrderedDict, collections.defaultdict, *_CONTAINERS) if isinstance(value, k))
+        kind: Any = next(k for k in (collections.OrderedDict, collections.defaultdict, *_CONTAINERS) if isinstance(value, k))
         copied = kind.__new__(type(value))
         if kind is collections.deque:
             collections.deque.__init__(copied, (), value.maxlen)

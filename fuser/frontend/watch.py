@@ -169,7 +169,7 @@ class _Configuration:
         with self._lock:
             key = (tuple(map(_frozen, values)), tuple(map(len, self._sized)))
             # The values are kept, so that no other object gets the identity of one of them.
-            number, _ = self._numbers.pop(key, None) or (next(self._count), values)
+            number, _ = self._numbers.pop(key) if key in self._numbers else (next(self._count), values)
             self._numbers[key] = number, values
             self._seen = identities, number
             while len(self._numbers) > _MOST_CONFIGURATIONS:
@@ -191,13 +191,14 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
         if key not in _INTERNAL and not isinstance(value, (Tensor, nn.Module))
     ]
     if _of_torch(type(module)):
-        read = _read_by(type(module))
+        cls: Any = type(module)
+        read = _read_by(cls)
         keys = [key for key in keys if key in read]
     return tuple(keys)
 
 
 @functools.cache
-def _read_by(cls: type) -> frozenset[str]:
+def _read_by(cls: Any) -> frozenset[str]:
     """Names that the methods of one of PyTorch's own modules use when it runs."""
     methods = [
         member
