@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fuser.ir.errors import CaptureError
 
 _CONTAINERS = (dict, list, set, collections.deque)
+_KINDS = (collections.OrderedDict, collections.defaultdict, *_CONTAINERS)
 _FOREIGN = frozenset({"torch", "fuser", "builtins", "numpy"})
 """Packages whose plain objects are shared: they hold no state of a model."""
 
@@ -178,7 +179,7 @@ class Shadow:
         return copied
 
     def _copy_container(self, value: Any, path: str) -> Any:
-        kind: Any = next(k for k in (collections.OrderedDict, collections.defaultdict, *_CONTAINERS) if isinstance(value, k))
+        kind: Any = next(k for k in _KINDS if isinstance(value, k))
         copied = kind.__new__(type(value))
         if kind is collections.deque:
             collections.deque.__init__(copied, (), value.maxlen)
