@@ -114,6 +114,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         outputs=layout.outputs,
         returns=tuple(layout.slot(v) for v in graph.outputs),
         aliases=dict(graph.aliases),
+        states=layout.states,
         constants=layout.constants,
         result_count=layout.result_count,
         arena_bytes=layout.arena_bytes
@@ -200,11 +201,16 @@ class _Layout:
                     arena.append(Lifetime(value, max(spec.extent, 1) * spec.dtype.itemsize, i, last[value]))
         self._offsets, self.arena_bytes = plan_arena(arena)
         self._input_index = {value: i for i, value in enumerate(graph.inputs)}
+        self._state_index = {value: i for i, value in enumerate(graph.states)}
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
         values = self.graph.values
         return tuple(_slot(Memory.OUTPUT, i, 0, values[v]) for v, i in self._output_index.items())
+
+    @property
+    def states(self) -> dict[str, Slot]:
+        return {v: _slot(Memory.STATE, i, 0, self.graph.values[v]) for v, i in self._state_index.items()}
 
     @property
     def constants(self) -> tuple[TensorRef, ...]:
@@ -225,6 +231,8 @@ class _Layout:
             return _slot(Memory.CONSTANT, self._constant(base), offset, spec)
         if base in self._input_index:
             return _slot(Memory.INPUT, self._input_index[base], offset, spec)
+        if base in self._state_index:
+            return _slot(Memory.STATE, self._state_index[base], offset, spec)
         if base in self._output_index:
             return _slot(Memory.OUTPUT, self._output_index[base], offset, spec)
         if base in self._result_index:

@@ -23,7 +23,7 @@ from fuser.ir.errors import DeviceMemoryError, IndexRangeError, KernelError
 from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan
+from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, States
 
 logger = logging.getLogger("fuser")
 GRAPH_BYTES = 64 << 20
@@ -45,14 +45,15 @@ def program_of(
     target: Target,
     arena: Arena,
     graphs: bool = True,
+    states: States | None = None,
 ) -> Program:
-    """The program of ``plan`` for ``target``, in the memory of ``arena``; ``graphs``: whether it may become a CUDA
-    graph."""
+    """The program of ``plan`` for ``target``, in the memory of ``arena``, with ``states`` of that arena (default: some
+    of its own); ``graphs``: whether it may become a CUDA graph."""
     if target.kind != "cuda":
-        return Program(plan, kernels, constants, arena)
+        return Program(plan, kernels, constants, arena, states)
     if target.emulated:
-        return EmulatedProgram(plan, kernels, constants, arena)
-    return CudaProgram(plan, kernels, constants, arena, graphs)
+        return EmulatedProgram(plan, kernels, constants, arena, states)
+    return CudaProgram(plan, kernels, constants, arena, graphs, states)
 
 
 def graphs_wanted() -> bool:
@@ -66,13 +67,18 @@ class _KernelProgram(Program):
     _step_shift = 16
 
     def __init__(
-        self, plan: ProgramPlan, kernels: Mapping[str, Kernel], constants: Sequence[Tensor], arena: Arena
+        self,
+        plan: ProgramPlan,
+        kernels: Mapping[str, Kernel],
+        constants: Sequence[Tensor],
+        arena: Arena,
+        states: States | None = None,
     ) -> None:
         with torch.inference_mode(False):
             # Pinned memory has one address for the CPU and the GPU.
             self._word = torch.zeros(1, dtype=torch.int32, pin_memory=arena.device.type == "cuda")
         self._late = ctypes.c_int32.from_address(self._word.data_ptr())
-        super().__init__(plan, kernels, constants, arena, status=self._word.data_ptr())
+        super().__init__(plan, kernels, constants, arena, states, status=self._word.data_ptr())
 
     def _raise_late(self, when: str = "") -> None:
         """Raise what kernels have reported since the last time."""
@@ -116,8 +122,10 @@ class DeviceArena(Arena):
         super().__init__(device)
         self._stream: torch.cuda.Stream | None = None
 
-    def enter(self, stream: torch.cuda.Stream) -> None:
-        """Let work that ``stream`` gets from here on wait for what other streams do in this arena."""
+    def join(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(self.device)
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
         self._stream = stream
@@ -174,6 +182,7 @@ class CudaProgram(_KernelProgram):
         constants: Sequence[Tensor],
         arena: Arena,
         graphs: bool = True,
+        states: States | None = None,
     ) -> None:
         self._graph: _Graph | None = None
         self._calls = 0
@@ -181,7 +190,7 @@ class CudaProgram(_KernelProgram):
         self.graph_error = ""
         """Why the program is not a CUDA graph although it might be."""
         with torch.cuda.device(arena.device):
-            super().__init__(plan, kernels, constants, arena)
+            super().__init__(plan, kernels, constants, arena, states)
 
     def set_constants(self, constants: Sequence[Tensor]) -> None:
         # The old ones may still be read, and the new ones be on their way, on any stream.
@@ -223,8 +232,7 @@ class CudaProgram(_KernelProgram):
         arena = self._arena
         with torch.cuda.device(self.device):
             try:
-                if isinstance(arena, DeviceArena) and not torch.cuda.is_current_stream_capturing():
-                    arena.enter(torch.cuda.current_stream(self.device))
+                arena.join()
                 yield
             except torch.OutOfMemoryError as error:
                 if not torch.cuda.is_current_stream_capturing():

@@ -27,14 +27,15 @@ CPU = torch.device("cpu")
 
 
 class Memory(enum.Enum):
-    """Where a tensor lives: in the arena, in an input or constant, in storage allocated for one call (outputs), or in
-    what a PyTorch step returned."""
+    """Where a tensor lives: in the arena, in an input or constant, in storage allocated for one call (outputs), in what
+    a PyTorch step returned, or in a state, which lives across calls."""
 
     ARENA = "arena"
     INPUT = "input"
     CONSTANT = "constant"
     OUTPUT = "output"
     RESULT = "result"
+    STATE = "state"
 
     # That of an enum hashes its name in Python, several times a step.
     __hash__ = object.__hash__
@@ -42,7 +43,7 @@ class Memory(enum.Enum):
 
 @dataclass(frozen=True)
 class Slot:
-    """A strided tensor: ``index`` numbers the input, constant, output or result; ``offset`` is in bytes from its
+    """A strided tensor: ``index`` numbers the input, constant, output, result or state; ``offset`` is in bytes from its
     start (or the arena's)."""
 
     memory: Memory
@@ -79,7 +80,8 @@ class ProgramPlan:
 
     ``inputs`` are the shapes and dtypes expected (contiguous); ``outputs`` the storages to allocate for each call;
     ``returns`` the tensors to return, or, for positions in ``aliases``, the input or constant that the view functions
-    there are applied to. ``workspace_offset`` is where the kernels' scratch starts in the arena.
+    there are applied to. ``workspace_offset`` is where the kernels' scratch starts in the arena. ``states`` are the
+    values that live across calls by the names that programs share them by, numbered in this order.
     """
 
     steps: tuple[NativeStep | TorchStep, ...]
@@ -92,6 +94,7 @@ class ProgramPlan:
     workspace_offset: int
     threads: int
     aliases: Mapping[int, Sequence[tuple[Callable[..., Sequence[Tensor]], int]]] = field(default_factory=dict)
+    states: Mapping[str, Slot] = field(default_factory=dict)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -134,14 +137,71 @@ class Arena:
             program.leave()
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
+    def join(self) -> None:
+        """Let what the current stream gets from here on wait for what others do here; call with the lock held."""
+
+
+class States:
+    """The values of programs that live across calls, by name: zeros at first, then what kernels write, in place.
+
+    Who gives one to several programs makes them share these values, as those for a prompt and for single tokens do;
+    they must compute in one ``arena``, so that only one of them runs at a time. Replacing constants, growing arenas and
+    forks (which copy memory) leave the values alone; :meth:`reset` clears them. A call that raises leaves them as far
+    as it came.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._tensors: dict[str, Tensor] = {}
+
+    def require(self, states: Mapping[str, Slot]) -> list[Tensor]:
+        """The tensors of these states, in this order; new ones are zeros. Raises KernelError where one is there with
+        another shape, layout or dtype."""
+        with self.arena.lock:
+            for name, slot in states.items():
+                there = self._tensors.get(name)
+                if there is not None and _described(there) != _described(slot):
+                    raise KernelError(
+                        f"the state {name} is {_described(there)} and the program takes {_described(slot)}: programs "
+                        "for other sizes need States of their own"
+                    )
+            self.arena.join()
+            for name, slot in states.items():
+                if name not in self._tensors:
+                    # Made outside of inference mode, whose tensors PyTorch refuses to write to later.
+                    with torch.inference_mode(False):
+                        storage = torch.zeros(_bytes(slot), dtype=torch.uint8, device=self.arena.device)
+                        self._tensors[name] = storage.view(slot.dtype).as_strided(slot.shape, slot.strides)
+            return [self._tensors[name] for name in states]
+
+    def reset(self) -> None:
+        """Fill all of them with zeros, after the calls that were made before."""
+        with self.arena.lock, torch.no_grad():
+            self.arena.join()
+            for tensor in self._tensors.values():
+                tensor.zero_()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The very memory that programs read and write."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+
+def _described(tensor: Tensor | Slot) -> str:
+    strides = tensor.strides if isinstance(tensor, Slot) else tensor.stride()
+    return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tuple(strides)}"
+
 
 _CACHE_LINE = 64
 
 
 class Program:
-    """A plan with its arena, its constants and its loaded kernels.
+    """A plan with its arena, its constants, its states and its loaded kernels.
 
-    Calls of programs that share an ``arena`` (default: one of its own) run one after the other.
+    Calls of programs that share an ``arena`` (default: one of its own) run one after the other. ``states`` (default:
+    some of its own) are of that arena.
     """
 
     # Where the step runner's status has the number of the step.
@@ -153,6 +213,7 @@ class Program:
         kernels: Mapping[str, Kernel],
         constants: Sequence[Tensor],
         arena: Arena | None = None,
+        states: States | None = None,
         *,
         status: int = 0,
     ) -> None:
@@ -160,6 +221,9 @@ class Program:
         self._status = status
         self._kernels = kernels
         self._arena = arena or Arena()
+        self.states = States(self._arena) if states is None else states
+        if self.states.arena is not self._arena:
+            raise ValueError("programs that share states must share the arena of these")
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._patches: dict[tuple[Memory, int], list[_Patch]] = {}
         self._arguments: list[KernelArgs] = []
@@ -173,6 +237,9 @@ class Program:
         self._runner = kernels[RUNNER]
         self._arena.programs.add(self)
         self._assemble()
+        self._state_tensors = self.states.require(plan.states)
+        for i, tensor in enumerate(self._state_tensors):
+            self._patch(Memory.STATE, i, tensor)
         self.set_constants(constants)
 
     @property
@@ -371,6 +438,9 @@ class Program:
             if result.stride() != slot.strides:
                 own = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype, device=result.device)
                 result = own.copy_(result)
+            elif any(_share_memory(result, state) for state in self._state_tensors):
+                # A view of a state would change when a later step writes it.
+                result = result.clone()
             held[Memory.RESULT, slot.index] = result
             self._patch(Memory.RESULT, slot.index, result)
 
@@ -387,12 +457,18 @@ class Program:
             if view is None:
                 view = self._constant_views[id(slot)] = _strided(self._constants[slot.index], slot)
             return view
+        if slot.memory is Memory.STATE:
+            return _strided(self._state_tensors[slot.index], slot)
         return _strided(held[slot.memory, slot.index], slot)
 
 
 def _bytes(slot: Slot) -> int:
     last = sum((size - 1) * stride for size, stride in zip(slot.shape, slot.strides, strict=True))
     return (last + 1) * slot.dtype.itemsize if 0 not in slot.shape else 0
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _strided(tensor: Tensor, slot: Slot) -> Tensor:

@@ -13,7 +13,7 @@ def standalone(region: Region) -> Region:
     """The same operators as a region in a graph of their own, which a program can be made of.
 
     Values from outside are inputs under their own names; one that is not laid out densely becomes a view of an input
-    ``NAME.storage``, since programs take contiguous tensors.
+    ``NAME.storage``, since programs take contiguous tensors. States that they write stay states.
     """
     graph = region.graph
     whole = graph.group(region.operators)
@@ -25,7 +25,7 @@ def standalone(region: Region) -> Region:
     inputs = []
     for base in dict.fromkeys(graph.base(v) for v in whole.inputs):
         spec = graph.values[base]
-        if base in graph.constants:
+        if base in graph.constants or base in whole.mutates:
             continue
         if spec.is_contiguous:
             values[base] = TensorSpec.contiguous(spec.shape, spec.dtype)
@@ -38,7 +38,7 @@ def standalone(region: Region) -> Region:
             if graph.base(v) == base:
                 values[v] = dataclasses.replace(values[v], base=storage)
     constants = {v: Constant(v) for v in names if v in graph.constants}
-    alone = OperatorGraph(tuple(keep), values, tuple(inputs), whole.outputs, constants)
+    alone = OperatorGraph(tuple(keep), values, tuple(inputs), whole.outputs, constants, states=whole.mutates)
     return Region(alone, whole.operators)
 
 

@@ -313,16 +313,18 @@ class _Bench:
         """Why the numbers of a program are wrong, empty when they are right."""
         key = (unit.region, frozenset(op.name for op in graph.compute))
         if key not in self.references:
-            names = (*graph.inputs, *graph.constants)
+            names = (*graph.inputs, *graph.constants, *graph.states)
             values = {name: self._tensor(unit.region, name, graph.values[name], 0) for name in names}
             self.references[key] = evaluate(graph, values, torch.float64)
         expected = self.references[key]
         program(inputs)
-        results = program(inputs)
+        for name in graph.states:
+            program.states[name].copy_(self._tensor(unit.region, name, graph.values[name], 0))
+        results = [*program(inputs), *(program.states[name] for name in graph.states)]
         limit = tolerance(
             (graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)), self.target
         )
-        for name, got in zip(graph.outputs, results, strict=True):
+        for name, got in zip((*graph.outputs, *graph.states), results, strict=True):
             want = expected[name]
             if tuple(got.shape) != tuple(want.shape):
                 return f"wrong numbers: {name} has the shape {tuple(got.shape)}, not {tuple(want.shape)}"

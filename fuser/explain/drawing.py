@@ -213,6 +213,11 @@ def _edges(region: Region) -> list[tuple[str, str, str]]:
             source = graph.source(value)
             if source is not None and source.name in names:
                 labels.setdefault((source.name, op.name), []).append(_view_label(graph, value))
+    for a, b in region.edges:
+        # The order in which states are touched, where no value is passed on.
+        first, then = region.operators[a], region.operators[b]
+        shared = {graph.base(v) for v in first.inputs} & {graph.base(v) for v in then.inputs} & set(graph.states)
+        labels.setdefault((first.name, then.name), [f"then {', '.join(sorted(shared))}"])
     return [(a, b, _first(found)) for (a, b), found in labels.items()]
 
 

@@ -77,6 +77,7 @@ class Raiser:
         self.values: dict[str, TensorSpec] = {}
         self.operators: list[Operator] = []
         self.constants: dict[str, Constant] = {}
+        self.states: list[str] = []
         self.env: dict[fx.Node, Value] = {}
         self.roles: Mapping[fx.Node, attention_patterns.Role] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -272,6 +273,15 @@ class Raiser:
             unique, n = f"{name}_{n}", n + 1
         self.values[unique] = spec
         return unique
+
+    def add_state(self, name: str, spec: TensorSpec) -> View:
+        """A value that lives across calls, by the name that all programs know it by. Raises CaptureError where that is
+        the name of another value."""
+        if self.values.setdefault(name, spec) is not spec and (name not in self.states or self.values[name] != spec):
+            raise CaptureError(f"the state {name} has the name of another value")
+        if name not in self.states:
+            self.states.append(name)
+        return View.of(name, spec)
 
     def realize(self, view: View) -> str:
         """The name of a value that is this view: its base, an alias, or, where no strides can say it, a copy."""
@@ -733,24 +743,34 @@ def _rows_in_memory_order(x: View) -> tuple[View, Callable[[View], View]] | None
 
 
 def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
-    """Drop what no output needs, and let everything that does not depend on kernels run first."""
+    """Drop what neither an output nor a state needs, and let everything that does not depend on kernels run first."""
+
+    def states(values: Sequence[str]) -> set[str]:
+        return {raiser.values[v].base or v for v in values}.intersection(raiser.states)
+
     needed = set(outputs)
     kept: list[Operator] = []
     for op in reversed(raiser.operators):
-        if op.semantics.is_random or any(o in needed for o in op.outputs):
+        if op.semantics.is_random or op.mutates or any(o in needed for o in op.outputs):
             kept.append(op)
             needed.update(op.inputs)
     kept.reverse()
     late: set[str] = set()
+    late_touched: set[str] = set()
+    late_written: set[str] = set()
     random_late = False
     first: list[Operator] = []
     rest: list[Operator] = []
     for op in kept:
         early = not op.semantics.fusible and not any(v in late for v in op.inputs)
         early = early and not (op.semantics.is_random and random_late)
+        touched, written = states(op.inputs), states(op.mutates)
+        early = early and not touched & late_written and not written & late_touched
         (first if early else rest).append(op)
         if not early:
             late.update(op.outputs)
+            late_touched |= touched
+            late_written |= written
             random_late |= op.semantics.is_random
     used = needed | {v for op in kept for v in op.outputs}
     stack = [v for v in used if v in raiser.constants]
@@ -769,4 +789,5 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
         constants={name: constant for name, constant in raiser.constants.items() if name in keep},
         aliases=raiser._aliases,
         inspected=frozenset(raiser._inspected),
+        states=tuple(name for name in raiser.states if name in keep),
     )

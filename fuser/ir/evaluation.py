@@ -49,14 +49,14 @@ class Evaluation:
 def evaluate(
     part: OperatorGraph | OperatorGroup, values: Mapping[str, Tensor], precision: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The outputs of a group or of a whole graph by name, computed by PyTorch on the device of ``values`` in
-    ``precision`` (None: every value in its own dtype).
+    """The outputs of a group or of a whole graph by name, and what its states are then that it writes, computed by
+    PyTorch on the device of ``values`` in ``precision`` (None: every value in its own dtype).
 
-    ``values`` holds what the group reads, or the bases of these views.
+    ``values`` holds what the group reads, or the bases of these views; a state that is not among them is all zeros.
     """
     group = part if isinstance(part, OperatorGroup) else part.group(part.compute)
     found = Evaluation(group.graph, precision, next((t.device for t in values.values()), _CPU))
     for name, tensor in values.items():
         found[name] = tensor
     found.run(group.operators)
-    return {value: found[value].clone() for value in part.outputs}
+    return {value: found[value].clone() for value in (*part.outputs, *group.mutates)}

@@ -88,7 +88,13 @@ class Operator(Generic[S]):
 
     @property
     def output(self) -> str:
-        return self.outputs[0]
+        """The first value that it makes, or, if it makes none, that it writes."""
+        return self.outputs[0] if self.outputs else self.mutates[0]
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        """Those of its inputs that it writes in place."""
+        return tuple(self.inputs[i] for i in self.semantics.writes)
 
     @property
     def kind(self) -> str:
@@ -139,7 +145,10 @@ ViewCalls = tuple[tuple[TorchCall, int], ...]
 
 @dataclass(frozen=True)
 class OperatorGraph:
-    """Operators in topological order, the specs of all values, and which values enter, leave and are constant."""
+    """Operators in topological order, the specs of all values, and which values enter, leave and are constant.
+
+    Operators that touch the same state, one of them writing it, do so in the order of ``operators``.
+    """
 
     operators: tuple[Operator, ...]
     values: Mapping[str, TensorSpec]
@@ -151,6 +160,9 @@ class OperatorGraph:
     these calls, each with the number of its result, make the output of the very tensor that was given."""
     inspected: frozenset[str] = frozenset()
     """Parameters whose values, not only shapes, made the graph what it is: if one changes, another graph is needed."""
+    states: tuple[str, ...] = ()
+    """Values that live across calls, all zeros before the first: the only ones that operators may write in place. A
+    state among ``outputs`` is returned as it is, not copied."""
 
     @functools.cached_property
     def producer(self) -> Mapping[str, Operator]:
@@ -207,10 +219,20 @@ class OperatorGraph:
             return True
         return any(self.escapes(o) for op in self.consumers[value] if self.is_alias(op) for o in op.outputs)
 
+    def written(self, op: Operator) -> frozenset[str]:
+        """The states that an operator writes. Raises ValueError where it writes anything else."""
+        found = frozenset(self.base(value) for value in op.mutates)
+        if wrong := sorted(found - set(self.states)):
+            raise ValueError(f"{op.name} writes {', '.join(wrong)} in place, which lives for one call only")
+        return found
+
     @functools.cached_property
     def digraph(self) -> nx.DiGraph:
-        """Operators as nodes (by name), an edge wherever one reads what another computed; free views contracted."""
+        """Operators as nodes (by name); an edge wherever one reads what another computed, or touches a state that
+        another touches before it, if one of them writes it; free views contracted."""
         graph = nx.DiGraph()
+        writer: dict[str, str] = {}
+        readers: dict[str, list[str]] = {}
         for op in self.operators:
             if self.is_alias(op):
                 continue
@@ -219,6 +241,15 @@ class OperatorGraph:
                 source = self.source(value)
                 if source is not None:
                     graph.add_edge(source.name, op.name)
+            written = self.written(op)
+            for state in dict.fromkeys(v for v in map(self.base, op.inputs) if v in self.states):
+                if state in writer:
+                    graph.add_edge(writer[state], op.name)
+                if state in written:
+                    graph.add_edges_from((reader, op.name) for reader in readers.pop(state, ()))
+                    writer[state] = op.name
+                else:
+                    readers.setdefault(state, []).append(op.name)
         return graph
 
     @functools.cached_property
@@ -241,10 +272,12 @@ class OperatorGraph:
 
     def __str__(self) -> str:
         lines = [f"inputs  {', '.join(f'{v}{_shape(self.values[v])}' for v in self.inputs)}"]
+        if self.states:
+            lines.append(f"states  {', '.join(f'{v}{_shape(self.values[v])}' for v in self.states)}")
         for op in self.operators:
-            outputs = ", ".join(f"{v}{_shape(self.values[v])}" for v in op.outputs)
+            made = ", ".join([*(f"{v}{_shape(self.values[v])}" for v in op.outputs), *(f"{v}!" for v in op.mutates)])
             detail = f" [{text}]" if (text := str(op.semantics)) else ""
-            lines.append(f"{op.kind:<12}{outputs} = {op.name}({', '.join(op.inputs)}){detail}")
+            lines.append(f"{op.kind:<12}{made} = {op.name}({', '.join(op.inputs)}){detail}")
         return "\n".join([*lines, f"outputs {', '.join(self.outputs)}"])
 
 
@@ -293,6 +326,11 @@ class OperatorGroup:
         )
 
     @functools.cached_property
+    def mutates(self) -> tuple[str, ...]:
+        """The states that are written here, in order of first use."""
+        return tuple(dict.fromkeys(self.graph.base(v) for op in self.operators for v in op.mutates))
+
+    @functools.cached_property
     def is_convex(self) -> bool:
         """No path leaves the group and comes back."""
         return is_convex(self.graph.digraph, self.names)
@@ -330,26 +368,37 @@ class Region:
         for layers that differ only in their weights."""
         graph = self.graph
         labels: dict[str, str] = {}
+        own: list[str] = []
         group = graph.group(self.operators)
         for op in self.operators:
             parts = [op.semantics.signature]
             for value in op.inputs:
                 spec = graph.values[value]
                 source = group.produces(value)
-                origin = labels[graph.base(value)] if source else ("constant" if value in graph.constants else "value")
+                origin = labels[graph.base(value)] if source else _origin(graph, value)
                 parts.append(f"{origin}:{_layout(spec)}")
             parts.extend(f"{_layout(graph.values[v])}:{v in group.outputs}" for v in op.outputs)
-            for i, value in enumerate(op.outputs):
-                labels[value] = hashlib.sha256("\0".join([*parts, str(i)]).encode()).hexdigest()
+            parts.extend(f"writes {i}" for i in op.semantics.writes)
+            digests = [
+                hashlib.sha256("\0".join([*parts, str(i)]).encode()).hexdigest() for i in range(max(len(op.outputs), 1))
+            ]
+            own.append(digests[0])
+            labels.update(zip(op.outputs, digests, strict=False))
         # Which value is which matters (a residual that is also the GEMM's input, the sides of q · kᵀ), so number them.
         used = [[graph.base(v) for v in op.inputs] + list(op.outputs) for op in self.operators]
         order = {v: i for i, v in enumerate(dict.fromkeys(v for values in used for v in values))}
         wiring = [str([order[v] for v in values]) for values in used]
-        body = "\0".join([labels[op.output] for op in self.operators] + wiring)
+        body = "\0".join(own + wiring)
         return hashlib.sha256(body.encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[Operator]:
         return iter(self.operators)
+
+
+def _origin(graph: OperatorGraph, value: str) -> str:
+    if graph.base(value) in graph.states:
+        return "state"
+    return "constant" if value in graph.constants else "value"
 
 
 def _layout(spec: TensorSpec) -> str:

@@ -46,6 +46,8 @@ class Semantics(ABC):
     """Whether it weighs values by what became of scores: where attention ends."""
     gathers: ClassVar[tuple[int, ...]] = ()
     """Positions of the inputs that are tables, of which it reads rows by number."""
+    writes: ClassVar[tuple[int, ...]] = ()
+    """Positions of the inputs that it writes in place, which are states of the graph or views of them."""
 
     @property
     def expression(self) -> Expression | None:
@@ -60,7 +62,8 @@ class Semantics(ABC):
 
     @abstractmethod
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Its outputs by PyTorch, in the dtype of the inputs; they broadcast to the outputs' shapes."""
+        """Its outputs by PyTorch, in the dtype of the inputs; they broadcast to the outputs' shapes. The inputs that it
+        ``writes``, and no others, are changed."""
 
     @abstractmethod
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:

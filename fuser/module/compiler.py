@@ -29,7 +29,7 @@ from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import Arena, Program
+from fuser.runtime.program import Arena, Program, States
 from fuser.search.tuning import Tuner
 
 logger = logging.getLogger("fuser")
@@ -76,16 +76,17 @@ def compile_call(
     attention: Mask | None = None,
     tuner: Tuner | None = None,
     cache: KernelCache | None = None,
-    arena: Arena | None = None,
+    states: States | None = None,
     like: Compiled | None = None,
     graphs: bool = True,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
-    ``tuner`` supplies measured times of kernels; without it the cost model decides. ``arena`` is the memory to compute
-    in, shared with other programs, on the device of the model; ``like`` a program of the same model and call, for
-    another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises CaptureError when
-    the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be built.
+    ``tuner`` supplies measured times of kernels; without it the cost model decides. ``states``, and their arena to
+    compute in, on the device of the model, are shared with other programs; ``like`` a program of the same model and
+    call, for another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises
+    CaptureError when the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be
+    built.
     """
     cache = default_cache() if cache is None else cache
     attention = None if attention is None else attention.current()
@@ -108,9 +109,9 @@ def compile_call(
     lap("render")
     kernels = load_kernels(assembly, target, cache)
     lap("build")
-    arena = Arena() if arena is None else arena
-    constants = program_constants(assembly, graph, captured.parameters, store, cache.root, arena.device)
-    program = program_of(assembly.plan, kernels, constants, target, arena, graphs)
+    states = States(Arena()) if states is None else states
+    constants = program_constants(assembly, graph, captured.parameters, store, cache.root, states.arena.device)
+    program = program_of(assembly.plan, kernels, constants, target, states.arena, graphs, states)
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)

@@ -29,7 +29,7 @@ from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
-from fuser.runtime.program import Arena
+from fuser.runtime.program import States
 from fuser.runtime.targets import named_target, on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 
@@ -91,7 +91,7 @@ class OptimizedModule(nn.Module):
         self._excused: set[Key] = set()
         self._seconds = time.perf_counter
         self._methods: BoundMethods | None = None
-        self._arenas: dict[torch.device, Arena] = {}
+        self._states: dict[torch.device, States] = {}
         self._store = WeightStore(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
@@ -262,7 +262,7 @@ class OptimizedModule(nn.Module):
                 threads,
                 attention=self._attention,
                 tuner=self._tuner,
-                arena=self._arenas.setdefault(device, arena_of(device)),
+                states=self._states.setdefault(device, States(arena_of(device))),
                 like=like,
                 graphs=self._cuda_graphs,
             )

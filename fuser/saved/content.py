@@ -105,6 +105,7 @@ def check_program(saved: SavedProgram, weights: Mapping[str, Tensor]) -> None:
         # PyTorch checks the bounds of what its steps read and write.
         Memory.CONSTANT: [_LARGEST] * len(saved.constants),
         Memory.RESULT: [_LARGEST] * plan.result_count,
+        Memory.STATE: [_end(slot, 0) for slot in plan.states.values()],
     }
     for step in plan.steps:
         if isinstance(step, NativeStep):

@@ -17,7 +17,7 @@ from fuser.ir.errors import KernelError
 from fuser.module.acceptance import unreadable
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.locks import ForkSafeLock
-from fuser.runtime.program import Arena, Program
+from fuser.runtime.program import Program, States
 from fuser.runtime.targets import threads_now
 from fuser.saved.content import REPORTS, Content, SavedTensor, describe
 
@@ -35,7 +35,7 @@ class LoadedModule(nn.Module):
         super().__init__()
         self._content = content
         self._lock = ForkSafeLock()
-        self._arenas: dict[torch.device, Arena] = {}
+        self._states: dict[torch.device, States] = {}
         self._weights: dict[tuple[str, torch.device], Tensor] = {}
         self._running: dict[tuple[int, int, torch.device], Program] = {}
         self._by_key: dict[Signature, list[int]] = {}
@@ -75,8 +75,10 @@ class LoadedModule(nn.Module):
                 saved = programs[index]
                 plan = dataclasses.replace(saved.plan, threads=team)
                 constants = [self._tensor(t, device) for t in saved.constants]
-                arena = self._arenas.setdefault(device, arena_of(device))
-                self._running[key] = program_of(plan, self._content.kernels, constants, target, arena)
+                states = self._states.setdefault(device, States(arena_of(device)))
+                self._running[key] = program_of(
+                    plan, self._content.kernels, constants, target, states.arena, states=states
+                )
             return index, self._running[key]
 
     def _tensor(self, saved: SavedTensor, device: torch.device) -> Tensor:
