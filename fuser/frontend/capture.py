@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
-from fuser.frontend.shadow import Shadow, forget, is_plain, slots_of
+from fuser.frontend.shadow import Shadow, attributes_of, forget, is_plain
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeRLock
@@ -207,8 +207,7 @@ def flatten_output(
             leaves, spec = pytree.tree_flatten(value)
             made = OutputSpec(spec, tuple(map(keep, leaves)))
         elif _is_object(value):
-            names = tuple(vars(value)) if hasattr(value, "__dict__") else ()
-            names += tuple(name for name in slots_of(type(value)) if hasattr(value, name))
+            names = attributes_of(value)
             made = OutputSpec(names, tuple(keep(getattr(value, name)) for name in names), type(value))
         else:
             raise CaptureError(f"the model returns a {type(value).__name__}, which fuser cannot rebuild from tensors")

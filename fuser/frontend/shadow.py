@@ -274,6 +274,12 @@ def is_plain(cls: type) -> bool:
     return bool(cls.__dictoffset__) or bool(slots_of(cls))
 
 
+def attributes_of(value: Any) -> tuple[str, ...]:
+    """Names of what an object holds, in its dict and in slots."""
+    names = tuple(vars(value)) if hasattr(value, "__dict__") else ()
+    return names + tuple(name for name in slots_of(type(value)) if hasattr(value, name))
+
+
 def slots_of(cls: type) -> list[str]:
     found: list[str] = []
     for base in cls.__mro__:

@@ -165,8 +165,13 @@ def _restore_call(namespace: str, name: str, overload: str, args: Any, kwargs: A
 
 
 def laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    """A copy of ``tensor`` in memory of its own with these strides."""
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    """A copy of ``tensor`` in memory of its own with these strides; where they let elements share memory, those are
+    equal."""
+    # Expanded dimensions hold one element, to which PyTorch refuses to write several.
+    once = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True))
+    memory = torch.empty_strided(once, strides, dtype=tensor.dtype, device=tensor.device)
+    memory.copy_(tensor[tuple(slice(size) for size in once)])
+    return memory.as_strided(tensor.shape, strides)
 
 
 def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:

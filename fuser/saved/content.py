@@ -119,7 +119,7 @@ def check_program(saved: SavedProgram, weights: Mapping[str, Tensor]) -> None:
     symbols = {spec.symbol for spec in saved.specs} | {RUNNER}
     if lacking := sorted(set(plan.symbols) - symbols):
         raise ValueError(f"it does not say what the kernel {lacking[0]} is")
-    if saved.output.check() != len(plan.returns):
+    if saved.output.check() != frozenset(range(len(plan.returns))):
         raise ValueError("its output does not take what it returns")
     describe(saved.key)
 

@@ -58,7 +58,7 @@ class LoadedModule(nn.Module):
         index, program = self._program(candidates, device)
         self._last = index
         with torch.no_grad():
-            return self._content.programs[index].output.fill(iter(program(call.tensors)))
+            return self._content.programs[index].output.fill(program(call.tensors))
 
     def _program(self, candidates: Sequence[int], device: torch.device) -> tuple[int, Program]:
         """The program with the largest team that PyTorch's threads can be, or the smallest of all with fewer."""

@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from fuser.frontend.shadow import attributes_of, is_plain
 
 _IMPORTED_FOR_FILES = ("transformers",)
 """Packages whose modules are imported when a file names one of their classes."""
@@ -33,27 +35,29 @@ class Outline(ABC):
     """A Python value in which tensors are missing."""
 
     @abstractmethod
-    def fill(self, leaves: Iterator[Any]) -> Any:
-        """The value, with its tensors from ``leaves`` in the order in which :func:`outline_of` met them."""
+    def fill(self, leaves: Sequence[Any]) -> Any:
+        """The value, with its tensors from ``leaves`` in the order in which :func:`outline_of` met them first."""
 
     @abstractmethod
-    def check(self) -> int:
-        """The number of tensors that are missing. Raises TypeError for a class that cannot be rebuilt here."""
+    def check(self) -> frozenset[int]:
+        """The numbers of the tensors that are missing. Raises TypeError for a class that cannot be rebuilt here."""
 
     def spec(self) -> pytree.TreeSpec:
         """The pytree structure of the value, every missing tensor a leaf."""
-        return pytree.tree_structure(self.fill(iter([torch.empty(0)] * self.check())))
+        return pytree.tree_structure(self.fill([torch.empty(0) for _ in self.check()]))
 
 
 @dataclass(frozen=True)
 class Missing(Outline):
-    """A tensor."""
+    """A tensor, by its number; one that stands in several places has one number."""
 
-    def fill(self, leaves: Iterator[Any]) -> Any:
-        return next(leaves)
+    index: int
 
-    def check(self) -> int:
-        return 1
+    def fill(self, leaves: Sequence[Any]) -> Any:
+        return leaves[self.index]
+
+    def check(self) -> frozenset[int]:
+        return frozenset({self.index})
 
 
 @dataclass(frozen=True)
@@ -62,23 +66,23 @@ class Plain(Outline):
 
     value: Any
 
-    def fill(self, leaves: Iterator[Any]) -> Any:
+    def fill(self, leaves: Sequence[Any]) -> Any:
         return self.value
 
-    def check(self) -> int:
-        return 0
+    def check(self) -> frozenset[int]:
+        return frozenset()
 
 
 @dataclass(frozen=True)
 class _Parent(Outline):
     items: tuple[Outline, ...]
 
-    def fill(self, leaves: Iterator[Any]) -> Any:
+    def fill(self, leaves: Sequence[Any]) -> Any:
         return self.made([item.fill(leaves) for item in self.items])
 
-    def check(self) -> int:
+    def check(self) -> frozenset[int]:
         self.permit()
-        return sum(item.check() for item in self.items)
+        return frozenset[int]().union(*(item.check() for item in self.items))
 
     @abstractmethod
     def made(self, items: list[Any]) -> Any:
@@ -136,7 +140,7 @@ class NamedTuple(_Parent):
 
 @dataclass(frozen=True)
 class Record(_Parent):
-    """An instance of a dataclass."""
+    """An instance of a dataclass, or of another class whose objects are nothing but their attributes."""
 
     module: str
     name: str
@@ -151,8 +155,9 @@ class Record(_Parent):
 
     def permit(self) -> None:
         cls = _class(self.module, self.name)
-        if not dataclasses.is_dataclass(cls) or self.fields != _fields(cls) or len(self.fields) != len(self.items):
-            raise TypeError(f"{self.module}.{self.name} is no dataclass of the fields {', '.join(self.fields)}")
+        known = self.fields == _fields(cls) if dataclasses.is_dataclass(cls) else is_plain(cls)
+        if not known or len(self.fields) != len(self.items) or not all(map(str.isidentifier, self.fields)):
+            raise TypeError(f"{self.module}.{self.name} is no class of objects that are {', '.join(self.fields)}")
         if hasattr(cls, "__del__"):
             raise TypeError(f"{self.module}.{self.name} runs code when it is deleted")
         object.__new__(cls)
@@ -175,25 +180,31 @@ class Node(_Parent):
             raise TypeError(f"{self.module}.{self.name} is not registered with PyTorch's pytree")
 
 
-def outline_of(value: Any) -> Outline:
-    """The outline of a value, in which tensors are missing. Raises TypeError for what cannot be rebuilt from data."""
+def outline_of(value: Any, places: dict[int, int] | None = None) -> Outline:
+    """The outline of a value, in which tensors are missing; ``places`` has the numbers of those met before, by
+    identity. Raises TypeError for what cannot be rebuilt from data."""
+    places = {} if places is None else places
+
+    def parts(values: Iterable[Any]) -> tuple[Outline, ...]:
+        return tuple(outline_of(part, places) for part in values)
+
     if isinstance(value, Tensor):
-        return Missing()
+        return Missing(places.setdefault(id(value), len(places)))
     cls = type(value)
     if cls in _SEQUENCES.values():
-        return SequenceOutline(tuple(map(outline_of, value)), _key_of(_SEQUENCES, cls))
+        return SequenceOutline(parts(value), _key_of(_SEQUENCES, cls))
     if cls in _MAPPINGS.values():
-        return MappingOutline(tuple(map(outline_of, value.values())), _key_of(_MAPPINGS, cls), tuple(value))
+        return MappingOutline(parts(value.values()), _key_of(_MAPPINGS, cls), tuple(value))
     module, name = cls.__module__, cls.__qualname__
     found: Outline
     if _is_named_tuple(cls):
-        found = NamedTuple(tuple(map(outline_of, value)), module, name)
+        found = NamedTuple(parts(value), module, name)
     elif cls in pytree.SUPPORTED_NODES:
         items, context = pytree.SUPPORTED_NODES[cls].flatten_fn(value)
-        found = Node(tuple(map(outline_of, items)), module, name, context)
-    elif dataclasses.is_dataclass(cls):
-        names = _fields(cls)
-        found = Record(tuple(outline_of(getattr(value, n)) for n in names), module, name, names)
+        found = Node(parts(items), module, name, context)
+    elif dataclasses.is_dataclass(cls) or (not isinstance(value, type) and is_plain(cls)):
+        names = _fields(cls) if dataclasses.is_dataclass(cls) else attributes_of(value)
+        found = Record(parts(getattr(value, n) for n in names), module, name, names)
     else:
         return Plain(value)
     found.check()
@@ -202,7 +213,7 @@ def outline_of(value: Any) -> Outline:
 
 def outline_of_spec(spec: pytree.TreeSpec) -> Outline:
     """The outline of a pytree structure, every leaf a missing tensor."""
-    return outline_of(pytree.tree_unflatten([torch.empty(0)] * spec.num_leaves, spec))
+    return outline_of(pytree.tree_unflatten([torch.empty(0) for _ in range(spec.num_leaves)], spec))
 
 
 def _class(module: str, name: str) -> Any:

@@ -130,7 +130,7 @@ def _saved(key: Signature, compiled: Compiled, constants: Sequence[Tensor], span
     return SavedProgram(
         key=key,
         plan=plan,
-        output=outline_of(compiled.output.build([torch.empty(0)] * len(plan.returns))),
+        output=outline_of(compiled.output.build([torch.empty(0) for _ in plan.returns])),
         constants=tuple(spans.add(t) for t in constants),
         specs=assembly.specs,
         kernels=assembly.kernels,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
+from fuser.module import compiler
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,15 +113,31 @@ def check(model: nn.Module, **call: Any) -> fuser.OptimizedModule:
     return fast
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operator of a program is PyTorch's: what is tried is capture, raising and outputs, and nothing is built."""
+    monkeypatch.setattr(compiler, "IMPLEMENTATIONS", {})
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_called_plainly(name: str) -> None:
+def test_an_architecture_called_plainly(without_kernels: None, name: str) -> None:
     architecture = ARCHITECTURES[name]
     check(architecture.build(SCALE), **architecture.call(SCALE))
 
 
 @pytest.mark.parametrize("name", DETAILED)
-def test_an_architecture_with_all_of_its_outputs(name: str) -> None:
+def test_an_architecture_with_all_of_its_outputs(without_kernels: None, name: str) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.build(SCALE)
     model.set_attn_implementation("eager")
     check(model, **architecture.call(SCALE), output_hidden_states=True, output_attentions=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert", "t5"])
+def test_an_architecture_on_kernels_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model, call = architecture.build(SCALE), architecture.call(SCALE)
+    fast = check(model, **call)
+    assert fast.kernels
+    fast.save(tmp_path / "model.fuser")
+    agree(fuser.load(tmp_path / "model.fuser")(**call), model(**call))

@@ -250,8 +250,8 @@ def test_structures_come_back_and_take_other_tensors() -> None:
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     value = {"x": [a, (1, "text")], "y": collections.OrderedDict(z=Pair(b, None)), 3: Result(c, 0.5)}
     outline = codec.load(codec.dump(outline_of(value)))
-    assert outline.check() == 3
-    back = outline.fill(iter([c, a, b]))
+    assert outline.check() == {0, 1, 2}
+    back = outline.fill([c, a, b])
     assert back["x"][0] is c and back["x"][1] == (1, "text") and list(back) == ["x", "y", 3]
     assert type(back["y"]) is collections.OrderedDict and type(back["y"]["z"]) is Pair and back["y"]["z"].first is a
     assert type(back[3]) is Result and back[3].hidden is b and back[3].more == 0.5
@@ -259,7 +259,7 @@ def test_structures_come_back_and_take_other_tensors() -> None:
 
 def test_the_constructors_of_a_dataclass_are_not_run() -> None:
     value = Result(torch.ones(1))
-    back = codec.load(codec.dump(outline_of(value))).fill(iter([torch.zeros(1)]))
+    back = codec.load(codec.dump(outline_of(value))).fill([torch.zeros(1)])
     assert back.made == value.made == ["by its constructor"]
 
 
@@ -274,7 +274,7 @@ def test_outputs_of_transformers_come_back() -> None:
     value = outputs.BaseModelOutputWithPast(
         last_hidden_state=torch.ones(2), hidden_states=(torch.ones(3), torch.ones(4))
     )
-    back = codec.load(codec.dump(outline_of(value))).fill(iter([torch.zeros(2), torch.zeros(3), torch.zeros(4)]))
+    back = codec.load(codec.dump(outline_of(value))).fill([torch.zeros(2), torch.zeros(3), torch.zeros(4)])
     assert type(back) is type(value) and back.hidden_states[1].shape == (4,) and list(back) == list(value)
     assert back["last_hidden_state"] is back.last_hidden_state and back.past_key_values is None
 
