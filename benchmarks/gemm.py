@@ -28,8 +28,8 @@ from fuser.ir.expression import Op, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm
 from fuser.ir.target import Target
-from fuser.kernels.base import Packed
-from fuser.kernels.gemm import CpuGemm, GemmFamily, GemmMatch, GemmParameters, pack
+from fuser.kernels.base import materialized
+from fuser.kernels.gemm import CpuGemm, GemmFamily, GemmMatch, GemmParameters
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target
@@ -84,18 +84,12 @@ def launcher(
     call = CpuGemm().call(match, parameters, target, threads)
     source = render(call.spec)
     kernel = load(build([source], target, headers=headers(call.spec))[source.symbol], source.symbol)
-    named = {"x": problem.x, "b": problem.bias, call.outputs[0]: problem.out}
+    named = {"x": problem.x, "weight": problem.weight, "b": problem.bias, call.outputs[0]: problem.out}
     workspace = torch.empty(call.workspace_bytes + 64, dtype=torch.uint8)
     aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
     kept, arguments = [workspace], []
     for _ in range(copies):
-        tensors = []
-        for ref in call.tensors:
-            if isinstance(ref, Packed):
-                layout: tuple[Any, ...] = ref.layout
-                tensors.append(pack(problem.weight, *layout[1:]))
-            else:
-                tensors.append(named[str(ref)])
+        tensors = materialized(call.tensors, named)
         kept += tensors
         arguments.append(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, threads, aligned))
     turn = itertools.cycle(arguments)

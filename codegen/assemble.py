@@ -98,7 +98,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
             steps.append(NativeStep(symbol, tuple(layout.slot(t) for t in unit.call.tensors), unit.call.extents))
         elif isinstance(unit.call, LibraryCall):
             uses.setdefault(unit.call.name, []).append(unit)
-            inputs = tuple(layout.slot(t) for t in unit.call.tensors)
+            inputs = tuple(layout.slot(v) for v in unit.call.inputs)
             steps.append(TorchStep(unit.call.run, inputs, (), out=layout.slot(unit.call.outputs[0])))
         else:
             steps.append(_torch_step(graph, unit.operators[0], layout))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGroup
@@ -112,15 +114,34 @@ def canonical(value: Any) -> str:
     raise TypeError(f"a {type(value).__name__} may not be a kernel parameter: {value!r}")
 
 
+class Layout(abc.ABC):
+    """How a kernel wants constants in memory: a frozen dataclass beside the kernel, with what packing depends on."""
+
+    @abc.abstractmethod
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The packed tensors that are made of these constants, contiguous; they may share memory with them."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A constant operand in a kernel's own layout, made from weights at load time and again when they change.
 
-    ``value`` names the constant in the operator graph, ``layout`` the family's packing function and its arguments.
+    ``values`` names the constants of the operator graph that ``layout`` packs together, ``index`` which of the packed
+    tensors this is. Operands that differ in ``index`` alone are packed once.
     """
 
-    value: str
-    layout: tuple[Any, ...]
+    values: tuple[str, ...]
+    layout: Layout
+    index: int = 0
+
+    @property
+    def whole(self) -> Packed:
+        """The first operand of the same packing: equal for all that are packed together."""
+        return dataclasses.replace(self, index=0)
+
+    def pack(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """All tensors of the packing, of constants by name."""
+        return self.layout.pack(*(values[v] for v in self.values))
 
 
 @dataclass(frozen=True)
@@ -130,14 +151,33 @@ class Literal:
     key: str
     array: npt.NDArray[Any] = dataclasses.field(compare=False)
 
+    @property
+    def tensor(self) -> Tensor:
+        """A tensor of its own on the CPU."""
+        return torch.from_numpy(self.array.copy())
+
 
 TensorRef = str | Packed | Literal
 """A value of the operator graph by name, a packed constant, or a literal array."""
 
 
+def materialized(refs: Iterable[TensorRef], values: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors that ``refs`` refer to, of values by name; what is packed together is packed once."""
+    packed: dict[Packed, tuple[Tensor, ...]] = {}
+    found = []
+    for ref in refs:
+        if isinstance(ref, Packed):
+            if ref.whole not in packed:
+                packed[ref.whole] = ref.pack(values)
+            found.append(packed[ref.whole][ref.index])
+        else:
+            found.append(ref.tensor if isinstance(ref, Literal) else values[ref])
+    return found
+
+
 def _renamed(ref: TensorRef, names: Mapping[str, str]) -> TensorRef:
     if isinstance(ref, Packed):
-        return dataclasses.replace(ref, value=names[ref.value])
+        return dataclasses.replace(ref, values=tuple(names[v] for v in ref.values))
     return ref if isinstance(ref, Literal) else names[ref]
 
 
@@ -159,22 +199,17 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """One call of a PyTorch library function: ``run(*tensors, out)`` writes its last argument in place."""
+    """One call of a PyTorch library function: ``run(*inputs, out)`` writes its last argument in place."""
 
     name: str
     run: Callable[..., None]
-    tensors: tuple[TensorRef, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The values of the operator graph that are read."""
-        return tuple(t for t in self.tensors if isinstance(t, str))
 
     def renamed(self, names: Mapping[str, str]) -> LibraryCall:
         """The same call on other values, which ``names`` gives for each of its own."""
-        tensors = tuple(_renamed(ref, names) for ref in self.tensors)
-        return dataclasses.replace(self, tensors=tensors, outputs=tuple(names[v] for v in self.outputs))
+        inputs, outputs = (tuple(names[v] for v in values) for values in (self.inputs, self.outputs))
+        return dataclasses.replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fuser.kernels.base import (
     Implementation,
     KernelCall,
     KernelSpec,
+    Layout,
     LibraryCall,
     LibraryParameters,
     Operand,
@@ -174,6 +175,20 @@ def unpack(packed: Tensor, n: int, k: int, transposed: bool = True) -> Tensor:
     return (columns if transposed else columns.t()).contiguous()
 
 
+@dataclass(frozen=True)
+class PanelLayout(Layout):
+    """A weight as :func:`pack` lays it out."""
+
+    nr: int
+    transposed: bool
+    dtype: DType
+    pairs: bool
+
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (weight,) = tensors
+        return (pack(weight, self.nr, self.transposed, self.dtype, self.pairs),)
+
+
 @dataclass
 class _Prepacked:
     """A weight that oneDNN has reordered, its version then, and the result."""
@@ -312,10 +327,10 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
 
     def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
-        packed = Packed(match.weight, ("gemm", parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs))
+        layout = PanelLayout(parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
         return KernelCall(
             KernelSpec("gemm", "cpu/gemm.cpp.j2", parameters),
-            (match.a, packed, *program.tensors),
+            (match.a, Packed((match.weight,), layout), *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),

@@ -33,6 +33,7 @@ from fuser.kernels.base import (
     Implementation,
     KernelCall,
     KernelSpec,
+    Layout,
     LibraryCall,
     LibraryParameters,
     Operand,
@@ -296,7 +297,7 @@ def rows_of(value: str, graph: OperatorGraph, transposed: bool, dtype: DType) ->
     spec = graph.values[value]
     if transposed and spec.strides[1] == 1 and STORAGE[spec.dtype] is dtype:
         return value, spec.strides[0]
-    return Packed(value, ("gemm_cuda", transposed, dtype)), spec.shape[1 if transposed else 0]
+    return Packed((value,), RowLayout(transposed, dtype)), spec.shape[1 if transposed else 0]
 
 
 def product_dtype(match: GemmMatch) -> DType:
@@ -311,10 +312,17 @@ def moved_bytes(match: GemmMatch) -> float:
     return float(graph.values[match.a].nbytes + weight + match.program.bytes(graph))
 
 
-def pack(weight: Tensor, transposed: bool, dtype: DType) -> Tensor:
-    """The weight of a linear layer as contiguous (N, K) of ``dtype``; (K, N) when not ``transposed``. Shares memory
-    with ``weight`` where that is what it is already."""
-    return (weight if transposed else weight.t()).to(dtype.torch).contiguous()
+@dataclass(frozen=True)
+class RowLayout(Layout):
+    """The weight of a linear layer, (N, K) when ``transposed``, else (K, N), as contiguous (N, K) of ``dtype``. Shares
+    memory with the weight where that is what it is already."""
+
+    transposed: bool
+    dtype: DType
+
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (weight,) = tensors
+        return ((weight if self.transposed else weight.t()).to(self.dtype.torch).contiguous(),)
 
 
 def parameters(

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from fuser.codegen.render import header_folder
 from fuser.ir.errors import DeviceMemoryError, KernelError
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.target import Target
-from fuser.kernels.base import Literal, Packed, TensorRef
-from fuser.kernels.families import materialize
+from fuser.kernels.base import materialized
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.cuda import resolve_device
@@ -86,8 +85,9 @@ def measure(
         kernels = {s.symbol: load(paths[s.symbol], s.symbol) for s in assembly.sources}
         weights = {v: random_tensor(graph.values[v], generator) for v in graph.constants}
         arena, programs = arena_of(device), []
+        made = [tensor.to(device) for tensor in materialized(assembly.plan.constants, weights)]
         for _ in range(copies_of(graph, target)):
-            constants = [constant(ref, weights, device).clone() for ref in assembly.plan.constants]
+            constants = [tensor.clone() for tensor in made]
             programs.append(program_of(assembly.plan, kernels, constants, target, arena, graphs=False))
         timers.append(timer(programs, [random_tensor(graph.values[v], generator) for v in graph.inputs]))
     return _interleaved(timers)
@@ -201,10 +201,3 @@ def random_tensor(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     if spec.dtype is torch.bool:
         return torch.ones(spec.shape, dtype=torch.bool, device=device)
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-
-
-def constant(ref: TensorRef, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """A constant of a plan on ``device``, packed if it is to be, made from ``weights`` by name."""
-    if isinstance(ref, Literal):
-        return materialize(ref, None).to(device)
-    return materialize(ref, weights[ref.value]) if isinstance(ref, Packed) else weights[ref]

@@ -32,11 +32,11 @@ from fuser.codegen.partition import GroupChoice
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.target import TF32, Target
-from fuser.kernels.base import Literal, TensorRef
+from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.library import load
 from fuser.runtime.program import Program
-from fuser.search.measure import constant, copies_of, device_of, random_tensor, timer
+from fuser.search.measure import copies_of, device_of, random_tensor, timer
 from fuser.search.standalone import subgraph
 
 logger = logging.getLogger("fuser")
@@ -230,7 +230,7 @@ class _Bench:
         self.loaded: dict[str, _Loaded] = {}
         self.wrong: dict[str, str] = {}
         self.weights: dict[tuple[str, str, int], Tensor] = {}
-        self.packed: dict[tuple[str, TensorRef, int], Tensor] = {}
+        self.packed: dict[tuple[str, Packed | Literal, int], tuple[Tensor, ...]] = {}
         self.references: dict[tuple[str, frozenset[str]], dict[str, Tensor]] = {}
 
     def time(self, units: Sequence[Unit], budget: float, race: bool) -> dict[str, Timing]:
@@ -264,7 +264,7 @@ class _Bench:
         return False
 
     def _bytes(self) -> int:
-        found = sum(t.nbytes for kept in (self.weights, self.packed) for t in kept.values())
+        found = sum(t.nbytes for made in ((*self.weights.values(),), *self.packed.values()) for t in made)
         return found + sum(t.nbytes for results in self.references.values() for t in results.values())
 
     def _load(self, unit: Unit) -> None:
@@ -300,12 +300,16 @@ class _Bench:
         return self.weights[key]
 
     def _constant(self, region: str, graph: OperatorGraph, ref: TensorRef, copy: int) -> Tensor:
-        key = (region, ref, 0 if isinstance(ref, Literal) else copy)
+        if isinstance(ref, str):
+            return self._tensor(region, ref, graph.values[ref], copy)
+        if isinstance(ref, Literal):
+            if (region, ref, 0) not in self.packed:
+                self.packed[region, ref, 0] = (ref.tensor.to(self.device),)
+            return self.packed[region, ref, 0][0]
+        key = (region, ref.whole, copy)
         if key not in self.packed:
-            names = [ref] if isinstance(ref, str) else [] if isinstance(ref, Literal) else [ref.value]
-            weights = {v: self._tensor(region, v, graph.values[v], copy) for v in names}
-            self.packed[key] = constant(ref, weights, self.device)
-        return self.packed[key]
+            self.packed[key] = ref.pack({v: self._tensor(region, v, graph.values[v], copy) for v in ref.values})
+        return self.packed[key][ref.index]
 
     def _error(
         self, unit: Unit, graph: OperatorGraph, assembly: Assembly, program: Program, inputs: Sequence[Tensor]

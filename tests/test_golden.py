@@ -6,7 +6,7 @@ import golden
 import pytest
 
 
-@pytest.mark.parametrize(("example", "target"), golden.CASES, ids="-".join)
+@pytest.mark.parametrize(("example", "target"), golden.CASES, ids=map("-".join, golden.CASES))
 def test_every_stage_of_a_built_in_model_is_as_recorded(example: str, target: str) -> None:
     if example != "transformer-encoder":
         pytest.importorskip("transformers")
@@ -26,6 +26,15 @@ def test_every_built_in_model_and_kind_of_target_is_recorded() -> None:
     assert {(example, target) for example, targets in golden.recorded().items() for target in targets} == set(
         golden.CASES
     )
+
+
+def test_sources_have_the_code_of_all_headers_that_they_include_and_no_comments() -> None:
+    text = golden.stages("transformer-encoder", "avx2")["sources"]
+    for header in ("abi.h", "simd.h", "attention/kernel.h", "attention/softmax.h"):
+        assert f"\n{header}\n#pragma once\n" in text
+    assert "//" not in text and "/*" not in text and "\n\n" not in text
+    gpu = golden.stages("transformer-encoder", "sm_90")["sources"]
+    assert "\ncuda/attention/kernel.cuh\n#pragma once\n" in gpu and "\ncuda/emulator.h\n" not in gpu
 
 
 def test_a_difference_names_the_lines_that_changed() -> None:

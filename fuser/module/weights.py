@@ -6,9 +6,8 @@ import contextlib
 import ctypes
 import operator
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from fuser.frontend.watch import Structure
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
-from fuser.kernels.families import materialize
 
 Use = tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
 """The constants that a program refers to, what they are, and the live tensors that they are made from."""
+_Key = tuple[Hashable, ...]
+_LITERAL, _PACKED, _VALUE = "literal", "packed", "value"
 _OFFLOAD_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 16
 
@@ -79,7 +79,7 @@ class WeightStore:
     def __init__(self, model: nn.Module) -> None:
         self._structure = Structure(model)
         self._contents = _Contents()
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[_Key, tuple[Tensor, ...]] = {}
         self._offloaded: dict[int, Tensor] = {}
         self._direct: set[int] = set()
         self.offload_error = ""
@@ -114,18 +114,18 @@ class WeightStore:
     def refreshing(self) -> Iterator[None]:
         """Inside, constants are made anew; on leaving, they are what the weights were on entering."""
         seen = _Contents(self._contents.tensors.values())
-        self._made = {key: tensor for key, tensor in self._made.items() if key.startswith("literal:")}
+        self._made = {key: made for key, made in self._made.items() if key[0] == _LITERAL}
         yield
         self._contents = seen
 
     def retain(self, uses: Iterable[Use]) -> None:
         """Forget everything but what these programs use."""
-        keys: set[str] = set()
+        keys: set[_Key] = set()
         watched: dict[int, Tensor] = dict(self._offloaded)
         for refs, constants, parameters in uses:
             keys.update(_key(ref, constants, parameters) for ref in refs)
             watched.update((id(tensor), tensor) for tensor in parameters.values())
-        self._made = {key: tensor for key, tensor in self._made.items() if key in keys}
+        self._made = {key: made for key, made in self._made.items() if key in keys}
         self._contents = self._contents.changed_to(watched.values())
 
     def load(
@@ -151,8 +151,9 @@ class WeightStore:
                 break
             if isinstance(ref, Packed):
                 self._get(ref, constants, parameters)
-            if isinstance(ref, Packed) or ref in tables:
-                self._offload(_sources(ref if isinstance(ref, str) else ref.value, constants, parameters), folder)
+                self._offload((t for v in ref.values for t in _sources(v, constants, parameters)), folder)
+            elif isinstance(ref, str) and ref in tables:
+                self._offload(_sources(ref, constants, parameters), folder)
         loaded = [self._get(ref, constants, parameters, device) for ref in refs]
         _trim_heap()
         return loaded
@@ -166,15 +167,16 @@ class WeightStore:
     ) -> Tensor:
         key = _key(ref, constants, parameters)
         if isinstance(ref, Literal):
-            return self._memo(key, lambda: materialize(ref, None).to(device))
+            return self._memo(key, lambda: (ref.tensor.to(device),))[0]
         if isinstance(ref, Packed):
-            return self._memo(key, lambda: materialize(ref, self._value(ref.value, constants, parameters)))
+            made = self._memo(key, lambda: ref.pack({v: self._value(v, constants, parameters) for v in ref.values}))
+            return made[ref.index]
         if constants[ref].call is None:
             # Itself, since a model may return it.
             return parameters[ref]
-        return self._memo(key, lambda: self._value(ref, constants, parameters))
+        return self._memo(key, lambda: (self._value(ref, constants, parameters),))[0]
 
-    def _memo(self, key: str, make: Any) -> Tensor:
+    def _memo(self, key: _Key, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if key not in self._made:
             with torch.no_grad():
                 self._made[key] = make()
@@ -213,7 +215,7 @@ class WeightStore:
     @property
     def made_bytes(self) -> int:
         """Bytes of packed and derived constants and of literals."""
-        return sum(tensor.nbytes for tensor in self._made.values())
+        return sum(tensor.nbytes for made in self._made.values() for tensor in made)
 
     @property
     def offloaded_bytes(self) -> int:
@@ -246,12 +248,13 @@ def _is_exclusive(tensor: Tensor) -> bool:
     return alone and not tensor.is_inference() and not shared and storage.nbytes() == tensor.nbytes
 
 
-def _key(ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> str:
+def _key(ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> _Key:
+    """What is made once: the same for all operands that are packed together."""
     if isinstance(ref, Literal):
-        return f"literal:{ref.key}"
+        return _LITERAL, ref.key
     if isinstance(ref, Packed):
-        return f"packed:{ref.layout}:{_identity(ref.value, constants, parameters)}"
-    return _identity(ref, constants, parameters)
+        return _PACKED, ref.layout, *(_identity(v, constants, parameters) for v in ref.values)
+    return _VALUE, _identity(ref, constants, parameters)
 
 
 def _identity(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,16 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import Isa, Target
 from fuser.kernels import gemm
-from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, LibraryParameters, Operand, Packed
+from fuser.kernels.base import (
+    Access,
+    DType,
+    KernelCall,
+    KernelSpec,
+    LibraryCall,
+    LibraryParameters,
+    Operand,
+    materialized,
+)
 from fuser.kernels.gemm import CpuGemm, GemmExtents, GemmFamily, GemmParameters, OneDnnGemm, pack, unpack
 from fuser.kernels.operands import OperandExtents
 from fuser.runtime.abi import KernelArgs
@@ -351,16 +359,7 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     g = torch.Generator().manual_seed(0)
     values = {n: torch.randn(graph.values[n].shape, generator=g) for n in (*graph.inputs, *graph.constants, "weight")}
     results = {v: torch.empty(graph.values[v].shape) for v in outputs}
-    tensors = []
-    for ref in call.tensors:
-        if isinstance(ref, Packed):
-            layout: tuple[Any, ...] = ref.layout
-            name, nr, transposed, dtype, pairs = layout
-            assert name == "gemm"
-            tensors.append(pack(values[ref.value], nr, transposed, dtype, pairs))
-        else:
-            assert isinstance(ref, str)
-            tensors.append(results[ref] if ref in results else values[ref])
+    tensors = materialized(call.tensors, {**values, **results})
     source = render(call.spec)
     kernel = load(build([source], machine, headers=headers(call.spec), cache=cache)[source.symbol], source.symbol)
     workspace = torch.empty(call.workspace_bytes // 4 + 16)

@@ -25,8 +25,8 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda, gemm_cutlass
-from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed
-from fuser.kernels.families import IMPLEMENTATIONS, materialize
+from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed, materialized
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import GemmFamily, GemmMatch
 from fuser.kernels.gemm_cuda import CublasGemm, CublasParameters, CudaGemm, CudaGemmExtents, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassGemm, CutlassParameters
@@ -386,7 +386,7 @@ def launch(call: KernelCall, of: OperatorGraph, values: Mapping[str, Tensor]) ->
     path = build([source], EMULATED, headers=header_folder(EMULATED))[source.symbol]
     results = {v: torch.full(of.values[v].shape, float("nan"), dtype=of.values[v].dtype) for v in call.outputs}
     known = {**values, **results}
-    tensors = [known[ref] if isinstance(ref, str) else materialize(ref, values[ref.value]) for ref in call.tensors]
+    tensors = materialized(call.tensors, known)
     workspace = torch.full((call.workspace_bytes // 4 + 4,), float("nan"))
     emulator.run(path, source.symbol, tensors, call.extents, workspace=workspace)
     return results
@@ -432,9 +432,10 @@ def test_family_runs_a_group(
 
 def test_packed_weights_share_memory_where_they_can() -> None:
     weight = torch.randn(6, 4)
-    assert gemm_cuda.pack(weight, True, F32).data_ptr() == weight.data_ptr()
-    assert torch.equal(gemm_cuda.pack(weight, False, BF16), weight.t().bfloat16())
-    assert gemm_cuda.pack(weight, False, BF16).is_contiguous()
+    (same,), (rows,) = gemm_cuda.RowLayout(True, F32).pack(weight), gemm_cuda.RowLayout(False, BF16).pack(weight)
+    assert same.data_ptr() == weight.data_ptr()
+    assert torch.equal(rows, weight.t().bfloat16())
+    assert rows.is_contiguous()
 
 
 @pytest.mark.parametrize("transposed", [True, False])

@@ -18,8 +18,8 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Pointwise, Residual
 from fuser.ir.target import TF32, Isa, Target, cuda_target, emulated_target
 from fuser.kernels import mlp
-from fuser.kernels.base import KernelCall, KernelSpec
-from fuser.kernels.families import IMPLEMENTATIONS, materialize
+from fuser.kernels.base import KernelCall, KernelSpec, materialized
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.mlp import CudaMlp, MlpExtents, MlpFamily, MlpParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
@@ -78,7 +78,7 @@ def run(call: KernelCall, of: OperatorGraph, values: Mapping[str, Tensor], targe
     path = build([source], target, headers=header_folder(target))[source.symbol]
     results = {v: torch.full(of.values[v].shape, float("nan"), dtype=of.values[v].dtype) for v in call.outputs}
     known = {**values, **results}
-    tensors = [known[ref] if isinstance(ref, str) else materialize(ref, values[ref.value]) for ref in call.tensors]
+    tensors = materialized(call.tensors, known)
     emulator.run(path, source.symbol, tensors, call.extents)
     return results
 

@@ -232,3 +232,39 @@ def test_a_cache_that_cannot_be_written_says_what_and_where_it_is(
     monkeypatch.setattr(store.os, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CacheError, match="free some space"), cache.workspace():
         pass
+
+
+def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, path = tmp_path / "tmp", tmp_path / "folder" / "file"
+    temporary.mkdir()
+    store.write_atomic(path, b"first", temporary)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(OSError, match="No space"):
+            store.write_atomic(path, b"second", temporary)
+    assert path.read_bytes() == b"first" and list(temporary.iterdir()) == []
+    store.write_atomic(path, b"second", temporary)
+    assert store.read_regular(path) == b"second" and store.read_regular(path, 3) == b"sec"
+
+
+def test_a_failure_that_no_other_directory_mends_is_raised_at_once(cache: KernelCache) -> None:
+    tries = []
+
+    def write(root: Path) -> None:
+        tries.append(root)
+        raise OSError(24, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many open files"):
+        cache.writing(write)
+    assert tries == [cache.home] and cache.refusal is None
+
+
+def test_what_is_removed_is_gone_and_what_is_not_there_is_too(cache: KernelCache, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    assert cache.remove(folder) and not folder.exists() and cache.remove(folder)
+    assert list((cache.root / "tmp").iterdir()) == []

@@ -23,6 +23,7 @@ import torch
 
 from fuser import zoo
 from fuser.codegen.assemble import Assembly, assemble
+from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, capture, flatten_call
 from fuser.frontend.raising import raise_graph
 from fuser.ir.graph import OperatorGraph, TensorSpec
@@ -31,6 +32,7 @@ from fuser.ir.operators import TorchCall
 from fuser.ir.target import TF32, Target, cuda_target
 from fuser.kernels.base import floating
 from fuser.module.compiler import choose_all
+from fuser.runtime.build import included_headers
 from fuser.runtime.program import NativeStep
 
 ROOT = Path(__file__).parent.parent.parent
@@ -144,12 +146,24 @@ def _schemes(graph: OperatorGraph, assembly: Assembly, names: _Names) -> Iterato
         yield f"{choice.family}: {operators} {choice.seconds:.6g} s"
 
 
-def _sources(assembly: Assembly, symbols: Mapping[str, str]) -> Iterator[str]:
+def _sources(assembly: Assembly, symbols: Mapping[str, str], target: Target) -> Iterator[str]:
+    headers: dict[str, bytes] = {}
     for source in assembly.sources:
-        # The first lines name the parameters; they decide the rest, which is what is compiled.
-        code = re.sub(r"\A(//.*\n)+", "", source.text)
         yield f"{symbols[source.symbol]}{source.suffix}"
-        yield _renamed(code, symbols)
+        yield _renamed(_code(source.text), symbols)
+        headers |= included_headers(source.text, header_folder(target))
+    for name, content in sorted(headers.items()):
+        # A compiler for GPUs does not read the emulator.
+        if not Path(name).name.startswith("emulator"):
+            yield name
+            yield _code(content.decode())
+
+
+def _code(text: str) -> str:
+    """What is compiled: neither comments, which in a source name the parameters that decided the rest, nor empty
+    lines."""
+    lines = re.sub(r"//.*|/\*(?s:.*?)\*/", "", text).splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _renamed(text: str, symbols: Mapping[str, str]) -> str:
@@ -194,7 +208,7 @@ def stages(example: str, target_name: str) -> dict[str, str]:
     lines: dict[str, Iterable[str]] = {
         "graph": _graph(graph, names),
         "schemes": _schemes(graph, assembly, names),
-        "sources": _sources(assembly, symbols),
+        "sources": _sources(assembly, symbols, target),
         "plan": _plan(assembly, names, symbols),
     }
     return {stage: "\n".join(text) + "\n" for stage, text in lines.items()}
