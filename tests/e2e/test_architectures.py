@@ -141,3 +141,27 @@ def test_an_architecture_on_kernels_saved_and_loaded(name: str, tmp_path: Path) 
     assert fast.kernels
     fast.save(tmp_path / "model.fuser")
     agree(fuser.load(tmp_path / "model.fuser")(**call), model(**call))
+
+
+def test_a_cache_that_is_passed_in_is_filled_by_the_original() -> None:
+    architecture = ARCHITECTURES["llama"]
+    model, call = architecture.build(SCALE), architecture.call(SCALE)
+    fast = fuser.optimize(model, search="model")
+    results = []
+    for run in (model, fast):
+        first = run(**call)
+        name = next(key for key in first if key in ("cache", "past_key_values"))
+        second = run(input_ids=call["input_ids"][:, :1], **{name: first[name]})
+        results.append((second, first[name]))
+    agree(results[1][0], results[0][0])
+    assert tensors(results[1][1]).keys() == tensors(results[0][1]).keys()
+    assert any("an argument is a DynamicCache" in reason for reason in fast.fallbacks)
+
+
+def test_an_optimized_causal_model_generates_what_the_model_does() -> None:
+    architecture = ARCHITECTURES["llama"]
+    model, call = architecture.build(SCALE), architecture.call(SCALE)
+    ids = call["input_ids"]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(fuser.optimize(model, search="model").generate(ids, **settings), expected)

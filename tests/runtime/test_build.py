@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import math
 import shlex
@@ -18,7 +19,7 @@ from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.ir.target import Target
 from fuser.runtime import build as build_module
 from fuser.runtime.abi import KernelArgs
-from fuser.runtime.build import CompilationError, Source, build, included_headers, key_of
+from fuser.runtime.build import CompilationError, Source, build, build_and_load, included_headers, key_of
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.library import load
 
@@ -369,3 +370,19 @@ def test_compilers_that_ignore_the_interrupt_are_killed(
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output.strip()) == (130, "interrupted () []"), errors
     wait_until(lambda: not any(alive(int(line)) for line in (folder / "log").read_text().split()))
+
+
+def test_a_library_without_its_symbol_is_built_again(target: Target, cache: KernelCache, headers: Path) -> None:
+    source = team_source("wanted")
+    (path,) = build([source], target, headers=headers, cache=cache).values()
+    (other,) = build([team_source("other")], target, headers=headers, cache=cache).values()
+    # Its checksum is right, as of a file that another version of a toolchain made.
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["sha256"] = json.loads((other.parent / "manifest.json").read_text())["sha256"]
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    path.chmod(0o600)
+    path.write_bytes(other.read_bytes())
+    kernels = build_and_load([source], target, headers=headers, cache=cache)
+    out = (ctypes.c_int32 * 2)()
+    kernels["wanted"](KernelArgs.pack([ctypes.addressof(out)]))
+    assert out[1] > 0

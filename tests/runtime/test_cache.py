@@ -893,3 +893,19 @@ def test_archives_that_cannot_be_read_or_written(cache: KernelCache, archive: Pa
     assert index["format"] == 1
     with pytest.raises(CacheError):
         KernelCache(tmp_path / "other").import_(archive)
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_allows_is_refused(
+    cache: KernelCache, archive: Path, tmp_path: Path
+) -> None:
+    bomb = tmp_path / "bomb.zip"
+    member = "plans/" + "0" * 64 + ".plan"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("index.json", json.dumps({"format": 1, "members": {member: ""}}))
+        file.writestr(member, bytes(80 << 20))
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(CacheError, match=r"unpacks to far more than its size.*--max-size"):
+        KernelCache(tmp_path / "other").import_(bomb)
+    with pytest.raises(CacheError, match="unpacks to far more"):
+        KernelCache(tmp_path / "other").import_(archive, max_bytes=100)
+    assert not list((tmp_path / "other").rglob("*.so"))
