@@ -158,7 +158,8 @@ class Literal:
 
 
 TensorRef = str | Packed | Literal
-"""A value of the operator graph by name, a packed constant, or a literal array."""
+"""A value of the operator graph by name, a packed constant, or a literal array. Where a kernel takes the literal of a
+plan, it takes a value with such an array as well, which whoever makes it has checked: kernels trust plans."""
 
 
 def materialized(refs: Iterable[TensorRef], values: Mapping[str, Tensor]) -> list[Tensor]:
@@ -183,7 +184,10 @@ def _renamed(ref: TensorRef, names: Mapping[str, str]) -> TensorRef:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One launch: a kernel, its tensors in the template's order, its run-time extents, and the scratch it needs."""
+    """One launch: a kernel, its tensors in the template's order, its run-time extents, and the scratch it needs.
+
+    ``outputs`` are the values that it makes; states that it writes are among its tensors alone.
+    """
 
     spec: KernelSpec
     tensors: tuple[TensorRef, ...]

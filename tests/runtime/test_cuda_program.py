@@ -194,6 +194,32 @@ def test_the_second_call_captures_and_later_ones_replay(gpu: FakeGpu, make: Made
     assert len({out.data_ptr() for _, out in kept}) == 4
 
 
+def counting() -> ProgramPlan:
+    """A state that every call adds the constant to, and what it is with the constant added once more."""
+    state, c, out = slot(Memory.STATE, 0, 6), slot(Memory.CONSTANT, 0, 1), slot(Memory.OUTPUT, 0, 6)
+    steps = (NativeStep("add", (state, c, state), (6,)), NativeStep("add", (state, c, out), (6,)))
+    return ProgramPlan(steps, (), (out,), (out,), ("c",), 0, 0, 0, 7, states={"count": state})
+
+
+def test_captured_and_replayed_calls_each_write_a_state_once(gpu: FakeGpu, make: Made) -> None:
+    program = make(counting())
+    for call in range(1, 5):
+        (out,) = program([])
+        assert out.tolist() == [call + 1.0] * 6 and program.states["count"].tolist() == [float(call)] * 6
+    assert (gpu.captures, gpu.replays) == (1, 3)
+    program.states.reset()
+    assert program([])[0].tolist() == [2.0] * 6
+    assert (gpu.captures, gpu.replays) == (1, 4)
+
+
+def test_a_reset_waits_for_the_stream_of_the_last_call(gpu: FakeGpu, make: Made) -> None:
+    program, first = make(counting(), graphs=False), gpu.stream
+    program([])
+    gpu.stream = FakeStream(0x99)
+    program.states.reset()
+    assert gpu.stream.waited_for == [first]
+
+
 def test_kernels_run_on_the_current_stream_of_the_right_device(gpu: FakeGpu, make: Made) -> None:
     program = make(graphs=False)
     program([numbers(0)])

@@ -431,6 +431,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "an offset beyond the arena": lambda p: [s.update(offset=1 << 40) for s in _slots(p)[1:]],
     "a negative offset": lambda p: [s.update(offset=-64) for s in _slots(p)[1:]],
     "an input that is not there": lambda p: _slots(p)[1].update(index=99),
+    "a state that is not there": lambda p: _slots(p)[1].update(memory=["enum", "runtime.program.Memory", "STATE"]),
     "more strides": lambda p: _slots(p)[1].update(strides=["tuple", 1, 1, 1, 1, 1]),
     "a negative arena": lambda p: p["programs"][1]["plan"].update(arena_bytes=-1),
     "a huge arena": lambda p: p["programs"][1]["plan"].update(arena_bytes=1 << 60),
