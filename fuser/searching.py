@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator as python_operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from fuser.attention.registry import mask_of
 from fuser.frontend import attention_patterns
+from fuser.frontend.raising import Handler, Raiser
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
@@ -21,14 +22,10 @@ from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 
-if TYPE_CHECKING:
-    from fuser.frontend.raising import Raiser
-
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
 
 
-Handler = Callable[["Raiser", fx.Node], "Value | None"]
 HANDLERS: dict[Any, Handler] = {}
 
 

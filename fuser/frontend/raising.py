@@ -19,7 +19,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fuser.frontend import attention_patterns
-from fuser.frontend.aten import HANDLERS
 from fuser.frontend.capture import Captured
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
@@ -28,22 +27,9 @@ from fuser.ir.expression import Builder
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
-from fuser.kernels.base import FLOATING
 
 aten = torch.ops.aten
 _FOLD_LIMIT = 1 << 28
-
-
-def raise_graph(
-    captured: Captured, attention: Mask | None = None, floating: frozenset[torch.dtype] = FLOATING
-) -> OperatorGraph:
-    """The operator graph of a captured model.
-
-    ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to; ``floating`` holds the
-    dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
-    mutate tensors.
-    """
-    return Raiser(captured, attention, floating).run()
 
 
 # What gives the same elements however its operands lie in memory. Of everything else that PyTorch runs we cannot know,
@@ -70,8 +56,17 @@ def _is_elementwise(target: Any) -> bool:
 
 
 class Raiser:
-    def __init__(self, captured: Captured, attention: Mask | None, floating: frozenset[torch.dtype]) -> None:
+    """One walk over a captured graph; ``handlers`` say by target what a call becomes, and None that it is an extern."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        handlers: Mapping[Any, Handler],
+        attention: Mask | None,
+        floating: frozenset[torch.dtype],
+    ) -> None:
         self.captured = captured
+        self.handlers = handlers
         self.attention = attention
         self.floating = floating
         self.values: dict[str, TensorSpec] = {}
@@ -240,7 +235,7 @@ class Raiser:
         if role is not None:
             self.env[node] = self._attention(node, role)
             return
-        handler = HANDLERS.get(node.target)
+        handler = self.handlers.get(node.target)
         value = handler(self, node) if handler else None
         self.env[node] = value if value is not None else self._extern(node)
 
@@ -791,3 +786,6 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
         inspected=frozenset(raiser._inspected),
         states=tuple(name for name in raiser.states if name in keep),
     )
+
+
+Handler = Callable[[Raiser, fx.Node], "Value | None"]

@@ -18,7 +18,7 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
@@ -59,6 +59,21 @@ class Compiled:
         """Whether the original model may be faster, which takes many operators that are left to PyTorch: its own
         modules run them with less Python around each."""
         return len(self.assembly.unfused) >= _MANY_UNFUSED and self.unfused_share > _LARGE_SHARE
+
+    @property
+    def unfused(self) -> tuple[tuple[str, str], ...]:
+        """(operator, reason) for what PyTorch runs between the first and the last operator of the regions."""
+        return tuple((name, reason) for name, reason in self.assembly.unfused if self._is_inside(name))
+
+    @property
+    def outside(self) -> tuple[tuple[str, str], ...]:
+        """(operator, reason) for what PyTorch runs before and after all regions."""
+        return tuple((name, reason) for name, reason in self.assembly.unfused if not self._is_inside(name))
+
+    def _is_inside(self, name: str) -> bool:
+        position = self.graph.position
+        fused = [position[op.name] for region in self.graph.regions for op in region.operators]
+        return bool(fused) and min(fused) <= position[name] <= max(fused)
 
     @property
     def is_current(self) -> bool:

@@ -25,6 +25,7 @@ from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.methods import BoundMethods
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
+from fuser.module.snapshot import Memory, SavedCall, Snapshot
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
@@ -340,12 +341,12 @@ class OptimizedModule(nn.Module):
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
             return tuple(("*", reason) for reason in (*self._failed.values(), *self._slower.values()))
-        return split_unfused(self.programs[-1])[0]
+        return self.programs[-1].unfused
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
         """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
-        return split_unfused(self.programs[-1])[1] if self._programs else ()
+        return self.programs[-1].outside if self._programs else ()
 
     @property
     def fallbacks(self) -> Sequence[str]:
@@ -356,31 +357,44 @@ class OptimizedModule(nn.Module):
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
         from fuser.explain.report import report
 
-        return report(self, Path(path) if path is not None else None)
+        return report(self.snapshot(), Path(path) if path is not None else None)
 
     def save(self, path: str | Path) -> None:
         """Write the compiled programs, weights and kernels to a file for :func:`fuser.load`.
 
         Raises FuserError when nothing has been compiled.
         """
-        from fuser.saved import save
+        from fuser.saved.writer import save
 
-        if not self._programs:
-            raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
-        save(self, Path(path))
+        calls = self.saved_calls()
+        save(calls, self.snapshot(), Path(path))
 
-    def snapshot(self) -> list[tuple[Signature, Compiled, list[Tensor]]]:
+    def snapshot(self) -> Snapshot:
+        """What has been compiled, for reports."""
+        arena = max((compiled.assembly.plan.arena_bytes for compiled in self.programs), default=0)
+        store = self._store
+        return Snapshot(
+            model=type(self._model).__name__,
+            target=self._target,
+            programs=tuple(self.programs),
+            unfused=tuple(self.unfused),
+            outside=tuple(self.outside),
+            fallbacks=tuple(self.fallbacks),
+            memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
+        )
+
+    def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now."""
         with self._lock:
             if self._store.changed:
                 self._refresh()
             return [
-                (
-                    key,
+                SavedCall(
+                    signature,
                     c,
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
-                for (key, _, variant), c in self._programs.items()
+                for (signature, _, variant), c in self._programs.items()
                 if variant[0] == self._store.configuration
             ]
 
@@ -507,18 +521,6 @@ def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
         if tuple(tensor.stride()) != values[name].strides:
             return False
     return True
-
-
-def split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """What PyTorch runs, inside the span of the regions and outside of it."""
-    graph = compiled.graph
-    fused = [graph.position[op.name] for region in graph.regions for op in region.operators]
-    inside: list[tuple[str, str]] = []
-    outside: list[tuple[str, str]] = []
-    for name, reason in compiled.assembly.unfused:
-        within = bool(fused) and min(fused) <= graph.position[name] <= max(fused)
-        (inside if within else outside).append((name, reason))
-    return tuple(inside), tuple(outside)
 
 
 def optimize(

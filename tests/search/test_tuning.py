@@ -11,7 +11,7 @@ from torch import nn
 import fuser
 from fuser.codegen.partition import Choice, GroupChoice, alternatives, default_scheme
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import cuda_target
