@@ -24,6 +24,7 @@ from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.module.options import Options
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
@@ -35,6 +36,7 @@ from fuser.search.tuning import Tuner
 logger = logging.getLogger("fuser")
 _MANY_UNFUSED = 8
 _LARGE_SHARE = 0.1
+_DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,22 @@ def compile_call(
     target: Target,
     threads: int,
     *,
-    attention: Mask | None = None,
+    options: Options = _DEFAULTS,
     tuner: Tuner | None = None,
     cache: KernelCache | None = None,
     states: States | None = None,
     like: Compiled | None = None,
-    graphs: bool = True,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
     ``tuner`` supplies measured times of kernels; without it the cost model decides. ``states``, and their arena to
     compute in, on the device of the model, are shared with other programs; ``like`` a program of the same model and
-    call, for another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises
+    call, for another number of threads, that need not be captured again. Raises
     CaptureError when the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be
     built.
     """
     cache = default_cache() if cache is None else cache
-    attention = None if attention is None else attention.current()
+    attention = None if options.attention is None else options.attention.current()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -126,7 +127,7 @@ def compile_call(
     lap("build")
     states = States(Arena()) if states is None else states
     constants = program_constants(assembly, graph, captured.parameters, store, cache.root, states.arena.device)
-    program = program_of(assembly.plan, kernels, constants, target, states.arena, graphs, states)
+    program = program_of(assembly.plan, kernels, constants, target, states.arena, options.cuda_graphs, states)
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)

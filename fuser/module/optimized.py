@@ -23,6 +23,7 @@ from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.methods import BoundMethods
+from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
 from fuser.module.snapshot import Memory, SavedCall, Snapshot
@@ -31,7 +32,7 @@ from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
 from fuser.runtime.program import States
-from fuser.runtime.targets import named_target, on_device, target_of, threads_now
+from fuser.runtime.targets import on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 
 logger = logging.getLogger("fuser")
@@ -70,19 +71,12 @@ class OptimizedModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        *,
-        attention: Mask | None = None,
-        search: str | int = "cached",
-        target: Target | None = None,
-        cuda_graphs: bool = True,
+        options: Options,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)
-        self._attention = attention
-        self._search = search
-        self._wanted = target
-        self._target = target
-        self._cuda_graphs = cuda_graphs
+        self._options = options
+        self._target = options.target
         self._lock = ForkSafeRLock()
         self._programs: ProgramCache[Key, Compiled] = ProgramCache(_PROGRAMS)
         self._policy = CompilationPolicy()
@@ -110,7 +104,7 @@ class OptimizedModule(nn.Module):
             # Kernels behind ctypes are nothing another compiler could look into. (Other exports are known by their
             # tensors.)
             return self._model(*args, **kwargs)
-        call, reason = acceptable(self._model, args, kwargs, self._wanted)
+        call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
             self._say(reason)
             return self._original(args, kwargs)
@@ -203,7 +197,7 @@ class OptimizedModule(nn.Module):
                 return None
             form = form_of(call)
             # The original knows nothing of a mask that was given to us.
-            if not wanted and self._attention is None and not self._admits(call, key, form):
+            if not wanted and self._options.attention is None and not self._admits(call, key, form):
                 return None
             start = self._seconds()
             try:
@@ -219,7 +213,7 @@ class OptimizedModule(nn.Module):
                 self._asks_modes = True
                 key = self._key(call)
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
-            if compiled.may_be_slower and self._attention is None:
+            if compiled.may_be_slower and self._options.attention is None:
                 self._comparisons[key] = Comparison()
             else:
                 self._policy.succeeded(form)
@@ -240,11 +234,11 @@ class OptimizedModule(nn.Module):
         )
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
-        target = self._target = self._wanted or target_of(device)
+        target = self._target = self._options.target or target_of(device)
         signature, place, variant = key
         threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
         if self._tuner is None or self._tuner.target != target:
-            self._tuner = tuner_for(self._search, target, threads)
+            self._tuner = tuner_for(self._options.search, target, threads)
         like = next(
             (
                 c
@@ -261,11 +255,10 @@ class OptimizedModule(nn.Module):
                 self._store,
                 target,
                 threads,
-                attention=self._attention,
+                options=self._options,
                 tuner=self._tuner,
                 states=self._states.setdefault(device, States(arena_of(device))),
                 like=like,
-                graphs=self._cuda_graphs,
             )
 
     def _fail(self, key: Key, error: FuserError) -> None:
@@ -476,16 +469,10 @@ class OptimizedModule(nn.Module):
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._model, self._attention, self._search, self._wanted, self._cuda_graphs)
+        return OptimizedModule, (self._model, self._options)
 
     def extra_repr(self) -> str:
         return f"programs={len(self._programs)}"
-
-
-def _remake(
-    model: nn.Module, attention: Mask | None, search: str | int, target: Target | None, cuda_graphs: bool
-) -> OptimizedModule:
-    return OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -554,8 +541,6 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuser.optimize takes an nn.Module, not a {type(model).__name__}")
-    if attention is not None and not isinstance(attention, Mask):
-        raise MaskError(f"attention must be one of fuser.masks, not a {type(attention).__name__}")
     if quantize is not None:
         raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
     if isinstance(model, torch.jit.ScriptModule):
@@ -565,9 +550,8 @@ def optimize(
         model = getattr(model, "_orig_mod", model)
     if isinstance(model, OptimizedModule):
         model = model._model
-    if not (target is None or isinstance(target, Target)):
-        target = named_target(target)
-    optimized = OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
+    options = Options.of(attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
+    optimized = OptimizedModule(model, options)
     if example_inputs is None:
         return optimized
     if isinstance(example_inputs, Mapping):
@@ -576,7 +560,7 @@ def optimize(
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
-    call, reason = acceptable(model, args, kwargs, target)
+    call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
         optimized._say(reason)
     elif optimized._compiled(call, optimized._key(call), wanted=True) is None and optimized._excused:
