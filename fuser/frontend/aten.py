@@ -239,11 +239,12 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
     sizes = [r.values[w].shape[0] for w in weights]
     total = sum(sizes)
     join = TorchCall(torch.cat, ([Ref(i) for i in range(len(nodes))],))
-    weight = r.derived(f"{first.name}_weights", weights, join, (total, r.values[weights[0]].shape[1]))
+    spec = r.values[weights[0]]
+    weight = r.derived(f"{first.name}_weights", weights, join, (total, spec.shape[1]), spec.dtype)
     bias = None
     if len(first.args) > 2 and first.args[2] is not None:
         biases = tuple(r.realize(r.view(n.args[2])) for n in nodes)
-        name = r.derived(f"{first.name}_biases", biases, join, (total,))
+        name = r.derived(f"{first.name}_biases", biases, join, (total,), r.values[biases[0]].dtype)
         bias = View.of(name, r.values[name])
     out = r.linear(first, x, View.of(weight, r.values[weight]), bias, transposed=True)
     start = 0

@@ -287,7 +287,7 @@ class Raiser:
         if view in self._realized:
             return self._realized[view]
         if self.is_constant(view):
-            name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape)
+            name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape, base.dtype)
         elif strides is not None:
             name = self._alias(f"{view.base}_view", view.base, shape, strides, view.offset)
         else:
@@ -320,17 +320,12 @@ class Raiser:
         for source in constant.sources:
             self._inspect(source)
 
-    def derived(self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int] | None = None) -> str:
-        """A constant made from others; with its ``shape`` given, nothing is computed now."""
-        if shape is None:
-            tensor = Constant(name, sources, call).evaluate([self.tensor(s) for s in sources])
-            spec = TensorSpec.contiguous(tensor.shape, tensor.dtype)
-        else:
-            spec = TensorSpec.contiguous(shape, self.values[sources[0]].dtype)
-        unique = self.add_value(name, spec)
+    def derived(
+        self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int], dtype: torch.dtype
+    ) -> str:
+        """A constant made from others, which is computed when something needs its contents."""
+        unique = self.add_value(name, TensorSpec.contiguous(shape, dtype))
         self.constants[unique] = Constant(unique, sources, call)
-        if shape is None:
-            self._tensors[unique] = tensor
         return unique
 
     # ---- emitting
@@ -401,7 +396,9 @@ class Raiser:
         deterministic = torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         size = sum(r.numel() * r.element_size() for r in results)
         if deterministic and size <= _FOLD_LIMIT and len(results) == 1 and all(self.is_constant(v) for v in views):
-            name = self.derived(node.name, tuple(self.realize(v) for v in views), call)
+            (result,) = results
+            sources = tuple(self.realize(v) for v in views)
+            name = self.derived(node.name, sources, call, result.shape, result.dtype)
             return View.of(name, self.values[name])
         specs = [TensorSpec.contiguous(r.shape, r.dtype) for r in results]
         suffixes = [node.name] if len(specs) == 1 else [f"{node.name}_{i}" for i in range(len(specs))]
