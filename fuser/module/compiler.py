@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -25,6 +26,7 @@ from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module.options import Options
+from fuser.module.recompute import Routes
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
@@ -55,6 +57,11 @@ class Compiled:
     """Of the predicted time, what the operators take that are left to PyTorch."""
     masks: tuple[Mask, ...] = ()
     """The masks of functions in it, as they were."""
+
+    @functools.cached_property
+    def routes(self) -> Routes:
+        """Which of the outputs have gradients."""
+        return Routes(self.captured)
 
     @property
     def may_be_slower(self) -> bool:

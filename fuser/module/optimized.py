@@ -26,6 +26,7 @@ from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
+from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, SavedCall, Snapshot
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
@@ -51,9 +52,12 @@ class OptimizedModule(nn.Module):
     Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled for each
     combination of shapes, dtypes and plain arguments: for the first 8 when they are called, for others when they have
     been called often enough to pay; the last 64 are kept. The original model runs instead, with one warning and a
-    reason in :meth:`report`, in training mode, when an input requires grad, under autocast and function transforms,
-    when the model cannot be captured or built, and when it is faster than the program. Which is faster is found by
-    turns at the first calls, where PyTorch must run many of a program's operators.
+    reason in :meth:`report`, in training mode, under autocast and function transforms, when the model cannot be
+    captured or built, and when it is faster than the program. Which is faster is found by turns at the first calls,
+    where PyTorch must run many of a program's operators.
+
+    Outputs have gradients where the model's have: the backward pass runs the original once more, and raises FuserError
+    if weights, attributes or the mode have changed since the call.
 
     Methods of the model run with this module in the model's place, so that ``generate`` or ``encode`` run programs.
 
@@ -88,6 +92,7 @@ class OptimizedModule(nn.Module):
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
         self._store = WeightStore(model)
+        self._originals = Originals(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
         self._asks_modes = False
@@ -100,9 +105,9 @@ class OptimizedModule(nn.Module):
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_capturing():
-            # Kernels behind ctypes are nothing another compiler could look into. (Other exports are known by their
-            # tensors.)
+        if torch.compiler.is_dynamo_compiling() or is_capturing() or is_recomputing():
+            # Kernels behind ctypes are nothing another compiler or autograd could look into. (Other exports are known
+            # by their tensors.)
             return self._model(*args, **kwargs)
         call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
@@ -110,6 +115,9 @@ class OptimizedModule(nn.Module):
             return self._original(args, kwargs)
         key = self._key(call)
         compiled = self._compiled(call, key)
+        if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
+            self._say("a tensor that is no parameter of a module requires grad")
+            return self._original(args, kwargs)
         if compiled is None:
             start = self._seconds()
             result = self._original(args, kwargs)
@@ -118,7 +126,22 @@ class OptimizedModule(nn.Module):
         comparison = self._comparisons.get(key)
         if comparison is not None:
             return self._compare(comparison, compiled, key, call, args, kwargs)
-        return compiled.output.build(compiled.program(call.tensors))
+        return compiled.output.build(self._run(compiled, call, key))
+
+    def _run(self, compiled: Compiled, call: FlatCall, key: Key) -> list[Tensor]:
+        """The results of a program, with gradients where PyTorch would record them."""
+        program, routes = compiled.program, compiled.routes
+        sources = routes.sources(call.tensors) if torch.is_grad_enabled() else ()
+        if not sources:
+            return program(call.tensors)
+        now = (self._store.generation, key[2][0])
+        plan = Recorded(routes, compiled.output, program.plan.aliases, self._originals, self._state, now)
+        return run_recorded(program, call, sources, plan)
+
+    def _state(self) -> object | None:
+        """A value that stays equal while the model computes what the programs do; None once it does not."""
+        store = self._store
+        return None if store.changed else (store.generation, store.configuration)
 
     def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._model(*args, **kwargs)
@@ -135,13 +158,13 @@ class OptimizedModule(nn.Module):
         """Let the program or the original run, in turn, until it is known which is faster."""
         device = compiled.program.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return compiled.output.build(compiled.program(call.tensors))
+            return compiled.output.build(self._run(compiled, call, key))
         original = comparison.original_is_next
         start = self._seconds()
         if original:
             result = self._original(args, kwargs)
         else:
-            result = compiled.output.build(compiled.program(call.tensors))
+            result = compiled.output.build(self._run(compiled, call, key))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comparison.add(self._seconds() - start, original=original)
