@@ -253,7 +253,7 @@ def run_recorded(
     recomputation = _Recomputation(recorded, plain, tuple(identities[: len(sources)]), places, positions, random)
     # What was made in inference mode cannot be kept for a backward pass.
     rest = [t.clone() if t.is_inference() else t for t in list(kept.values())[len(sources) :]]
-    found = _Backward.apply(recomputation, rest, own, *sources)
+    found = _Backward.apply(recomputation, rest, own, *sources)  # type: ignore[no-untyped-call]
     for position, result in zip(positions, found, strict=True):
         results[position] = result
     return results
