@@ -15,7 +15,8 @@ from fuser.codegen.assemble import assemble
 from fuser.codegen.render import TEMPLATES, environment, header_folder
 from fuser.frontend.aten import HANDLERS
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import Raiser, raise_graph
+from fuser.frontend.graphs import raise_graph
+from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.ir.evaluation import evaluate
