@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fuser.ir.graph import OperatorGraph
     from fuser.ir.target import Target
     from fuser.search.ledger import StudyView
-    from fuser.search.run import Progress, SearchResult
+    from fuser.search.results import Progress, SearchResult
 
 Storage = Annotated[
     str | None,

@@ -22,7 +22,7 @@ from fuser.module.compiler import choose_all
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning
-from fuser.search.run import SearchResult
+from fuser.search.results import SearchResult
 from fuser.search.standalone import subgraph
 from fuser.search.study import search
 from fuser.search.tuning import RECORD, Tuner, tuner_for
