@@ -10,7 +10,7 @@ from pathlib import Path
 from fuser import zoo
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Region
 from fuser.ir.masks import Mask

@@ -16,7 +16,7 @@ from test_template import BATCH, PRIMES, SEQUENCE, assembled, with_names  # noqa
 
 from fuser import zoo  # noqa: E402
 from fuser.frontend.capture import capture, flatten_call  # noqa: E402
-from fuser.frontend.raising import raise_graph  # noqa: E402
+from fuser.frontend.graphs import raise_graph  # noqa: E402
 from fuser.module.compiler import choose_all  # noqa: E402
 from fuser.runtime.device import cpu_target  # noqa: E402
 

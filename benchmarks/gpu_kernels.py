@@ -26,7 +26,7 @@ import fuser
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder, render
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.expression import Builder, Op
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target, cuda_target, emulated_target

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fuser.ir.target import Target
-from fuser.runtime.device import cpu_name
+from fuser.runtime.cpuinfo import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 _SETTLE_SECONDS = 0.05

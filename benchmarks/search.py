@@ -33,7 +33,7 @@ from fuser.runtime.cache import KernelCache
 from fuser.runtime.device import cpu_target
 from fuser.search.ledger import StudyView, open_study
 from fuser.search.measured import MeasuredObjective
-from fuser.search.run import SearchResult
+from fuser.search.results import SearchResult
 from fuser.search.space import Costs, Groups, Point, RegionSpace, Space
 from fuser.search.study import search
 from fuser.searching import graph_of

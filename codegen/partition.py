@@ -59,8 +59,10 @@ class Kernel:
 
 
 def _values(group: OperatorGroup) -> tuple[str, ...]:
-    """The values of a group by position: every input and output of its operators in order."""
-    return tuple(value for op in group.operators for value in (*op.inputs, *op.outputs))
+    """The values of a group by position: every input and output of its operators in order, then what constants are
+    derived from."""
+    values = tuple(value for op in group.operators for value in (*op.inputs, *op.outputs))
+    return values + group.graph.with_sources(v for v in values if v in group.graph.constants)
 
 
 @dataclass(frozen=True)

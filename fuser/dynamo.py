@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.masks import Mask
 from fuser.module.optimized import OptimizedModule
+from fuser.module.options import Options
 from fuser.runtime.locks import ForkSafeLock
 
 logger = logging.getLogger("fuser")
 _SETS_OF_WEIGHTS = 64
-_OPTIONS = ("attention", "search", "target")
 _modules: weakref.WeakSet[OptimizedModule] = weakref.WeakSet()
 
 
@@ -39,20 +37,14 @@ def backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend ``"fuser"``.
 
-    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search`` and ``target``
-    of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call for a shape. A graph runs as
-    PyTorch has it, with the reason in the log, where autograd would record it (call the model under
+    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search``, ``target`` and
+    ``cuda_graphs`` of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call for a shape. A
+    graph runs as PyTorch has it, with the reason in the log, where autograd would record it (call the model under
     ``torch.no_grad()`` or ``torch.inference_mode()``), where it changes its inputs, and where capture or build fails.
 
-    Raises FuserError for unknown options.
+    Raises FuserError for unknown options, and as that function does for what an option cannot be.
     """
-    settings = {**(options or {}), **more}
-    unknown = sorted(set(settings) - set(_OPTIONS))
-    if unknown:
-        raise FuserError(f"the backend fuser has no option {', '.join(unknown)}; it has {', '.join(_OPTIONS)}")
-    attention = settings.get("attention")
-    if attention is not None and not isinstance(attention, Mask):
-        raise MaskError(f"attention must be one of fuser.masks, not a {type(attention).__name__}")
+    settings = Options.of(**{**(options or {}), **more})
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     constant = tuple(_is_weight(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
     return _Runner(graph, constant, settings)
@@ -181,8 +173,8 @@ class _Graph(OptimizedModule):
     Dynamo makes several graphs of one model: for one shape, then for all others, or for another mode.
     """
 
-    def __init__(self, model: _Bound, weights: Sequence[Tensor], **settings: Any) -> None:
-        super().__init__(model, **settings)
+    def __init__(self, model: _Bound, weights: Sequence[Tensor], options: Options) -> None:
+        super().__init__(model, options)
         with _groups_lock:
             self._siblings = _groups.setdefault(tuple(map(id, weights)), weakref.WeakSet())
             first = next(iter(self._siblings), None)
@@ -206,12 +198,12 @@ class _Runner:
     a module of its own.
     """
 
-    def __init__(self, graph: fx.GraphModule, constant: tuple[bool, ...], settings: Mapping[str, Any]) -> None:
+    def __init__(self, graph: fx.GraphModule, constant: tuple[bool, ...], options: Options) -> None:
         self._graph = graph
         self._compiled = _written_out(graph)
         self._aliases = _returns_views(graph)
         self._constant = constant
-        self._settings = settings
+        self._options = options
         self._lock = ForkSafeLock()
         self._bound: collections.OrderedDict[tuple[int, ...], _Graph] = collections.OrderedDict()
 
@@ -238,7 +230,7 @@ class _Runner:
             module = self._bound.get(key)
             if module is None:
                 # The module keeps its weights alive, so that their identities stay theirs.
-                module = _Graph(_Bound(self._compiled, self._constant, weights), weights, **self._settings)
+                module = _Graph(_Bound(self._compiled, self._constant, weights), weights, self._options)
                 _modules.add(module)
                 self._bound[key] = module
                 while len(self._bound) > _SETS_OF_WEIGHTS:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
@@ -18,7 +18,7 @@ from fuser.kernels.base import FLOATING, floating
 from fuser.runtime.program import CPU
 from fuser.runtime.targets import named_target, on_device, target_of, threads_now
 from fuser.schemes import from_atoffer
-from fuser.search.run import SearchResult
+from fuser.search.results import SearchResult
 from fuser.search.space import Space
 from fuser.search.study import search
 

@@ -16,7 +16,6 @@ from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cuda/attention.cu.j2"
-_WARP_ROWS = 16
 _SHORTEST_PART = 8
 """Steps below which a tile is not cut into parts, since merging them would cost as much."""
 _WAVES = 8

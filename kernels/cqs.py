@@ -20,7 +20,8 @@ import numpy as np
 
 from fuser.ir.errors import PlanError
 from fuser.ir.masks import Columns, Dense, Mask, Progressions
-from fuser.ir.masks.base import Bools, Derived, Ints, integer
+from fuser.ir.masks.algebra import Derived
+from fuser.ir.masks.columns import Bools, Ints, integer
 from fuser.ir.target import Target
 from fuser.kernels.plan import AttentionPlan, Group
 from fuser.kernels.planner import plan as plan_mask

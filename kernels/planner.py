@@ -16,7 +16,7 @@ import numpy as np
 
 from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Mask, MaskMod, TensorMask, from_dense
-from fuser.ir.masks.structure import Part, progressions
+from fuser.ir.masks.structure import Part
 from fuser.ir.target import Target
 from fuser.kernels.cover import COSTS, SPAN, Cover, GroupCost, by_class, from_parts, identity
 from fuser.kernels.detection import detect
@@ -122,7 +122,7 @@ def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int
 def _pieces(mask: Mask, n: int, m: int, model: GroupCost) -> Iterator[_Piece]:
     """The groups of all rows of a mask that has no heads."""
     covered, phases = np.zeros(n, np.bool_), set()
-    parts = progressions(mask, n, m)
+    parts = mask.parts(n, m)
     if parts is None:
         entries = mask.array if isinstance(mask, TensorMask) else mask.dense(n, m).numpy()
         found = detect(entries, model)

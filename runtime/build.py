@@ -22,10 +22,11 @@ import filelock
 from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.ir.target import Target
 from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.compilers import find_ninja, find_toolchain
 from fuser.runtime.entries import KernelKey, kernel_key
 from fuser.runtime.library import Kernel, UnusableLibraryError, load
 from fuser.runtime.store import FULL, remedy
-from fuser.runtime.toolchain import NO_SPACE, Toolchain, find_ninja, find_toolchain
+from fuser.runtime.toolchain import NO_SPACE, Toolchain
 
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)

@@ -16,11 +16,12 @@ from fuser.ir.errors import FuserError
 from fuser.ir.target import Isa, Target, cuda_target
 from fuser.runtime import cuda
 from fuser.runtime.cache import KernelCache, default_cache
-from fuser.runtime.device import cpu_name, cpu_target, detect_isa
+from fuser.runtime.compilers import INSTALL_COMPILER, INSTALL_NINJA, find_ninja, find_toolchain
+from fuser.runtime.cpuinfo import cpu_name, detect_isa
+from fuser.runtime.device import cpu_target
 from fuser.runtime.library import loaded_runtimes, openmp_runtime
 from fuser.runtime.nvcc import INSTALL_NVCC, find_nvcc
 from fuser.runtime.store import default_root
-from fuser.runtime.toolchain import INSTALL_COMPILER, INSTALL_NINJA, find_ninja, find_toolchain
 
 _LOW_DISK_BYTES = 256 << 20
 _OLDEST_TORCH = (2, 6)

@@ -23,7 +23,7 @@ from typing import Any
 from fuser.ir.errors import KernelError
 from fuser.ir.extents import Extents
 from fuser.runtime.abi import KernelArgs
-from fuser.runtime.device import cpu_flags
+from fuser.runtime.cpuinfo import cpu_flags
 from fuser.runtime.library import load
 
 FAULT_STATUS = 900

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,10 @@ def measure(
     generator = torch.Generator(device).manual_seed(0)
     for graph, assembly in zip(graphs, assemblies, strict=True):
         kernels = {s.symbol: load(paths[s.symbol], s.symbol) for s in assembly.sources}
-        weights = {v: random_tensor(graph.values[v], generator) for v in graph.constants}
+        weights: dict[str, Tensor] = {}
+        for name in reversed(graph.with_sources(graph.constants)):
+            if name not in weights:
+                weights[name] = random_constant(graph, name, weights, generator)
         arena, programs = arena_of(device), []
         made = [tensor.to(device) for tensor in materialized(assembly.plan.constants, weights)]
         for _ in range(copies_of(graph, target)):
@@ -116,11 +119,16 @@ def copies_of(graph: OperatorGraph, target: Target) -> int:
     """How many sets of a graph's weights must take turns so that each has left the last-level cache when its turn
     comes, as far as that is worth the memory; one where there are no weights, and on the emulator, whose caches are not
     the target's."""
-    weights = sum(graph.values[v].nbytes for v in graph.constants)
+    weights = weight_bytes(graph)
     most = 1 if target.emulated or weights == 0 else _MOST_COPIES[target.device]
     # Inputs and results, the same in every turn, take their part of the cache once.
     passing = sum(graph.values[v].nbytes for v in {*graph.inputs, *graph.outputs})
     return min(max(-(-(3 * target.cache_bytes[2] // 2 - passing) // max(weights, 1)), 1), most)
+
+
+def weight_bytes(graph: OperatorGraph) -> int:
+    """Bytes of the constants that operators read."""
+    return sum(graph.values[v].nbytes for v in graph.constants if graph.consumers[v])
 
 
 def timer(programs: Sequence[Program], inputs: Sequence[Tensor]) -> Timer:
@@ -194,10 +202,25 @@ class _GpuTimer:
 
 
 def random_tensor(spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    """Contents for an input or weight on the generator's device: small normal numbers, all True, or index zero."""
+    """Contents for an input or weight on the generator's device: small normal numbers, 8-bit integers,
+    all True, or index zero."""
     device = generator.device
     if spec.dtype.is_floating_point:
         return torch.randn(spec.shape, generator=generator, device=device).to(spec.dtype) * 0.1
+    if spec.dtype in (torch.int8, torch.uint8):
+        limits = torch.iinfo(spec.dtype)
+        return torch.randint(limits.min, limits.max + 1, spec.shape, generator=generator, device=device).to(spec.dtype)
     if spec.dtype is torch.bool:
         return torch.ones(spec.shape, dtype=torch.bool, device=device)
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+
+
+def random_constant(
+    graph: OperatorGraph, name: str, sources: Mapping[str, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Contents for a constant of a graph: as derived from its ``sources`` by name, which kernels may read in its place,
+    with numbers where random sources give none."""
+    constant = graph.constants[name]
+    if constant.call is None:
+        return random_tensor(graph.values[name], generator)
+    return torch.nan_to_num(constant.evaluate([sources[source] for source in constant.sources]))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from fuser.codegen.partition import GroupChoice
-from fuser.ir.graph import Constant, OperatorGraph, Region, TensorSpec
+from fuser.ir.graph import OperatorGraph, Region, TensorSpec
 
 
 def standalone(region: Region) -> Region:
@@ -37,7 +37,8 @@ def standalone(region: Region) -> Region:
         for v in names:
             if graph.base(v) == base:
                 values[v] = dataclasses.replace(values[v], base=storage)
-    constants = {v: Constant(v) for v in names if v in graph.constants}
+    constants = {v: graph.constants[v] for v in graph.with_sources(v for v in names if v in graph.constants)}
+    values.update({v: graph.values[v] for v in constants})
     alone = OperatorGraph(tuple(keep), values, tuple(inputs), whole.outputs, constants, states=whole.mutates)
     return Region(alone, whole.operators)
 

@@ -18,7 +18,8 @@ from fuser.ir.target import Target
 from fuser.runtime.cache import KernelCache
 from fuser.search.ledger import VERSION, Ledger, list_studies
 from fuser.search.objective import Objective
-from fuser.search.run import Progress, Run, SearchResult
+from fuser.search.results import Progress, SearchResult
+from fuser.search.run import Limits, Run, remember
 from fuser.search.space import Space
 
 if TYPE_CHECKING:
@@ -99,11 +100,18 @@ def search(
     patience = math.inf
     if plateau is None and strategy == "default":
         plateau, patience = _PLATEAU, _PATIENCE_SECONDS
-    run = Run(ledger, space, objective, strategy, seed, trials, timeout, plateau, patience, progress, decode, cache)
+    sampler = None
+    if strategy != "exact":
+        from fuser.search.samplers import make_sampler
+
+        sampler = make_sampler(strategy, space, seed, objective.costs, decode)
+    limits = Limits(trials, timeout, plateau, patience)
     try:
-        return run.run()
+        result = Run(ledger, space, objective, strategy, sampler, limits, progress).run()
     finally:
         objective.close()
+    remember(result, cache)
+    return result
 
 
 def context_of(target: Target, threads: int) -> dict[str, Any]:

@@ -30,13 +30,13 @@ from torch import Tensor
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import GroupChoice
 from fuser.ir.evaluation import evaluate
-from fuser.ir.graph import OperatorGraph, TensorSpec
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import TF32, Target
 from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.library import load
 from fuser.runtime.program import Program
-from fuser.search.measure import copies_of, device_of, random_tensor, timer
+from fuser.search.measure import copies_of, device_of, random_constant, random_tensor, timer, weight_bytes
 from fuser.search.standalone import subgraph
 
 logger = logging.getLogger("fuser")
@@ -272,7 +272,7 @@ class _Bench:
         assembly = assemble(graph, unit.choices, self.target, self.threads)
         kernels = {s.symbol: load(unit.paths[s.symbol], s.symbol) for s in assembly.sources}
         copies = self._copies(unit, graph)
-        inputs = [self._tensor(unit.region, v, graph.values[v], 0) for v in graph.inputs]
+        inputs = [self._tensor(unit.region, graph, v, 0) for v in graph.inputs]
         programs = []
         for copy in range(copies):
             constants = [self._constant(unit.region, graph, ref, copy) for ref in assembly.plan.constants]
@@ -284,31 +284,31 @@ class _Bench:
 
     def _copies(self, unit: Unit, graph: OperatorGraph) -> int:
         """So many sets of the unit's weights that they come from memory, or stay in the cache, as in the model."""
-
-        def weights(graph: OperatorGraph) -> int:
-            return sum(graph.values[v].nbytes for v in graph.constants)
-
         enough = copies_of(graph, self.target)
-        model = unit.copies * weights(unit.choices[0].group.graph)
+        model = unit.copies * weight_bytes(unit.choices[0].group.graph)
         return enough if 2 * model >= 3 * self.target.cache_bytes[2] else max(min(enough, unit.copies), 1)
 
-    def _tensor(self, region: str, name: str, spec: TensorSpec, copy: int) -> Tensor:
+    def _tensor(self, region: str, graph: OperatorGraph, name: str, copy: int) -> Tensor:
         key = (region, name, copy)
         if key not in self.weights:
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{name}\0{copy}".encode()))
-            self.weights[key] = random_tensor(spec, generator)
+            if name in graph.constants:
+                sources = {s: self._tensor(region, graph, s, copy) for s in graph.constants[name].sources}
+                self.weights[key] = random_constant(graph, name, sources, generator)
+            else:
+                self.weights[key] = random_tensor(graph.values[name], generator)
         return self.weights[key]
 
     def _constant(self, region: str, graph: OperatorGraph, ref: TensorRef, copy: int) -> Tensor:
         if isinstance(ref, str):
-            return self._tensor(region, ref, graph.values[ref], copy)
+            return self._tensor(region, graph, ref, copy)
         if isinstance(ref, Literal):
             if (region, ref, 0) not in self.packed:
                 self.packed[region, ref, 0] = (ref.tensor.to(self.device),)
             return self.packed[region, ref, 0][0]
         key = (region, ref.whole, copy)
         if key not in self.packed:
-            self.packed[key] = ref.pack({v: self._tensor(region, v, graph.values[v], copy) for v in ref.values})
+            self.packed[key] = ref.pack({v: self._tensor(region, graph, v, copy) for v in ref.values})
         return self.packed[key][ref.index]
 
     def _error(
@@ -318,12 +318,12 @@ class _Bench:
         key = (unit.region, frozenset(op.name for op in graph.compute))
         if key not in self.references:
             names = (*graph.inputs, *graph.constants, *graph.states)
-            values = {name: self._tensor(unit.region, name, graph.values[name], 0) for name in names}
+            values = {name: self._tensor(unit.region, graph, name, 0) for name in names}
             self.references[key] = evaluate(graph, values, torch.float64)
         expected = self.references[key]
         program(inputs)
         for name in graph.states:
-            program.states[name].copy_(self._tensor(unit.region, name, graph.values[name], 0))
+            program.states[name].copy_(self._tensor(unit.region, graph, name, 0))
         results = [*program(inputs), *(program.states[name] for name in graph.states)]
         limit = tolerance(
             (graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)), self.target

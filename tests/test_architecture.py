@@ -1,12 +1,14 @@
-"""The parts may only know what is below them, and all of them are installed."""
+"""The parts may only know what is below them, no module what knows it, and all of them are installed."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -48,8 +50,13 @@ def imports(module: str, path: Path) -> Iterator[tuple[str, int]]:
             )
 
 
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(module for module, _ in modules())
+
+
 def _is_module(name: str) -> bool:
-    return name in {module for module, _ in modules()}
+    return name in _names()
 
 
 def part_of(module: str) -> str | None:
@@ -71,6 +78,16 @@ def test_imports_run_downwards(part: str) -> None:
         if within(name, "fuser") and not any(within(name, allowed) for allowed in {part, *MAY_IMPORT[part]})
     ]
     assert wrong == []
+
+
+def test_there_is_no_circle_of_modules() -> None:
+    # Imports in functions and for type checkers count: they hide a circle, and do not open it.
+    graph = nx.DiGraph(
+        (module, name) for module, path in modules() for name, _ in imports(module, path) if _is_module(name)
+    )
+    assert graph.number_of_edges() > 500
+    assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
+    assert list(nx.selfloop_edges(graph)) == []
 
 
 def test_every_package_is_installed() -> None:

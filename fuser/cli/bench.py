@@ -214,7 +214,8 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from fuser import __version__
-    from fuser.runtime.device import cpu_name, cpu_target
+    from fuser.runtime.cpuinfo import cpu_name
+    from fuser.runtime.device import cpu_target
 
     target = cpu_target()
     return {

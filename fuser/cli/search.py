@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fuser.ir.graph import OperatorGraph
     from fuser.ir.target import Target
     from fuser.search.ledger import StudyView
-    from fuser.search.run import Progress, SearchResult
+    from fuser.search.results import Progress, SearchResult
 
 Storage = Annotated[
     str | None,
@@ -170,8 +170,9 @@ def _run(
     import torch
 
     from fuser.explain.report import target_text
+    from fuser.runtime.cpuinfo import cpu_name
     from fuser.runtime.cuda import resolve_device
-    from fuser.runtime.device import cpu_name, cpu_target
+    from fuser.runtime.device import cpu_target
     from fuser.runtime.program import CPU
     from fuser.runtime.targets import named_target, on_device
     from fuser.schemes import from_atoffer

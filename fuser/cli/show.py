@@ -111,7 +111,7 @@ def _compile(named: Named, attention: Mask | None, search: str) -> OptimizedModu
 
 def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool) -> None:
     from fuser.frontend.capture import capture
-    from fuser.frontend.raising import raise_graph
+    from fuser.frontend.graphs import raise_graph
 
     captured = capture(named.model, named.call)
     if stage is Stage.FX:
@@ -153,7 +153,7 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
     from fuser.explain.drawing import duration
     from fuser.explain.report import collect
 
-    found = collect(optimized)
+    found = collect(optimized.snapshot())
     if json:
         values = found.as_dict()
         print_json(values["blocks"] if stage is Stage.SCHEME else values)

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fuser.codegen.partition import PYTORCH
 from fuser.explain.drawing import duration
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost
 from fuser.module.compiler import Compiled
 from fuser.runtime.profile import profile
 from fuser.runtime.program import NativeStep, ProgramPlan, TorchStep
-
-PYTORCH = "pytorch"
 
 
 @dataclass(frozen=True)

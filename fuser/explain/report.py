@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
@@ -21,9 +21,7 @@ from fuser.ir.masks import Mask
 from fuser.ir.operators import PatternMask, View
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
-
-if TYPE_CHECKING:
-    from fuser.module.optimized import OptimizedModule
+from fuser.module.snapshot import Memory, Snapshot
 
 _TEMPLATE = "report.html.j2"
 
@@ -62,16 +60,6 @@ class KernelRow:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes: the largest arena of a program, what was made from weights (packed and derived), originals in files."""
-
-    arena: int
-    constants: int
-    offloaded: int
-    offload_error: str
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything that a report says, as plain values. Lists are empty and ``target`` None when nothing was compiled."""
 
@@ -100,34 +88,33 @@ class Report:
         return values
 
 
-def collect(module: OptimizedModule) -> Report:
-    """The report of what ``module`` compiled last."""
-    programs = module.programs
-    last = programs[-1] if programs else None
+def collect(snapshot: Snapshot) -> Report:
+    """The report of what was compiled last."""
+    last = snapshot.last
     return Report(
-        model=type(module._model).__name__,
-        programs=tuple(_signature(compiled) for compiled in programs),
+        model=snapshot.model,
+        programs=tuple(_signature(compiled) for compiled in snapshot.programs),
         threads=last.assembly.plan.threads if last else 0,
-        target=module._target,
+        target=snapshot.target,
         blocks=tuple(_blocks(last)) if last else (),
         kernels=tuple(_kernels(last)) if last else (),
-        unfused=tuple(module.unfused),
-        outside=tuple(module.outside),
-        fallbacks=tuple(module.fallbacks),
-        memory=_memory(module),
+        unfused=snapshot.unfused,
+        outside=snapshot.outside,
+        fallbacks=snapshot.fallbacks,
+        memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )
 
 
-def report(module: OptimizedModule, path: Path | None = None) -> str:
+def report(snapshot: Snapshot, path: Path | None = None) -> str:
     """The report as text; with ``path`` also as one HTML file that needs nothing else.
 
     Raises FuserError when the file cannot be written.
     """
-    found = collect(module)
+    found = collect(snapshot)
     if path is not None:
         try:
-            path.write_text(render_html(found, module.programs[-1] if module.programs else None), encoding="utf-8")
+            path.write_text(render_html(found, snapshot.last), encoding="utf-8")
         except OSError as error:
             raise FuserError(f"cannot write the report {path}: {error}") from error
     return render_text(found)
@@ -170,12 +157,6 @@ def _kernels(compiled: Compiled) -> Iterator[KernelRow]:
         choice = choice_of(compiled, record)
         seconds, measured = (choice.seconds, choice.measured) if choice else (None, False)
         yield KernelRow(record.name, record.family, record.operators, record.calls, seconds, measured)
-
-
-def _memory(module: OptimizedModule) -> Memory:
-    arena = max((compiled.assembly.plan.arena_bytes for compiled in module.programs), default=0)
-    store = module._store
-    return Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error)
 
 
 # ---- text

@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fuser.explain.drawing import colours, duration
-
-if TYPE_CHECKING:
-    from fuser.explain.report import Group
-    from fuser.explain.study_report import BlockResult, StudySummary
+from fuser.explain.report import Group
+from fuser.explain.study_summary import BlockResult, StudySummary, best_so_far
 
 _STRATEGY_COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#db2777", "#475569")
 _GREY = "#64748b"
@@ -70,8 +68,6 @@ def charts(study: StudySummary) -> dict[str, str]:
 
 
 def _convergence(figure: Any, study: StudySummary) -> None:
-    from fuser.explain.study_report import best_so_far
-
     left, right = figure.subplots(1, 2, sharey=True)
     curves = [(study.strategy, study.trials), *((curve.label, curve.trials) for curve in study.compared)]
     for number, (label, trials) in enumerate(curves):

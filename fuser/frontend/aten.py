@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator as python_operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from fuser.attention.registry import mask_of
 from fuser.frontend import attention_patterns
+from fuser.frontend.raising import Handler, Raiser
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
@@ -21,14 +22,10 @@ from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 
-if TYPE_CHECKING:
-    from fuser.frontend.raising import Raiser
-
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
 
 
-Handler = Callable[["Raiser", fx.Node], "Value | None"]
 HANDLERS: dict[Any, Handler] = {}
 
 
@@ -242,11 +239,12 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
     sizes = [r.values[w].shape[0] for w in weights]
     total = sum(sizes)
     join = TorchCall(torch.cat, ([Ref(i) for i in range(len(nodes))],))
-    weight = r.derived(f"{first.name}_weights", weights, join, (total, r.values[weights[0]].shape[1]))
+    spec = r.values[weights[0]]
+    weight = r.derived(f"{first.name}_weights", weights, join, (total, spec.shape[1]), spec.dtype)
     bias = None
     if len(first.args) > 2 and first.args[2] is not None:
         biases = tuple(r.realize(r.view(n.args[2])) for n in nodes)
-        name = r.derived(f"{first.name}_biases", biases, join, (total,))
+        name = r.derived(f"{first.name}_biases", biases, join, (total,), r.values[biases[0]].dtype)
         bias = View.of(name, r.values[name])
     out = r.linear(first, x, View.of(weight, r.values[weight]), bias, transposed=True)
     start = 0

@@ -169,6 +169,17 @@ class OutputSpec:
             object.__setattr__(built, name, value)
         return built
 
+    def tensors(self, output: Any) -> dict[int, Tensor]:
+        """The tensors of an output of this structure by their index."""
+        parts = pytree.tree_leaves(output) if self.cls is None else [getattr(output, name) for name in self.spec]
+        found: dict[int, Tensor] = {}
+        for leaf, part in zip(self.leaves, parts, strict=True):
+            if isinstance(leaf, OutputTensor):
+                found[leaf.index] = part
+            elif isinstance(leaf, OutputSpec):
+                found.update(leaf.tensors(part))
+        return found
+
 
 def flatten_output(
     output: Any, original: Callable[[Any], Any] = lambda value: value
@@ -239,7 +250,8 @@ class Captured:
 
     ``graph`` has placeholders for ``parameters`` (name in the graph → the live tensor of the model), then for the
     tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.
-    ``asks_modes`` says whether the model asked if gradients or inference mode are on.
+    ``asks_modes`` says whether the model asked if gradients or inference mode are on, and ``lifted`` names the
+    parameters that are tensors which no module has registered.
     """
 
     graph: torch.fx.GraphModule
@@ -247,6 +259,7 @@ class Captured:
     inputs: tuple[str, ...]
     output: OutputSpec
     asks_modes: bool = False
+    lifted: frozenset[str] = frozenset()
 
 
 class _Flat(nn.Module):
@@ -402,7 +415,8 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
     for name, target in signature.inputs_to_lifted_tensor_constants.items():
         parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
-    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes)
+    lifted = frozenset(signature.inputs_to_lifted_tensor_constants)
+    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes, lifted)
 
 
 def _clear_frames(error: BaseException | None) -> None:

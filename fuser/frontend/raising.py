@@ -19,7 +19,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fuser.frontend import attention_patterns
-from fuser.frontend.aten import HANDLERS
 from fuser.frontend.capture import Captured
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
@@ -28,22 +27,9 @@ from fuser.ir.expression import Builder
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
-from fuser.kernels.base import FLOATING
 
 aten = torch.ops.aten
 _FOLD_LIMIT = 1 << 28
-
-
-def raise_graph(
-    captured: Captured, attention: Mask | None = None, floating: frozenset[torch.dtype] = FLOATING
-) -> OperatorGraph:
-    """The operator graph of a captured model.
-
-    ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to; ``floating`` holds the
-    dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
-    mutate tensors.
-    """
-    return Raiser(captured, attention, floating).run()
 
 
 # What gives the same elements however its operands lie in memory. Of everything else that PyTorch runs we cannot know,
@@ -70,8 +56,17 @@ def _is_elementwise(target: Any) -> bool:
 
 
 class Raiser:
-    def __init__(self, captured: Captured, attention: Mask | None, floating: frozenset[torch.dtype]) -> None:
+    """One walk over a captured graph; ``handlers`` say by target what a call becomes, and None that it is an extern."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        handlers: Mapping[Any, Handler],
+        attention: Mask | None,
+        floating: frozenset[torch.dtype],
+    ) -> None:
         self.captured = captured
+        self.handlers = handlers
         self.attention = attention
         self.floating = floating
         self.values: dict[str, TensorSpec] = {}
@@ -240,7 +235,7 @@ class Raiser:
         if role is not None:
             self.env[node] = self._attention(node, role)
             return
-        handler = HANDLERS.get(node.target)
+        handler = self.handlers.get(node.target)
         value = handler(self, node) if handler else None
         self.env[node] = value if value is not None else self._extern(node)
 
@@ -292,7 +287,7 @@ class Raiser:
         if view in self._realized:
             return self._realized[view]
         if self.is_constant(view):
-            name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape)
+            name = self.derived(f"{view.base}_view", (view.base,), _as_strided(view), shape, base.dtype)
         elif strides is not None:
             name = self._alias(f"{view.base}_view", view.base, shape, strides, view.offset)
         else:
@@ -325,17 +320,12 @@ class Raiser:
         for source in constant.sources:
             self._inspect(source)
 
-    def derived(self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int] | None = None) -> str:
-        """A constant made from others; with its ``shape`` given, nothing is computed now."""
-        if shape is None:
-            tensor = Constant(name, sources, call).evaluate([self.tensor(s) for s in sources])
-            spec = TensorSpec.contiguous(tensor.shape, tensor.dtype)
-        else:
-            spec = TensorSpec.contiguous(shape, self.values[sources[0]].dtype)
-        unique = self.add_value(name, spec)
+    def derived(
+        self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int], dtype: torch.dtype
+    ) -> str:
+        """A constant made from others, which is computed when something needs its contents."""
+        unique = self.add_value(name, TensorSpec.contiguous(shape, dtype))
         self.constants[unique] = Constant(unique, sources, call)
-        if shape is None:
-            self._tensors[unique] = tensor
         return unique
 
     # ---- emitting
@@ -406,7 +396,9 @@ class Raiser:
         deterministic = torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         size = sum(r.numel() * r.element_size() for r in results)
         if deterministic and size <= _FOLD_LIMIT and len(results) == 1 and all(self.is_constant(v) for v in views):
-            name = self.derived(node.name, tuple(self.realize(v) for v in views), call)
+            (result,) = results
+            sources = tuple(self.realize(v) for v in views)
+            name = self.derived(node.name, sources, call, result.shape, result.dtype)
             return View.of(name, self.values[name])
         specs = [TensorSpec.contiguous(r.shape, r.dtype) for r in results]
         suffixes = [node.name] if len(specs) == 1 else [f"{node.name}_{i}" for i in range(len(specs))]
@@ -791,3 +783,6 @@ def _finish(raiser: Raiser, outputs: tuple[str, ...]) -> OperatorGraph:
         inspected=frozenset(raiser._inspected),
         states=tuple(name for name in raiser.states if name in keep),
     )
+
+
+Handler = Callable[[Raiser, fx.Node], "Value | None"]

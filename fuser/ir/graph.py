@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from fuser.ir.expression import Expression
-from fuser.ir.operators import Extern, Semantics, TorchCall, View
+from fuser.ir.operators import Extern, Semantics, TorchCall, View, canonical
 from fuser.ir.size import Size
 
 
@@ -191,6 +191,22 @@ class OperatorGraph:
         """Whether a view operator costs nothing because its output lives in its input's storage."""
         return isinstance(op.semantics, View) and self.values[op.output].base is not None
 
+    def provenance(self, constant: str) -> str:
+        """How a constant is derived, and from constants of which shapes and dtypes, whatever their names: kernels may
+        ask for the sources in its place."""
+        found = self.constants[constant]
+        if found.call is None:
+            return "constant"
+        sources = (f"{self.provenance(s)}:{_layout(self.values[s])}" for s in found.sources)
+        return f"{canonical(found.call)}({','.join(sources)})"
+
+    def with_sources(self, constants: Iterable[str]) -> tuple[str, ...]:
+        """These constants and all that they are derived from, each before its sources, as often as it is used."""
+        found: list[str] = []
+        for name in constants:
+            found += [name, *self.with_sources(self.constants[name].sources)]
+        return tuple(found)
+
     def description(self, op: Operator) -> str:
         """What an operator does to its values, in a few words; empty where the name of its kind says it."""
         return op.semantics.describe([self.values[v].shape for v in op.inputs], self.values[op.output].shape)
@@ -364,8 +380,8 @@ class Region:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Merkle hash over kinds with all their attributes, shapes, dtypes, layouts and topology, 16 hex digits; equal
-        for layers that differ only in their weights."""
+        """Merkle hash over kinds with all their attributes, shapes, dtypes, layouts, topology and how constants are
+        derived, 16 hex digits; equal for layers that differ only in their weights."""
         graph = self.graph
         labels: dict[str, str] = {}
         own: list[str] = []
@@ -398,7 +414,7 @@ class Region:
 def _origin(graph: OperatorGraph, value: str) -> str:
     if graph.base(value) in graph.states:
         return "state"
-    return "constant" if value in graph.constants else "value"
+    return graph.provenance(value) if value in graph.constants else "value"
 
 
 def _layout(spec: TensorSpec) -> str:

@@ -30,8 +30,6 @@ def acceptable(
         return None, str(error)
     if reason := unreadable(call.tensors):
         return None, reason
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
-        return None, "an input requires grad; fused kernels have no backward"
     device = device_of(call)
     if wanted is not None and device.type != wanted.device:
         return None, f"an input is on {device}, and this target's tensors are on {wanted.device}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -18,12 +19,14 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.module.options import Options
+from fuser.module.recompute import Routes
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
@@ -35,6 +38,7 @@ from fuser.search.tuning import Tuner
 logger = logging.getLogger("fuser")
 _MANY_UNFUSED = 8
 _LARGE_SHARE = 0.1
+_DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,31 @@ class Compiled:
     masks: tuple[Mask, ...] = ()
     """The masks of functions in it, as they were."""
 
+    @functools.cached_property
+    def routes(self) -> Routes:
+        """Which of the outputs have gradients."""
+        return Routes(self.captured)
+
     @property
     def may_be_slower(self) -> bool:
         """Whether the original model may be faster, which takes many operators that are left to PyTorch: its own
         modules run them with less Python around each."""
         return len(self.assembly.unfused) >= _MANY_UNFUSED and self.unfused_share > _LARGE_SHARE
+
+    @property
+    def unfused(self) -> tuple[tuple[str, str], ...]:
+        """(operator, reason) for what PyTorch runs between the first and the last operator of the regions."""
+        return tuple((name, reason) for name, reason in self.assembly.unfused if self._is_inside(name))
+
+    @property
+    def outside(self) -> tuple[tuple[str, str], ...]:
+        """(operator, reason) for what PyTorch runs before and after all regions."""
+        return tuple((name, reason) for name, reason in self.assembly.unfused if not self._is_inside(name))
+
+    def _is_inside(self, name: str) -> bool:
+        position = self.graph.position
+        fused = [position[op.name] for region in self.graph.regions for op in region.operators]
+        return bool(fused) and min(fused) <= position[name] <= max(fused)
 
     @property
     def is_current(self) -> bool:
@@ -73,23 +97,22 @@ def compile_call(
     target: Target,
     threads: int,
     *,
-    attention: Mask | None = None,
+    options: Options = _DEFAULTS,
     tuner: Tuner | None = None,
     cache: KernelCache | None = None,
     states: States | None = None,
     like: Compiled | None = None,
-    graphs: bool = True,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
     ``tuner`` supplies measured times of kernels; without it the cost model decides. ``states``, and their arena to
     compute in, on the device of the model, are shared with other programs; ``like`` a program of the same model and
-    call, for another number of threads, that need not be captured again; ``graphs`` allows CUDA graphs. Raises
+    call, for another number of threads, that need not be captured again. Raises
     CaptureError when the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be
     built.
     """
     cache = default_cache() if cache is None else cache
-    attention = None if attention is None else attention.current()
+    attention = None if options.attention is None else options.attention.current()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -111,7 +134,7 @@ def compile_call(
     lap("build")
     states = States(Arena()) if states is None else states
     constants = program_constants(assembly, graph, captured.parameters, store, cache.root, states.arena.device)
-    program = program_of(assembly.plan, kernels, constants, target, states.arena, graphs, states)
+    program = program_of(assembly.plan, kernels, constants, target, states.arena, options.cuda_graphs, states)
     lap("pack")
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)

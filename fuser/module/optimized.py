@@ -23,14 +23,17 @@ from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.methods import BoundMethods
+from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
+from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
+from fuser.module.snapshot import Memory, SavedCall, Snapshot
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
 from fuser.runtime.program import States
-from fuser.runtime.targets import named_target, on_device, target_of, threads_now
+from fuser.runtime.targets import on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 
 logger = logging.getLogger("fuser")
@@ -49,9 +52,12 @@ class OptimizedModule(nn.Module):
     Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled for each
     combination of shapes, dtypes and plain arguments: for the first 8 when they are called, for others when they have
     been called often enough to pay; the last 64 are kept. The original model runs instead, with one warning and a
-    reason in :meth:`report`, in training mode, when an input requires grad, under autocast and function transforms,
-    when the model cannot be captured or built, and when it is faster than the program. Which is faster is found by
-    turns at the first calls, where PyTorch must run many of a program's operators.
+    reason in :meth:`report`, in training mode, under autocast and function transforms, when the model cannot be
+    captured or built, and when it is faster than the program. Which is faster is found by turns at the first calls,
+    where PyTorch must run many of a program's operators.
+
+    Outputs have gradients where the model's have: the backward pass runs the original once more, and raises FuserError
+    if weights, attributes or the mode have changed since the call.
 
     Methods of the model run with this module in the model's place, so that ``generate`` or ``encode`` run programs.
 
@@ -69,19 +75,12 @@ class OptimizedModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        *,
-        attention: Mask | None = None,
-        search: str | int = "cached",
-        target: Target | None = None,
-        cuda_graphs: bool = True,
+        options: Options,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)
-        self._attention = attention
-        self._search = search
-        self._wanted = target
-        self._target = target
-        self._cuda_graphs = cuda_graphs
+        self._options = options
+        self._target = options.target
         self._lock = ForkSafeRLock()
         self._programs: ProgramCache[Key, Compiled] = ProgramCache(_PROGRAMS)
         self._policy = CompilationPolicy()
@@ -93,6 +92,7 @@ class OptimizedModule(nn.Module):
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
         self._store = WeightStore(model)
+        self._originals = Originals(model)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
         self._asks_modes = False
@@ -105,16 +105,19 @@ class OptimizedModule(nn.Module):
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_capturing():
-            # Kernels behind ctypes are nothing another compiler could look into. (Other exports are known by their
-            # tensors.)
+        if torch.compiler.is_dynamo_compiling() or is_capturing() or is_recomputing():
+            # Kernels behind ctypes are nothing another compiler or autograd could look into. (Other exports are known
+            # by their tensors.)
             return self._model(*args, **kwargs)
-        call, reason = acceptable(self._model, args, kwargs, self._wanted)
+        call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
             self._say(reason)
             return self._original(args, kwargs)
         key = self._key(call)
         compiled = self._compiled(call, key)
+        if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
+            self._say("a tensor that is no parameter of a module requires grad")
+            return self._original(args, kwargs)
         if compiled is None:
             start = self._seconds()
             result = self._original(args, kwargs)
@@ -123,7 +126,22 @@ class OptimizedModule(nn.Module):
         comparison = self._comparisons.get(key)
         if comparison is not None:
             return self._compare(comparison, compiled, key, call, args, kwargs)
-        return compiled.output.build(compiled.program(call.tensors))
+        return compiled.output.build(self._run(compiled, call, key))
+
+    def _run(self, compiled: Compiled, call: FlatCall, key: Key) -> list[Tensor]:
+        """The results of a program, with gradients where PyTorch would record them."""
+        program, routes = compiled.program, compiled.routes
+        sources = routes.sources(call.tensors) if torch.is_grad_enabled() else ()
+        if not sources:
+            return program(call.tensors)
+        now = (self._store.generation, key[2][0])
+        plan = Recorded(routes, compiled.output, program.plan.aliases, self._originals, self._state, now)
+        return run_recorded(program, call, sources, plan)
+
+    def _state(self) -> object | None:
+        """A value that stays equal while the model computes what the programs do; None once it does not."""
+        store = self._store
+        return None if store.changed else (store.generation, store.configuration)
 
     def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._model(*args, **kwargs)
@@ -140,13 +158,13 @@ class OptimizedModule(nn.Module):
         """Let the program or the original run, in turn, until it is known which is faster."""
         device = compiled.program.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return compiled.output.build(compiled.program(call.tensors))
+            return compiled.output.build(self._run(compiled, call, key))
         original = comparison.original_is_next
         start = self._seconds()
         if original:
             result = self._original(args, kwargs)
         else:
-            result = compiled.output.build(compiled.program(call.tensors))
+            result = compiled.output.build(self._run(compiled, call, key))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comparison.add(self._seconds() - start, original=original)
@@ -202,7 +220,7 @@ class OptimizedModule(nn.Module):
                 return None
             form = form_of(call)
             # The original knows nothing of a mask that was given to us.
-            if not wanted and self._attention is None and not self._admits(call, key, form):
+            if not wanted and self._options.attention is None and not self._admits(call, key, form):
                 return None
             start = self._seconds()
             try:
@@ -218,7 +236,7 @@ class OptimizedModule(nn.Module):
                 self._asks_modes = True
                 key = self._key(call)
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
-            if compiled.may_be_slower and self._attention is None:
+            if compiled.may_be_slower and self._options.attention is None:
                 self._comparisons[key] = Comparison()
             else:
                 self._policy.succeeded(form)
@@ -239,11 +257,11 @@ class OptimizedModule(nn.Module):
         )
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
-        target = self._target = self._wanted or target_of(device)
+        target = self._target = self._options.target or target_of(device)
         signature, place, variant = key
         threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
         if self._tuner is None or self._tuner.target != target:
-            self._tuner = tuner_for(self._search, target, threads)
+            self._tuner = tuner_for(self._options.search, target, threads)
         like = next(
             (
                 c
@@ -260,11 +278,10 @@ class OptimizedModule(nn.Module):
                 self._store,
                 target,
                 threads,
-                attention=self._attention,
+                options=self._options,
                 tuner=self._tuner,
                 states=self._states.setdefault(device, States(arena_of(device))),
                 like=like,
-                graphs=self._cuda_graphs,
             )
 
     def _fail(self, key: Key, error: FuserError) -> None:
@@ -340,12 +357,12 @@ class OptimizedModule(nn.Module):
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
             return tuple(("*", reason) for reason in (*self._failed.values(), *self._slower.values()))
-        return split_unfused(self.programs[-1])[0]
+        return self.programs[-1].unfused
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
         """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
-        return split_unfused(self.programs[-1])[1] if self._programs else ()
+        return self.programs[-1].outside if self._programs else ()
 
     @property
     def fallbacks(self) -> Sequence[str]:
@@ -356,31 +373,44 @@ class OptimizedModule(nn.Module):
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
         from fuser.explain.report import report
 
-        return report(self, Path(path) if path is not None else None)
+        return report(self.snapshot(), Path(path) if path is not None else None)
 
     def save(self, path: str | Path) -> None:
         """Write the compiled programs, weights and kernels to a file for :func:`fuser.load`.
 
         Raises FuserError when nothing has been compiled.
         """
-        from fuser.saved import save
+        from fuser.saved.writer import save
 
-        if not self._programs:
-            raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
-        save(self, Path(path))
+        calls = self.saved_calls()
+        save(calls, self.snapshot(), Path(path))
 
-    def snapshot(self) -> list[tuple[Signature, Compiled, list[Tensor]]]:
+    def snapshot(self) -> Snapshot:
+        """What has been compiled, for reports."""
+        arena = max((compiled.assembly.plan.arena_bytes for compiled in self.programs), default=0)
+        store = self._store
+        return Snapshot(
+            model=type(self._model).__name__,
+            target=self._target,
+            programs=tuple(self.programs),
+            unfused=tuple(self.unfused),
+            outside=tuple(self.outside),
+            fallbacks=tuple(self.fallbacks),
+            memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
+        )
+
+    def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now."""
         with self._lock:
             if self._store.changed:
                 self._refresh()
             return [
-                (
-                    key,
+                SavedCall(
+                    signature,
                     c,
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
-                for (key, _, variant), c in self._programs.items()
+                for (signature, _, variant), c in self._programs.items()
                 if variant[0] == self._store.configuration
             ]
 
@@ -462,16 +492,10 @@ class OptimizedModule(nn.Module):
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._model, self._attention, self._search, self._wanted, self._cuda_graphs)
+        return OptimizedModule, (self._model, self._options)
 
     def extra_repr(self) -> str:
         return f"programs={len(self._programs)}"
-
-
-def _remake(
-    model: nn.Module, attention: Mask | None, search: str | int, target: Target | None, cuda_graphs: bool
-) -> OptimizedModule:
-    return OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -509,18 +533,6 @@ def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
     return True
 
 
-def split_unfused(compiled: Compiled) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """What PyTorch runs, inside the span of the regions and outside of it."""
-    graph = compiled.graph
-    fused = [graph.position[op.name] for region in graph.regions for op in region.operators]
-    inside: list[tuple[str, str]] = []
-    outside: list[tuple[str, str]] = []
-    for name, reason in compiled.assembly.unfused:
-        within = bool(fused) and min(fused) <= graph.position[name] <= max(fused)
-        (inside if within else outside).append((name, reason))
-    return tuple(inside), tuple(outside)
-
-
 def optimize(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -552,8 +564,6 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuser.optimize takes an nn.Module, not a {type(model).__name__}")
-    if attention is not None and not isinstance(attention, Mask):
-        raise MaskError(f"attention must be one of fuser.masks, not a {type(attention).__name__}")
     if quantize is not None:
         raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
     if isinstance(model, torch.jit.ScriptModule):
@@ -563,9 +573,8 @@ def optimize(
         model = getattr(model, "_orig_mod", model)
     if isinstance(model, OptimizedModule):
         model = model._model
-    if not (target is None or isinstance(target, Target)):
-        target = named_target(target)
-    optimized = OptimizedModule(model, attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
+    options = Options.of(attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
+    optimized = OptimizedModule(model, options)
     if example_inputs is None:
         return optimized
     if isinstance(example_inputs, Mapping):
@@ -574,7 +583,7 @@ def optimize(
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
-    call, reason = acceptable(model, args, kwargs, target)
+    call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
         optimized._say(reason)
     elif optimized._compiled(call, optimized._key(call), wanted=True) is None and optimized._excused:

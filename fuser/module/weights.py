@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import operator
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ _Key = tuple[Hashable, ...]
 _LITERAL, _PACKED, _VALUE = "literal", "packed", "value"
 _OFFLOAD_BYTES = 1 << 16
 _WRITE_BYTES = 1 << 16
+_GENERATIONS = itertools.count()
 
 
 _VERSION = operator.attrgetter("_version")
@@ -82,6 +84,8 @@ class WeightStore:
         self._made: dict[_Key, tuple[Tensor, ...]] = {}
         self._offloaded: dict[int, Tensor] = {}
         self._direct: set[int] = set()
+        self.generation = next(_GENERATIONS)
+        """A number for the values that the constants are made from; no two are equal in a process."""
         self.offload_error = ""
         """Why originals stay in memory beside their packed forms, if they do."""
 
@@ -115,6 +119,7 @@ class WeightStore:
         """Inside, constants are made anew; on leaving, they are what the weights were on entering."""
         seen = _Contents(self._contents.tensors.values())
         self._made = {key: made for key, made in self._made.items() if key[0] == _LITERAL}
+        self.generation = next(_GENERATIONS)
         yield
         self._contents = seen
 

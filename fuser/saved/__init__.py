@@ -9,6 +9,5 @@ parameters of kernels: :mod:`fuser.saved.codec`), ``weights/N`` (constants as th
 from fuser.saved.content import describe
 from fuser.saved.module import LoadedModule
 from fuser.saved.reader import load
-from fuser.saved.writer import save
 
-__all__ = ["LoadedModule", "describe", "load", "save"]
+__all__ = ["LoadedModule", "describe", "load"]

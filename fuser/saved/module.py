@@ -50,6 +50,12 @@ class LoadedModule(nn.Module):
             raise KernelError(f"{reason}; a loaded module has no original to run: pass plain tensors of one device")
         candidates = self._by_key.get(call.key)
         if candidates is None:
+            # A call whose tensors lie otherwise in memory has the same results.
+            dense = {id(t): t.contiguous() for t in call.tensors}
+            args, kwargs = call.unflatten([dense[id(t)] for t in call.tensors])
+            call = flatten_call(args, kwargs)
+            candidates = self._by_key.get(call.key)
+        if candidates is None:
             shapes = "\n  ".join(describe(key) for key in self._by_key)
             raise KernelError(
                 f"no program was saved for the call {describe(call.key)}; {self._content.path} has\n  {shapes}"

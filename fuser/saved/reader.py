@@ -23,7 +23,7 @@ from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import default_cache
-from fuser.runtime.device import lacking
+from fuser.runtime.cpuinfo import lacking
 from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
 from fuser.saved import codec

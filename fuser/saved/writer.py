@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import os
 import platform
-import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from torch import Tensor
 
 import fuser
 from fuser.attention.registry import mask_of
-from fuser.frontend.capture import Signature
+from fuser.explain.report import collect, render_html, render_text
 from fuser.ir.errors import FuserError
 from fuser.ir.masks import Mask, from_dense
 from fuser.ir.operators import TorchCall
 from fuser.module.compiler import Compiled
-from fuser.module.optimized import OptimizedModule, split_unfused
+from fuser.module.snapshot import SavedCall, Snapshot
 from fuser.saved import codec
 from fuser.saved.content import (
     FORMAT,
@@ -46,8 +45,8 @@ _STORED = frozenset(
 """Types that every version of safetensors has names for."""
 
 
-def save(module: OptimizedModule, path: Path) -> None:
-    """Write all programs that ``module`` has compiled to ``path``, at once or not at all.
+def save(calls: Sequence[SavedCall], snapshot: Snapshot, path: Path) -> None:
+    """Write the programs of ``calls`` with the report of ``snapshot`` to ``path``, at once or not at all.
 
     The file is as large as the packed weights. It holds programs for the shapes that were compiled, not the model:
     call the module on every shape that is needed first.
@@ -55,13 +54,12 @@ def save(module: OptimizedModule, path: Path) -> None:
     Raises FuserError when nothing is compiled, when a part of a program cannot be saved, or when the file cannot be
     written.
     """
-    programs = module.snapshot()
-    target = module._target
-    if not programs or target is None:
+    target = snapshot.target
+    if not calls or target is None:
         raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
     spans = _Spans()
     try:
-        saved = tuple(_saved(key, compiled, constants, spans) for key, compiled, constants in programs)
+        saved = tuple(_saved(call, spans) for call in calls)
         text = codec.dump(SavedPrograms(saved, tuple(_masks_of(saved).items())))
         codec.load(text)
     except (TypeError, ValueError, AttributeError) as error:
@@ -69,13 +67,12 @@ def save(module: OptimizedModule, path: Path) -> None:
     parts = {
         PROGRAMS: _bytes(text),
         **{f"weights/{name}": tensor for name, tensor in spans.tensors()},
-        **{f"kernels/{s}.so": _bytes(content) for s, content in _libraries(c for _, c, _ in programs).items()},
+        **{f"kernels/{s}.so": _bytes(content) for s, content in _libraries(call.compiled for call in calls).items()},
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            html = Path(folder) / REPORTS[1]
-            reports = {REPORTS[0]: module.report(html), REPORTS[1]: html.read_text(encoding="utf-8")}
+        found = collect(snapshot)
+        reports = dict(zip(REPORTS, (render_text(found), render_html(found, snapshot.last)), strict=True))
         parts |= {name: _bytes(report.encode()) for name, report in reports.items()}
         sums = {name: checksum(tensor) for name, tensor in parts.items()}
         manifest = codec.dump(Manifest(fuser.__version__, str(torch.__version__), platform.machine(), target, sums))
@@ -123,19 +120,18 @@ def _libraries(programs: Iterable[Compiled]) -> dict[str, bytes]:
     return found
 
 
-def _saved(key: Signature, compiled: Compiled, constants: Sequence[Tensor], spans: _Spans) -> SavedProgram:
-    assembly = compiled.assembly
-    unfused, outside = split_unfused(compiled)
+def _saved(call: SavedCall, spans: _Spans) -> SavedProgram:
+    compiled, assembly = call.compiled, call.compiled.assembly
     plan = dataclasses.replace(assembly.plan, constants=())
     return SavedProgram(
-        key=key,
+        key=call.signature,
         plan=plan,
         output=outline_of(compiled.output.build([torch.empty(0) for _ in plan.returns])),
-        constants=tuple(spans.add(t) for t in constants),
+        constants=tuple(spans.add(t) for t in call.constants),
         specs=assembly.specs,
         kernels=assembly.kernels,
-        unfused=unfused,
-        outside=outside,
+        unfused=compiled.unfused,
+        outside=compiled.outside,
     )
 
 

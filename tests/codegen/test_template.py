@@ -16,7 +16,7 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import GroupChoice
 from fuser.codegen.template import ProgramTemplate, RangedTemplate, generalized
 from fuser.frontend.capture import Captured, capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.operators import TorchCall

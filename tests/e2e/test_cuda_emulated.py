@@ -15,7 +15,7 @@ import fuser
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError, ToolchainError
 from fuser.ir.target import cuda_target
 from fuser.kernels.base import floating

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fuser.codegen.assemble import assemble
-from fuser.codegen.render import TEMPLATES, environment
+from fuser.codegen.render import TEMPLATES, environment, header_folder
 from fuser.frontend.aten import HANDLERS
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import Raiser, raise_graph
+from fuser.frontend.graphs import raise_graph
+from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.ir.evaluation import evaluate
@@ -28,13 +29,15 @@ from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Tab
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module import compiler
 from fuser.module.weights import WeightStore
-from fuser.runtime.cache import default_cache
+from fuser.runtime.build import Source, build
+from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import Arena, NativeStep, Program, States, TorchStep
 from fuser.saved import codec
 from fuser.search.measure import measure
-from fuser.search.standalone import standalone
+from fuser.search.standalone import standalone, subgraph
+from fuser.search.worker import Unit, _Bench
 
 CAPACITY, COLUMNS = 8, 20
 TARGETS: Sequence[Callable[[], Target]] = (cpu_target, emulated_target)
@@ -216,6 +219,28 @@ def test_what_writes_is_measured_on_a_state_of_its_own() -> None:
     assert reader.graph.states == () and reader.graph.inputs == ("cache",)
     (found,) = measure([[write]], target, 1, default_cache())
     assert found.seconds > 0
+
+
+def test_the_search_checks_what_is_written(tmp_path: Path) -> None:
+    graph, target = graph_of(2), cpu_target()
+    (write,) = (c for c in compiler.choose_all(graph, target)[0] if c.family == "append_rows")
+    assembly = assemble(subgraph([write]), [write], target, 1)
+    paths = build(list(assembly.sources), target, headers=header_folder(target), cache=default_cache())
+    (symbol,) = (spec.symbol for spec in assembly.specs)
+    idle = build(
+        [Source(symbol, f'#include "abi.h"\nextern "C" int {symbol}(const FuserArgs*, void*) {{ return 0; }}')],
+        target,
+        headers=header_folder(target),
+        cache=KernelCache(tmp_path),
+    )
+    bench = _Bench(target, 1, torch.device("cpu"), lambda *what: None)
+    found = bench.time(
+        [Unit("good", "region", (write,), dict(paths), 1), Unit("idle", "region", (write,), {**paths, **idle}, 1)],
+        0.01,
+        False,
+    )
+    assert found["good"].seconds is not None, found["good"]
+    assert found["idle"].seconds is None and "wrong numbers: the relative error of cache" in found["idle"].failure
 
 
 # ---- from a model on: a handler that makes a state of what it is given

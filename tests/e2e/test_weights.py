@@ -159,7 +159,7 @@ def test_attributes_are_those_of_the_model() -> None:
     assert fast.fallbacks == ()
 
 
-@pytest.mark.parametrize("name", ["_attention", "_target", "_store", "_lock", "_programs", "programs", "kernels"])
+@pytest.mark.parametrize("name", ["_options", "_target", "_store", "_lock", "_programs", "programs", "kernels"])
 def test_members_may_have_the_names_of_our_attributes(name: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -18,7 +18,7 @@ from fuser.ir.target import emulated_target
 from fuser.runtime.device import cpu_target
 from fuser.search.ledger import open_study
 from fuser.search.objective import AdditiveObjective, Outcome
-from fuser.search.run import Progress
+from fuser.search.results import Progress
 from fuser.search.space import Point
 
 TINY = ["--model", "transformer-encoder", "--layers", "2", "--hidden", "32", "--heads", "2", "--intermediate", "64"]

@@ -154,7 +154,7 @@ def test_graphs_of_a_model_share_packed_weights() -> None:
     fast(X), fast(X[:3])
     first, second = dynamo.modules()
     assert first._store is second._store
-    pointers = [{t.data_ptr() for t in m.snapshot()[0][2]} for m in (first, second)]
+    pointers = [{t.data_ptr() for t in m.saved_calls()[0].constants} for m in (first, second)]
     assert pointers[0] == pointers[1]
 
 
@@ -259,7 +259,7 @@ def test_scraps_run_as_they_are() -> None:
 
 def test_options() -> None:
     model = Layer().eval()
-    with pytest.raises(Exception, match="no option serch; it has attention, search, target"):
+    with pytest.raises(Exception, match="no option serch; it has attention, search, target, cuda_graphs"):
         torch.compile(model, backend="fuser", options={"serch": 1})(X)
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"must be one of fuser\.masks"):

@@ -32,7 +32,7 @@ from fuser.kernels.scores import ScoreRule, SoftCap
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.device import detect_isa
+from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.library import Kernel, load
 
 NATIVE = detect_isa()

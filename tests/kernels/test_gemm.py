@@ -37,7 +37,7 @@ from fuser.kernels.operands import OperandExtents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.device import cpu_flags, detect_isa
+from fuser.runtime.cpuinfo import cpu_flags, detect_isa
 from fuser.runtime.library import Kernel, load
 
 NATIVE = detect_isa()

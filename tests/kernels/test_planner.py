@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import fuser
 from fuser import masks
 from fuser.ir.errors import MaskError
-from fuser.ir.masks.structure import progressions
 from fuser.kernels import planner
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import plan, stored_plan
@@ -96,7 +95,7 @@ def test_heads_and_functions_are_partitioned(first: masks.Mask, second: masks.Ma
 @given(COMBINED, LENGTH, LENGTH)
 @settings(max_examples=100, deadline=None)
 def test_progressions_are_the_mask(mask: masks.Mask, q_len: int, kv_len: int) -> None:
-    parts = progressions(mask, q_len, kv_len)
+    parts = mask.parts(q_len, kv_len)
     if parts is None:
         return
     count = np.zeros((q_len, kv_len), np.int64)

@@ -13,10 +13,10 @@ import pytest
 
 import fuser.templates
 from fuser.ir.target import Target
-from fuser.runtime import toolchain
+from fuser.runtime import compilers, toolchain
 from fuser.runtime.build import Source
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.device import cache_sizes, cpu_flags, detect_isa
+from fuser.runtime.cpuinfo import cache_sizes, cpu_flags, detect_isa
 
 TEAM = """
 #include "abi.h"
@@ -79,7 +79,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         return folder
 
     # What one test learned about a script must not reach the next.
-    toolchain._identify.cache_clear()
+    compilers._identify.cache_clear()
     toolchain._checked.clear()
     return make
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import pytest
 
 from fuser.ir.errors import FuserError
 from fuser.ir.target import Isa, Target
-from fuser.runtime import device
+from fuser.runtime import calibration, cpuinfo, device
 from fuser.runtime.cache import KernelCache
-from fuser.runtime.device import Rates, calibration_key, cpu_target, detect_isa
-
-AVX2 = device._AVX2_FLAGS
-AVX512 = device._AVX512_FLAGS
+from fuser.runtime.calibration import Rates, calibration_key
+from fuser.runtime.cpuinfo import detect_isa
+from fuser.runtime.device import cpu_target
 
 
 @pytest.fixture
@@ -35,31 +33,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Target]:
 def forget() -> None:
     """What a new process would not know."""
     device._cached_target.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("flags", "machine", "isa"),
-    [
-        (AVX512, "x86_64", Isa.AVX512),
-        (AVX512 | {"avx512_vnni"}, "x86_64", Isa.AVX512),
-        (AVX512 - {"avx512bw"}, "x86_64", Isa.AVX2),
-        (AVX2, "x86_64", Isa.AVX2),
-        (AVX2 - {"fma"}, "x86_64", Isa.PORTABLE),
-        (frozenset({"sse2"}), "x86_64", Isa.PORTABLE),
-        (frozenset({"asimd"}), "aarch64", Isa.NEON),
-        (frozenset(), "riscv64", Isa.PORTABLE),
-    ],
-)
-def test_instruction_sets(flags: frozenset[str], machine: str, isa: Isa) -> None:
-    assert device._isa_of(flags, machine) is isa
-
-
-@pytest.mark.parametrize(("capability", "isa"), [("AVX512", Isa.AVX512), ("AVX2", Isa.AVX2), ("NO AVX", Isa.PORTABLE)])
-def test_torch_is_asked_where_the_system_hides_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, capability: str, isa: Isa
-) -> None:
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    assert device._isa_of(frozenset(), "x86_64") is isa
 
 
 def test_this_machine_is_measured_once(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +70,7 @@ def test_a_lower_instruction_set(cache: KernelCache, monkeypatch: pytest.MonkeyP
 
 
 def test_an_instruction_set_that_the_cpu_lacks(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "detect_isa", lambda: Isa.AVX2)
+    monkeypatch.setattr(cpuinfo, "detect_isa", lambda: Isa.AVX2)
     monkeypatch.setenv("FUSER_ISA", "avx512")
     with pytest.raises(FuserError, match=r"does not have the instruction set avx512; its best is avx2"):
         cpu_target(cache=cache)
@@ -152,7 +125,7 @@ def test_rates_belong_to_a_machine(cache: KernelCache, counted: list[Target], mo
     ):
         assert calibration_key(dataclasses.replace(target, **change)) != key
     assert calibration_key(dataclasses.replace(target, peak_flops=1.0)) == key
-    monkeypatch.setattr(device, "cpu_name", lambda: "another CPU")
+    monkeypatch.setattr(calibration, "cpu_name", lambda: "another CPU")
     assert calibration_key(target) != key
 
 
@@ -165,77 +138,6 @@ def test_without_a_compiler_rates_are_assumed(
     assert "cannot measure" in caplog.text and "nowhere" in caplog.text
     # The guess is not remembered: it is replaced as soon as there is a compiler.
     assert cache.read_record("calibration", calibration_key(target)) is None
-
-
-# Reading the system
-
-
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-
-
-def cache_files(cpu: int, **levels: str) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for index, (name, size) in enumerate(levels.items()):
-        folder = f"cpu{cpu}/cache/index{index}"
-        kind = {"i": "Instruction", "d": "Data"}.get(name[2:], "Unified")
-        files |= {f"{folder}/level": name[1], f"{folder}/type": kind, f"{folder}/size": size}
-    return files
-
-
-@pytest.mark.parametrize(
-    ("levels", "sizes"),
-    [
-        ({"l1d": "48K", "l1i": "64K", "l2": "2048K", "l3": "105M"}, (48 << 10, 2 << 20, 105 << 20)),
-        ({"l1i": "64K", "l1d": "128K", "l2": "12M"}, (128 << 10, 12 << 20, 12 << 20)),
-        ({}, device._TYPICAL_CACHES),
-        ({"l1d": "", "l2": "0K", "l3": "many"}, device._TYPICAL_CACHES),
-    ],
-)
-def test_cache_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: dict[str, str], sizes: tuple[int, int, int]
-) -> None:
-    write(tmp_path, cache_files(min(os.sched_getaffinity(0)), **levels))
-    monkeypatch.setattr(device, "_CPUS", tmp_path)
-    assert device.cache_sizes() == sizes
-
-
-@pytest.mark.parametrize(
-    ("affinity", "siblings", "files", "cores"),
-    [
-        ({0, 1, 2, 3}, ["0,2", "1,3", "0,2", "1,3"], {}, 2),
-        ({0, 2}, ["0,2", "1,3", "0,2", "1,3"], {}, 1),
-        ({0, 1, 2}, ["0", "1", "2"], {}, 3),
-        ({0, 1, 2}, [], {}, 3),
-        ({0, 1, 2, 3}, [], {"cpu.max": "250000 100000"}, 3),
-        ({0, 1}, [], {"cpu.max": "800000 100000"}, 2),
-        ({0, 1}, [], {"cpu.max": "max 100000"}, 2),
-        ({0, 1}, [], {"cpu.max": "10000 100000"}, 1),
-        ({0, 1}, [], {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
-        ({0, 1}, [], {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 2),
-    ],
-)
-def test_usable_cores(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    affinity: set[int],
-    siblings: list[str],
-    files: dict[str, str],
-    cores: int,
-) -> None:
-    write(tmp_path, {f"cpu{i}/topology/thread_siblings_list": text for i, text in enumerate(siblings)})
-    write(tmp_path / "cgroup", files)
-    monkeypatch.setattr(device, "_CPUS", tmp_path)
-    monkeypatch.setattr(device, "_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity)
-    assert device.usable_cores() == cores
-
-
-def test_this_cpu_has_a_name() -> None:
-    assert device.cpu_name() and device.cpu_name() != platform.machine()
 
 
 # Doctor

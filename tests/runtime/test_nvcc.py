@@ -15,6 +15,7 @@ from fuser.ir.target import CUDA_ARCHS, cuda_target, emulated_target
 from fuser.runtime import cuda, nvcc, toolchain
 from fuser.runtime.build import CompilationError, Source, build
 from fuser.runtime.cache import KernelCache
+from fuser.runtime.compilers import find_toolchain
 from fuser.runtime.nvcc import (
     InstructionMix,
     Resources,
@@ -163,7 +164,7 @@ def test_the_emulator_is_another_target_than_its_gpu() -> None:
     emulated = emulated_target()
     assert emulated.emulated and emulated.device == "cpu" and cuda_target("sm_80").device == "cuda"
     assert emulated.key != cuda_target("sm_80").key
-    found = toolchain.find_toolchain(emulated)
+    found = find_toolchain(emulated)
     assert "-DFUSER_EMULATED" in found.compile_flags
 
 

@@ -33,7 +33,7 @@ from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import measure, records
 from fuser.search.measured import MeasuredObjective
-from fuser.search.run import SearchResult
+from fuser.search.results import SearchResult
 from fuser.search.space import Point, Space
 from fuser.search.tuning import tuner_for
 from fuser.searching import graph_of, search_model, team_of

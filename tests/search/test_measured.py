@@ -17,7 +17,7 @@ from torch import nn
 
 from fuser.codegen.render import TEMPLATES
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import BuildError, CacheError, SearchError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph

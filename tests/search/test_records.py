@@ -11,7 +11,7 @@ from torch import nn
 
 from fuser.codegen.partition import Choice, default_scheme
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.runtime.cache import KernelCache

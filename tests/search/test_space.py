@@ -16,7 +16,7 @@ from torch import nn
 
 from fuser.codegen.partition import legality
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Scheme, canonical

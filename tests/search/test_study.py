@@ -23,8 +23,9 @@ from fuser.runtime.device import cpu_target
 from fuser.schemes import bert_layer, from_atoffer
 from fuser.search.ledger import list_studies, open_study
 from fuser.search.objective import AdditiveObjective, Outcome
-from fuser.search.run import Progress, SearchResult, spearman
+from fuser.search.results import Progress, SearchResult
 from fuser.search.space import Point, RegionSpace, Space
+from fuser.search.statistics import spearman
 from fuser.search.study import STRATEGIES, search
 
 TARGET = dataclasses.replace(cpu_target(), peak_flops=1e11, bandwidth=1e10, launch_seconds=1e-6)

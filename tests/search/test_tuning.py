@@ -11,7 +11,7 @@ from torch import nn
 import fuser
 from fuser.codegen.partition import Choice, GroupChoice, alternatives, default_scheme
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import cuda_target
@@ -22,7 +22,7 @@ from fuser.module.compiler import choose_all
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning
-from fuser.search.run import SearchResult
+from fuser.search.results import SearchResult
 from fuser.search.standalone import subgraph
 from fuser.search.study import search
 from fuser.search.tuning import RECORD, Tuner, tuner_for

@@ -25,7 +25,7 @@ from fuser import zoo
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.masks import Mask, SlidingWindow
 from fuser.ir.operators import TorchCall

@@ -7,8 +7,10 @@ the last of the keys (a filled cache), shift them: ``mask.shift(kv_len - q_len)`
 
 from __future__ import annotations
 
-from fuser.ir.masks.base import And, Columns, Mask, Not, Or, PerHead, Progressions, Shifted, per_head
+from fuser.ir.masks.algebra import And, Not, Or, PerHead, Shifted, per_head
+from fuser.ir.masks.base import Mask
 from fuser.ir.masks.batch import PerBatch, per_batch
+from fuser.ir.masks.columns import Columns, Progressions
 from fuser.ir.masks.opaque import MaskMod, TensorMask, from_dense, from_mask_mod
 from fuser.ir.masks.patterns import BigBird, Causal, Dense, Dilated, Fixed, Longformer, SlidingWindow, Strided
 

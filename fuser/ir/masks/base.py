@@ -1,111 +1,36 @@
-"""The mask interface, the algebra of masks (``& | ~``, per head, shifted queries) and what all masks share."""
+"""The mask interface: what masks define, and what follows from that for all of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import operator
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fuser.ir.errors import MaskError
+from fuser.ir.masks.columns import Bools, Columns, Ints, Progressions, chunks, digest, indptr_of, integer
+from fuser.ir.masks.picture import draw
+from fuser.ir.masks.structure import IrregularError, Part, parts_of
 
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
-
-# Entries that one step of a chunked computation may hold: large enough to vectorize, small beside any model.
-CHUNK = 1 << 22
-
-# Where a mask keeps what it was when somebody last asked.
-_CURRENT = "_current"
-
-# Largest length or parameter: products of two of them fit in int64.
-LARGEST = (1 << 31) - 1
+CURRENT = "_current"
+"""Where a mask keeps what it was when somebody last asked."""
 
 
-class Columns(NamedTuple):
-    """Allowed columns of a batch of rows, CSR: row ``r`` allows ``indices[indptr[r]:indptr[r + 1]]``, ascending."""
+@dataclass(frozen=True)
+class Algebra:
+    """What ``&``, ``|``, ``~`` and ``shift`` make. Their results are masks, so that :mod:`fuser.ir.masks.algebra`
+    comes after the interface and enters them in it."""
 
-    indptr: Ints
-    indices: Ints
-
-
-@dataclass(frozen=True, eq=False)
-class Progressions:
-    """Allowed columns of R rows as K arithmetic progressions a row; all three arrays are int64 (R, K).
-
-    Row ``r`` allows ``start[r, k] + t * step[r, k]`` for ``0 <= t < count[r, k]``. Within a row the progressions ascend
-    and their ranges do not overlap; unused ones have count 0.
-    """
-
-    start: Ints
-    count: Ints
-    step: Ints
-
-    def columns(self) -> Columns:
-        used = self.count.ravel() > 0
-        start, count, step = (array.ravel()[used] for array in (self.start, self.count, self.step))
-        # Differences of successive indices, summed in place: one array of the result's size and no other.
-        indices = np.repeat(step, count)
-        indices[np.cumsum(count) - count] = start - np.concatenate([[0], (start + (count - 1) * step)[:-1]])
-        np.cumsum(indices, out=indices)
-        return Columns(_indptr(self.count.sum(axis=1)), indices)
-
-
-def spans(rows: int, kv_len: int, *parts: tuple[Any, Any, Any]) -> Progressions:
-    """Progressions from ascending parts ``(first, last, step)``, inclusive, scalars or (rows,), cut to [0, kv_len)."""
-    shape = (len(parts), rows)
-    first, last, step = (np.empty(shape, np.int64) for _ in range(3))
-    for k, part in enumerate(parts):
-        first[k], last[k], step[k] = part
-    first += np.maximum(0, -(first // step)) * step  # the progression's first member that is not negative
-    count = np.maximum(0, (np.minimum(last, kv_len - 1) - first) // step + 1)
-    return Progressions(*(np.ascontiguousarray(array.T) for array in (first, count, step)))
-
-
-def integer(name: str, value: Any, least: int | None) -> int:
-    """``value`` as an int not below ``least``; MaskError otherwise."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise MaskError(f"{name} must be an integer, got {value!r}") from None
-    if least is not None and number < least:
-        raise MaskError(f"{name} must be at least {least}, got {number}")
-    if abs(number) > LARGEST:
-        raise MaskError(f"{name} must be at most {LARGEST}, got {number}")
-    return number
-
-
-def chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that together hold at most CHUNK entries of ``width`` a row, and at least one row."""
-    size = max(1, CHUNK // max(1, width))
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
-
-
-def digest(value: Any) -> str:
-    """Hex SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _indptr(lengths: npt.NDArray[Any]) -> Ints:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _row_of(columns: Columns) -> Ints:
-    """For every entry of ``columns``, the position of its row in the batch."""
-    return np.repeat(np.arange(len(columns.indptr) - 1), np.diff(columns.indptr))
+    both: Callable[[tuple[Mask, ...]], Mask]
+    either: Callable[[tuple[Mask, ...]], Mask]
+    complement: Callable[[Mask], Mask]
+    shifted: Callable[[Mask, int], Mask]
 
 
 class Mask(ABC):
@@ -117,6 +42,18 @@ class Mask(ABC):
 
     All methods that take lengths raise MaskError when the mask does not fit them.
     """
+
+    _algebra: ClassVar[Algebra]
+
+    @property
+    def allows_all(self) -> bool:
+        """Whether every pair is known to be allowed, at all lengths."""
+        return False
+
+    @property
+    def allows_none(self) -> bool:
+        """Whether no pair is known to be allowed, at any lengths."""
+        return False
 
     @property
     def heads(self) -> int | None:
@@ -182,6 +119,14 @@ class Mask(ABC):
         n, m = self._lengths(q_len, kv_len)
         return self._progressions(self._row_indices(rows, n), n, m)
 
+    def parts(self, q_len: int, kv_len: int | None = None) -> list[Part] | None:
+        """Disjoint parts that together allow what the mask allows, or None where no short closed form is known."""
+        n, m = self._lengths(q_len, kv_len)
+        try:
+            return self._parts(np.arange(n), n, m)
+        except IrregularError:
+            return None
+
     def count(self, q_len: int, kv_len: int | None = None) -> int:
         """Exact number of allowed pairs, summed over the heads of a mask that has heads; never holds the whole mask."""
         n, m = self._lengths(q_len, kv_len)
@@ -190,9 +135,7 @@ class Mask(ABC):
         closed = self._progressions(np.arange(n), n, m)
         if closed is not None:
             return int(closed.count.sum())
-        from fuser.ir.masks.structure import progressions
-
-        parts = progressions(self, n, m)
+        parts = self.parts(n, m)
         if parts is not None:
             return sum(int(part.count.sum()) for part in parts)
         total = 0
@@ -218,7 +161,7 @@ class Mask(ABC):
     def shift(self, offset: int) -> Mask:
         """The mask whose query ``i`` is query ``i + offset`` of this one, as if after ``offset`` cached ones."""
         offset = integer("offset", offset, 0)
-        return Shifted(self, offset) if offset else self
+        return self._algebra.shifted(self, offset) if offset else self
 
     def current(self) -> Mask:
         """This mask as it is now, for whoever keeps what follows from it: itself, where nothing can change.
@@ -229,9 +172,9 @@ class Mask(ABC):
         now = tuple(mask.current() for mask in self._operands)
         if all(a is b for a, b in zip(now, self._operands, strict=True)):
             return self
-        kept = self.__dict__.get(_CURRENT)
+        kept = self.__dict__.get(CURRENT)
         if kept is None or kept._operands != now:
-            kept = self.__dict__[_CURRENT] = self._with(now)
+            kept = self.__dict__[CURRENT] = self._with(now)
         return kept  # type: ignore[no-any-return]
 
     @property
@@ -250,25 +193,25 @@ class Mask(ABC):
 
     def draw(self, path: str | Path, q_len: int, kv_len: int | None = None) -> None:
         """Write a PNG picture, shaded by block density where there are more entries than pixels. Needs matplotlib."""
-        from fuser.ir.masks.picture import draw
-
         n, m = self._lengths(q_len, kv_len)
-        draw(self, Path(path), n, m)
+        masks = (self.head(h) for h in range(self.heads or 1))
+        panels = ((mask.name, lambda a, b, mask=mask: mask._block(np.arange(a, b), n, m)) for mask in masks)
+        draw(Path(path), f"{self.name}\n{n} x {m}, {self.density(n, m):.2%} allowed", panels, self.heads, n, m)
 
     def __and__(self, other: Mask) -> Mask:
-        return And.of((self, other)) if isinstance(other, Mask) else NotImplemented
+        return self._algebra.both((self, other)) if isinstance(other, Mask) else NotImplemented
 
     def __or__(self, other: Mask) -> Mask:
-        return Or.of((self, other)) if isinstance(other, Mask) else NotImplemented
+        return self._algebra.either((self, other)) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
-        return Not(self)
+        return self._algebra.complement(self)
 
     def __str__(self) -> str:
         return self.name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != _CURRENT}
+        return {name: value for name, value in self.__dict__.items() if name != CURRENT}
 
     def __copy__(self) -> Mask:
         return self
@@ -305,6 +248,10 @@ class Mask(ABC):
     def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
         return None
 
+    def _parts(self, rows: Ints, n: int, m: int) -> list[Part]:
+        """The rows as disjoint parts. Raises IrregularError where no short closed form is known."""
+        return parts_of(self._progressions(rows, n, m))
+
     def _head(self, index: int) -> Mask:
         raise NotImplementedError(f"{type(self).__name__} has heads and must define _head")
 
@@ -322,7 +269,7 @@ class Mask(ABC):
             block = self._block(i[start:stop], n, m)
             lengths.append(block.sum(axis=1, dtype=np.int64))
             indices.append(np.nonzero(block)[1])
-        return Columns(_indptr(np.concatenate(lengths)), np.concatenate(indices))
+        return Columns(indptr_of(np.concatenate(lengths)), np.concatenate(indices))
 
     # What all share.
 
@@ -351,334 +298,3 @@ class Mask(ABC):
         if index.size and (index.min() < 0 or index.max() >= n):
             raise MaskError(f"rows must lie in [0, {n}), got {index.min()} to {index.max()}")
         return index.astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Derived(Mask):
-    """A mask made from one other, ``operand``, with as many heads."""
-
-    operand: Mask
-
-    @property
-    def heads(self) -> int | None:
-        return self.operand.heads
-
-    @property
-    def structured(self) -> bool:
-        return self.operand.structured
-
-    @property
-    def _operands(self) -> tuple[Mask, ...]:
-        return (self.operand,)
-
-    def _with(self, operands: tuple[Mask, ...]) -> Mask:
-        return replace(self, operand=operands[0])
-
-
-@dataclass(frozen=True)
-class Not(Derived):
-    """Pairs that the operand does not allow."""
-
-    @property
-    def structured(self) -> bool:
-        return False
-
-    @property
-    def name(self) -> str:
-        inner = self.operand.name
-        return f"~({inner})" if isinstance(self.operand, _Composed) else f"~{inner}"
-
-    def __invert__(self) -> Mask:
-        return self.operand
-
-    def count(self, q_len: int, kv_len: int | None = None) -> int:
-        n, m = self._lengths(q_len, kv_len)
-        return n * m * (self.heads or 1) - self.operand.count(n, m)
-
-    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
-        return ~self.operand._allowed(i, j, n, m)
-
-    def _block(self, i: Ints, n: int, m: int) -> Bools:
-        return ~self.operand._block(i, n, m)
-
-    def _check(self, n: int, m: int) -> None:
-        self.operand._check(n, m)
-
-    def _head(self, index: int) -> Mask:
-        return ~self.operand.head(index)
-
-    def _key(self) -> Any:
-        return ["not", self.operand._key()]
-
-    def _shape_key(self, n: int, m: int) -> Any:
-        return ["not", self.operand._shape_key(n, m)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Composed(Mask):
-    """An associative, commutative, idempotent combination; equal whatever the order of its operands."""
-
-    operands: tuple[Mask, ...]
-
-    kind: ClassVar[str]
-    sign: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        if len(self.operands) < 2:
-            raise MaskError(f"`{self.sign}` combines two masks or more, got {len(self.operands)}")
-        sizes = {mask.heads for mask in self.operands if mask.heads is not None}
-        if len(sizes) > 1:
-            raise MaskError(f"cannot combine masks with different numbers of heads: {sorted(sizes)} in {self.name}")
-
-    @classmethod
-    def of(cls, masks: tuple[Mask, ...]) -> Mask:
-        """The combination, flattened, without repeated or neutral operands; absorbed where heads do not differ."""
-        flat = [part for mask in masks for part in (mask.operands if isinstance(mask, cls) else (mask,))]
-        neutral, absorbing = cls._units()
-        kept = tuple(dict.fromkeys(mask for mask in flat if mask != neutral))
-        if absorbing in kept and all(mask.heads is None for mask in kept):
-            return absorbing
-        if len(kept) < 2:
-            return kept[0] if kept else neutral
-        return cls(kept)
-
-    @classmethod
-    @abstractmethod
-    def _units(cls) -> tuple[Mask, Mask]:
-        """The neutral and the absorbing mask."""
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Composed)
-            and self.kind == other.kind
-            and frozenset(self.operands) == frozenset(other.operands)
-        )
-
-    def __hash__(self) -> int:
-        return hash((type(self), frozenset(self.operands)))
-
-    @property
-    def heads(self) -> int | None:
-        return next((mask.heads for mask in self.operands if mask.heads is not None), None)
-
-    @property
-    def name(self) -> str:
-        parts = (f"({mask.name})" if isinstance(mask, _Composed) else mask.name for mask in self.operands)
-        return f" {self.sign} ".join(parts)
-
-    @property
-    def _operands(self) -> tuple[Mask, ...]:
-        return self.operands
-
-    def _with(self, operands: tuple[Mask, ...]) -> Mask:
-        return self.of(operands)
-
-    def _check(self, n: int, m: int) -> None:
-        for mask in self.operands:
-            mask._check(n, m)
-
-    def _head(self, index: int) -> Mask:
-        return self.of(tuple(mask.head(index) for mask in self.operands))
-
-    def _key(self) -> Any:
-        return [self.kind, sorted((mask._key() for mask in self.operands), key=json.dumps)]
-
-    def _shape_key(self, n: int, m: int) -> Any:
-        return [self.kind, sorted((mask._shape_key(n, m) for mask in self.operands), key=json.dumps)]
-
-
-class And(_Composed):
-    """Pairs that every operand allows. Listing costs what its cheapest operand costs; the others only filter."""
-
-    kind = "and"
-    sign = "&"
-
-    @classmethod
-    def _units(cls) -> tuple[Mask, Mask]:
-        from fuser.ir.masks.patterns import Dense
-
-        return Dense(), Not(Dense())
-
-    @property
-    def structured(self) -> bool:
-        return any(mask.structured for mask in self.operands)
-
-    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
-        return reduce(np.logical_and, (mask._allowed(i, j, n, m) for mask in self.operands))
-
-    def _block(self, i: Ints, n: int, m: int) -> Bools:
-        return reduce(np.logical_and, (mask._block(i, n, m) for mask in self.operands))
-
-    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
-        """Closed form where all operands have one and all but one of them are intervals, which then clip that one."""
-        low, high, rest = np.zeros(len(i), np.int64), np.full(len(i), m - 1), None
-        for mask in self.operands:
-            part = mask._progressions(i, n, m)
-            if part is None:
-                return None
-            if part.start.shape[1] == 1 and (part.step == 1).all():
-                low = np.maximum(low, part.start[:, 0])
-                high = np.minimum(high, part.start[:, 0] + part.count[:, 0] - 1)
-            elif rest is None:
-                rest = part
-            else:
-                return None
-        if rest is None:
-            return spans(len(i), m, (low, high, 1))
-        skipped = np.maximum(0, -((rest.start - low[:, None]) // rest.step))
-        start = rest.start + skipped * rest.step
-        last = np.minimum(rest.start + (rest.count - 1) * rest.step, high[:, None])
-        return Progressions(start, np.maximum(0, (last - start) // rest.step + 1), rest.step)
-
-    def _columns(self, i: Ints, n: int, m: int) -> Columns:
-        closed = [(part, mask) for mask in self.operands if (part := mask._progressions(i, n, m)) is not None]
-        if (whole := self._progressions(i, n, m)) is not None:
-            return whole.columns()
-        if closed:
-            part, base = min(closed, key=lambda pair: int(pair[0].count.sum()))
-            found = part.columns()
-        else:
-            base = next((mask for mask in self.operands if mask.structured), self.operands[0])
-            found = base._columns(i, n, m)
-        row, col = _row_of(found), found.indices
-        for mask in self.operands:
-            if mask is not base:
-                keep = np.broadcast_to(mask._allowed(i[row], col, n, m), col.shape)
-                row, col = row[keep], col[keep]
-        return Columns(_indptr(np.bincount(row, minlength=len(i))), col)
-
-
-class Or(_Composed):
-    """Pairs that at least one operand allows."""
-
-    kind = "or"
-    sign = "|"
-
-    @classmethod
-    def _units(cls) -> tuple[Mask, Mask]:
-        neutral, absorbing = And._units()
-        return absorbing, neutral
-
-    @property
-    def structured(self) -> bool:
-        return all(mask.structured for mask in self.operands)
-
-    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
-        return reduce(np.logical_or, (mask._allowed(i, j, n, m) for mask in self.operands))
-
-    def _block(self, i: Ints, n: int, m: int) -> Bools:
-        return reduce(np.logical_or, (mask._block(i, n, m) for mask in self.operands))
-
-    def _columns(self, i: Ints, n: int, m: int) -> Columns:
-        if not self.structured:
-            return super()._columns(i, n, m)
-        parts = [mask._columns(i, n, m) for mask in self.operands]
-        pairs = np.unique(np.concatenate([_row_of(part) * m + part.indices for part in parts]))
-        row, col = np.divmod(pairs, max(1, m))
-        return Columns(_indptr(np.bincount(row, minlength=len(i))), col)
-
-
-@dataclass(frozen=True)
-class PerHead(Mask):
-    """Head ``h`` uses ``masks[h]``, each one matrix. Masks without heads combine with it by applying to every head."""
-
-    masks: tuple[Mask, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", tuple(self.masks))
-        if not self.masks:
-            raise MaskError("a per-head mask needs at least one head")
-        for mask in self.masks:
-            if not isinstance(mask, Mask):
-                raise MaskError(f"a per-head mask is made of masks, got {mask!r}")
-            if mask.heads is not None:
-                raise MaskError(f"{mask.name} already has {mask.heads} heads: pass mask.head(h) for each head")
-
-    @property
-    def heads(self) -> int | None:
-        return len(self.masks)
-
-    @property
-    def structured(self) -> bool:
-        return all(mask.structured for mask in self.masks)
-
-    @property
-    def name(self) -> str:
-        times = Counter(mask.name for mask in self.masks)
-        if len(times) < len(self.masks):
-            return f"per_head({', '.join(f'{count} x {name}' for name, count in times.items())})"
-        return f"per_head({', '.join(times)})"
-
-    @property
-    def _operands(self) -> tuple[Mask, ...]:
-        return self.masks
-
-    def _with(self, operands: tuple[Mask, ...]) -> Mask:
-        return PerHead(operands)
-
-    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
-        shape = np.broadcast_shapes(i.shape, j.shape)
-        once = {mask: np.broadcast_to(mask._allowed(i, j, n, m), shape) for mask in set(self.masks)}
-        return np.stack([once[mask] for mask in self.masks])
-
-    def _block(self, i: Ints, n: int, m: int) -> Bools:
-        once = {mask: mask._block(i, n, m) for mask in set(self.masks)}
-        return np.stack([once[mask] for mask in self.masks])
-
-    def _check(self, n: int, m: int) -> None:
-        for mask in set(self.masks):
-            mask._check(n, m)
-
-    def _head(self, index: int) -> Mask:
-        return self.masks[index]
-
-    def _key(self) -> Any:
-        return ["per_head", [mask._key() for mask in self.masks]]
-
-    def _shape_key(self, n: int, m: int) -> Any:
-        once = {mask: mask._shape_key(n, m) for mask in set(self.masks)}
-        return ["per_head", [once[mask] for mask in self.masks]]
-
-
-def per_head(masks: Sequence[Mask]) -> PerHead:
-    """One mask for each head, in order. MaskError if there is none or one of them has heads of its own."""
-    return PerHead(tuple(masks))
-
-
-@dataclass(frozen=True)
-class Shifted(Derived):
-    """Query ``i`` sees what query ``i + offset`` of the operand sees; made by ``Mask.shift``."""
-
-    offset: int
-
-    @property
-    def name(self) -> str:
-        inner = self.operand.name
-        return f"{f'({inner})' if isinstance(self.operand, (_Composed, Not)) else inner}.shift({self.offset})"
-
-    def shift(self, offset: int) -> Mask:
-        return self.operand.shift(self.offset + integer("offset", offset, 0))
-
-    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
-        return self.operand._allowed(i + self.offset, j, n + self.offset, m)
-
-    def _block(self, i: Ints, n: int, m: int) -> Bools:
-        return self.operand._block(i + self.offset, n + self.offset, m)
-
-    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
-        return self.operand._progressions(i + self.offset, n + self.offset, m)
-
-    def _columns(self, i: Ints, n: int, m: int) -> Columns:
-        return self.operand._columns(i + self.offset, n + self.offset, m)
-
-    def _check(self, n: int, m: int) -> None:
-        self.operand._check(n + self.offset, m)
-
-    def _head(self, index: int) -> Mask:
-        return self.operand.head(index).shift(self.offset)
-
-    def _key(self) -> Any:
-        return ["shifted", self.offset, self.operand._key()]
-
-    def _shape_key(self, n: int, m: int) -> Any:
-        return ["shifted", self.offset, self.operand._shape_key(n + self.offset, m)]

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from fuser.ir.errors import MaskError
-from fuser.ir.masks.base import _CURRENT, Bools, Ints, Mask, integer
+from fuser.ir.masks.base import CURRENT, Mask
 from fuser.ir.masks.batch import PerBatch
 from fuser.ir.masks.captured import captured
+from fuser.ir.masks.columns import Bools, Ints, integer
 
 ModFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -143,9 +144,9 @@ class MaskMod(Mask):
     def current(self) -> Mask:
         now = captured(self.function)
         if self.state is None:
-            kept = self.__dict__.get(_CURRENT)
+            kept = self.__dict__.get(CURRENT)
             if kept is None or kept.state != now:
-                kept = self.__dict__[_CURRENT] = replace(self, state=now)
+                kept = self.__dict__[CURRENT] = replace(self, state=now)
             return kept  # type: ignore[no-any-return]
         if self.state != now:
             raise MaskError(

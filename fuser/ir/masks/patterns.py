@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fuser.ir.masks.base import Bools, Ints, Mask, Progressions, integer, spans
+from fuser.ir.masks.base import Mask
+from fuser.ir.masks.columns import Bools, Ints, Progressions, integer, spans
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Dense(_Pattern):
     """All pairs. Neutral for ``&``; ``~Dense()`` allows none."""
 
     kind = "dense"
+
+    @property
+    def allows_all(self) -> bool:
+        return True
 
     def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
         return np.ones((1,) * i.ndim, np.bool_)

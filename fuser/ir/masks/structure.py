@@ -1,4 +1,4 @@
-"""The structure of masks that follows from their definition: rows as disjoint arithmetic progressions of keys.
+"""Sets of keys as disjoint arithmetic progressions, row by row: the structure that follows from a mask's definition.
 
 Closed under ``&``, ``|``, ``~`` and shifts as long as few progressions a row suffice. Everything is in time and memory
 proportional to rows, whatever the number of allowed pairs.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuser.ir.masks.base import LARGEST, And, Ints, Mask, Not, Or, Shifted
+from fuser.ir.masks.columns import LARGEST, Ints, Progressions
 
 _MOST_PARTS = 96
 """Progressions a row above which a mask is treated as one without closed form."""
@@ -30,40 +30,19 @@ class Part:
     period: int
 
 
-class _IrregularError(Exception):
+class IrregularError(Exception):
     """No closed form of reasonable size."""
 
 
-def progressions(mask: Mask, q_len: int, kv_len: int) -> list[Part] | None:
-    """Disjoint parts that together allow what ``mask`` allows, or None where no short closed form is known."""
-    try:
-        return _parts(mask, np.arange(q_len), q_len, kv_len)
-    except _IrregularError:
-        return None
+def whole(rows: int, kv_len: int) -> list[Part]:
+    """All keys of all rows."""
+    return [Part(np.zeros(rows, np.int64), np.full(rows, kv_len), 1, 1)]
 
 
-def _parts(mask: Mask, rows: Ints, n: int, m: int) -> list[Part]:
-    if isinstance(mask, Or):
-        operands = [_parts(part, rows, n, m) for part in mask.operands]
-        return _union([part for parts in operands for part in parts])
-    if isinstance(mask, Not):
-        whole = Part(np.zeros(len(rows), np.int64), np.full(len(rows), m), 1, 1)
-        return _minus([whole], _parts(mask.operand, rows, n, m))
-    if isinstance(mask, And):
-        kept = [_parts(part, rows, n, m) for part in mask.operands if not isinstance(part, Not)]
-        holes = [_parts(part.operand, rows, n, m) for part in mask.operands if isinstance(part, Not)]
-        result = kept[0] if kept else [Part(np.zeros(len(rows), np.int64), np.full(len(rows), m), 1, 1)]
-        for other in kept[1:]:
-            result = _short([_meet(a, b) for a in result for b in other])
-        for hole in holes:
-            result = _minus(result, hole)
-        return result
-    if isinstance(mask, Shifted) and isinstance(mask.operand, (And, Or, Not)):
-        # The operand at these rows may reach beyond the keys that exist here, but is cut to them like any mask.
-        return _parts(mask.operand, rows + mask.offset, n + mask.offset, m)
-    closed = mask.progressions(rows, n, m)
+def parts_of(closed: Progressions | None) -> list[Part]:
+    """Rows in closed form, each step as a part of its own."""
     if closed is None:
-        raise _IrregularError
+        raise IrregularError
     parts = []
     for start, count, step in zip(closed.start.T, closed.count.T, closed.step.T, strict=True):
         for value in np.unique(step[count > 0]).tolist():
@@ -71,14 +50,20 @@ def _parts(mask: Mask, rows: Ints, n: int, m: int) -> list[Part]:
     return _short(parts)
 
 
+def meet(a: list[Part], b: list[Part]) -> list[Part]:
+    """Keys that are in both."""
+    return _short([_meet(one, other) for one in a for other in b])
+
+
 def _short(parts: list[Part]) -> list[Part]:
     parts = [part for part in parts if part.count.any()]
     if len(parts) > _MOST_PARTS:
-        raise _IrregularError
+        raise IrregularError
     return parts
 
 
-def _union(parts: list[Part]) -> list[Part]:
+def union(parts: list[Part]) -> list[Part]:
+    """Disjoint parts with the keys of all ``parts``, which may overlap."""
     intervals = [part for part in parts if part.step == 1]
     result: list[Part] = []
     if intervals:
@@ -91,11 +76,12 @@ def _union(parts: list[Part]) -> list[Part]:
         start[:, 1:] = np.maximum(start[:, 1:], reached[:, :-1])
         result = _short([Part(a, np.maximum(0, b - a), 1, 1) for a, b in zip(start.T, end.T, strict=True)])
     for part in sorted((part for part in parts if part.step > 1), key=lambda part: part.step):
-        result = _short([*result, *_minus([part], result)])
+        result = _short([*result, *minus([part], result)])
     return result
 
 
-def _minus(parts: list[Part], holes: list[Part]) -> list[Part]:
+def minus(parts: list[Part], holes: list[Part]) -> list[Part]:
+    """Keys of ``parts`` that are in none of ``holes``."""
     for hole in holes:
         parts = _short([piece for part in parts for piece in _without(part, hole)])
     return parts
@@ -109,7 +95,7 @@ def _without(part: Part, hole: Part) -> list[Part]:
         # On the common multiple of both steps each class lies in the hole's lattice or does not touch it.
         fold = math.lcm(part.step, hole.step) // part.step
         if fold > _MOST_PARTS:
-            raise _IrregularError
+            raise IrregularError
         classes = [
             Part(
                 part.start + t * part.step,
@@ -135,7 +121,7 @@ def _meet(a: Part, b: Part) -> Part:
     divisor = math.gcd(a.step, b.step)
     step = a.step // divisor * b.step
     if max(step, math.lcm(a.period, b.period)) > LARGEST:
-        raise _IrregularError  # products below would not fit in int64
+        raise IrregularError  # products below would not fit in int64
     inverse = pow(a.step // divisor, -1, b.step // divisor) if b.step > divisor else 0
     gap = b.start - a.start
     first = a.start + a.step * (gap // divisor % (b.step // divisor) * inverse % (b.step // divisor))

@@ -34,7 +34,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_values(optimized: fuser.OptimizedModule) -> None:
-    found = collect(optimized)
+    found = collect(optimized.snapshot())
     (compiled,) = optimized.programs
     assert found.model == "TransformerEncoder"
     assert found.programs == ("1×16×32 float32",)
@@ -56,7 +56,7 @@ def test_every_kernel_has_its_choice(optimized: fuser.OptimizedModule) -> None:
     for record in optimized.kernels:
         choice = choice_of(compiled, record)
         assert choice is not None and choice.family == record.family
-    assert all(row.seconds is not None and row.seconds > 0 for row in collect(optimized).kernels)
+    assert all(row.seconds is not None and row.seconds > 0 for row in collect(optimized.snapshot()).kernels)
 
 
 def test_text_names_everything(optimized: fuser.OptimizedModule) -> None:
@@ -115,7 +115,7 @@ def test_a_constant_mask_is_drawn(tmp_path: Path) -> None:
     model, sizes = configuration.build(**SIZES)
     mask = fuser.masks.SlidingWindow(4, 4)
     fast = fuser.optimize(model, configuration.example(sizes, False), attention=mask, search="model")
-    html = render_html(collect(fast), fast.programs[-1])
+    html = render_html(collect(fast.snapshot()), fast.programs[-1])
     assert mask.name in html
     assert html.count("data:image/png;base64,") == 1
 
@@ -134,7 +134,7 @@ def test_what_was_not_compiled_is_said(tmp_path: Path) -> None:
     assert "could not be captured" in text
     assert "could not be captured" in (tmp_path / "report.html").read_text(encoding="utf-8")
     never_called = fuser.optimize(Branching().eval())
-    assert "nothing is compiled" in render_text(collect(never_called))
+    assert "nothing is compiled" in render_text(collect(never_called.snapshot()))
 
 
 def test_text_from_a_model_is_escaped() -> None:
@@ -143,7 +143,7 @@ def test_text_from_a_model_is_escaped() -> None:
             return x
 
     Evil.__name__ = "<script>alert(1)</script>"
-    html = render_html(collect(fuser.optimize(Evil().eval())), None)
+    html = render_html(collect(fuser.optimize(Evil().eval()).snapshot()), None)
     assert "<script" not in html
 
 

@@ -13,15 +13,8 @@ import pytest
 
 from fuser.explain.report import Group
 from fuser.explain.study_charts import charts
-from fuser.explain.study_report import (
-    BlockResult,
-    StudySummary,
-    TrialRow,
-    best_so_far,
-    changes,
-    render_html,
-    render_text,
-)
+from fuser.explain.study_report import render_html, render_text
+from fuser.explain.study_summary import BlockResult, StudySummary, TrialRow, best_so_far, changes
 
 BEFORE = (
     Group("gemm", ("a", "b"), 3e-3, True),

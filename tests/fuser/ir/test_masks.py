@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-import fuser.ir.masks.base as base
+import fuser.ir.masks.columns as helpers
 import fuser.ir.masks.patterns as patterns
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import (
@@ -348,7 +348,7 @@ class TestIdentity:
     def test_fingerprint_does_not_depend_on_the_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         masks = (from_mask_mod(third), from_mask_mod(by_head, heads=3), from_mask_mod(third) | per_head([Causal()] * 2))
         before = [mask.fingerprint(11, 13) for mask in masks]
-        monkeypatch.setattr(base, "CHUNK", 40)
+        monkeypatch.setattr(helpers, "CHUNK", 40)
         assert [mask.fingerprint(11, 13) for mask in masks] == before
 
     def test_fingerprint_sees_another_random_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,7 +557,7 @@ class TestCost:
             return original(self, i, n, m)
 
         monkeypatch.setattr(Mask, "_block", recorded)
-        monkeypatch.setattr(base, "CHUNK", 100)
+        monkeypatch.setattr(helpers, "CHUNK", 100)
         for mask, (dense, count) in zip(masks, before, strict=True):
             assert torch.equal(mask.dense(19, 23), dense)
             assert mask.count(19, 23) == count
@@ -598,8 +598,8 @@ class TestPicture:
     def test_block_density(self, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
         n, m = shape
         mask = Longformer(3, 2)
-        monkeypatch.setattr(base, "CHUNK", 3 * m)
-        shares = block_density(mask, n, m, cells=8)
+        monkeypatch.setattr(helpers, "CHUNK", 3 * m)
+        shares = block_density(lambda start, stop: mask.rows(start, stop, n, m).numpy(), n, m, cells=8)
         dense = mask.dense(n, m).double().numpy()
         rows, cols = ([range(k * s // c, (k + 1) * s // c) for k in range(c)] for s in shape for c in [min(8, s)])
         wanted = [[dense[np.ix_(r, c)].mean() for c in cols] for r in rows]

@@ -29,7 +29,7 @@ from torch._subclasses import FakeTensorMode
 import fuser
 from fuser import masks
 from fuser.ir.errors import FuserError, KernelError
-from fuser.runtime import device
+from fuser.runtime import cpuinfo
 from fuser.saved import codec, writer
 from fuser.saved.writer import checksum
 
@@ -193,7 +193,7 @@ def test_records(optimized: fuser.OptimizedModule, path: Path, tmp_path: Path) -
 
 def test_weights_are_stored_once_in_a_standard_format(optimized: fuser.OptimizedModule, path: Path) -> None:
     size = sum(t.nbytes for name, t in safetensors.torch.load_file(path).items() if name.startswith("weights/"))
-    constants = {t.data_ptr(): t.nbytes for _, _, tensors in optimized.snapshot() for t in tensors}
+    constants = {t.data_ptr(): t.nbytes for call in optimized.saved_calls() for t in call.constants}
     assert size <= 1.1 * sum(constants.values()) + 4096
     floats = sum(p.numel() for p in Encoder().parameters())
     assert size < 4 * floats * 1.3 + 65536
@@ -378,7 +378,7 @@ def test_other_formats(path: Path) -> None:
 
 def test_other_machines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        device, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"})
+        cpuinfo, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"})
     )
     with safetensors.safe_open(path, "pt") as file:
         target = codec.load(file.metadata()["fuser.manifest"].encode()).target

@@ -10,10 +10,10 @@ import pytest
 
 from fuser.ir.errors import ToolchainError
 from fuser.ir.target import Isa, Target
-from fuser.runtime import toolchain
+from fuser.runtime import compilers, toolchain
 from fuser.runtime.cache import KernelCache
+from fuser.runtime.compilers import find_ninja, find_toolchain, target_flags
 from fuser.runtime.library import OpenMPRuntime, openmp_runtime
-from fuser.runtime.toolchain import find_ninja, find_toolchain, target_flags
 
 Compiler = Callable[[str], Path]
 
@@ -42,12 +42,12 @@ def test_the_compiler_of_this_machine(target: Target) -> None:
 @pytest.mark.parametrize("isa", Isa)
 def test_flags_keep_kernels_portable_and_numbers_honest(target: Target, isa: Isa) -> None:
     flags = target_flags(dataclasses.replace(target, arch=isa.value, features=frozenset()))
-    everything = (*toolchain._COMMON, *toolchain._GCC_ONLY, *flags, *toolchain._LINK)
+    everything = (*compilers._COMMON, *compilers._GCC_ONLY, *flags, *compilers._LINK)
     assert not {"-ffast-math", "-Ofast", "-march=native", "-ffinite-math-only", "-funsafe-math-optimizations"} & {
         *everything
     }
     assert any(flag.startswith("-DFUSER_VECTOR_BYTES=") for flag in flags)
-    assert "-fopenmp" in toolchain._COMMON and "-fopenmp" not in toolchain._LINK
+    assert "-fopenmp" in compilers._COMMON and "-fopenmp" not in compilers._LINK
 
 
 def test_flags_follow_the_features(target: Target) -> None:
@@ -100,7 +100,7 @@ def test_broken_compilers_are_explained(target: Target, compiler: Compiler, body
 
 
 def test_a_compiler_that_hangs(target: Target, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(compilers, "_TIMEOUT", 0.2)
     compiler("exec sleep 30")
     with pytest.raises(ToolchainError, match="timed out"):
         find_toolchain(target)
@@ -136,12 +136,12 @@ def test_clang_needs_the_runtime_of_llvm(
     target: Target, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, llvm: bool
 ) -> None:
     runtime = OpenMPRuntime(openmp_runtime().path, llvm)
-    monkeypatch.setattr(toolchain, "openmp_runtime", lambda: runtime)
+    monkeypatch.setattr(compilers, "openmp_runtime", lambda: runtime)
     body = "[ $1 = --version ] && { echo 'clang version 17.0.6'; exit; }\nexec $REAL \"$@\""
     compiler(body)
     if llvm:
         found = find_toolchain(target)
-        assert found.name == "clang version 17.0.6" and not {*toolchain._GCC_ONLY} & {*found.compile_flags}
+        assert found.name == "clang version 17.0.6" and not {*compilers._GCC_ONLY} & {*found.compile_flags}
     else:
         with pytest.raises(ToolchainError, match=r"clang.*torch has loaded .*gomp"):
             find_toolchain(target)
@@ -158,7 +158,7 @@ def test_a_compiler_is_tried_once(target: Target, compiler: Compiler, cache: Ker
     find_toolchain(target, cache)
     assert count(folder / "log") == 3
     # Another process asks for the version only.
-    toolchain._identify.cache_clear()
+    compilers._identify.cache_clear()
     toolchain._checked.clear()
     find_toolchain(target, cache)
     assert count(folder / "log") == 4

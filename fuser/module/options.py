@@ -1,0 +1,44 @@
+"""How a model is to be compiled, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fuser.ir.errors import FuserError, MaskError
+from fuser.ir.masks import Mask
+from fuser.ir.target import Target
+from fuser.runtime.targets import named_target
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`fuser.optimize`, which says what they mean, and of the backend of ``torch.compile``.
+
+    Raises MaskError for a mask that is none of ``fuser.masks``.
+    """
+
+    attention: Mask | None = None
+    search: str | int = "cached"
+    target: Target | None = None
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.attention is not None and not isinstance(self.attention, Mask):
+            raise MaskError(f"attention must be one of fuser.masks, not a {type(self.attention).__name__}")
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Options as users give them, with a target or the name of one.
+
+        Raises MaskError as above, and FuserError for options that there are not, and for a target that is a device
+        that this machine does not have, or that fuser has no kernels for.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(names)):
+            raise FuserError(f"fuser has no option {', '.join(unknown)}; it has {', '.join(names)}")
+        options = cls(**given)
+        if options.target is None or isinstance(options.target, Target):
+            return options
+        return dataclasses.replace(options, target=named_target(options.target))

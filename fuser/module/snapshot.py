@@ -1,0 +1,53 @@
+"""What a module has compiled, as a value that reports and saved files are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fuser.frontend.capture import Signature
+from fuser.ir.target import Target
+from fuser.module.compiler import Compiled
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the largest arena of a program, what was made from weights (packed and derived), originals in files."""
+
+    arena: int
+    constants: int
+    offloaded: int
+    offload_error: str
+
+
+class SavedCall(NamedTuple):
+    """A program with the calls that it serves, and its constants as the weights are now."""
+
+    signature: Signature
+    compiled: Compiled
+    constants: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A module at one moment.
+
+    ``model`` is the name of the model's class, ``programs`` is everything compiled, in order, ``target`` what for (None
+    before the first program); ``unfused``, ``outside`` and ``fallbacks`` are as in :class:`fuser.OptimizedModule`.
+    """
+
+    model: str
+    target: Target | None
+    programs: tuple[Compiled, ...]
+    unfused: tuple[tuple[str, str], ...]
+    outside: tuple[tuple[str, str], ...]
+    fallbacks: tuple[str, ...]
+    memory: Memory
+
+    @property
+    def last(self) -> Compiled | None:
+        """The program compiled last."""
+        return self.programs[-1] if self.programs else None

@@ -1,0 +1,229 @@
+"""Attention in every form, and what only looks like it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from awkward import INF, LOWEST, SDPA, WIDTH, B, D, H, Model, S, X, check, optimize, qkv
+from torch import Tensor, nn
+
+from fuser.module.optimized import OptimizedModule
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+SCALE = D**-0.5
+
+
+def written(scores: Callable[..., Tensor]) -> Model:
+    """softmax(scores(q · kᵀ, *masks)) · v."""
+    return Model(lambda m, q, k, v, *masks: torch.softmax(scores(q @ k.transpose(-2, -1), *masks), -1) @ v)
+
+
+def families(fast: OptimizedModule) -> set[str]:
+    return {kernel.family for kernel in fast.kernels}
+
+
+RANDOM = torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("rows", [1, S])
+def test_masks_broadcast_over_everything(batch: int, heads: int, rows: int) -> None:
+    additive = torch.randn(batch, heads, rows, S, generator=RANDOM)
+    allowed = torch.rand(batch, heads, rows, S, generator=RANDOM) > 0.4
+    allowed[..., 0] = True
+    for fast in (
+        check(written(lambda s, m: s * SCALE + m), *qkv(), additive),
+        check(written(lambda s, m: (s * SCALE).masked_fill(m, -INF)), *qkv(), ~allowed),
+        check(SDPA, *qkv(), allowed),
+        check(SDPA, *qkv(), additive),
+    ):
+        assert families(fast) == {"attention"}
+
+
+def some(*shape: int, share: float = 0.7) -> Tensor:
+    """A boolean mask that allows every query its own key."""
+    allowed = torch.rand(*shape, generator=RANDOM) < share
+    return allowed | torch.eye(shape[-2], shape[-1], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("scores", "masks"),
+    [
+        (lambda s, m: s * SCALE + m, (torch.randn(S, S, generator=RANDOM),)),
+        (lambda s, m: s * SCALE + m, (torch.randn(H, 1, S, generator=RANDOM),)),
+        (lambda s, m: s * SCALE + m, (torch.randn(S, generator=RANDOM),)),
+        (lambda s, m: s * SCALE + m, (torch.randn(B, 1, S, 1, generator=RANDOM),)),
+        (lambda s, m: s * SCALE + m, (torch.randn((), generator=RANDOM),)),
+        (lambda s, m: s * SCALE + (1 - m) * -10000.0, (some(B, 1, 1, S).float(),)),
+        (lambda s, m: s * SCALE + (1 - m) * LOWEST, (some(B, 1, 1, S).float(),)),
+        (lambda s, m: (s * SCALE).masked_fill(m, -1e4), (~some(B, 1, S, S),)),
+        (lambda s, m: (s * SCALE).masked_fill(m, LOWEST), (~some(B, 1, S, S),)),
+        (lambda s, m: s.masked_fill(m, -INF) * SCALE, (~some(B, 1, S, S),)),
+        (lambda s, m: s.masked_fill(m, -INF) / 4, (~some(B, 1, S, S),)),
+        (lambda s, m: torch.where(m, s * SCALE, torch.tensor(-INF)), (some(B, 1, S, S),)),
+        (lambda s, m: torch.where(m, LOWEST, s * SCALE), (~some(B, 1, S, S),)),
+        (lambda s, m: (s + m) * SCALE, (torch.randn(B, 1, S, S, generator=RANDOM),)),
+        (lambda s, a, b: (s * SCALE + a).masked_fill(b, -INF), (torch.randn(B, 1, S, S), ~some(B, 1, S, S))),
+        (lambda s, a, b: s.masked_fill(a, -INF).masked_fill(b, -INF), (~some(B, H, S, S), ~some(B, 1, S, S))),
+        (lambda s: s.masked_fill(torch.ones(S, S).tril() == 0, -INF), ()),
+        (lambda s: s.masked_fill(s < 0, -INF), ()),
+        (lambda s: s * 0.0, ()),
+        (lambda s: 1.0 / s, ()),
+        (lambda s: (s * SCALE).double().float(), ()),
+        (lambda s: (s * 3).int().float(), ()),
+        (lambda s: (s * 1e4).half().float(), ()),
+    ],
+)
+def test_scores_of_every_form(scores: Callable[..., Tensor], masks: tuple[Tensor, ...]) -> None:
+    fast = check(written(scores), *qkv(), *masks)
+    assert fast.fallbacks == ()
+
+
+def test_masking_and_then_changing_the_sign_lets_the_masked_win() -> None:
+    model = written(lambda s, m: s.masked_fill(m, LOWEST / 2) * -1.0)
+    check(model, *qkv(), ~some(B, 1, S, S))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, q, k, v: (lambda p: (p @ v, p))(torch.softmax(q @ k.mT * SCALE, -1)),
+        lambda m, q, k, v: (lambda s: (torch.softmax(s * SCALE, -1) @ v, s))(q @ k.mT),
+        lambda m, q, k, v: (lambda s: (torch.softmax(s, -1) @ v, torch.softmax(2 * s, -1) @ v))(q @ k.mT),
+        lambda m, q, k, v: torch.softmax(q @ k.mT, -2) @ v,
+        lambda m, q, k, v: torch.softmax(q @ k.mT, 1) @ v,
+        lambda m, q, k, v: torch.softmax((q @ k.mT).double(), -1) @ v.double(),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, q, q),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[:1], k, v),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+        lambda m, q, k, v: torch.softmax(q @ k[:, :1].mT, -1) @ v[:, :1],
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v[..., :8]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(*(t.repeat(1, 1, 1, 20) for t in (q, k, v))),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[..., :0, :], k, v),
+    ],
+    ids=[
+        "probabilities",
+        "scores",
+        "twice",
+        "over queries",
+        "over heads",
+        "double",
+        "of itself",
+        "one query batch",
+        "one key batch",
+        "one key head",
+        "one key head written",
+        "two dims",
+        "five dims",
+        "narrow values",
+        "wide heads",
+        "no queries",
+    ],
+)
+def test_attention_that_is_not_quite_one(run: Callable[..., Any]) -> None:
+    fast = check(Model(run), *qkv())
+    assert fast.fallbacks == ()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(10, S), (S, 10), (1, S), (S, 1)])
+def test_causal_attention_counts_from_the_top_left(q_len: int, kv_len: int) -> None:
+    fast = check(SDPA, *qkv(q_len=q_len, kv_len=kv_len), is_causal=True)
+    assert families(fast) == {"attention"}
+
+
+def test_grouped_queries() -> None:
+    def expanded(t: Tensor) -> Tensor:
+        return t[:, :, None].expand(B, 2, 2, S, D).reshape(B, 4, S, D)
+
+    operands = qkv(4, 2)
+    check(SDPA, *operands, enable_gqa=True)
+    check(Model(lambda m, q, k, v: SDPA.run(m, q, *(t.repeat_interleave(2, 1) for t in (k, v)))), *operands)
+    check(Model(lambda m, q, k, v: SDPA.run(m, q, expanded(k), expanded(v))), *operands)
+
+
+@pytest.mark.parametrize("shape", [(6, S, S), (1, S, S), (6, 1, S), (S, S)])
+def test_masks_of_attention_without_a_dimension_for_heads(shape: tuple[int, ...]) -> None:
+    q, k, v = (t.reshape(B * H, S, D) for t in qkv())
+    additive = torch.randn(shape, generator=RANDOM)
+    check(written(lambda s, m: s * SCALE + m), q, k, v, additive)
+    check(SDPA, q, k, v, additive)
+    constant = Model(lambda m, q, k, v: torch.softmax((q @ k.mT).masked_fill(m.mask, -INF), -1) @ v)
+    allowed = some(*shape) if shape[-2] == S else torch.ones(shape, dtype=torch.bool)
+    constant.register_buffer("mask", ~allowed)
+    check(constant, q, k, v)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        (1 - some(1, 1, S, S).float()) * LOWEST,
+        (1 - some(1, 1, S, S).float()) * -10000.0,
+        torch.randn(1, H, S, S, generator=RANDOM),
+        torch.zeros(S, S).masked_fill(~some(S, S), -INF),
+        torch.full((S, S), LOWEST),
+    ],
+    ids=["lowest", "-10000", "bias", "-inf", "all lowest"],
+)
+def test_constant_additive_masks(mask: Tensor) -> None:
+    model = Model(lambda m, q, k, v: torch.softmax(q @ k.mT * SCALE + m.mask, -1) @ v)
+    model.register_buffer("mask", mask)
+    check(model, *qkv())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, S, S), (B, 1, S, S), (1, H, S, S), (S, S)])
+def test_constant_boolean_masks(shape: tuple[int, ...]) -> None:
+    model = Model(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask))
+    model.register_buffer("mask", some(*shape))
+    check(model, *qkv())
+
+
+def test_a_row_that_may_see_nothing_gives_zeros_in_every_form() -> None:
+    allowed = some(B, 1, S, S)
+    allowed[0, :, 3] = False
+    forms = [
+        (SDPA, allowed),
+        (SDPA, torch.zeros(B, 1, S, S).masked_fill(~allowed, -INF)),
+        (written(lambda s, m: (s * SCALE).masked_fill(m, -INF)), ~allowed),
+    ]
+    for model, mask in forms:
+        out = optimize(model)(*qkv(), mask)
+        assert torch.equal(out[0, :, 3], torch.zeros(H, D))
+        assert bool(out.isfinite().all())
+    # Wherever the numbers are finite, eager PyTorch's average over all keys is the answer.
+    check(written(lambda s, m: s * SCALE + m), *qkv(), (1 - allowed.float()) * LOWEST)
+    check(written(lambda s, m: (s * SCALE).masked_fill(m, LOWEST)), *qkv(), ~allowed)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_multihead_attention(weights: bool) -> None:
+    layer = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+    other = torch.randn(2, 10, WIDTH, generator=RANDOM)
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, 12:] = True
+    check(layer, X, X, X, need_weights=weights)
+    check(layer, X, X, X, need_weights=weights, key_padding_mask=padding)
+    check(layer, X, X, X, need_weights=weights, attn_mask=~some(8, 16, 16))
+    check(layer, other, X, X, need_weights=weights, key_padding_mask=padding)
+    check(layer, X, X, X, need_weights=weights, average_attn_weights=False)
+
+
+def test_transformer_decoder() -> None:
+    torch.manual_seed(0)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, 4, 64, batch_first=True), 1)
+    target = torch.randn(2, 10, WIDTH, generator=RANDOM)
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, 12:] = True
+    fast = check(decoder, target, X)
+    assert fast.unfused == ()
+    causal = nn.Transformer.generate_square_subsequent_mask(10)
+    check(decoder, target, X, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)

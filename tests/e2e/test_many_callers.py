@@ -1,0 +1,79 @@
+"""Threads that call and compile at once, and compilations that are interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from awkward import Model, X, assert_same, encoder, optimize
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def test_threads_call_and_compile_at_once() -> None:
+    model = encoder()
+    fast = optimize(model)
+    lengths = (3, 7, 12, 16)
+    expected = {length: model(X[:, :length]) for length in lengths}
+    uncapturable = Model(lambda m, x: m.linear(x) if x.shape[1] == 16 or x.sum() > -1e9 else x)
+    other = optimize(uncapturable)
+    truth = {length: uncapturable(X[:, :length]) for length in lengths}
+    wrong: list[object] = []
+
+    def work(first: int) -> None:
+        with torch.no_grad():
+            for i in range(12):
+                length = lengths[(first + i) % 4]
+                try:
+                    assert_same(fast(X[:, :length]), expected[length])
+                    assert_same(other(X[:, :length]), truth[length])
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert wrong == []
+    assert len(fast.programs) == 4
+
+
+def test_another_number_of_threads_is_followed() -> None:
+    model = encoder()
+    fast = optimize(model)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1, 3):
+            torch.set_num_threads(threads)
+            assert_same(fast(X), model(X))
+    finally:
+        torch.set_num_threads(before)
+    assert len(fast.programs) == 3
+    assert len({id(compiled.graph) for compiled in fast.programs}) == 1
+
+
+def test_an_interrupted_compilation_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder()
+    fast = optimize(model)
+    identities = [id(p) for p in model.parameters()]
+    from fuser.module import compiler
+
+    for stage in ("raise_graph", "assemble", "load_kernels", "program_constants"):
+
+        def interrupt(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the signal comes first")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compiler, stage, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                fast(X)
+        assert [id(p) for p in model.parameters()] == identities
+        assert torch.backends.mha.get_fastpath_enabled()
+    assert_same(fast(X), model(X))
+    assert len(fast.programs) == 1 and fast.fallbacks == ()
