@@ -18,6 +18,9 @@ C_TYPES = {
     DType.F16: "device::half",
     DType.BF16: "device::bf16",
     DType.I64: "int64_t",
+    DType.I32: "int32_t",
+    DType.I8: "int8_t",
+    DType.U8: "uint8_t",
     DType.BOOL: "uint8_t",
 }
 _IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "__int_as_float(0xff800000)"}

@@ -8,7 +8,15 @@ from collections.abc import Collection, Sequence
 from fuser.ir.expression import REDUCTIONS, Expression, Op
 from fuser.kernels.base import Access, DType, Operand
 
-C_TYPES = {DType.F32: "float", DType.BF16: "simd::bf16", DType.I64: "int64_t", DType.BOOL: "uint8_t"}
+C_TYPES = {
+    DType.F32: "float",
+    DType.BF16: "simd::bf16",
+    DType.I64: "int64_t",
+    DType.I32: "int32_t",
+    DType.I8: "int8_t",
+    DType.U8: "uint8_t",
+    DType.BOOL: "uint8_t",
+}
 
 INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "-__builtin_inff()"}

@@ -200,8 +200,7 @@ def cost(
     if parameters.order is BitOrder.VECTOR:
         rate = target.peak_flops * _FMA_SHARE
     else:
-        share = _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
-        rate = target.tensor_flops * (share / 2 if parameters.tf32 else share)
+        rate = target.rate(parameters.dtype.torch) * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
     pairs = units * cut.pairs_computed
     steps = units * max(1, cut.steps)
     step = max(pairs * 2.0 * width / (steps * rate), STEP * width * parameters.dtype.bytes / _L2_BANDWIDTH)

@@ -22,23 +22,34 @@ _TORCH = {
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
     "i64": torch.int64,
+    "i32": torch.int32,
+    "i8": torch.int8,
+    "u8": torch.uint8,
     "bool": torch.bool,
 }
 
 
 class DType(enum.Enum):
-    """Storage types of kernel operands; arithmetic is fp32 whatever the storage."""
+    """Storage types of kernel operands. Those that a family's kernels read and write are its own to say; row
+    expressions compute in fp32 whatever the storage."""
 
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"
     I64 = "i64"
+    I32 = "i32"
+    I8 = "i8"
+    U8 = "u8"
     BOOL = "bool"
 
     @property
     def bytes(self) -> int:
-        return {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "bool": 1}[self.value]
+        return self.torch.itemsize
 
     @property
     def torch(self) -> torch.dtype:

@@ -372,8 +372,9 @@ def _cost(match: GemmMatch, target: Target, *, nr: int, share: float, passes: in
     flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
     # Below eight independent accumulators the latency of a multiply-add shows.
     efficiency = share * min(1.0, max(program.rows, 1) * (nr // target.vector_lanes) / 8)
-    if _multiplies_pairs(STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype], target):
-        efficiency *= 2.0
+    dtype = values[match.a].dtype
+    if values[match.weight].dtype == dtype:
+        efficiency *= target.rate(dtype) / target.peak_flops
     moved = values[match.a].nbytes + padded * match.k * values[match.weight].dtype.itemsize
     moved += program.bytes(match.group.graph) * passes
     return Cost(flops, float(moved), launches=launches, efficiency=efficiency)

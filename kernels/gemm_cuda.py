@@ -405,9 +405,7 @@ def block_seconds(
 ) -> float:
     """The least time that one SM takes for so many operations, bytes from L2, and bytes read from shared memory."""
     if tensor_cores:
-        rate = (
-            target.tensor_flops * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) * (0.5 if dtype is DType.F32 else 1.0)
-        )
+        rate = target.rate(dtype.torch) * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
     else:
         rate = target.peak_flops * _FMA_SHARE
     return max(flops / rate, (fragments + loaded) / _SHARED_BANDWIDTH, loaded / _L2_BANDWIDTH)

@@ -124,6 +124,7 @@ class Size(_Base):
 
     __slots__ = ("_hash", "terms")
     terms: tuple[tuple[Monomial, int], ...]
+    _hash: int
 
     def __new__(cls, terms: Mapping[Monomial, int]) -> Size:
         made: Size = object.__new__(cls)

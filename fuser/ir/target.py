@@ -6,6 +6,8 @@ import enum
 import hashlib
 from dataclasses import dataclass
 
+import torch
+
 from fuser.ir.errors import FuserError
 
 
@@ -25,6 +27,21 @@ EMULATED = "emulated"
 """The feature of targets whose CUDA kernels run on the CPU."""
 TF32 = "tf32"
 """The feature of targets that may round the fp32 operands of a product to TF32."""
+
+
+# Multiply-adds of one instruction per fp32 lane of its registers, where `fma` does one: the extensions' dot products
+# (Intel SDM, VDPBF16PS and VPDPBUSD), and, on AVX2 and later, VPMADDWD on bytes widened to 16 bits. These are ratios of
+# documented widths, at as many instructions a cycle as `fma`; they were not measured.
+_BF16_EXTENSION = ("avx512_bf16", 2.0)
+_INT8_EXTENSION = ("avx512_vnni", 4.0)
+_INT8_WIDENED = 2.0
+_EIGHT_BITS = frozenset({torch.int8, torch.uint8})
+_FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+# Of the tensor cores' rates in data sheets: dense int8 and fp8 over fp16 with fp32 sums, which GeForce GPUs do at half
+# of their rate with fp16 sums. Not measured. What is not listed the architecture does not multiply, or more slowly.
+_INT8_TENSOR = {"sm_80": 2.0, "sm_86": 4.0, "sm_87": 2.0, "sm_89": 2.0, "sm_90": 2.0, "sm_90a": 2.0, "sm_100": 2.0}
+_INT8_TENSOR |= {"sm_120": 4.0}
+_FP8_TENSOR = {"sm_89": 2.0, "sm_90": 2.0, "sm_90a": 2.0, "sm_100": 2.0, "sm_103": 2.0, "sm_120": 2.0}
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,28 @@ class Target:
     launch_seconds: float
     shared_bytes: int = 0
     tensor_flops: float = 0.0
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Multiply-adds of operands of ``dtype`` that one core can do, in operations (two each) a second.
+
+        fp32 was measured on a CPU and is the data sheet's on a GPU, and others follow by the documented width of their
+        instructions; what no instruction multiplies is converted and has fp32's rate. With the feature ``"tf32"`` fp32
+        is TF32.
+        """
+        if self.kind == "cpu":
+            return self.peak_flops * self._cpu_ratio(dtype)
+        if dtype in (torch.float16, torch.bfloat16):
+            return self.tensor_flops
+        if dtype is torch.float32:
+            return self.tensor_flops / 2 if TF32 in self.features else self.peak_flops
+        ratios = _INT8_TENSOR if dtype in _EIGHT_BITS else _FP8_TENSOR if dtype in _FP8 else {}
+        return self.tensor_flops * ratios[self.arch] if self.arch in ratios else self.peak_flops
+
+    def _cpu_ratio(self, dtype: torch.dtype) -> float:
+        feature, ratio = _INT8_EXTENSION if dtype in _EIGHT_BITS else _BF16_EXTENSION
+        if self.arch == Isa.AVX512.value and feature in self.features:
+            return ratio if dtype is torch.bfloat16 or dtype in _EIGHT_BITS else 1.0
+        return _INT8_WIDENED if dtype in _EIGHT_BITS and self.arch in (Isa.AVX2.value, Isa.AVX512.value) else 1.0
 
     @property
     def emulated(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fuser
 from fuser.codegen.render import TEMPLATES, environment
 from fuser.frontend.capture import capture, flatten_call
-from fuser.frontend.raising import raise_graph
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import Constant, OperatorGroup
 from fuser.ir.operators import Bias, Gemm
 from fuser.ir.target import Target

@@ -5,12 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from fuser.kernels.base import DType, KernelCall, KernelSpec, Layout, LibraryCall, Literal, Packed, materialized
+from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Residual
+from fuser.ir.target import Target, cuda_target
+from fuser.kernels.base import (
+    STORAGE,
+    DType,
+    KernelCall,
+    KernelSpec,
+    Layout,
+    LibraryCall,
+    Literal,
+    Packed,
+    floating,
+    materialized,
+)
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import PanelLayout
 from fuser.kernels.gemm_cuda import RowLayout
+from fuser.runtime.device import cpu_target
 from fuser.saved import codec
 
 
@@ -56,3 +73,21 @@ def test_layouts_of_our_kernels_are_saved_as_data() -> None:
         packed = Packed(("weight",), layout)
         assert codec.load(codec.dump(packed)) == packed
         assert hash(codec.load(codec.dump(packed))) == hash(packed)
+
+
+@pytest.mark.parametrize("dtype", DType, ids=lambda d: d.name)
+def test_storage_types_are_as_wide_as_pytorchs(dtype: DType) -> None:
+    assert dtype.bytes == torch.zeros((), dtype=dtype.torch).element_size()
+    assert STORAGE[dtype.torch] is dtype
+
+
+@pytest.mark.parametrize("dtype", [DType.I8, DType.U8, DType.I32, DType.E4M3, DType.E5M2], ids=lambda d: d.name)
+@pytest.mark.parametrize("target", [cuda_target("sm_90"), cpu_target()], ids=lambda t: t.kind)
+def test_no_kernel_claims_to_compute_in_narrow_types(dtype: DType, target: Target) -> None:
+    assert dtype.torch not in floating(target)
+    spec = TensorSpec.contiguous((4, 8), dtype.torch)
+    op = Operator("sum", Residual(), ("a", "b"), ("y",))
+    graph = OperatorGraph((op,), {"a": spec, "b": spec, "y": spec}, ("a", "b"), ("y",), {})
+    assert all(
+        family.match(graph.group([op]), target) is None for family, kind in IMPLEMENTATIONS if kind == target.kind
+    )

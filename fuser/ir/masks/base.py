@@ -175,7 +175,7 @@ class Mask(ABC):
         kept = self.__dict__.get(CURRENT)
         if kept is None or kept._operands != now:
             kept = self.__dict__[CURRENT] = self._with(now)
-        return kept  # type: ignore[no-any-return]
+        return kept
 
     @property
     def is_current(self) -> bool:

@@ -147,7 +147,7 @@ class MaskMod(Mask):
             kept = self.__dict__.get(CURRENT)
             if kept is None or kept.state != now:
                 kept = self.__dict__[CURRENT] = replace(self, state=now)
-            return kept  # type: ignore[no-any-return]
+            return kept
         if self.state != now:
             raise MaskError(
                 f"what {self.name} reads has changed since a plan or a graph was made with it: trace or compile again, "
