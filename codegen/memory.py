@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fuser.ir.binding import Late
 from fuser.ir.size import Size, result
@@ -80,7 +81,7 @@ def plan_arena(lifetimes: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     names = [*(f"offset of {life.name}" for life in lifetimes), "arena"]
     if any(isinstance(size, Size) for size in sizes):
         arena = Late(planner, sizes)
-        found = tuple(result(_Offset(i, name), arena) for i, name in enumerate(names))
+        found: tuple[Any, ...] = tuple(result(_Offset(i, name), arena) for i, name in enumerate(names))
     else:
         found = planner(*sizes)
     return {life.name: offset for life, offset in zip(lifetimes, found, strict=False)}, found[-1]

@@ -17,7 +17,17 @@ from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.target import Target
-from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Literal, floating
+from fuser.kernels.base import (
+    STORAGE,
+    Cost,
+    DType,
+    Implementation,
+    KernelCall,
+    KernelSpec,
+    Literal,
+    TensorRef,
+    floating,
+)
 from fuser.kernels.plan import FEW_ROWS, AttentionPlan
 from fuser.kernels.planner import PlanStore, stored_plan
 from fuser.kernels.scores import ScoreRule
@@ -183,7 +193,7 @@ class AttentionFamily:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
         if any(not isinstance(op.semantics, _KINDS) for op in group.operators):
             return None
-        scales, masks = group.of(Scale), group.of(ScoreMask)
+        scales, masks = group.of(Scale), group.of(ScoreMask)  # type: ignore[type-abstract]
         if any(len(group.of(kind)) != 1 for kind in (QK, Softmax, PV)) or len(scales) > 1:
             return None
         (qk,), (pv,) = group.of(QK), group.of(PV)
@@ -261,7 +271,7 @@ def call_of(
     layouts = tuple(values[value].layout for value in (match.q, match.k, match.v, match.out))
     mask = None if match.mask is None else values[match.mask].layout
     made = late_fields(launch, Launch, match.pattern, layouts, mask, match.scale, parameters, target, threads)
-    tensors = (*match.tensors, made.plan, match.out)
+    tensors: tuple[TensorRef, ...] = (*match.tensors, made.plan, match.out)
     return KernelCall(parameters.spec, tensors, made.extents, (match.out,), made.workspace_bytes)
 
 

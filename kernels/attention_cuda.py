@@ -185,8 +185,9 @@ def extents(
     cut = chosen.tiles
     sizes = (batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale))
     of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, *cut.offsets)
-    of_heads = (HeadStrides(*tensor) for tensor in strides)
-    return CudaAttentionExtents(*sizes, *of_tiles, *of_heads, MaskStrides(*(mask_strides or (0, 0, 0, 0))))
+    q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
+    masks = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
+    return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, masks)
 
 
 def cost(

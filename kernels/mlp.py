@@ -257,7 +257,7 @@ class CudaMlp(Implementation[MlpMatch, MlpParameters]):
     def call(self, match: MlpMatch, parameters: MlpParameters, target: Target, threads: int) -> KernelCall:
         graph, dtype = match.group.graph, match.dtype
         refs: list[TensorRef] = []
-        strides = []
+        strides: list[int] = []
         for gemm in (match.first, match.second):
             ref, stride = gemm_cuda.rows_of(gemm.inputs[1], graph, gemm.semantics.transposed, dtype)
             refs.append(ref)
@@ -268,7 +268,8 @@ class CudaMlp(Implementation[MlpMatch, MlpParameters]):
             MlpExtents(
                 match.after.rows,
                 match.row_stride,
-                *strides,
+                strides[0],
+                strides[1],
                 match.between.operand_extents,
                 match.after.operand_extents,
                 match.after.output_strides,

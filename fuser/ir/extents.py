@@ -36,7 +36,8 @@ class Extents:
         return struct.pack(f"={formats}", *words)
 
     def _formats(self) -> Iterator[str]:
-        for name, (kind, _) in _fields(type(self)).items():
+        cls: Any = type(self)
+        for name, (kind, _) in _fields(cls).items():
             value = getattr(self, name)
             for item in value if isinstance(value, tuple) else (value,):
                 yield from item._formats() if isinstance(item, Extents) else _FORMATS[kind]
@@ -47,7 +48,8 @@ class Extents:
 
         Raises ValueError unless there is exactly one length for each of these.
         """
-        fields = _fields(cls)
+        hashable: Any = cls
+        fields = _fields(hashable)
         if missing := lengths.keys() ^ {name for name, (_, count) in fields.items() if count is _OPEN}:
             raise ValueError(f"lengths of {cls.__name__} that are missing or not asked for: {', '.join(missing)}")
         parts = dict.fromkeys(kind.declaration() for kind, _ in fields.values() if issubclass(kind, Extents))
@@ -65,7 +67,7 @@ _OPEN = -1
 
 
 @functools.cache
-def _fields(cls: type[Extents]) -> dict[str, tuple[type, int | None]]:
+def _fields(cls: Any) -> dict[str, tuple[type, int | None]]:
     """Every field's type, and its length where it is a tuple of some: ``_OPEN`` where the annotation has none."""
     hints = typing.get_type_hints(cls)
     return {field.name: _parsed(cls, field.name, hints[field.name]) for field in dataclasses.fields(cls)}

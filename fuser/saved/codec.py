@@ -92,7 +92,12 @@ def _encode_tuple(value: Any) -> Any:
 def _encode_array(value: Any) -> Any:
     if value.dtype.kind not in _ARRAY_KINDS:
         raise TypeError(f"an array of {value.dtype} is no plain data")
-    return ["array", value.dtype.str, list(value.shape), base64.b64encode(np.ascontiguousarray(value)).decode()]
+    return [
+        "array",
+        value.dtype.str,
+        list(value.shape),
+        base64.b64encode(np.ascontiguousarray(value).tobytes()).decode(),
+    ]
 
 
 def _encode_operator(value: Any) -> Any:
@@ -241,7 +246,7 @@ def _torch_function(name: str) -> Any:
     found, packet = getattr(torch, name), getattr(torch.ops.aten, name)
     if not isinstance(found, types.BuiltinFunctionType) or not isinstance(packet, torch._ops.OpOverloadPacket):
         raise TypeError(f"torch.{name} is no operator")
-    for overload in packet.overloads():
+    for overload in packet.overloads():  # type: ignore[no-untyped-call]
         if not overload.endswith("out"):
             _permit(getattr(packet, overload))
     return found

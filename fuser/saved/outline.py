@@ -154,7 +154,7 @@ class Record(_Parent):
         return value
 
     def permit(self) -> None:
-        cls = _class(self.module, self.name)
+        cls: Any = _class(self.module, self.name)
         known = self.fields == _fields(cls) if dataclasses.is_dataclass(cls) else is_plain(cls)
         if not known or len(self.fields) != len(self.items) or not all(map(str.isidentifier, self.fields)):
             raise TypeError(f"{self.module}.{self.name} is no class of objects that are {', '.join(self.fields)}")
@@ -235,7 +235,7 @@ def _class(module: str, name: str) -> Any:
     return found
 
 
-def _fields(cls: type) -> tuple[str, ...]:
+def _fields(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cast(Any, cls)))
 
 

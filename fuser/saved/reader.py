@@ -8,7 +8,7 @@ import platform
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str], *, trust: Trust = "kernels") -> LoadedMod
     )
 
 
-def _read(parts: safe_open, path: Path, trust: Trust) -> Content:
+def _read(parts: Any, path: Path, trust: Trust) -> Content:
     metadata = parts.metadata() or {}
     if "fuser.format" not in metadata:
         raise ValueError("it is of safetensors, but holds no programs")
@@ -139,7 +139,7 @@ def _loaded(libraries: Mapping[str, Tensor]) -> dict[str, Kernel]:
     with default_cache().workspace() as folder:
         for symbol, library in libraries.items():
             file = folder / f"{len(kernels)}.so"
-            file.write_bytes(library.numpy())
+            file.write_bytes(library.numpy().data)
             kernels[symbol] = load_kernel(file, symbol)
     return kernels
 

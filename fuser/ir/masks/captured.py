@@ -148,10 +148,10 @@ def _cells(function: types.FunctionType) -> Iterator[Any]:
 def _array(array: np.ndarray[Any, Any]) -> Hashable:
     if array.dtype.hasobject:
         return _Same(array)
-    return "array", array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array)).digest()
+    return "array", array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
-_digests: WeakIdKeyDictionary[Any] = WeakIdKeyDictionary()
+_digests: Any = WeakIdKeyDictionary()
 
 
 def _tensor(tensor: torch.Tensor) -> Hashable:
@@ -172,4 +172,4 @@ def _tensor(tensor: torch.Tensor) -> Hashable:
 def _digest(tensor: torch.Tensor) -> bytes:
     with torch.no_grad():
         whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        return hashlib.sha256(whole.view(torch.uint8).numpy()).digest()
+        return hashlib.sha256(whole.view(torch.uint8).numpy().data).digest()
