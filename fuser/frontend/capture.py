@@ -39,6 +39,7 @@ _EXPORTING = ForkSafeRLock()
 _capturing: int | None = None
 _undo = contextlib.ExitStack()
 """What a capture has changed for the whole process, while it runs."""
+_EXPORTER = "torch.export._trace"
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -333,6 +334,11 @@ class _Trace:
         return self.program.graph_module.code == other.program.graph_module.code and self.output == other.output
 
 
+def prepare() -> None:
+    """Import what captures need: a process that is forked beside the first of them would find it half imported."""
+    importlib.import_module(_EXPORTER)
+
+
 def is_capturing() -> bool:
     """Whether this thread is capturing a model."""
     return _capturing == threading.get_ident()
@@ -503,8 +509,7 @@ def _exporting(inference: bool) -> Iterator[None]:
     """The modes in which models are traced: one at a time, without gradients, in inference mode only if the parameters
     were made in it, and quietly, as the reasons for failures are reported."""
     global _capturing
-    # Imported by the first export in any case.
-    exporter = importlib.import_module("torch.export._trace")
+    exporter = importlib.import_module(_EXPORTER)
     with _EXPORTING, torch.inference_mode(inference), torch.no_grad(), _undo:
         _undo.enter_context(warnings.catch_warnings())
         # torch.export prints what it has of a graph when a trace fails, hundreds of lines.

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
-from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing
+from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
@@ -91,6 +91,7 @@ class OptimizedModule(nn.Module):
         self._seconds = time.perf_counter
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
+        prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model)
         self._tuner: Tuner | None = None
