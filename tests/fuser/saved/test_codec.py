@@ -27,8 +27,9 @@ from fuser.ir.masks import Mask
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.scheme import Scheme
 from fuser.ir.size import Name, Size
-from fuser.kernels.base import DType
-from fuser.kernels.gemm import PrepackedLinear
+from fuser.kernels.base import DType, Layout
+from fuser.kernels.gemm import PanelLayout, PrepackedLinear
+from fuser.kernels.gemm_cuda import RowLayout
 from fuser.saved import codec
 from fuser.saved.outline import Outline, outline_of
 
@@ -104,6 +105,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     Size: st.sampled_from([Size({(Name("S"),): 3, (): 1})]),
     np.ndarray: st.lists(st.integers(0, 9), max_size=3).map(lambda x: np.array(x, np.int32)),
     collections.abc.Callable: CALLS,
+    Layout: st.sampled_from([PanelLayout(8, True, DType.F32, False), RowLayout(False, DType.BF16)]),
     Outline: st.sampled_from([outline_of((torch.ones(1), "text", {"a": None})), outline_of(torch.ones(1))]),
 }
 
