@@ -22,25 +22,27 @@ class Extents:
 
     def words(self) -> Iterator[int | float]:
         """The numbers in the order of the struct."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, Extents):
-                    yield from item.words()
-                else:
-                    yield item
+        numbers: list[int | float] = []
+        self._append(numbers, [])
+        return iter(numbers)
 
     def pack(self) -> bytes:
         """The struct as it lies in memory. Raises struct.error for a number of the wrong type or beyond 64 bits."""
-        words, formats = tuple(self.words()), "".join(self._formats())
-        return struct.pack(f"={formats}", *words)
+        numbers, formats = list[int | float](), ["="]
+        self._append(numbers, formats)
+        return struct.pack("".join(formats), *numbers)
 
-    def _formats(self) -> Iterator[str]:
+    def _append(self, numbers: list[int | float], formats: list[str]) -> None:
         cls: Any = type(self)
-        for name, (kind, _) in _fields(cls).items():
+        for name, (kind, count) in _fields(cls).items():
             value = getattr(self, name)
-            for item in value if isinstance(value, tuple) else (value,):
-                yield from item._formats() if isinstance(item, Extents) else _FORMATS[kind]
+            items = (value,) if count is None else value
+            if kind in _FORMATS:
+                numbers.extend(items)
+                formats.append(_FORMATS[kind] * len(items))
+            else:
+                for item in items:
+                    item._append(numbers, formats)
 
     @classmethod
     def declaration(cls, **lengths: int) -> str:
