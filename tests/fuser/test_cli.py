@@ -249,7 +249,7 @@ def test_doctor_finds_what_is_wrong(run: Any, own_cache: Path) -> None:
     own_cache.chmod(0o777)
     code, out, _ = run("doctor")
     assert code == 1
-    assert "bad" in out and "chmod 700" in out
+    assert "bad" in out and "chmod -R go-w" in out
 
 
 def test_masks_by_name() -> None:
