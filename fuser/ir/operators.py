@@ -262,6 +262,8 @@ class Gemm(Semantics):
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, weight = inputs
+        # A weight may be kept narrower than what it is multiplied with.
+        weight = weight.to(x.dtype)
         return (x @ (weight.mT if self.transposed else weight),)
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
