@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,10 +248,11 @@ class Ledger:
 
     def view(self) -> StudyView:
         """Everything about the study, read."""
+        header, trials = self.header, self.trials()
+        with self._translated():
+            attrs = self.study.user_attrs
         try:
-            return self._view()
-        except SearchError:
-            raise
+            return self._view(header, trials, attrs)
         except Exception as error:
             raise self.damaged(error) from error
 
@@ -264,10 +265,7 @@ class Ledger:
             "start a new one, or put the file back from a copy"
         )
 
-    def _view(self) -> StudyView:
-        header = self.header
-        with self._translated():
-            attrs = self.study.user_attrs
+    def _view(self, header: Any, trials: Sequence[FrozenTrial], attrs: Any) -> StudyView:
         space = header["space"]
         kernels = [dict(k) for k in attrs.get("kernels", [])]
         known = {(k["region"], k["mask"], k["kernel"]): k["seconds"] for k in kernels}
@@ -281,7 +279,7 @@ class Ledger:
             space=space,
             context=header["context"],
             attributes=header.get("attributes", {}),
-            trials=tuple(_trial_view(t, space, known) for t in self.trials()),
+            trials=tuple(_trial_view(t, space, known) for t in trials),
             kernels=tuple(kernels),
             result=dict(attrs.get("result", {})),
             optuna=self.study,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fuser.ir.errors import SearchError
@@ -113,6 +113,8 @@ def test_whatever_happens_to_the_bytes_of_a_database(database: bytes, tmp_path: 
 
 
 @settings(SETTINGS, max_examples=4)
+@example(None, "point")
+@example("x", "point")
 @given(VALUES, st.sampled_from(["fuser", "kernels", "result", "point", "details", "strategy"]))
 def test_whatever_a_database_says(database: bytes, tmp_path: Path, value: Any, key: str) -> None:
     path = tmp_path / "s.db"
