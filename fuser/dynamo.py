@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fuser.ir.graph import OperatorGraph
 from fuser.module.optimized import OptimizedModule
 from fuser.module.options import Options
 from fuser.runtime.locks import ForkSafeLock
@@ -182,6 +183,10 @@ class _Graph(OptimizedModule):
                 self._store, self._lock = first._store, first._lock
             self._siblings.add(self)
 
+    def _check_masked(self, graph: OperatorGraph) -> None:
+        # Graphs between graph breaks need not have attention.
+        pass
+
     def _sharing(self) -> list[OptimizedModule]:
         return [sibling for sibling in self._siblings if sibling._store is self._store]
 
@@ -208,6 +213,11 @@ class _Runner:
         self._bound: collections.OrderedDict[tuple[int, ...], _Graph] = collections.OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:
+        weights = [x for x, constant in zip(inputs, self._constant, strict=True) if constant]
+        rest = [x for x, constant in zip(inputs, self._constant, strict=True) if not constant]
+        if self._options.attention is not None:
+            # Dynamo's graph knows nothing of the mask.
+            return self._module(weights)(*rest)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             _say(
                 "autograd would record this graph, and fused kernels have no backward; "
@@ -217,12 +227,11 @@ class _Runner:
         if self._aliases and any(isinstance(x, Tensor) and not x.is_contiguous() for x in inputs):
             # Programs read contiguous copies, and a view of a copy is not a view of the input.
             return self._graph(*inputs)
-        weights = [x for x, constant in zip(inputs, self._constant, strict=True) if constant]
         module = self._module(weights)
         if module.programs and not any(compiled.assembly.kernels for compiled in module.programs):
             # Nothing to fuse, as in the scraps between graph breaks.
             return self._graph(*inputs)
-        return module(*(x for x, constant in zip(inputs, self._constant, strict=True) if not constant))
+        return module(*rest)
 
     def _module(self, weights: Sequence[Tensor]) -> _Graph:
         key = tuple(map(id, weights))

@@ -18,7 +18,9 @@ from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
 from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
+from fuser.ir.operators import QK
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
@@ -41,6 +43,7 @@ _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
 _AT_ONCE_IN_METHODS = 1
 """Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
+UNMASKED = "the original model knows nothing of the mask that attention= gives"
 Key = tuple[Signature, "int | torch.device", tuple[Any, ...]]
 """A call, the number of threads or the GPU that it runs on, and what else the model's code depends on: its plain
 attributes, and PyTorch's modes if it asks for them."""
@@ -93,11 +96,14 @@ class OptimizedModule(nn.Module):
         self._states: dict[torch.device, States] = {}
         prepare()
         self._store = WeightStore(model)
-        self._originals = Originals(model)
+        self._originals = Originals(model, "" if options.attention is None else UNMASKED)
         self._tuner: Tuner | None = None
         self._said: set[str] = set()
         self._asks_modes = False
         self.training = model.training
+        if options.attention is not None:
+            # Dynamo would compile the original, without its mask, into a graph.
+            object.__setattr__(self, "forward", torch.compiler.disable(self.forward))  # type: ignore[no-untyped-call]
         # Whoever sets, swaps or looks up a parameter or submodule here does so in the model. Last, since the model may
         # have members with the names of our attributes.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -109,17 +115,17 @@ class OptimizedModule(nn.Module):
         if torch.compiler.is_dynamo_compiling() or is_capturing() or is_recomputing():
             # Kernels behind ctypes are nothing another compiler or autograd could look into. (Other exports are known
             # by their tensors.)
+            self._check_unmasked("a capture of what it is a part of looks into it")
             return self._model(*args, **kwargs)
         call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
-            self._say(reason)
-            return self._original(args, kwargs)
+            return self._replaced(reason, args, kwargs)
         key = self._key(call)
-        compiled = self._compiled(call, key)
+        compiled = self._compiled(call, key) if self._options.attention is None else self._settled(call, key)
         if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
-            self._say("a tensor that is no parameter of a module requires grad")
-            return self._original(args, kwargs)
+            return self._replaced("a tensor that is no parameter of a module requires grad", args, kwargs)
         if compiled is None:
+            self._check_unmasked(self._failed.get(key, "the report says why"))
             start = self._seconds()
             result = self._original(args, kwargs)
             self._policy.ran_original(key, self._seconds() - start)
@@ -146,6 +152,17 @@ class OptimizedModule(nn.Module):
 
     def _original(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._model(*args, **kwargs)
+
+    def _replaced(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of the original model, which runs because of ``reason``."""
+        self._check_unmasked(reason)
+        self._say(reason)
+        return self._original(args, kwargs)
+
+    def _check_unmasked(self, reason: str) -> None:
+        """Raise MaskError if the original model, which is to run because of ``reason``, would miss a mask."""
+        if self._options.attention is not None:
+            raise MaskError(f"{UNMASKED}, and it has to run: {reason}")
 
     def _compare(
         self,
@@ -220,8 +237,7 @@ class OptimizedModule(nn.Module):
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             form = form_of(call)
-            # The original knows nothing of a mask that was given to us.
-            if not wanted and self._options.attention is None and not self._admits(call, key, form):
+            if not wanted and not self._admits(call, key, form):
                 return None
             start = self._seconds()
             try:
@@ -244,6 +260,17 @@ class OptimizedModule(nn.Module):
             if self._programs.add(key, compiled):
                 self._retain()
             return compiled
+
+    def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
+        """The program of a call whose original is not to run in its place. A model that fills a cache in its first call
+        gets to do so."""
+        compiled = self._compiled(call, key, wanted=True)
+        if compiled is None and key in self._excused:
+            args, kwargs = call.unflatten(call.tensors)
+            with torch.no_grad():
+                self._model(*args, **kwargs)
+            compiled = self._compiled(call, key, wanted=True)
+        return compiled
 
     def _admits(self, call: FlatCall, key: Key, form: Hashable) -> bool:
         within = self._methods is not None and self._methods.is_running
@@ -273,7 +300,7 @@ class OptimizedModule(nn.Module):
         )
         # Tensors made in inference mode cannot be trained or written to later.
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
-            return compile_call(
+            compiled = compile_call(
                 self._model,
                 call,
                 self._store,
@@ -284,6 +311,17 @@ class OptimizedModule(nn.Module):
                 states=self._states.setdefault(device, States(arena_of(device))),
                 like=like,
             )
+        self._check_masked(compiled.graph)
+        return compiled
+
+    def _check_masked(self, graph: OperatorGraph) -> None:
+        """Raise MaskError if nothing in a graph takes the mask that was given for self-attention."""
+        if self._options.attention is None:
+            return
+        scores = [graph.values[op.outputs[0]].shape for op in graph.operators if isinstance(op.semantics, QK)]
+        if not any(shape[-2] == shape[-1] for shape in scores):
+            found = "no attention" if not scores else "only attention over other numbers of keys than queries"
+            raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
 
     def _fail(self, key: Key, error: FuserError) -> None:
         self._say(str(error))
@@ -439,6 +477,7 @@ class OptimizedModule(nn.Module):
         return self._methods.bind(name, method)
 
     def _say_unserved(self, name: str) -> None:
+        self._check_unmasked(f"the method {name} runs parts of it by itself")
         self._say(f"the method {name} runs parts of the model by itself; only what calls the whole model is compiled")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -560,7 +599,8 @@ def optimize(
 
     Raises:
         TypeError: arguments of the wrong type, and models that TorchScript has compiled.
-        MaskError: ``attention`` does not fit the model.
+        MaskError: ``attention`` does not fit the model, or the model cannot be compiled with it. Calls raise it, too,
+            where they would have to run the original model, which knows nothing of the mask.
         FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
     """
     if not isinstance(model, nn.Module):
@@ -586,10 +626,10 @@ def optimize(
         args, kwargs = (example_inputs,), {}
     call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
+        optimized._check_unmasked(reason)
         optimized._say(reason)
-    elif optimized._compiled(call, optimized._key(call), wanted=True) is None and optimized._excused:
-        # A model that fills a cache in its first call.
-        with torch.no_grad():
-            model(*args, **kwargs)
-        optimized._compiled(call, optimized._key(call), wanted=True)
+    else:
+        key = optimized._key(call)
+        if optimized._settled(call, key) is None:
+            optimized._check_unmasked(optimized._failed.get(key, "the report says why"))
     return optimized

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec
 from fuser.frontend.shadow import Shadow
-from fuser.ir.errors import FuserError
+from fuser.ir.errors import FuserError, MaskError
 from fuser.runtime.locks import ForkSafeLock
 
 _running = threading.local()
@@ -101,17 +101,21 @@ class Originals:
     """The model of one module, to be run for gradients.
 
     What runs is a shadow of the model, with tensors of its own in the place of the parameters: their hooks are for
-    gradients that arrive, and other threads may use the model meanwhile.
+    gradients that arrive, and other threads may use the model meanwhile. ``refusal`` says why the model computes
+    something else than its programs, if it does; then there are no gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, refusal: str = "") -> None:
         self._model = model
+        self._refusal = refusal
         self._lock = ForkSafeLock()
         self._shadow: tuple[object, nn.Module] | None = None
 
     def run(self, state: object, call: FlatCall, inputs: Sequence[Tensor], stand_ins: Mapping[int, Tensor]) -> Any:
         """The model's output for ``call`` with ``inputs``, and ``stand_ins`` by identity in the place of weights;
-        ``state`` is equal while the model computes the same."""
+        ``state`` is equal while the model computes the same. Raises MaskError for a model without its mask."""
+        if self._refusal:
+            raise MaskError(f"{self._refusal}, and gradients are found by calling it again")
         named = (*self._model.named_parameters(), *self._model.named_buffers())
         weights = {name: stand_ins[id(tensor)] for name, tensor in named if id(tensor) in stand_ins}
         args, kwargs = call.unflatten(inputs)
