@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from fuser.attention.registry import mask_of
-from fuser.frontend import attention_patterns
+from fuser.frontend.attention_operators import attention_from
+from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -211,7 +213,7 @@ def _linear(r: Raiser, node: fx.Node) -> Value | None:
     bias = r.view(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
     if bias is not None and not r.is_constant(bias):
         return None
-    return r.linear(node, x, weight, bias, transposed=True)
+    return linear(r, node, x, weight, bias, transposed=True)
 
 
 def _siblings(r: Raiser, node: fx.Node) -> list[fx.Node]:
@@ -246,11 +248,11 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
         biases = tuple(r.realize(r.view(n.args[2])) for n in nodes)
         name = r.derived(f"{first.name}_biases", biases, join, (total,), r.values[biases[0]].dtype)
         bias = View.of(name, r.values[name])
-    out = r.linear(first, x, View.of(weight, r.values[weight]), bias, transposed=True)
+    out = linear(r, first, x, View.of(weight, r.values[weight]), bias, transposed=True)
     start = 0
     for n, size in zip(nodes, sizes, strict=True):
         part = out.slice(len(out.dims) - 1, start, size, 1) if out is not None else None
-        r.env[n] = part if part is not None else r._extern(n) or ()
+        r.env[n] = part if part is not None else r.extern(n) or ()
         start += size
 
 
@@ -274,8 +276,8 @@ def _matrix_product(r: Raiser, node: fx.Node, x: View, weight: View, bias: View 
     strides = weight.strides()
     if strides is not None and strides[0] == 1 and weight.shape[0] > 1:
         # x · Wᵀ written out: use the weight as it is stored.
-        return r.linear(node, x, weight.permute((1, 0)), bias, transposed=True)
-    return r.linear(node, x, weight, bias, transposed=False)
+        return linear(r, node, x, weight.permute((1, 0)), bias, transposed=True)
+    return linear(r, node, x, weight, bias, transposed=False)
 
 
 @_handles(aten.layer_norm.default)
@@ -341,8 +343,8 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
         return None
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    masks = [] if mask is None else [attention_patterns.MaskUse(mask, inverted=False)]
-    return r.attention_from(node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
+    masks = [] if mask is None else [MaskUse(mask, inverted=False)]
+    return attention_from(r, node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
 
 
 @_handles(torch.ops.fuser.sparse_attention.default)
@@ -353,8 +355,8 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
         return None
     pattern = mask_of(key)
     pattern.validate(q.shape[2], k.shape[2])
-    masks = [] if runtime is None else [attention_patterns.MaskUse(runtime, inverted=False)]
-    return r.attention_from(node, q, k, v, scale, masks, pattern=None if isinstance(pattern, Dense) else pattern)
+    masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
+    return attention_from(r, node, q, k, v, scale, masks, pattern=None if isinstance(pattern, Dense) else pattern)
 
 
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)

@@ -1,13 +1,19 @@
-"""From a captured model to its operators."""
+"""From a captured model to its operators: one walk over its graph."""
 
 from __future__ import annotations
 
 import torch
+from torch import fx
 
+from fuser.frontend import attention_patterns
 from fuser.frontend.aten import HANDLERS
+from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.capture import Captured
+from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
-from fuser.ir.graph import OperatorGraph
+from fuser.frontend.views import Value
+from fuser.ir.errors import CaptureError
+from fuser.ir.graph import OperatorGraph, ViewCalls
 from fuser.ir.masks import Mask
 from fuser.kernels.base import FLOATING
 
@@ -21,4 +27,34 @@ def raise_graph(
     dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
     mutate tensors.
     """
-    return Raiser(captured, HANDLERS, attention, floating).run()
+    r = Raiser(captured, attention, floating)
+    roles = attention_patterns.find(captured.graph.graph, r.known_number)
+    outputs: tuple[str, ...] = ()
+    aliases: dict[int, ViewCalls] = {}
+    for node in captured.graph.graph.nodes:
+        if node.op == "placeholder":
+            r.env[node] = r.placeholder(node)
+        elif node.op == "call_function":
+            if node not in r.env:
+                r.env[node] = _written_out(r, node, roles[node]) if node in roles else _handled(r, node)
+        elif node.op == "output":
+            outputs, aliases = outputs_of(r, node.args[0])
+        elif node.op != "get_attr":
+            raise CaptureError(f"the captured graph holds a {node.op} that fuser does not know")
+    return r.finish(captured.inputs, outputs, aliases)
+
+
+def _handled(r: Raiser, node: fx.Node) -> Value:
+    handler = HANDLERS.get(node.target)
+    value = handler(r, node) if handler else None
+    return r.extern(node) if value is None else value
+
+
+def _written_out(r: Raiser, node: fx.Node, role: attention_patterns.Role) -> Value:
+    """The last product of attention stands for all of it."""
+    p = role.pattern
+    if role.part != "pv" or p is None:
+        return ()
+    k = r.view(p.k)
+    key = k.permute((*range(len(k.dims) - 2), len(k.dims) - 1, len(k.dims) - 2))
+    return attention_from(r, node, r.view(p.q), key, r.view(p.v), p.scale, p.masks)

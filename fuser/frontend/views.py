@@ -11,7 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from fuser.ir.graph import TensorSpec
+from fuser.ir.operators import Ref, TorchCall
 
 Factor = tuple[int, int]
 
@@ -119,6 +122,18 @@ class View:
             return identity
         ordered = iter(sorted(rows, key=lambda d: -strides[d]))
         return tuple(next(ordered) if d in rows else d for d in identity)
+
+    def copied(self) -> TorchCall:
+        """The call that makes a contiguous tensor of this view from the base."""
+        flat = [factor for factors in self.dims for factor in factors]
+        sizes, strides = tuple(size for size, _ in flat), tuple(stride for _, stride in flat)
+        return TorchCall(_strided_copy, (Ref(0), sizes, strides, self.offset, self.shape))
+
+
+def _strided_copy(
+    base: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int, shape: tuple[int, ...]
+) -> Tensor:
+    return base.as_strided(sizes, strides, base.storage_offset() + offset).reshape(shape)
 
 
 def _collapse(factors: Sequence[Factor]) -> list[Factor]:

@@ -31,7 +31,11 @@ from fuser.saved.outline import Outline, outline_of_spec
 
 _ROOTS = ("ir", "kernels", "codegen.assemble", "runtime.program", "saved.content", "saved.outline")
 """Modules of fuser, and packages with all their modules, whose frozen dataclasses and enumerations may be saved."""
-_FUNCTIONS = ("fuser.frontend.raising._strided_copy", "fuser.ir.operators.laid_out")
+_FUNCTIONS = (
+    "fuser.frontend.attention_masks._numbers",
+    "fuser.frontend.views._strided_copy",
+    "fuser.ir.operators.laid_out",
+)
 """Functions of fuser that a step may call."""
 _NAMESPACES = ("aten", "fuser")
 _TYPES: dict[str, type] = {

@@ -179,6 +179,23 @@ torch.save((out, lse), {str(tmp_path / "out.pt")!r})
         assert torch.equal(got, want)
 
 
+class Finite(nn.Module):
+    """Attention that fills in a finite minimum at run time: a step of PyTorch makes numbers of the mask."""
+
+    def forward(self, q: Tensor, allowed: Tensor) -> Tensor:
+        scores = (q @ q.transpose(-1, -2) * 0.25).masked_fill(~allowed[:, None, None, :], torch.finfo(q.dtype).min)
+        return scores.softmax(-1) @ q
+
+
+def test_masks_of_finite_numbers(tmp_path: Path) -> None:
+    fast = fuser.optimize(Finite().eval())
+    q, allowed = torch.randn(2, 2, 12, 16), torch.arange(12) < torch.tensor([12, 0])[:, None]
+    expected = fast(q, allowed)
+    torch.testing.assert_close(expected, Finite()(q, allowed))
+    fast.save(tmp_path / "finite.fuser")
+    assert torch.equal(fuser.load(tmp_path / "finite.fuser")(q, allowed), expected)
+
+
 def test_records(optimized: fuser.OptimizedModule, path: Path, tmp_path: Path) -> None:
     loaded = fuser.load(path)
     loaded(X, form="dict")

@@ -1,0 +1,169 @@
+"""The masks of one attention: what constants forbid, as a pattern, and what is known at run time, as one tensor."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.raising import Raiser
+from fuser.frontend.views import Conjunction, View
+from fuser.ir.errors import CaptureError, MaskError
+from fuser.ir.graph import TensorSpec
+from fuser.ir.masks import Causal, Dense, Mask, from_dense
+from fuser.ir.operators import Extern, Ref, TorchCall
+
+
+def combined(
+    r: Raiser,
+    uses: Sequence[MaskUse],
+    shape: tuple[int, int, int, int],
+    rank: int,
+    pattern: Mask | None,
+    causal: bool,
+    dtype: torch.dtype,
+) -> tuple[Mask | None, View | None]:
+    """All masks of one attention over scores of ``rank`` dimensions: a constant pattern of what is forbidden, and
+    one run-time tensor, expanded to ``shape``.
+
+    Only -inf forbids. A finite minimum that a mask adds, or fills in, gives exactly zero in every row that allows
+    something, as a pattern does, and a uniform average in a row that does not: that needs the numbers.
+    """
+    full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
+    lowered: list[tuple[MaskUse, Mask | None]] = []
+    runtime: list[View] = []
+    for use in uses:
+        constant, finite = _constant_mask(r, use, full)
+        if finite:
+            lowered.append((use, constant))
+            continue
+        value, rest = r.env[use.node], None
+        if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf:
+            constant, _ = _constant_mask(r, use, full, value.constant)
+            rest = value.runtime if constant is not None else None
+        if constant is not None:
+            pattern = _conjunction(pattern, constant)
+        if constant is None or rest is not None:
+            runtime.append(_runtime_mask(r, use, rest or r.view(use.node), dtype))
+    for use, constant in lowered:
+        known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
+        if runtime or (known is not None and not bool(known.dense(shape[2], shape[3]).any(-1).all())):
+            runtime.append(_runtime_mask(r, use, r.view(use.node), dtype))
+        else:
+            pattern = _conjunction(pattern, constant)
+    if isinstance(pattern, Dense):
+        pattern = None
+    if pattern is not None:
+        pattern = _hashable(pattern, *shape[2:])
+    if not runtime:
+        return pattern, None
+    total, *more = runtime if len(runtime) == 1 else [_additive(r, v, -math.inf, dtype) for v in runtime]
+    for view in more:
+        total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
+    return pattern, four_dims(total.expand(full))
+
+
+def _runtime_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
+    """A mask operand as kernels take it: True where something may attend, or numbers to add."""
+    if use.inverted:
+        view = _torch_mask(r, "not", torch.logical_not, (view,), (), torch.bool)
+    if use.fill != -math.inf and r.dtype(view) == torch.bool:
+        return _additive(r, view, use.fill, dtype)
+    return view
+
+
+def _additive(r: Raiser, view: View, fill: float, dtype: torch.dtype) -> View:
+    """A boolean mask as numbers to add: zero, and ``fill`` where it is False."""
+    if r.dtype(view) != torch.bool:
+        return view
+    lowest = fill if fill == -math.inf else max(fill, torch.finfo(dtype).min)
+    return _torch_mask(r, "numbers", _numbers, (view,), (lowest, dtype), dtype)
+
+
+def _torch_mask(
+    r: Raiser,
+    what: str,
+    function: Callable[..., Tensor],
+    views: Sequence[View],
+    more: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> View:
+    """A mask that PyTorch makes of others."""
+    shape: tuple[int, ...] = torch.broadcast_shapes(*(view.shape for view in views))  # type: ignore[no-untyped-call]
+    spec = TensorSpec.contiguous(shape, dtype)
+    made = Extern(TorchCall(function, (*map(Ref, range(len(views))), *more)), "a mask made at run time")
+    return r.emit(made, f"{views[0].base}_{what}", [r.realize(view) for view in views], spec)
+
+
+def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | None = None) -> tuple[Mask | None, bool]:
+    """A constant mask as a pattern, Dense for what allows everything and None for what is no pattern (a bias, not
+    constant, or different for each sample); and whether what it forbids is a finite number."""
+    if view is None:
+        value = r.env[use.node]
+        if isinstance(value, Conjunction) or not r.is_constant(r.view(use.node)):
+            return None, False
+        view = r.view(use.node)
+    tensor = r.constant_tensor(four_dims(view.expand(full))).detach()
+    finite = use.fill != -math.inf
+    if tensor.dtype != torch.bool:
+        allowed = tensor == 0
+        lowest = torch.finfo(tensor.dtype).min / 2 if tensor.is_floating_point() else -math.inf
+        if not bool((allowed | (tensor < lowest)).all()):
+            return None, False
+        finite = not bool(torch.isneginf(tensor[~allowed]).all())
+        tensor = allowed
+    elif use.inverted:
+        tensor = ~tensor
+    if bool(tensor.all()):
+        return Dense(), False
+    if not bool((tensor == tensor[:1]).all()):
+        return None, False
+    tensor = tensor[0]
+    if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
+        tensor = tensor[:1]
+    dense = tensor[0] if tensor.shape[0] == 1 else tensor
+    return _named_mask(dense.contiguous()), finite
+
+
+def _conjunction(a: Mask | None, b: Mask | None) -> Mask | None:
+    """What both allow; None and Dense allow everything."""
+    if a is None or isinstance(a, Dense):
+        return b
+    return a if b is None or isinstance(b, Dense) else a & b
+
+
+def _numbers(mask: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, fill)
+
+
+@functools.lru_cache(maxsize=8)
+def _hashable(mask: Mask, q_len: int, kv_len: int) -> Mask:
+    """The mask itself, or, where a function is part of it, its entries: regions are compared by the hash of masks."""
+    try:
+        mask.hash  # noqa: B018
+    except MaskError:
+        return from_dense(mask.dense(q_len, kv_len))
+    return mask
+
+
+def _named_mask(dense: Tensor) -> Mask:
+    if dense.dim() == 2 and bool((dense == Causal().dense(*dense.shape)).all()):
+        return Causal()
+    return from_dense(dense)
+
+
+def four_dims(view: View) -> View:
+    """An operand of attention as (batch, heads, …, …)."""
+    if len(view.dims) == 4:
+        return view
+    if len(view.dims) == 3:
+        # (B·H, S, D), as nn.MultiheadAttention has it: every pair of batch and head is a sample of one head.
+        return View(view.base, (view.dims[0], ((1, 0),), *view.dims[1:]), view.offset)
+    if len(view.dims) == 2:
+        return View(view.base, (((1, 0),), ((1, 0),), *view.dims), view.offset)
+    raise CaptureError(f"attention over a tensor of {len(view.dims)} dimensions")

@@ -1,0 +1,63 @@
+"""Attention, however it was written, as ``qk``, ``scale``, masks, ``softmax`` and ``pv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fuser.frontend.attention_masks import combined, four_dims
+from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.raising import Raiser
+from fuser.frontend.views import View
+from fuser.ir import operators as kinds
+from fuser.ir.errors import CaptureError
+from fuser.ir.graph import TensorSpec
+from fuser.ir.masks import Mask
+
+
+def attention_from(
+    r: Raiser,
+    node: fx.Node,
+    q: View,
+    k: View,
+    v: View,
+    scale: float,
+    masks: Sequence[MaskUse],
+    *,
+    pattern: Mask | None = None,
+    causal: bool = False,
+) -> View:
+    """Emit qk, scale, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv)."""
+    out_shape = r.spec(node).shape
+    rank = len(q.dims)
+    q, k, v = (four_dims(t) for t in (q, k, v))
+    batch, heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    dtype = r.dtype(q)
+    scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
+    name = node.name
+    s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
+    if scale != 1.0:
+        s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
+    if r.attention is not None and q_len == kv_len:
+        pattern = r.attention if pattern is None else pattern & r.attention
+    pattern, runtime = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
+    if causal or pattern is not None:
+        s = r.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
+    if runtime is not None:
+        mask = kinds.AdditiveMask() if r.dtype(runtime).is_floating_point else kinds.BooleanMask()
+        s = r.emit(mask, f"{name}_mask", (s, r.realize(runtime)), scores).base
+    p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
+    # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
+    width = v.shape[3]
+    token = heads * width
+    q_strides = q.strides()
+    time_first = q_strides is not None and batch > 1 and q_len > 1 and q_strides[2] > q_strides[0] > 0
+    batch_stride, row_stride = (token, batch * token) if time_first else (q_len * token, token)
+    spec = TensorSpec((batch, heads, q_len, width), dtype, (batch_stride, width, row_stride, 1))
+    out = r.emit(kinds.PV(), name, (p, r.realize(v)), spec)
+    merged = out.reshape(out_shape)
+    if merged is None:
+        raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
+    return merged

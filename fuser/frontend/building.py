@@ -1,0 +1,198 @@
+"""The values and operators of a graph while it is raised: views get names, and constants are derived, not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fuser.frontend.views import View
+from fuser.ir import operators as kinds
+from fuser.ir.errors import CaptureError
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
+from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
+
+
+class GraphBuilder:
+    """A graph to which operators are appended; what nothing needs is left out at the end.
+
+    ``inspected`` collects the parameters whose values, not only shapes, decided something.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, TensorSpec] = {}
+        self.operators: list[Operator] = []
+        self.constants: dict[str, Constant] = {}
+        self.states: list[str] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._realized: dict[View, str] = {}
+        self.inspected: set[str] = set()
+
+    # ---- values
+
+    def dtype(self, view: View) -> torch.dtype:
+        return self.values[view.base].dtype
+
+    def is_constant(self, view: View) -> bool:
+        return view.base in self.constants
+
+    def add_value(self, name: str, spec: TensorSpec) -> str:
+        unique, n = name, 1
+        while unique in self.values:
+            unique, n = f"{name}_{n}", n + 1
+        self.values[unique] = spec
+        return unique
+
+    def add_state(self, name: str, spec: TensorSpec) -> View:
+        """A value that lives across calls, by the name that all programs know it by. Raises CaptureError where that is
+        the name of another value."""
+        if self.values.setdefault(name, spec) is not spec and (name not in self.states or self.values[name] != spec):
+            raise CaptureError(f"the state {name} has the name of another value")
+        if name not in self.states:
+            self.states.append(name)
+        return View.of(name, spec)
+
+    def realize(self, view: View) -> str:
+        """The name of a value that is this view: its base, an alias, or, where no strides can say it, a copy."""
+        base = self.values[view.base]
+        shape, strides = view.shape, view.strides()
+        if view.offset == 0 and shape == base.shape and strides is not None and base.has_strides(strides):
+            return view.base
+        if view in self._realized:
+            return self._realized[view]
+        if self.is_constant(view):
+            name = self.derived(f"{view.base}_view", (view.base,), view.copied(), shape, base.dtype)
+        elif strides is not None:
+            name = self.alias(f"{view.base}_view", view.base, shape, strides, view.offset)
+        else:
+            copy = Extern(view.copied(), "a view that no strides can describe is copied")
+            spec = TensorSpec.contiguous(shape, base.dtype)
+            name = self.emit(copy, f"{view.base}_copy", (view.base,), spec).base
+        self._realized[view] = name
+        return name
+
+    # ---- constants
+
+    def add_parameter(self, name: str, tensor: Tensor) -> View:
+        """A constant that the model holds, as it lies in memory."""
+        spec = TensorSpec(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
+        self.constants[name], self.values[name], self._tensors[name] = Constant(name), spec, tensor
+        return View.of(name, spec)
+
+    def derived(
+        self, name: str, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int], dtype: torch.dtype
+    ) -> str:
+        """A constant made from others, which is computed when something needs its contents."""
+        unique = self.add_value(name, TensorSpec.contiguous(shape, dtype))
+        self.constants[unique] = Constant(unique, sources, call)
+        return unique
+
+    def tensor(self, name: str) -> Tensor:
+        """The value of a constant, computed once."""
+        if name not in self._tensors:
+            constant = self.constants[name]
+            if constant.call is None:
+                raise KeyError(name)
+            self._tensors[name] = constant.evaluate([self.tensor(s) for s in constant.sources])
+        return self._tensors[name]
+
+    def constant_tensor(self, view: View) -> Tensor:
+        """The value of a constant view, which the graph is then made for."""
+        self._inspect(view.base)
+        (tensor,) = view.copied()(self.tensor(view.base))
+        return tensor
+
+    def _inspect(self, name: str) -> None:
+        constant = self.constants[name]
+        if constant.call is None:
+            self.inspected.add(name)
+        for source in constant.sources:
+            self._inspect(source)
+
+    # ---- operators
+
+    def emit(self, semantics: Semantics, name: str, inputs: Sequence[str], spec: TensorSpec) -> View:
+        """Append an operator with one output of its own storage."""
+        output = self.add_value(name, spec)
+        self.operators.append(Operator(output, semantics, tuple(inputs), (output,)))
+        return View.of(output, spec)
+
+    def alias(self, name: str, base: str, shape: Sequence[int], strides: Sequence[int], offset: int) -> str:
+        """Memory of ``base`` seen with another shape and strides."""
+        whole = self.values[base]
+        spec = TensorSpec(tuple(shape), whole.dtype, tuple(strides), base, offset)
+        if offset == 0 and (spec.shape, spec.strides) == (whole.shape, whole.strides):
+            return base
+        call = TorchCall(torch.as_strided, (Ref(0), spec.shape, spec.strides, offset))
+        return self.emit(_view_kind(whole, spec)(call), name, (base,), spec).base
+
+    # ---- the end
+
+    def finish(
+        self, inputs: tuple[str, ...], outputs: tuple[str, ...], aliases: Mapping[int, ViewCalls]
+    ) -> OperatorGraph:
+        """The graph, without what neither an output nor a state needs."""
+        operators, used = self._needed(outputs)
+        stack = [name for name in used if name in self.constants]
+        while stack:
+            for source in self.constants[stack.pop()].sources:
+                if source not in used:
+                    used.add(source)
+                    stack.append(source)
+        bases = {spec.base for name, spec in self.values.items() if name in used and spec.base}
+        keep = used | bases | set(inputs)
+        return OperatorGraph(
+            operators=self._kernels_last(operators),
+            values={name: spec for name, spec in self.values.items() if name in keep},
+            inputs=inputs,
+            outputs=outputs,
+            constants={name: constant for name, constant in self.constants.items() if name in keep},
+            aliases=aliases,
+            inspected=frozenset(self.inspected),
+            states=tuple(name for name in self.states if name in keep),
+        )
+
+    def _needed(self, outputs: Sequence[str]) -> tuple[list[Operator], set[str]]:
+        """The operators that must run, and the values that they or a caller touch."""
+        used = set(outputs)
+        kept: list[Operator] = []
+        for op in reversed(self.operators):
+            if op.semantics.is_random or op.mutates or any(o in used for o in op.outputs):
+                kept.append(op)
+                used.update(op.inputs)
+        kept.reverse()
+        return kept, used.union(*(op.outputs for op in kept))
+
+    def _kernels_last(self, operators: Sequence[Operator]) -> tuple[Operator, ...]:
+        """The same operators, those first that depend on no kernel; random ones, and those that touch a state, stay in
+        their order."""
+        late: set[str] = set()
+        late_touched: set[str] = set()
+        late_written: set[str] = set()
+        random_late = False
+        first: list[Operator] = []
+        rest: list[Operator] = []
+        for op in operators:
+            early = not op.semantics.fusible and not any(v in late for v in op.inputs)
+            early = early and not (op.semantics.is_random and random_late)
+            touched, written = self._states_of(op.inputs), self._states_of(op.mutates)
+            early = early and not touched & late_written and not written & late_touched
+            (first if early else rest).append(op)
+            if not early:
+                late.update(op.outputs)
+                late_touched |= touched
+                late_written |= written
+                random_late |= op.semantics.is_random
+        return (*first, *rest)
+
+    def _states_of(self, values: Sequence[str]) -> set[str]:
+        return {self.values[v].base or v for v in values}.intersection(self.states)
+
+
+def _view_kind(base: TensorSpec, spec: TensorSpec) -> type[kinds.View]:
+    if len(spec.shape) == 4 and len(base.shape) < 4:
+        return kinds.SplitHeads
+    if len(base.shape) == 4 and len(spec.shape) < 4:
+        return kinds.MergeHeads
+    return kinds.View

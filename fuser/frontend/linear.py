@@ -1,0 +1,58 @@
+"""Linear layers as ``gemm`` and ``bias``, with rows in the order in which the operand lies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from fuser.frontend.raising import Raiser
+from fuser.frontend.views import View
+from fuser.ir import operators as kinds
+from fuser.ir.graph import TensorSpec
+
+
+def linear(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool) -> View | None:
+    """x · Wᵀ (+ bias), W constant, as ``gemm`` and ``bias``; rows in the order in which x lies in memory."""
+    if r.dtype(x) not in r.floating or r.dtype(weight) != r.dtype(x) or 0 in x.shape:
+        return None
+    order = x.memory_order()
+    inverse = tuple(order.index(d) for d in range(len(order)))
+    rows = x.permute(order)
+    columns = weight.shape[0] if transposed else weight.shape[1]
+    if rows.strides() is None or rows.strides()[-1] != 1:  # type: ignore[index]
+        rearranged = _rows_in_memory_order(x)
+        if rearranged is not None:
+            rows, restore = rearranged
+            out = _gemm(r, node, rows, weight, bias, transposed, columns)
+            return restore(out)
+    return _gemm(r, node, rows, weight, bias, transposed, columns).permute(inverse)
+
+
+def _gemm(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool, columns: int) -> View:
+    spec = TensorSpec.contiguous((*x.shape[:-1], columns), r.dtype(x))
+    inputs = (r.realize(x), r.realize(weight))
+    name = node.name if bias is None else f"{node.name}_gemm"
+    out = r.emit(kinds.Gemm(transposed), name, inputs, spec)
+    if bias is not None:
+        out = r.emit(kinds.Bias(), node.name, (out.base, r.realize(bias)), spec)
+    return out
+
+
+def _rows_in_memory_order(x: View) -> tuple[View, Callable[[View], View]] | None:
+    """A view whose rows have several factors, as (memory order, N) rows, and how to lay the result out as x was."""
+    last = View(x.base, (x.dims[-1],)).strides()
+    factors = [(d, f) for d, dim in enumerate(x.dims[:-1]) for f in dim if f[0] > 1]
+    if last is None or last[0] != 1 or any(stride == 0 for _, (_, stride) in factors):
+        return None
+    ordered = sorted(range(len(factors)), key=lambda i: -factors[i][1][1])
+    rows = View(x.base, (*(((factors[i][1]),) for i in ordered), x.dims[-1]), x.offset)
+
+    def restore(out: View) -> View:
+        dims: list[tuple[tuple[int, int], ...]] = []
+        for d in range(len(x.dims) - 1):
+            mine = [ordered.index(i) for i, (dim, _) in enumerate(factors) if dim == d]
+            dims.append(tuple(f for m in mine for f in out.dims[m]) or ((1, 0),))
+        return View(out.base, (*dims, out.dims[-1]), out.offset)
+
+    return rows, restore
