@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -65,6 +65,14 @@ class AttentionParameters:
     def few_rows(self) -> int:
         """The most rows of a group that is computed with the elements of a row in lanes."""
         return FEW_ROWS
+
+    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        batch, heads, key_heads = operands.heads
+        return Launch(
+            Literal(f"plan:{plan.hash}", plan.array),
+            extents(batch, heads, key_heads, plan, scale, operands.strides, operands.mask_strides),
+            workspace_bytes(batch, heads, self.value_dim, plan),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,10 +177,12 @@ class AttentionMatch:
         values = self.group.graph.values
         return values[self.q].shape[-1], values[self.v].shape[-1]
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """What the kernel reads: queries, keys, values, and the run-time mask if any."""
-        return (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
+    def call(self, parameters: PlanParameters, target: Target, threads: int) -> KernelCall:
+        """The launch of these parameters on the values of the group."""
+        reads = (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
+        q, k, v, *mask, out = (self.group.graph.values[value].layout for value in (*reads, self.out))
+        operands = Operands(q, k, v, out, *mask)
+        return call_of(self.pattern, operands, reads, (self.out,), self.scale, parameters, target, threads)
 
     @property
     def moved_bytes(self) -> int:
@@ -246,7 +256,33 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
-        return call_of(match, parameters, target, threads, launch_of)
+        return match.call(parameters, target, threads)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one attention as they lie in memory: q, k, v and out (B, H, S, D) with contiguous rows, and the
+    run-time ``mask`` of the scores' shape."""
+
+    q: TensorSpec
+    k: TensorSpec
+    v: TensorSpec
+    out: TensorSpec
+    mask: TensorSpec | None = None
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Batch entries, heads of the queries, and heads of the keys."""
+        return (*self.q.shape[:2], self.k.shape[1])
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        """(batch, head, row) of q, k, v and out."""
+        return [spec.strides[:3] for spec in (self.q, self.k, self.v, self.out)]
+
+    @property
+    def mask_strides(self) -> tuple[int, ...] | None:
+        return None if self.mask is None else self.mask.strides
 
 
 @dataclass(frozen=True)
@@ -258,42 +294,45 @@ class Launch:
     workspace_bytes: int
 
 
+class PlanParameters(Protocol):
+    """Parameters of a kernel that runs attention plans."""
+
+    @property
+    def spec(self) -> KernelSpec: ...
+
+    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        """What the kernel needs to run ``plan`` on ``operands``."""
+
+
 def call_of(
-    match: AttentionMatch,
-    parameters: Any,
+    plan: Mask | AttentionPlan,
+    operands: Operands,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    scale: float,
+    parameters: PlanParameters,
     target: Target,
     threads: int,
-    launch: Callable[..., Launch],
 ) -> KernelCall:
-    """The call of a match; ``launch(pattern, (q, k, v, out), mask, scale, parameters, target, threads)`` gives what
-    depends on how the tensors lie in memory, once their sizes are known."""
-    values = match.group.graph.values
-    layouts = tuple(values[value].layout for value in (match.q, match.k, match.v, match.out))
-    mask = None if match.mask is None else values[match.mask].layout
-    made = late_fields(launch, Launch, match.pattern, layouts, mask, match.scale, parameters, target, threads)
-    tensors: tuple[TensorRef, ...] = (*match.tensors, made.plan, match.out)
-    return KernelCall(parameters.spec, tensors, made.extents, (match.out,), made.workspace_bytes)
+    """The call of an attention kernel on ``operands``: of this plan, or of the one that a mask has for their lengths.
+
+    ``reads`` names q, k, v and the run-time mask, ``writes`` the output and the log-sum-exp, (B, H, Sq) and contiguous;
+    masks and log-sum-exps where the parameters say so. Beside a mask, sizes may be known late.
+    """
+    if isinstance(plan, AttentionPlan):
+        made = parameters.launch(plan, operands, scale, target, threads)
+    else:
+        made = late_fields(launch_of, Launch, plan, operands, scale, parameters, target, threads)
+    tensors: tuple[TensorRef, ...] = (*reads, made.plan, *writes)
+    return KernelCall(parameters.spec, tensors, made.extents, tuple(writes), made.workspace_bytes)
 
 
 def launch_of(
-    pattern: Mask,
-    specs: tuple[TensorSpec, ...],
-    mask: TensorSpec | None,
-    scale: float,
-    parameters: AttentionParameters,
-    target: Target,
-    threads: int,
+    mask: Mask, operands: Operands, scale: float, parameters: PlanParameters, target: Target, threads: int
 ) -> Launch:
-    """The launch for q, k, v and the result as they lie in memory, and the run-time ``mask`` of the scores' shape."""
-    q, k = specs[:2]
-    batch, heads, q_len, _ = q.shape
-    tiles = cached_plan(pattern, q_len, k.shape[2], target)
-    strides = [spec.strides[:3] for spec in specs]
-    return Launch(
-        Literal(f"plan:{tiles.hash}", tiles.array),
-        extents(batch, heads, k.shape[1], tiles, scale, strides, None if mask is None else mask.strides),
-        workspace_bytes(batch, heads, parameters.value_dim, tiles),
-    )
+    """What a call needs besides its tensors, once their sizes are known."""
+    plan = cached_plan(mask, operands.q.shape[2], operands.k.shape[2], target)
+    return parameters.launch(plan, operands, scale, target, threads)
 
 
 def _is_chain(operators: Sequence[Operator]) -> bool:

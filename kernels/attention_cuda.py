@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.extents import Extents
-from fuser.ir.graph import TensorSpec
-from fuser.ir.masks import Mask
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, cached_plan, call_of
+from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, Operands
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -87,6 +85,15 @@ class CudaAttentionParameters:
             total += self.rows * (self.keys + 4) * 4
         slots = 4 if self.stages < 4 else 8
         return total + slots * (self.keys * 4 + 16) + (slots * self.keys * 4 if self.mask else 0) + 16
+
+    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        batch, heads, key_heads = operands.heads
+        chosen = schedule(plan, self, batch, heads, threads)
+        return Launch(
+            Literal(chosen.tiles.key, chosen.tiles.array),
+            extents(batch, heads, key_heads, plan, chosen, scale, operands.strides, operands.mask_strides),
+            chosen.workspace_bytes,
+        )
 
 
 def choices(
@@ -226,27 +233,4 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
     def call(
         self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target, threads: int
     ) -> KernelCall:
-        return call_of(match, parameters, target, threads, launch_of)
-
-
-def launch_of(
-    pattern: Mask,
-    specs: tuple[TensorSpec, ...],
-    mask: TensorSpec | None,
-    scale: float,
-    parameters: CudaAttentionParameters,
-    target: Target,
-    threads: int,
-) -> Launch:
-    """The launch for q, k, v and the result as they lie in memory, and the run-time ``mask`` of the scores' shape."""
-    q, k = specs[:2]
-    batch, heads, q_len, _ = q.shape
-    plan = cached_plan(pattern, q_len, k.shape[2], target)
-    chosen = schedule(plan, parameters, batch, heads, threads)
-    strides = [spec.strides[:3] for spec in specs]
-    mask_strides = None if mask is None else mask.strides
-    return Launch(
-        Literal(chosen.tiles.key, chosen.tiles.array),
-        extents(batch, heads, k.shape[1], plan, chosen, scale, strides, mask_strides),
-        chosen.workspace_bytes,
-    )
+        return match.call(parameters, target, threads)

@@ -8,22 +8,26 @@ import logging
 import torch
 from torch import Tensor
 
-from fuser.codegen.render import header_folder, render
-from fuser.ir.errors import FuserError, KernelError
+from fuser.codegen.launch import launch
+from fuser.ir.errors import FuserError
+from fuser.ir.graph import TensorSpec
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
-from fuser.kernels.attention import LARGEST_HEAD, AttentionParameters, extents, keep_plans, workspace_bytes
+from fuser.kernels.attention import (
+    LARGEST_HEAD,
+    AttentionParameters,
+    Operands,
+    PlanParameters,
+    call_of,
+    keep_plans,
+)
 from fuser.kernels.attention_cuda import CudaAttentionParameters
-from fuser.kernels.attention_tiles import Tiles
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
-from fuser.runtime.abi import KernelArgs
-from fuser.runtime.library import Kernel
 from fuser.runtime.targets import target_of, threads_now, with_tf32
 
 logger = logging.getLogger("fuser")
-_ALIGNMENT = 64
 
 keep_plans(CachedPlans())
 
@@ -74,14 +78,14 @@ def run_plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tiles: AttentionPlan,
+    plan: AttentionPlan,
     runtime: Tensor | None,
     scale: float,
     out: Tensor,
     lse: Tensor | None,
     target: Target | None = None,
 ) -> None:
-    """Run the kernel for ``tiles`` on checked tensors, into ``out`` and, where it is given, ``lse``.
+    """Run the kernel for ``plan`` on checked tensors, into ``out`` and, where it is given, ``lse``.
 
     ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
     BuildError, ToolchainError or CacheError when there is no kernel.
@@ -90,93 +94,38 @@ def run_plan(
     # Kernels read memory, which holds the opposite of a negative view.
     q, k, v = (t.detach().resolve_neg() for t in (q, k, v))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    batch, heads, q_len, width = q.shape
-    tensors = [q, k, v]
-    mask_strides: tuple[int, ...] | None = None
+    reads, writes = {"q": q, "k": k, "v": v}, {"out": out}
     if runtime is not None:
-        runtime = runtime.detach().resolve_neg().expand(batch, heads, q_len, k.shape[2])
-        mask_strides = runtime.stride()
-        tensors.append(runtime)
-    storage = None if runtime is None else STORAGE[runtime.dtype]
-    if target.kind == "cuda":
-        chosen = _chosen(
-            width, v.shape[3], STORAGE[q.dtype], storage, lse is not None, tiles, batch, heads, with_tf32(target)
-        )
-        _run_on_gpu(chosen, tensors, tiles, mask_strides, scale, out, lse, target)
-        return
-    kernel = _kernel(AttentionParameters(width, v.shape[3], STORAGE[q.dtype], storage, lse is not None), target)
-    addresses = [t.data_ptr() for t in tensors]
-    addresses += [tiles.array.ctypes.data, out.data_ptr()]
+        reads["mask"] = runtime.detach().resolve_neg().expand(*q.shape[:3], k.shape[2])
+    operands = Operands(**{n: TensorSpec(t.shape, t.dtype, t.stride()) for n, t in (reads | writes).items()})
     if lse is not None:
-        addresses.append(lse.data_ptr())
-    sizes = extents(batch, heads, k.shape[1], tiles, scale, [t.stride()[:3] for t in (q, k, v, out)], mask_strides)
-    needed = workspace_bytes(batch, heads, v.shape[3], tiles)
-    scratch = torch.empty(needed + _ALIGNMENT, dtype=torch.uint8) if needed else None
-    workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT if scratch is not None else 0
-    kernel(KernelArgs.pack(addresses, sizes, threads_now(), workspace))
+        writes["lse"] = lse
+    parameters = _parameters(operands, lse is not None, plan, target)
+    threads = target.cores if target.kind == "cuda" else threads_now()
+    call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
+    launch(call, reads | writes, target, threads)
 
 
-def _run_on_gpu(
-    parameters: CudaAttentionParameters,
-    tensors: list[Tensor],
-    tiles: AttentionPlan,
-    mask_strides: tuple[int, ...] | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-    target: Target,
-) -> None:
-    """Run the CUDA kernel on q, k, v and the run-time mask, on the current stream of their device."""
-    from fuser.runtime.cuda import CUDA_ERROR, kernel_error
-    from fuser.runtime.emulator import FAULT_STATUS, fault
-
-    q, k, v = tensors[:3]
-    batch, heads = q.shape[:2]
-    chosen = attention_cuda.schedule(tiles, parameters, batch, heads, target.cores)
-    kernel = _kernel(parameters, target)
-    tensors = [*tensors, _on_device(chosen.tiles, q.device), out, *([] if lse is None else [lse])]
-    strides = [t.stride()[:3] for t in (q, k, v, out)]
-    sizes = attention_cuda.extents(batch, heads, k.shape[1], tiles, chosen, scale, strides, mask_strides)
-    scratch = torch.empty(chosen.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=q.device)
-    workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-    args = KernelArgs.pack([t.data_ptr() for t in tensors], sizes, target.cores, workspace)
-    if target.emulated:
-        if (status := kernel.status(args)) == FAULT_STATUS:
-            raise fault(kernel.path, kernel.symbol)
-    else:
-        with torch.cuda.device(q.device):
-            status = kernel.status(args, torch.cuda.current_stream(q.device).cuda_stream)
-    if status >= CUDA_ERROR:
-        raise kernel_error(kernel.symbol, status)
-    if status:
-        raise KernelError(f"the kernel {kernel.symbol} cannot run {tuple(q.shape)} queries (status {status})")
+def _parameters(operands: Operands, lse: bool, plan: AttentionPlan, target: Target) -> PlanParameters:
+    q, v, mask = operands.q, operands.v, operands.mask
+    kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
+    if target.kind == "cuda":
+        return _cheapest(*kernel, plan, *q.shape[:2], with_tf32(target))
+    return AttentionParameters(*kernel)
 
 
 @functools.lru_cache(maxsize=256)
-def _chosen(
+def _cheapest(
     width: int,
     value_width: int,
     dtype: DType,
     mask: DType | None,
     lse: bool,
-    tiles: AttentionPlan,
+    plan: AttentionPlan,
     batch: int,
     heads: int,
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
     found = attention_cuda.choices(width, value_width, dtype, mask, lse, target)
-    return min(found, key=lambda p: attention_cuda.cost(p, tiles, batch, heads, 0, target).seconds(target))
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(tiles: Tiles, device: torch.device) -> Tensor:
-    return torch.from_numpy(tiles.array.copy()).to(device)
-
-
-@functools.cache
-def _kernel(parameters: AttentionParameters | CudaAttentionParameters, target: Target) -> Kernel:
-    from fuser.runtime.build import build_and_load
-
-    (kernel,) = build_and_load([render(parameters.spec)], target, headers=header_folder(target)).values()
-    return kernel
+    return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

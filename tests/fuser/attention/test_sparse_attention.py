@@ -180,7 +180,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         raise BuildError("the compiler is broken")
 
     launch.say.cache_clear()
-    monkeypatch.setattr(launch, "_kernel", broken)
+    monkeypatch.setattr(launch, "launch", broken)
     q, k, v = inputs()
     with caplog.at_level(logging.WARNING, "fuser"):
         out = sparse_attention(q, k, v, masks.Causal())
