@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fuser.attention.registry import mask_of
 from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser
+from fuser.frontend.sizes import traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
@@ -59,7 +60,7 @@ def _nothing(r: Raiser, node: fx.Node) -> Value:
 )
 def _same(r: Raiser, node: fx.Node) -> Value | None:
     value = r.env[node.args[0]]
-    source, result = node.args[0].meta["val"], node.meta["val"]
+    source, result = traced(node.args[0]), traced(node)
     if isinstance(value, Conjunction):
         return value if source.dtype == result.dtype else None
     if source.dtype == result.dtype:
@@ -86,7 +87,7 @@ def _dropout(r: Raiser, node: fx.Node) -> Value | None:
 )
 def _reshape(r: Raiser, node: fx.Node) -> Value | None:
     view = r.view(node.args[0])
-    shape = tuple(node.meta["val"].shape)
+    shape = traced(node).shape
     reshaped = view.reshape(shape)
     if reshaped is None and view.shape and 0 not in shape and 0 not in view.shape and not r.is_constant(view):
         copied = View.of(*_named(r, r.realize(View(view.base, view.dims, view.offset))))
@@ -137,29 +138,29 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
     start = min(max(start + size if start < 0 else start, 0), size)
     step = node.args[4] if len(node.args) > 4 else 1
-    count = node.meta["val"].shape[dim]
+    count = traced(node).shape[dim]
     return view.slice(dim, start, count, step) if count else None
 
 
 @_handles(aten.as_strided.default, aten.as_strided_copy.default)
 def _as_strided(r: Raiser, node: fx.Node) -> Value | None:
     """Whatever lies in the memory of the operand's root, once that lies as the model has it."""
-    result, root = node.meta["val"], r.root(node.args[0])
-    source = root.meta["val"]
+    result, root = traced(node), r.root(node.args[0])
+    source = traced(root)
     if source.dtype != result.dtype or not r.is_whole(root):
         return None
     base = r.in_place(root)
     # A copy's own offset says nothing about where it was read.
     given = {**dict(zip(("size", "stride", "storage_offset"), node.args[1:], strict=False)), **node.kwargs}
     offset = given.get("storage_offset")
-    offset = node.args[0].meta["val"].storage_offset() if offset is None else offset
+    offset = traced(node.args[0]).offset if offset is None else offset
     dims = tuple(((size, stride),) for size, stride in zip(given["size"], given["stride"], strict=True))
-    return View(base.base, dims, base.offset + offset - source.storage_offset())
+    return View(base.base, dims, base.offset + offset - source.offset)
 
 
 @_handles(aten.expand.default)
 def _expand(r: Raiser, node: fx.Node) -> Value:
-    shape = tuple(node.meta["val"].shape)
+    shape = traced(node).shape
     value = r.env[node.args[0]]
     return value.expand(shape) if isinstance(value, Conjunction) else r.view(node.args[0]).expand(shape)
 
@@ -175,7 +176,7 @@ def _split(r: Raiser, node: fx.Node) -> Value | None:
     dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(view.dims)
     parts: list[View] = []
     start = 0
-    for result in node.meta["val"]:
+    for result in traced(node):
         part = view.slice(dim, start, result.shape[dim], 1)
         if part is None:
             return None
@@ -334,7 +335,7 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
     if 0 in k.shape or 0 in v.shape:
         return None
     mask = given.get("attn_mask")
-    if not len(q.dims) == len(k.dims) == len(v.dims) or (mask is not None and mask.meta["val"].dim() > len(q.dims)):
+    if not len(q.dims) == len(k.dims) == len(v.dims) or (mask is not None and traced(mask).ndim > len(q.dims)):
         return None
     if len(q.dims) > 2 and not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:-2] == v.shape[1:-2]):
         return None
@@ -362,9 +363,9 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 def _and(r: Raiser, node: fx.Node) -> Value | None:
     """Masks: a constant that allows everything vanishes, another is kept apart from the run-time part."""
-    if node.meta["val"].dtype != torch.bool:
+    if traced(node).dtype != torch.bool:
         return None
-    shape = tuple(node.meta["val"].shape)
+    shape = traced(node).shape
     values = [r.env[a] for a in node.args if isinstance(a, fx.Node)]
     if len(values) != 2 or any(isinstance(v, tuple) for v in values):
         return None
@@ -374,11 +375,15 @@ def _and(r: Raiser, node: fx.Node) -> Value | None:
     for i, value in enumerate(values):
         other = values[1 - i]
         if isinstance(value, View) and r.is_constant(value):
-            if bool(r.constant_tensor(value).all()):
+            if r.decided(_all_true, value):
                 return other.expand(shape) if not isinstance(other, tuple) else None
             if isinstance(other, View) and not r.is_constant(other):
                 return Conjunction(value.expand(shape), other.expand(shape))
     return None
+
+
+def _all_true(tensor: Tensor) -> bool:
+    return bool(tensor.all())
 
 
 # ---- elementwise operators
@@ -485,7 +490,7 @@ def _scalar(r: Raiser, node: fx.Node) -> float | None:
     """The number that a constant of no dimensions holds."""
     value = r.env[node]
     if isinstance(value, View) and not value.dims and r.is_constant(value) and r.dtype(value).is_floating_point:
-        return float(r.constant_tensor(value))
+        return r.decided(float, value)
     return None
 
 

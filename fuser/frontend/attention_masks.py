@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.raising import Raiser
+from fuser.frontend.sizes import broadcast
 from fuser.frontend.views import Conjunction, View
 from fuser.ir.errors import CaptureError, MaskError
-from fuser.ir.graph import TensorSpec
+from fuser.ir.graph import Evaluation, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
+from fuser.ir.masks.late import LateMask
 from fuser.ir.operators import Extern, Ref, TorchCall
 
 
@@ -52,7 +54,7 @@ def combined(
             runtime.append(_runtime_mask(r, use, rest or r.view(use.node), dtype))
     for use, constant in lowered:
         known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
-        if runtime or (known is not None and not bool(known.dense(shape[2], shape[3]).any(-1).all())):
+        if runtime or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
             runtime.append(_runtime_mask(r, use, r.view(use.node), dtype))
         else:
             pattern = _conjunction(pattern, constant)
@@ -94,8 +96,7 @@ def _torch_mask(
     dtype: torch.dtype,
 ) -> View:
     """A mask that PyTorch makes of others."""
-    shape: tuple[int, ...] = torch.broadcast_shapes(*(view.shape for view in views))  # type: ignore[no-untyped-call]
-    spec = TensorSpec.contiguous(shape, dtype)
+    spec = TensorSpec.contiguous(broadcast(*(view.shape for view in views)), dtype)
     made = Extern(TorchCall(function, (*map(Ref, range(len(views))), *more)), "a mask made at run time")
     return r.emit(made, f"{views[0].base}_{what}", [r.realize(view) for view in views], spec)
 
@@ -108,8 +109,32 @@ def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | No
         if isinstance(value, Conjunction) or not r.is_constant(r.view(use.node)):
             return None, False
         view = r.view(use.node)
-    tensor = r.constant_tensor(four_dims(view.expand(full))).detach()
-    finite = use.fill != -math.inf
+    expanded = four_dims(view.expand(full))
+    (mask, finite), evaluation = r.evaluated(_pattern, expanded, use.inverted, use.fill)
+    if evaluation is None or mask is None or mask in (Dense(), Causal()):
+        return r.decided(_pattern, expanded, use.inverted, use.fill)
+    # Some pattern for all sizes, each its own.
+    r.decided(_is_pattern, expanded, use.inverted, use.fill, finite)
+    return LateMask(_late_pattern, (evaluation, use.inverted, use.fill)), finite
+
+
+def _rows_allow(mask: Mask, q_len: int, kv_len: int) -> bool:
+    """Whether every query may attend to something."""
+    return bool(mask.dense(q_len, kv_len).any(-1).all())
+
+
+def _late_pattern(evaluation: Evaluation, inverted: bool, fill: float) -> Mask | None:
+    return _pattern(evaluation(), inverted, fill)[0]
+
+
+def _is_pattern(tensor: Tensor, inverted: bool, fill: float, finite: bool) -> bool:
+    found, low = _pattern(tensor, inverted, fill)
+    return found is not None and found.heads is None and low == finite
+
+
+def _pattern(tensor: Tensor, inverted: bool, fill: float) -> tuple[Mask | None, bool]:
+    """The entries of a constant mask as :func:`_constant_mask` gives them."""
+    finite = fill != -math.inf
     if tensor.dtype != torch.bool:
         allowed = tensor == 0
         lowest = torch.finfo(tensor.dtype).min / 2 if tensor.is_floating_point() else -math.inf
@@ -117,7 +142,7 @@ def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | No
             return None, False
         finite = not bool(torch.isneginf(tensor[~allowed]).all())
         tensor = allowed
-    elif use.inverted:
+    elif inverted:
         tensor = ~tensor
     if bool(tensor.all()):
         return Dense(), False

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from fuser.frontend.sizes import Traced, traced
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -63,7 +65,7 @@ Numbers = Callable[[fx.Node], float | None]
 @dataclass
 class _Walk:
     numbers: Numbers
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     scale: float = 1.0
     masks: list[MaskUse] = field(default_factory=list)
@@ -84,21 +86,21 @@ def find(graph: fx.Graph, numbers: Numbers = lambda _: None) -> Mapping[fx.Node,
     return roles
 
 
-def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None
+def _value(node: Any) -> Traced | None:
+    value = traced(node)
+    return value if isinstance(value, Traced) else None
 
 
 def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     scores = _value(softmax)
-    if scores is None or scores.dim() not in (3, 4) or softmax.args[1] % scores.dim() != scores.dim() - 1:
+    if scores is None or scores.ndim not in (3, 4) or softmax.args[1] % scores.ndim != scores.ndim - 1:
         return None
     found = _probabilities(softmax)
     if found is None:
         return None
     *inner, output = found
-    walk = _Walk(numbers, scores.shape, _HOLDS.get(output.meta["val"].dtype, ()), nodes=[softmax, *inner])
-    if any(node.meta["val"].dtype not in walk.dtypes for node in walk.nodes):
+    walk = _Walk(numbers, scores.shape, _HOLDS.get(traced(output).dtype, ()), nodes=[softmax, *inner])
+    if any(traced(node).dtype not in walk.dtypes for node in walk.nodes):
         return None
     product = _scores(softmax.args[0], walk)
     if product is None:
@@ -107,10 +109,10 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     q = _prescaled(q, walk)
     k = _prescaled(k, walk)
     shapes = [_value(n) for n in (q, k, output.args[1])]
-    if any(s is None or s.dim() != scores.dim() for s in shapes):
+    if any(s is None or s.ndim != scores.ndim for s in shapes):
         return None
     # Plain batched products only: PyTorch's broadcasting of batch dimensions is not attention as we know it.
-    batches = {tuple(s.shape[:-2]) for s in shapes if s is not None}
+    batches = {s.shape[:-2] for s in shapes if s is not None}
     dtypes = {s.dtype for s in (*shapes, _value(output)) if s is not None}
     if len(batches) != 1 or len(dtypes) != 1:
         return None
@@ -163,7 +165,7 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
             scores, bias = _value(this), _value(other)
             if scores is None or bias is None or scores.shape != value.shape:  # type: ignore[union-attr]
                 continue
-            if _leads_to_product(this) and bias.is_floating_point():
+            if _leads_to_product(this) and bias.dtype.is_floating_point:
                 if walk.scale != 1.0:
                     return None
                 walk.masks.append(MaskUse(other, inverted=False))
@@ -206,7 +208,7 @@ def _number(value: Any, numbers: Numbers) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     constant = _value(value)
-    if constant is not None and constant.dim() == 0:
+    if constant is not None and constant.ndim == 0:
         return _constant_number(value, numbers)
     return None
 

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
+from fuser.ir.binding import Binder, Late
 from fuser.ir.errors import CaptureError
-from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
+from fuser.ir.graph import Constant, Evaluation, Operator, OperatorGraph, TensorSpec, ViewCalls
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
+
+Decision = TypeVar("Decision")
+
+
+def _is_still(decision: Decision, function: Callable[..., Decision], *arguments: Any) -> bool:
+    return function(*arguments) == decision
+
+
+def _of_contents(function: Callable[..., Decision], evaluation: Evaluation, *arguments: Any) -> Decision:
+    return function(evaluation(), *arguments)
 
 
 class GraphBuilder:
     """A graph to which operators are appended; what nothing needs is left out at the end.
 
-    ``inspected`` collects the parameters whose values, not only shapes, decided something.
+    ``inspected`` collects the parameters whose values, not only shapes, decided something, and ``assumptions`` what was
+    decided for the ``sample`` of the named sizes and has to be the same for others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample: Mapping[str, int]) -> None:
         self.values: dict[str, TensorSpec] = {}
         self.operators: list[Operator] = []
         self.constants: dict[str, Constant] = {}
         self.states: list[str] = []
+        self.sample = sample
+        self.assumptions: list[Late] = []
         self._tensors: dict[str, Tensor] = {}
+        self._evaluations: dict[str, Evaluation] = {}
+        self._decisions: dict[Hashable, Any] = {}
         self._realized: dict[View, str] = {}
         self.inspected: set[str] = set()
 
@@ -89,7 +106,7 @@ class GraphBuilder:
         return unique
 
     def tensor(self, name: str) -> Tensor:
-        """The value of a constant, computed once."""
+        """The value of a constant that does not depend on named sizes, computed once."""
         if name not in self._tensors:
             constant = self.constants[name]
             if constant.call is None:
@@ -97,11 +114,47 @@ class GraphBuilder:
             self._tensors[name] = constant.evaluate([self.tensor(s) for s in constant.sources])
         return self._tensors[name]
 
-    def constant_tensor(self, view: View) -> Tensor:
-        """The value of a constant view, which the graph is then made for."""
+    def decided(self, function: Callable[..., Decision], view: View, *arguments: Any) -> Decision:
+        """``function(tensor, *arguments)`` of the contents of a constant view, which the graph is then made for.
+
+        Where the contents depend on named sizes, it is decided by those of the ``sample``, and assumed for others.
+        """
+        key = (function, view, arguments)
+        if key not in self._decisions:
+            found, evaluation = self.evaluated(function, view, *arguments)
+            if evaluation is not None:
+                self.assumed(_of_contents, function, evaluation, *arguments)
+            self._decisions[key] = found
+        return self._decisions[key]
+
+    def assumed(self, function: Callable[..., Decision], *arguments: Any) -> Decision:
+        """``function(*arguments)``; where these depend on named sizes, what it is for the ``sample``, which is assumed
+        for others."""
+        binder = Binder(arguments)
+        found = function(*binder(self.sample))
+        if binder.names:
+            self.assumptions.append(Late(_is_still, (found, function, *arguments)))
+        return found
+
+    def evaluated(
+        self, function: Callable[..., Decision], view: View, *arguments: Any
+    ) -> tuple[Decision, Evaluation | None]:
+        """As :meth:`decided`, without assuming anything: and how the contents follow from named sizes, if they do."""
         self._inspect(view.base)
+        evaluation = Evaluation(view.copied(), (self._evaluation(view.base),))
+        binder = Binder(evaluation)
+        if binder.names:
+            return function(binder(self.sample)(), *arguments), evaluation
         (tensor,) = view.copied()(self.tensor(view.base))
-        return tensor
+        return function(tensor.detach(), *arguments), None
+
+    def _evaluation(self, name: str) -> Evaluation:
+        if name not in self._evaluations:
+            constant = self.constants[name]
+            sources = tuple(map(self._evaluation, constant.sources))
+            tensor = self._tensors[name] if constant.call is None else None
+            self._evaluations[name] = Evaluation(constant.call, sources, tensor)
+        return self._evaluations[name]
 
     def _inspect(self, name: str) -> None:
         constant = self.constants[name]
@@ -150,6 +203,7 @@ class GraphBuilder:
             constants={name: constant for name, constant in self.constants.items() if name in keep},
             aliases=aliases,
             inspected=frozenset(self.inspected),
+            assumptions=tuple(self.assumptions),
             states=tuple(name for name in self.states if name in keep),
         )
 

@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -26,14 +26,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from fuser.frontend.shadow import Shadow, attributes_of, forget, is_plain
+from fuser.frontend.sizes import SizeRange, annotate
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeRLock
 
 Signature = tuple[Any, ...]
+Dynamic = bool | Sequence[Collection[int]]
+"""Which dimensions of a call's tensors may have other sizes: all, none, or some of each tensor."""
 # torch.export puts stand-ins for the parameters into the live modules, and PyTorch's switches are the process's.
 _EXPORTING = ForkSafeRLock()
 _capturing: int | None = None
@@ -251,8 +255,9 @@ class Captured:
 
     ``graph`` has placeholders for ``parameters`` (name in the graph → the live tensor of the model), then for the
     tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.
-    ``asks_modes`` says whether the model asked if gradients or inference mode are on, and ``lifted`` names the
-    parameters that are tensors which no module has registered.
+    ``asks_modes`` says whether the model asked if gradients or inference mode are on, ``lifted`` names the parameters
+    that are tensors which no module has registered, and ``sizes`` says for which calls the graph holds: for shapes of
+    one kind if its sizes are named, else for those that it was captured with.
     """
 
     graph: torch.fx.GraphModule
@@ -261,6 +266,7 @@ class Captured:
     output: OutputSpec
     asks_modes: bool = False
     lifted: frozenset[str] = frozenset()
+    sizes: SizeRange = SizeRange(())
 
 
 class _Flat(nn.Module):
@@ -344,8 +350,10 @@ def is_capturing() -> bool:
     return _capturing == threading.get_ident()
 
 
-def capture(model: nn.Module, call: FlatCall) -> Captured:
-    """Export ``model`` for one call with ``torch.export``.
+def capture(model: nn.Module, call: FlatCall, dynamic: Dynamic = False) -> Captured:
+    """Export ``model`` with ``torch.export`` for one call, or, with ``dynamic``, for calls that differ from it in
+    sizes: those dimensions are named in which the model allows it, of all (True) or of the ones given for each tensor.
+    Sizes of zero and one stay what they are.
 
     The model itself is never touched: a shadow of it is traced, and the model may run, change hands and be copied in
     other threads meanwhile. A model that sets itself up in its first call (installs hooks, say) and computes the same
@@ -353,13 +361,13 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     depends on the values of its tensors, mutates its inputs or state, or uses what export does not support.
     """
     shadow = Shadow(model)
-    trace = _trace(shadow, call, model)
+    trace = _trace(shadow, call, model, dynamic)
     changed, tensors = trace.changed
     if changed and not tensors:
         for attributes, left in trace.attributes:
             attributes.update(left)
         settled = Shadow(shadow.module)
-        again = _trace(settled, call, model)
+        again = _trace(settled, call, model, dynamic)
         if not again.changed[0] and trace.agrees(again):
             return _captured(again, call, settled, lambda t: shadow.original_tensor(settled.original_tensor(t)))
     if changed:
@@ -367,14 +375,16 @@ def capture(model: nn.Module, call: FlatCall) -> Captured:
     return _captured(trace, call, shadow, shadow.original_tensor)
 
 
-def _trace(shadow: Shadow, call: FlatCall, model: nn.Module) -> _Trace:
+def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -> _Trace:
     seen = _Seen()
     wrapper = _Flat(shadow, call, seen)
     watched = GlobalNumbers(model)
     try:
         inference = any(parameter.is_inference() for parameter in model.parameters())
         with _exporting(inference), _asking(call) as asked, watched.unchanged(), _python_random():
-            program = torch.export.export(wrapper, _examples(call), strict=False)
+            program = torch.export.export(
+                wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
+            )
             _check_writes(program.graph)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 # Operators that change an intermediate in place become functions.
@@ -422,7 +432,16 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
         parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
     lifted = frozenset(signature.inputs_to_lifted_tensor_constants)
-    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes, lifted)
+    sizes = annotate(program.graph, inputs)
+    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes, lifted, sizes)
+
+
+def _dynamic_shapes(call: FlatCall, dynamic: Dynamic) -> Any:
+    """What ``torch.export`` is told about the sizes: that it may find out which of these dimensions can vary."""
+    if dynamic is False:
+        return None
+    chosen = [range(t.ndim) for t in call.tensors] if dynamic is True else dynamic
+    return (tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in chosen),)
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -566,16 +585,21 @@ def _check_nodes(graph: torch.fx.Graph, device: torch.device) -> None:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"the model uses {node.target}, whose parts fuser cannot look into")
         for value in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(value, (torch.SymFloat, torch.SymBool)) or _is_unbacked(value):
                 raise CaptureError(f"{node.target} makes a number from the values of tensors")
             if not isinstance(value, Tensor):
                 continue
-            if any(not isinstance(size, int) for size in value.shape):
+            if any(map(_is_unbacked, value.shape)):
                 raise CaptureError(f"the shape of the result of {node.target} depends on the values of tensors")
             if value.layout is not torch.strided or value.device != device:
                 raise CaptureError(f"{node.target} makes a tensor of layout {value.layout} on {value.device}")
         if node.op == "call_function" and node.meta.get("val") is None and node.target not in _METADATA:
             raise CaptureError(f"{node.target} checks or changes something while the model runs")
+
+
+def _is_unbacked(value: Any) -> bool:
+    """Whether a number follows from values of tensors and not from sizes."""
+    return isinstance(value, torch.SymInt) and bool(free_unbacked_symbols(value))
 
 
 _METADATA = (torch.ops.aten._assert_tensor_metadata.default,)

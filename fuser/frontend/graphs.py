@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -19,15 +21,19 @@ from fuser.kernels.base import FLOATING
 
 
 def raise_graph(
-    captured: Captured, attention: Mask | None = None, floating: frozenset[torch.dtype] = FLOATING
+    captured: Captured,
+    attention: Mask | None = None,
+    floating: frozenset[torch.dtype] = FLOATING,
+    sample: Mapping[str, int] | None = None,
 ) -> OperatorGraph:
-    """The operator graph of a captured model.
+    """The operator graph of a captured model; of one with named sizes, the graph that is right for the ``sample`` of
+    these and for all others for which its assumptions are true.
 
     ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to; ``floating`` holds the
     dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
     mutate tensors.
     """
-    r = Raiser(captured, attention, floating)
+    r = Raiser(captured, attention, floating, sample or {})
     roles = attention_patterns.find(captured.graph.graph, r.known_number)
     outputs: tuple[str, ...] = ()
     aliases: dict[int, ViewCalls] = {}

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fuser.frontend.raising import Raiser, storage_of
+from fuser.frontend.sizes import traced
 from fuser.ir.graph import ViewCalls
 from fuser.ir.operators import Ref, TorchCall
 
@@ -39,7 +40,7 @@ def outputs_of(r: Raiser, leaves: Sequence[fx.Node]) -> tuple[tuple[str, ...], d
 def _together(r: Raiser, leaves: Sequence[fx.Node], taken: Collection[str]) -> list[str]:
     """Values for outputs that share the memory of their root: as they lie if that is how the model has them, else
     in a copy of the root."""
-    values = [leaf.meta["val"] for leaf in leaves]
+    values = [traced(leaf) for leaf in leaves]
     realized = [r.realize(r.view(leaf)) for leaf in leaves]
     specs = [r.values[name] for name in realized]
     (base, *more) = {spec.base or name for name, spec in zip(realized, specs, strict=True)}
@@ -48,18 +49,18 @@ def _together(r: Raiser, leaves: Sequence[fx.Node], taken: Collection[str]) -> l
         and base not in taken
         and base not in r.constants
         and (base not in r.captured.inputs or r.root(leaves[0]).op == "placeholder")
-        and all(spec.has_strides(value.stride()) for spec, value in zip(specs, values, strict=True))
-        and len({s.offset - v.storage_offset() for s, v in zip(specs, values, strict=True)}) == 1
+        and all(spec.has_strides(value.strides) for spec, value in zip(specs, values, strict=True))
+        and len({s.offset - v.offset for s, v in zip(specs, values, strict=True)}) == 1
     ):
-        offset = specs[0].offset - values[0].storage_offset()
+        offset = specs[0].offset - values[0].offset
     else:
         root = r.root(leaves[0])
-        if not r.is_whole(root) or any(v.dtype != root.meta["val"].dtype for v in values):
+        if not r.is_whole(root) or any(v.dtype != traced(root).dtype for v in values):
             return [r.copied(leaf, "a copy to return").base for leaf in leaves]
         base = r.copied(root, "a copy to return").base
-        offset = -root.meta["val"].storage_offset()
+        offset = -traced(root).offset
     return [
-        r.alias(f"{leaf.name}_output", base, value.shape, value.stride(), offset + value.storage_offset())
+        r.alias(f"{leaf.name}_output", base, value.shape, value.strides, offset + value.offset)
         for leaf, value in zip(leaves, values, strict=True)
     ]
 

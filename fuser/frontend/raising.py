@@ -7,14 +7,15 @@ stays an ``extern`` operator that PyTorch runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import Captured
+from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
@@ -22,6 +23,7 @@ from fuser.ir.expression import Builder
 from fuser.ir.graph import Operator, TensorSpec
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
+from fuser.ir.size import Size
 
 aten = torch.ops.aten
 _FOLD_LIMIT = 1 << 28
@@ -53,8 +55,14 @@ def _is_elementwise(target: Any) -> bool:
 class Raiser(GraphBuilder):
     """The operator graph of a captured one, as far as it is made; ``env`` has the values of the nodes so far."""
 
-    def __init__(self, captured: Captured, attention: Mask | None, floating: frozenset[torch.dtype]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        captured: Captured,
+        attention: Mask | None,
+        floating: frozenset[torch.dtype],
+        sample: Mapping[str, int],
+    ) -> None:
+        super().__init__(sample)
         self.captured = captured
         self.attention = attention
         self.floating = floating
@@ -75,16 +83,16 @@ class Raiser(GraphBuilder):
 
     def spec(self, node: fx.Node) -> TensorSpec:
         """Shape and dtype of an FX node's tensor, contiguous."""
-        value = node.meta["val"]
+        value = traced(node)
         return TensorSpec.contiguous(value.shape, value.dtype)
 
     def placeholder(self, node: fx.Node) -> View:
         """An input of the graph, or a parameter of the model."""
         if node.name in self.captured.parameters:
             return self.add_parameter(node.name, self.captured.parameters[node.name])
-        value = node.meta["val"]
-        if not isinstance(value, Tensor):
-            raise CaptureError(f"the model takes a {type(value).__name__} that fuser cannot guard on")
+        value = traced(node)
+        if not isinstance(value, Traced):
+            raise CaptureError(f"the model takes a {type(node.meta['val']).__name__} that fuser cannot guard on")
         self.values[node.name] = spec = TensorSpec.contiguous(value.shape, value.dtype)
         return View.of(node.name, spec)
 
@@ -104,26 +112,26 @@ class Raiser(GraphBuilder):
 
     def is_whole(self, node: fx.Node) -> bool:
         """Whether the tensor of ``node`` is known and all of its memory."""
-        value = node.meta["val"]
+        value = traced(node)
         known = isinstance(self.env.get(node), (View, Conjunction))
-        return known and value.untyped_storage().nbytes() == value.nbytes and _is_dense(value)
+        return known and value.storage_bytes == value.nbytes and value.is_dense
 
     def in_place(self, node: fx.Node) -> View:
         """A tensor as the model has it in memory: of whatever root, with all strides."""
-        view, value = self.view(node), node.meta["val"]
+        view, value = self.view(node), traced(node)
         spec = self.values[self.realize(view)]
-        if spec.has_strides(value.stride()):
+        if spec.has_strides(value.strides):
             return dataclasses.replace(View.of(spec.base or self.realize(view), spec), offset=spec.offset)
         return self.copied(node, "a copy as it lies in the model's memory")
 
     def copied(self, node: fx.Node, reason: str) -> View:
         """A copy of a tensor in memory of its own, with the strides that the model has it with."""
-        value = node.meta["val"]
+        value = traced(node)
         source = self.realize(self.view(node))
         # Memory that overlaps cannot be written to.
-        strides = value.stride() if _is_dense(value) else TensorSpec.contiguous(value.shape, value.dtype).strides
-        copy = Extern(TorchCall(laid_out, (Ref(0), tuple(strides))), reason)
-        spec = TensorSpec(tuple(value.shape), value.dtype, tuple(strides))
+        strides = value.strides if value.is_dense else TensorSpec.contiguous(value.shape, value.dtype).strides
+        copy = Extern(TorchCall(laid_out, (Ref(0), strides)), reason)
+        spec = TensorSpec(value.shape, value.dtype, strides)
         return self.emit(copy, f"{node.name}_copy", (source,), spec)
 
     # ---- operators
@@ -168,7 +176,7 @@ class Raiser(GraphBuilder):
             if isinstance(argument, fx.Node):
                 view = self.view(argument)
                 views.append(view)
-                strides = tuple(argument.meta["val"].stride())
+                strides = traced(argument).strides
                 if free or self.values[self.realize(view)].has_strides(strides):
                     return Ref(len(views) - 1)
                 return Ref(len(views) - 1, strides)
@@ -176,18 +184,20 @@ class Raiser(GraphBuilder):
                 return type(argument)(convert(a) for a in argument)
             return argument
 
-        val = node.meta.get("val")
-        results = list(val) if isinstance(val, (tuple, list)) else [val]
+        value = traced(node)
+        results = list(value) if isinstance(value, tuple) else [value]
         args = tuple(convert(a) for a in node.args)
         kwargs = tuple((k, convert(v)) for k, v in node.kwargs.items())
-        if val is None:
+        if node.meta.get("val") is None:
             return ()
-        if not all(isinstance(r, Tensor) for r in results):
+        if not all(isinstance(r, Traced) for r in results):
             raise CaptureError(f"{node.target} returns something other than tensors")
         call = TorchCall(node.target, args, kwargs)
         deterministic = torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-        size = sum(r.numel() * r.element_size() for r in results)
-        if deterministic and size <= _FOLD_LIMIT and len(results) == 1 and all(self.is_constant(v) for v in views):
+        size = sum(r.nbytes for r in results)
+        # What follows from named sizes is made when they are known.
+        small = isinstance(size, Size) or size <= _FOLD_LIMIT
+        if deterministic and small and len(results) == 1 and all(self.is_constant(v) for v in views):
             (result,) = results
             sources = tuple(self.realize(v) for v in views)
             name = self.derived(node.name, sources, call, result.shape, result.dtype)
@@ -199,7 +209,7 @@ class Raiser(GraphBuilder):
         reason = f"no kernel family knows {node.target}"
         self.operators.append(Operator(names[0], Extern(call, reason), inputs, names))
         found = tuple(View.of(n, s) for n, s in zip(names, specs, strict=True))
-        return found if isinstance(val, (tuple, list)) else found[0]
+        return found if isinstance(value, tuple) else found[0]
 
     def _conjoin(self, node: fx.Node, value: Conjunction) -> View:
         inputs = (self.realize(value.constant), self.realize(value.runtime))
@@ -223,19 +233,9 @@ def _rounded(semantics: Semantics, operands: Sequence[torch.dtype], result: torc
     return kinds.Pointwise(function)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether every element has a place of its own and nothing lies between them."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 def storage_of(node: fx.Node) -> int:
-    storage: int = node.meta["val"].untyped_storage()._cdata
+    """The number of the storage of a node's tensor."""
+    storage: int = traced(node).storage
     return storage
 
 
@@ -243,7 +243,6 @@ def _roots(graph: fx.Graph) -> dict[int, fx.Node]:
     """The first node of every storage: the one that made it, since nodes are in the order of execution."""
     roots: dict[int, fx.Node] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.layout is torch.strided:
+        if isinstance(traced(node), Traced):
             roots.setdefault(storage_of(node), node)
     return roots

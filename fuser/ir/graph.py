@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeGuard
+from typing import Any, Generic, TypeGuard
 
 import networkx as nx
 import torch
@@ -140,6 +140,26 @@ class Constant:
             return self.call(*sources)[0].detach().contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How to compute a constant: ``call`` of the ``sources``, or a tensor that is there."""
+
+    call: TorchCall | None
+    sources: tuple[Evaluation, ...] = ()
+    tensor: Tensor | None = None
+
+    def __call__(self, known: dict[int, Tensor] | None = None) -> Tensor:
+        """The constant's value, contiguous. Parts that are one object are computed once."""
+        known = {} if known is None else known
+        if id(self) not in known:
+            if self.call is None:
+                assert self.tensor is not None
+                return self.tensor.detach()
+            with torch.no_grad():
+                known[id(self)] = self.call(*(source(known) for source in self.sources))[0].detach().contiguous()
+        return known[id(self)]
+
+
 ViewCalls = tuple[tuple[TorchCall, int], ...]
 
 
@@ -160,6 +180,9 @@ class OperatorGraph:
     these calls, each with the number of its result, make the output of the very tensor that was given."""
     inspected: frozenset[str] = frozenset()
     """Parameters whose values, not only shapes, made the graph what it is: if one changes, another graph is needed."""
+    assumptions: tuple[Any, ...] = ()
+    """What the graph was decided by and may be otherwise for other sizes: :class:`~fuser.ir.binding.Late` values that
+    are true, once bound, for the sizes that the graph is right for."""
     states: tuple[str, ...] = ()
     """Values that live across calls, all zeros before the first: the only ones that operators may write in place. A
     state among ``outputs`` is returned as it is, not copied."""
