@@ -19,6 +19,7 @@ from fuser.ir.graph import Evaluation, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
 from fuser.ir.operators import Extern, Ref, TorchCall
+from fuser.ir.size import UndecidedSizeError
 
 
 def combined(
@@ -171,6 +172,8 @@ def _hashable(mask: Mask, q_len: int, kv_len: int) -> Mask:
     """The mask itself, or, where a function is part of it, its entries: regions are compared by the hash of masks."""
     try:
         mask.hash  # noqa: B018
+    except UndecidedSizeError:
+        return mask
     except MaskError:
         return from_dense(mask.dense(q_len, kv_len))
     return mask

@@ -564,7 +564,7 @@ def _given_causality(mask: Tensor | None, is_causal: bool | None = None, size: i
 
 def _check_writes(graph: torch.fx.Graph) -> None:
     """Refuse writes to what outlives a call; a signature does not mention those to plain tensors."""
-    lasting = {_storage(node): node for node in graph.nodes if node.op == "placeholder"}
+    lasting = {_storage(node): node for node in graph.nodes if node.op == "placeholder" and not _is_copied(node)}
     for node in graph.nodes:
         if not _is_mutable(node):
             continue
@@ -572,6 +572,12 @@ def _check_writes(graph: torch.fx.Graph) -> None:
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(value, torch.fx.Node) and _storage(value) in lasting:
                 raise CaptureError(f"the model changes {lasting[_storage(value)]} in place while it runs")
+
+
+def _is_copied(node: torch.fx.Node) -> bool:
+    """Whether all that a graph does with an input is to copy it, as with what ``torch.tensor`` makes of numbers: the
+    copy has the storage of the input in a trace, and one of its own in every call."""
+    return bool(node.users) and all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
 
 
 def _storage(node: torch.fx.Node) -> int | None:

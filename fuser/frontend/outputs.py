@@ -32,7 +32,7 @@ def outputs_of(r: Raiser, leaves: Sequence[fx.Node]) -> tuple[tuple[str, ...], d
     taken: set[str] = set()
     for positions in sharing.values():
         found = _together(r, [leaves[p] for p in positions], taken)
-        taken.update(r.values[name].base or name for name in found)
+        taken.update(map(r.memory, found))
         names.update(zip(positions, found, strict=True))
     return tuple(names[position] for position in range(len(leaves))), aliases
 
@@ -44,11 +44,12 @@ def _together(r: Raiser, leaves: Sequence[fx.Node], taken: Collection[str]) -> l
     realized = [r.realize(r.view(leaf)) for leaf in leaves]
     specs = [r.values[name] for name in realized]
     (base, *more) = {spec.base or name for name, spec in zip(realized, specs, strict=True)}
+    memory = r.memory(base)
     if (
         not more
-        and base not in taken
-        and base not in r.constants
-        and (base not in r.captured.inputs or r.root(leaves[0]).op == "placeholder")
+        and memory not in taken
+        and memory not in r.constants
+        and (memory not in r.captured.inputs or r.root(leaves[0]).op == "placeholder")
         and all(spec.has_strides(value.strides) for spec, value in zip(specs, values, strict=True))
         and len({s.offset - v.offset for s, v in zip(specs, values, strict=True)}) == 1
     ):

@@ -68,6 +68,8 @@ class Raiser(GraphBuilder):
         self.floating = floating
         self.env: dict[fx.Node, Value] = {}
         self._roots = _roots(captured.graph.graph)
+        self._viewing: dict[str, str] = {}
+        """By what PyTorch makes, the value that it may be a view of."""
 
     # ---- tensors of the model
 
@@ -109,6 +111,11 @@ class Raiser(GraphBuilder):
     def root(self, node: fx.Node) -> fx.Node:
         """The node that made the memory which the tensor of ``node`` lies in."""
         return self._roots[storage_of(node)]
+
+    def memory(self, name: str) -> str:
+        """The value whose memory a value may lie in when the program runs."""
+        name = self.values[name].base or name
+        return self.memory(self._viewing[name]) if name in self._viewing else name
 
     def is_whole(self, node: fx.Node) -> bool:
         """Whether the tensor of ``node`` is known and all of its memory."""
@@ -181,7 +188,7 @@ class Raiser(GraphBuilder):
                     return Ref(len(views) - 1)
                 return Ref(len(views) - 1, strides)
             if isinstance(argument, (tuple, list)):
-                return type(argument)(convert(a) for a in argument)
+                return tuple(map(convert, argument)) if isinstance(argument, tuple) else list(map(convert, argument))
             return argument
 
         value = traced(node)
@@ -208,6 +215,8 @@ class Raiser(GraphBuilder):
         names = tuple(self.add_value(s, spec) for s, spec in zip(suffixes, specs, strict=True))
         reason = f"no kernel family knows {node.target}"
         self.operators.append(Operator(names[0], Extern(call, reason), inputs, names))
+        if _is_view(node.target):
+            self._viewing.update(dict.fromkeys(names, inputs[0]))
         found = tuple(View.of(n, s) for n, s in zip(names, specs, strict=True))
         return found if isinstance(value, tuple) else found[0]
 
@@ -237,6 +246,12 @@ def storage_of(node: fx.Node) -> int:
     """The number of the storage of a node's tensor."""
     storage: int = traced(node).storage
     return storage
+
+
+def _is_view(target: Any) -> bool:
+    """Whether what an operator returns may be a view of its first argument."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
 
 
 def _roots(graph: fx.Graph) -> dict[int, fx.Node]:

@@ -256,14 +256,15 @@ def bounds(size: int) -> Bounds:
     if not isinstance(size, Size):
         return size, size
     low, high = _sum_of_bounds(size)
-    # A difference of terms has no bounds by its terms alone; it may have some in what every size is above its least.
+    # The bounds of a difference of terms are wide, or none; what every size is above its least may tell more.
     above = _above_lows(size)
     if above is None:
         return low, high
-    if low is None and all(count >= 0 for monomial, count in above if monomial):
-        low = dict(above).get((), 0)
-    if high is None and all(count <= 0 for monomial, count in above if monomial):
-        high = dict(above).get((), 0)
+    least = dict(above).get((), 0)
+    if all(count >= 0 for monomial, count in above if monomial):
+        low = least if low is None else max(low, least)
+    if all(count <= 0 for monomial, count in above if monomial):
+        high = least if high is None else min(high, least)
     return low, high
 
 

@@ -36,6 +36,19 @@ def several(m: Any, x: Tensor) -> Any:
     return y, y.t(), y[1:], y.clone(), y.t().contiguous(), y.view(-1)[3:].expand(2, -1)
 
 
+def copies_of_views(m: Any, x: Tensor) -> Any:
+    y = m.linear(x)
+    return (
+        x.unfold(1, 4, 4).clone(),
+        m.rows.unfold(1, 4, 4).clone(),
+        y.unfold(1, 4, 4).clone(),
+        y,
+        x.diagonal().clone(),
+        [part.clone() for part in y.unbind(0)][1],
+        y.to(torch.float32).unfold(0, 2, 2).contiguous(),
+    )
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "as_strided of a transposed copy": lambda m, x: x.t().contiguous().as_strided((4, 8), (8, 1)) * 2,
     "as_strided beyond its operand": lambda m, x: m.linear(x)[1:].as_strided((2, 8), (8, 1), 0) * 2,
@@ -53,6 +66,7 @@ MODELS: dict[str, Callable[..., Any]] = {
         m.rows.chunk(2)[1],
     ),
     "views of one result": several,
+    "copies of views": copies_of_views,
     "constants": lambda m, x: (m.rows * 2, x.clone(), x.t().contiguous(), m.linear.weight.t().contiguous()),
     "expanded": lambda m, x: (x.sum(-1, keepdim=True) * 2).expand(4, 8),
     "attention": lambda m, x: F.scaled_dot_product_attention(*(m.linear(x).view(1, 4, 2, 4).transpose(1, 2),) * 3),

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fuser
 from fuser.frontend import capture as capturing
 from fuser.frontend.capture import StateError, capture, flatten_call, flatten_output, is_capturing
 from fuser.ir.errors import CaptureError
@@ -565,3 +566,52 @@ def test_a_causal_model_is_captured_with_its_cache_and_left_as_it_was(flags: dic
     ours, theirs = flatten_output(built)[0], flatten_output(expected)[0]
     assert len(ours) == len(theirs) == {"": 5, "output_hidden_states": 8, "use_cache": 1}[next(iter(flags), "")]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def _doubled() -> Tensor:
+    made = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    made.mul_(2.0)
+    return made
+
+
+def _filled(x: Tensor) -> Tensor:
+    made = torch.tensor([0.0] * 8)
+    made[0] = x.sum()
+    return made
+
+
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "a factor": lambda x: x * torch.tensor([0.5] * 8),
+    "an index": lambda x: x.index_select(0, torch.tensor([1, 0])),
+    "written": lambda x: x * _doubled(),
+    "written with what is computed": lambda x: (x * 2.0, _filled(x)),
+    "returned": lambda x: (x * 2.0, torch.tensor([1, 2])),
+}
+
+
+@pytest.mark.parametrize("use", NUMBERS)
+def test_tensors_of_numbers_in_the_code_are_made_anew_in_every_call(use: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return NUMBERS[use](x)
+
+    fast = fuser.optimize(Model().eval())
+    for x in (X, X + 1.0):
+        got, expected = pytree.tree_leaves(fast(x)), pytree.tree_leaves(Model()(x))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        for tensor in got:
+            tensor.zero_()
+    assert fast.fallbacks == ()
+
+
+def test_a_tensor_of_the_models_that_is_detached_in_place_is_not_one_of_the_codes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.ones(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.table.detach_()
+
+    with pytest.raises(CaptureError, match="in place"):
+        capture(Model().eval(), flatten_call((X,), {}))
