@@ -228,6 +228,8 @@ class Program:
         self._patches: dict[tuple[Memory, int], list[_Patch]] = {}
         self._arguments: list[KernelArgs] = []
         self._keep: list[Any] = []
+        # By identity of the plan's extents, which equal layers share.
+        self._extents: dict[int, Any] = {}
         self._constants: list[Tensor] = []
         self._given: Sequence[Tensor] = ()
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
@@ -372,7 +374,9 @@ class Program:
         for position, slot in enumerate(step.tensors):
             patch = _Patch(addresses, position, slot.offset)
             self._patches.setdefault((slot.memory, slot.index), []).append(patch)
-        extents = extents_buffer(step.extents)
+        extents = self._extents.get(id(step.extents))
+        if extents is None:
+            extents = self._extents[id(step.extents)] = extents_buffer(step.extents)
         args = KernelArgs(
             ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
             ctypes.cast(extents, ctypes.c_void_p),

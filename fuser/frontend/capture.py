@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from fuser.frontend.shadow import Shadow, attributes_of, forget, is_plain
-from fuser.frontend.sizes import SizeRange, annotate
+from fuser.frontend.sizes import SizeRange, Sizes
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeRLock
@@ -156,6 +156,14 @@ class OutputSpec:
             for leaf in self.leaves
         )
 
+    def sized(self, size: Callable[[torch.SymInt], int]) -> OutputSpec:
+        """The same with numbers or formulas in the place of PyTorch's symbols for sizes."""
+        leaves = (
+            size(leaf) if isinstance(leaf, torch.SymInt) else leaf.sized(size) if isinstance(leaf, OutputSpec) else leaf
+            for leaf in self.leaves
+        )
+        return dataclasses.replace(self, leaves=tuple(leaves))
+
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """The output with these tensors."""
         filled = [
@@ -234,6 +242,7 @@ def flatten_output(
 
 
 _VALUES = (
+    torch.SymInt,
     *(bool, int, float, complex, str, bytes, type, enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
@@ -432,8 +441,9 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
         parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
     lifted = frozenset(signature.inputs_to_lifted_tensor_constants)
-    sizes = annotate(program.graph, inputs)
-    return Captured(program.graph_module, parameters, inputs, trace.output, trace.asks_modes, lifted, sizes)
+    sizes = Sizes(program.graph, inputs)
+    output = trace.output.sized(sizes.of)
+    return Captured(program.graph_module, parameters, inputs, output, trace.asks_modes, lifted, sizes.annotate())
 
 
 def _dynamic_shapes(call: FlatCall, dynamic: Dynamic) -> Any:
@@ -441,7 +451,12 @@ def _dynamic_shapes(call: FlatCall, dynamic: Dynamic) -> Any:
     if dynamic is False:
         return None
     chosen = [range(t.ndim) for t in call.tensors] if dynamic is True else dynamic
-    return (tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in chosen),)
+    return (
+        tuple(
+            dict.fromkeys((d for d in dims if tensor.shape[d] > 1), torch.export.Dim.AUTO)
+            for tensor, dims in zip(call.tensors, chosen, strict=True)
+        ),
+    )
 
 
 def _clear_frames(error: BaseException | None) -> None:

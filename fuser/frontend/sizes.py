@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
+
 from torch import Tensor, fx
 from torch.utils._sympy import functions as formulas
 
@@ -130,12 +130,15 @@ def named_like(size: Size) -> Size | None:
 
 
 class Sizes:
-    """The symbols of a trace under names of ours."""
+    """The symbols of a traced graph under names of ours; ``inputs`` are the names of the placeholders for a call's
+    tensors."""
 
-    def __init__(self, inputs: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str]) -> None:
+        self._graph = graph
+        self._inputs = inputs
         self._known: dict[sympy.Symbol, Size] = {}
         self._environment: Any = None
-        values = [node.meta["val"] for node in inputs]
+        values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in inputs]
         for i, value in enumerate(values):
             if not isinstance(value, Tensor):
                 continue
@@ -156,8 +159,7 @@ class Sizes:
     def _replaced(self, expression: Any) -> Any:
         return self._environment.replace(expression)
 
-    @property
-    def guards(self) -> tuple[Guard, ...]:
+    def _guards(self) -> tuple[Guard, ...]:
         """What must be true of the sizes, beyond the ranges of the names. Raises CaptureError for what depends on
         values of tensors."""
         if self._environment is None:
@@ -202,10 +204,10 @@ class Sizes:
             return minimum(map(self._formula, arguments))
         raise CaptureError(f"the size {expression} follows from no sizes of the inputs in a way that fuser knows")
 
-    def traced(self, value: Any) -> Any:
+    def _traced(self, value: Any) -> Any:
         """The :class:`Traced` of a tensor, a tuple of those of several, None for anything else."""
         if isinstance(value, (tuple, list)):
-            return tuple(map(self.traced, value))
+            return tuple(map(self._traced, value))
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return None
         storage = value.untyped_storage()
@@ -218,34 +220,32 @@ class Sizes:
             self.of(storage.nbytes()),
         )
 
+    def annotate(self) -> SizeRange:
+        """Note at every node what the trace knows of its value (see :func:`traced`), and put formulas of named sizes in
+        the place of the nodes that compute sizes, which go.
 
-def annotate(graph: fx.Graph, inputs: Sequence[str]) -> SizeRange:
-    """Note at every node what the trace knows of its value (see :func:`traced`), and put formulas of named sizes in the
-    place of the nodes that compute sizes, which go. ``inputs`` are the names of the placeholders for a call's tensors.
-
-    Raises CaptureError for sizes that do not follow from those of the inputs.
-    """
-    sizes = Sizes([node for node in graph.nodes if node.op == "placeholder" and node.name in inputs])
-    numbers: dict[fx.Node, int] = {}
-    shapes: list[tuple[int, ...]] = []
-    positive: dict[int, None] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and node.op == "call_function":
-            numbers[node] = sizes.of(value)
-            continue
-        node.meta[_TRACED] = found = sizes.traced(value)
-        for tensor in found if isinstance(found, tuple) else (found,):
-            if tensor is not None:
-                positive.update((size, None) for size in tensor.shape if (bounds(size)[0] or 0) < 1 and size != 0)
-        if node.name in inputs and node.op == "placeholder" and found is not None:
-            shapes.append(found.shape)
-        if numbers:
-            node.args = fx.map_arg(node.args, lambda n: numbers.get(n, n))
-            node.kwargs = fx.map_arg(node.kwargs, lambda n: numbers.get(n, n))
-    for node in reversed(numbers):
-        graph.erase_node(node)
-    return SizeRange(tuple(shapes), sizes.guards, tuple(positive))
+        Raises CaptureError for sizes that do not follow from those of the inputs.
+        """
+        numbers: dict[fx.Node, int] = {}
+        shapes: list[tuple[int, ...]] = []
+        positive: dict[int, None] = {}
+        for node in self._graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and node.op == "call_function":
+                numbers[node] = self.of(value)
+                continue
+            node.meta[_TRACED] = found = self._traced(value)
+            for tensor in found if isinstance(found, tuple) else (found,):
+                if tensor is not None:
+                    positive.update((size, None) for size in tensor.shape if (bounds(size)[0] or 0) < 1 and size != 0)
+            if node.name in self._inputs and node.op == "placeholder" and found is not None:
+                shapes.append(found.shape)
+            if numbers:
+                node.args = fx.map_arg(node.args, lambda n: numbers.get(n, n))
+                node.kwargs = fx.map_arg(node.kwargs, lambda n: numbers.get(n, n))
+        for node in reversed(numbers):
+            self._graph.erase_node(node)
+        return SizeRange(tuple(shapes), self._guards(), tuple(positive))
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:

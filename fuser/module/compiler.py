@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ class Compiled:
     """Of the predicted time, what the operators take that are left to PyTorch."""
     masks: tuple[Mask, ...] = ()
     """The masks of functions in it, as they were."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """The named sizes that it was bound to, if its model was captured for all of them."""
 
     @functools.cached_property
     def routes(self) -> Routes:
@@ -139,7 +141,7 @@ def compile_call(
     total = sum(seconds.values())
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
     share = unfused_share(graph, assembly, target)
-    masks = tuple(_functions(captured, attention))
+    masks = tuple(functions_of(captured, attention))
     return Compiled(captured, graph, choices, assembly, program, captured.output, seconds, share, masks)
 
 
@@ -152,7 +154,7 @@ def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> f
     return unfused / (unfused + fused) if unfused else 0.0
 
 
-def _functions(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
+def functions_of(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
     """The masks of functions that a program follows from."""
     if attention is not None and attention.has_functions:
         yield attention
@@ -202,5 +204,9 @@ def program_constants(
 ) -> list[Tensor]:
     """The constants of a plan, in its order, on ``device``; with ``folder``, originals that only take memory move to
     files there."""
-    tables = [op.inputs[i] for op in graph.operators for i in op.semantics.gathers]
-    return store.load(assembly.plan.constants, graph.constants, parameters, tables, folder, device)
+    return store.load(assembly.plan.constants, graph.constants, parameters, tables_of(graph), folder, device)
+
+
+def tables_of(graph: OperatorGraph) -> list[str]:
+    """The values that rows are gathered from."""
+    return [op.inputs[i] for op in graph.operators for i in op.semantics.gathers]

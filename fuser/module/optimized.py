@@ -19,11 +19,13 @@ from fuser.frontend import traces
 from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.operators import QK
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
+from fuser.module.forms import Form, form_key
 from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
@@ -94,6 +96,7 @@ class OptimizedModule(nn.Module):
         self._seconds = time.perf_counter
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
+        self._forms: dict[Hashable, Form | str] = {}
         prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model, "" if options.attention is None else UNMASKED)
@@ -203,7 +206,7 @@ class OptimizedModule(nn.Module):
             f"original; {len(compiled.assembly.unfused)} of the program's {len(plan.steps)} steps are PyTorch's"
         )
         self._say(reason)
-        _keep(self._slower, key, reason)
+        _remember(self._slower, key, reason)
         self._policy.failed(key, form_of(call))
         self._programs.remove(key)
         self._retain()
@@ -236,6 +239,9 @@ class OptimizedModule(nn.Module):
                 # Constants would be made there.
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
+            compiled = self._for_sizes(call, key, device)
+            if compiled is not None:
+                return self._keep(compiled, call, key)
             form = form_of(call)
             if not wanted and not self._admits(call, key, form):
                 return None
@@ -253,13 +259,51 @@ class OptimizedModule(nn.Module):
                 self._asks_modes = True
                 key = self._key(call)
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
-            if compiled.may_be_slower and self._options.attention is None:
-                self._comparisons[key] = Comparison()
-            else:
-                self._policy.succeeded(form)
-            if self._programs.add(key, compiled):
-                self._retain()
-            return compiled
+            return self._keep(compiled, call, key)
+
+    def _keep(self, compiled: Compiled, call: FlatCall, key: Key) -> Compiled:
+        """Have a program for the next calls like this."""
+        if compiled.may_be_slower and self._options.attention is None:
+            self._comparisons[key] = Comparison()
+        else:
+            self._policy.succeeded(form_of(call))
+        if any(not gone.sizes for gone in self._programs.add(key, compiled)):
+            self._retain()
+        return compiled
+
+    def _form(self, call: FlatCall, key: Key, *, capturing: bool) -> Form | None:
+        """The model as it was captured for all sizes of calls like this; ``capturing`` does so if it has not been
+        tried. None if the model can only be captured for one shape at a time."""
+        common = form_key(call)
+        if common is None:
+            return None
+        name = (common, key[2])
+        form = self._forms.get(name)
+        if isinstance(form, Form) and not form.is_current:
+            del self._forms[name]
+        if name not in self._forms and capturing:
+            try:
+                self._forms[name] = Form(self._model, call, self._store, self._options)
+            except StateError:
+                raise
+            except FuserError as error:
+                self._forms[name] = str(error)
+        form = self._forms.get(name)
+        return form if isinstance(form, Form) else None
+
+    def _for_sizes(self, call: FlatCall, key: Key, device: torch.device, *, capturing: bool = False) -> Compiled | None:
+        """The program of a call whose form has been captured; None where there is none."""
+        target, threads = self._placed(key, device)
+        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+            form = self._form(call, key, capturing=capturing)
+            if form is None:
+                return None
+            states = self._states.setdefault(device, States(arena_of(device)))
+            try:
+                return run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
+            except FuserError as error:
+                logger.debug("%s is captured for its shape alone: %s", text_of(call), error)
+                return None
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
         """The program of a call whose original is not to run in its place. A model that fills a cache in its first call
@@ -285,11 +329,11 @@ class OptimizedModule(nn.Module):
         )
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
-        target = self._target = self._options.target or target_of(device)
-        signature, place, variant = key
-        threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
-        if self._tuner is None or self._tuner.target != target:
-            self._tuner = tuner_for(self._options.search, target, threads)
+        bound = self._for_sizes(call, key, device, capturing=True)
+        if bound is not None:
+            return bound
+        target, threads = self._placed(key, device)
+        signature, _, variant = key
         like = next(
             (
                 c
@@ -323,19 +367,31 @@ class OptimizedModule(nn.Module):
             found = "no attention" if not scores else "only attention over other numbers of keys than queries"
             raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
 
+    def _placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
+        """What to compile for, and for how many threads."""
+        target = self._target = self._options.target or target_of(device)
+        place = key[1]
+        threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
+        if self._tuner is None or self._tuner.target != target:
+            self._tuner = tuner_for(self._options.search, target, threads)
+        return target, threads
+
     def _fail(self, key: Key, error: FuserError) -> None:
         self._say(str(error))
         if isinstance(error, StateError) and key not in self._excused:
             # It may have filled a cache, which the next capture finds.
             self._excused.add(key)
             return
-        _keep(self._failed, key, str(error))
+        _remember(self._failed, key, str(error))
 
     def _retain(self) -> None:
         """Keep only what the programs that are left use."""
         self._comparisons = {key: found for key, found in self._comparisons.items() if key in self._programs}
         programs = [c for module in self._sharing() for c in module.programs]
-        self._store.retain((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)
+        shared = [use for form in self._forms.values() if isinstance(form, Form) for use in form.uses]
+        self._store.retain(
+            [*shared, *((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)]
+        )
 
     def _sharing(self) -> list[OptimizedModule]:
         """The modules whose programs use this store of weights."""
@@ -345,9 +401,16 @@ class OptimizedModule(nn.Module):
         """Follow weights that have changed since they were packed."""
         changed = self._store.changes()
         programs = [c for module in self._sharing() for c in module.programs]
-        if self._store.restructured or any(not _follows(c, changed) for c in programs):
+        if self._store.restructured or any(
+            not _follows(c.captured.parameters, c.graph, c.program.device, changed) for c in programs
+        ):
             self.refresh()
             return
+        for name, form in list(self._forms.items()):
+            if isinstance(form, str) or not all(
+                _follows(form.captured.parameters, graph, form.device, changed) for graph in form.graphs
+            ):
+                del self._forms[name]
         self._failed.clear()
         with self._store.refreshing():
             for compiled in programs:
@@ -369,6 +432,7 @@ class OptimizedModule(nn.Module):
             self._excused.clear()
             self._comparisons.clear()
             self._programs.clear()
+            self._forms.clear()
             self._policy = CompilationPolicy()
             self._store = WeightStore(self._model)
 
@@ -548,21 +612,23 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], k
 register_optimizer_step_post_hook(_count_fused_step)
 
 
-def _keep(reasons: dict[Key, str], key: Key, reason: str) -> None:
+def _remember(reasons: dict[Key, str], key: Key, reason: str) -> None:
     """Remember a reason, and forget what is too old."""
     reasons[key] = reason
     while len(reasons) > _PROGRAMS:
         del reasons[next(iter(reasons))]
 
 
-def _follows(compiled: Compiled, changed: Collection[int]) -> bool:
-    """Whether a program can take the new contents of weights: same shapes, dtypes and device as it was made for, and
-    nothing in its graph was decided by the old ones."""
-    values = compiled.graph.values
-    for name, tensor in compiled.captured.parameters.items():
+def _follows(
+    parameters: Mapping[str, Tensor], graph: OperatorGraph, device: torch.device, changed: Collection[int]
+) -> bool:
+    """Whether programs of a graph can take the new contents of weights: same shapes, dtypes and device as it was made
+    for, and nothing in it was decided by the old ones."""
+    values = graph.values
+    for name, tensor in parameters.items():
         if id(tensor) not in changed:
             continue
-        if name in compiled.graph.inspected or tensor.device != compiled.program.device:
+        if name in graph.inspected or tensor.device != device:
             return False
         if name not in values:
             continue

@@ -40,21 +40,21 @@ class ProgramCache(Generic[K, V]):
             self._used[key] = next(self._clock)
         return value
 
-    def add(self, key: K, value: V) -> bool:
-        """Keep ``value``; whether another had to go."""
+    def add(self, key: K, value: V) -> list[V]:
+        """Keep ``value``; those that had to go."""
         self._values[key] = value
         self._used[key] = next(self._clock)
-        if len(self._values) <= self.places:
-            return False
+        gone = []
         while len(self._values) > self.places:
-            self.remove(min(list(self._values), key=lambda k: self._used.get(k, -1)))
-        return True
+            gone.append(self.remove(min(list(self._values), key=lambda k: self._used.get(k, -1))))
+        return [value for value in gone if value is not None]
 
-    def remove(self, key: K) -> None:
-        """Forget the value of ``key``."""
-        self._values.pop(key, None)
+    def remove(self, key: K) -> V | None:
+        """Forget the value of ``key``, which is returned."""
+        value = self._values.pop(key, None)
         # A use in another thread may have come between.
         self._used = {k: used for k, used in list(self._used.items()) if k in self._values}
+        return value
 
     def clear(self) -> None:
         """Forget all values."""

@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import operator
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -170,28 +170,23 @@ class WeightStore:
         parameters: Mapping[str, Tensor],
         device: torch.device | None = None,
     ) -> Tensor:
-        key = _key(ref, constants, parameters)
-        if isinstance(ref, Literal):
-            return self._memo(key, lambda: (ref.tensor.to(device),))[0]
-        if isinstance(ref, Packed):
-            made = self._memo(key, lambda: ref.pack({v: self._value(v, constants, parameters) for v in ref.values}))
-            return made[ref.index]
-        if constants[ref].call is None:
+        if isinstance(ref, str) and constants[ref].call is None:
             # Itself, since a model may return it.
             return parameters[ref]
-        return self._memo(key, lambda: (self._value(ref, constants, parameters),))[0]
-
-    def _memo(self, key: _Key, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        key = _key(ref, constants, parameters)
         if key not in self._made:
-            with torch.no_grad():
-                self._made[key] = make()
-        return self._made[key]
+            self._made[key] = _made(ref, constants, parameters, device)
+        return self._made[key][ref.index if isinstance(ref, Packed) else 0]
 
-    def _value(self, name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
-        constant = constants[name]
-        if constant.call is None:
-            return parameters[name].detach()
-        return constant.evaluate([self._value(s, constants, parameters) for s in constant.sources])
+    def made(
+        self,
+        ref: TensorRef,
+        constants: Mapping[str, Constant],
+        parameters: Mapping[str, Tensor],
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """A constant as :meth:`load` gives it, made anew and not kept."""
+        return _made(ref, constants, parameters, device)[ref.index if isinstance(ref, Packed) else 0]
 
     # ---- memory
 
@@ -235,6 +230,28 @@ class WeightStore:
             tensor.data = tensor.detach().clone()
         self._contents = self._contents.changed_to(self._contents.tensors.values(), back)
         self._offloaded.clear()
+
+
+def _made(
+    ref: TensorRef,
+    constants: Mapping[str, Constant],
+    parameters: Mapping[str, Tensor],
+    device: torch.device | None,
+) -> tuple[Tensor, ...]:
+    """What a constant is: all tensors of a packed one, else one."""
+    with torch.no_grad():
+        if isinstance(ref, Literal):
+            return (ref.tensor.to(device),)
+        if isinstance(ref, Packed):
+            return ref.pack({value: _value(value, constants, parameters) for value in ref.values})
+        return (_value(ref, constants, parameters),)
+
+
+def _value(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
+    constant = constants[name]
+    if constant.call is None:
+        return parameters[name].detach()
+    return constant.evaluate([_value(source, constants, parameters) for source in constant.sources])
 
 
 def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,0 +1,246 @@
+"""Forms: a model captured once for all calls that differ in sizes alone, and compiled by putting numbers to names."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuser.codegen.assemble import assemble
+from fuser.codegen.template import generalized
+from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, capture
+from fuser.frontend.graphs import raise_graph
+from fuser.ir.binding import Binder
+from fuser.ir.errors import CaptureError
+from fuser.ir.graph import OperatorGraph
+from fuser.ir.target import Target
+from fuser.kernels.base import Packed, floating
+from fuser.module.acceptance import device_of
+from fuser.module.compiler import Compiled, choose_all, functions_of, load_kernels, tables_of, unfused_share
+from fuser.module.options import Options
+from fuser.module.weights import Use, WeightStore
+from fuser.runtime.cache import KernelCache, default_cache
+from fuser.runtime.cuda_program import program_of
+from fuser.runtime.program import ProgramPlan, States
+from fuser.search.tuning import Tuner
+
+_VARIANTS = 8
+"""Graphs of one form, which differ in what was decided by constants that depend on sizes."""
+
+
+def form_key(call: FlatCall) -> Hashable:
+    """Equal for calls that differ in sizes above one alone; None for a call whose tensors are not contiguous."""
+    key = []
+    for part in call.key:
+        if isinstance(part, tuple) and part and isinstance(part[0], tuple):
+            shape, dtype, device, layout, twin = part
+            if layout is not None:
+                return None
+            part = tuple(min(size, 2) for size in shape), dtype, device, twin
+        key.append(part)
+    return tuple(key)
+
+
+def dynamic_dimensions(call: FlatCall, wanted: Mapping[int, Sequence[int]] | None = None) -> Dynamic:
+    """The dimensions of a call's tensors that may have other sizes: batch and sequence, as far as one can tell.
+
+    Those are the first two dimensions of all but images (four dimensions and floats), whose first is; and those of
+    masks in four dimensions that are as long as one of these.
+    """
+    flat = [tensor for tensor in call.tensors if tensor.ndim < 4]
+    lengths = {size for tensor in flat for size in tensor.shape[:2] if size > 1}
+    found = []
+    for tensor in call.tensors:
+        if tensor.ndim < 4:
+            found.append(range(min(tensor.ndim, 2)))
+        else:
+            found.append([d for d, size in enumerate(tensor.shape) if d == 0 or (d > 1 and size in lengths)])
+    return found
+
+
+class _Template:
+    """Kernels and a plan with named sizes, for sizes of one order of magnitude."""
+
+    def __init__(
+        self,
+        late: OperatorGraph,
+        graph: OperatorGraph,
+        target: Target,
+        threads: int,
+        tuner: Tuner | None,
+        cache: KernelCache,
+    ) -> None:
+        """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes."""
+        chosen, self.choices = choose_all(graph, target, tuner)
+        self.assembly = assemble(late, generalized(chosen, late, target), target, threads)
+        self.plan = Binder(self.assembly.plan)
+        self.unfused_share = unfused_share(graph, dataclasses.replace(self.assembly, choices=tuple(chosen)), target)
+        self.kernels = load_kernels(self.assembly, target, cache)
+        # Constants that follow from sizes are each program's own.
+        self._own = [_is_late(late, ref) for ref in self.assembly.plan.constants]
+        self._shared: tuple[int, list[Tensor]] | None = None
+        self._late = late
+
+    def use(self, parameters: Mapping[str, Tensor]) -> Use:
+        """The constants that all of its programs share."""
+        refs = [ref for ref, own in zip(self.assembly.plan.constants, self._own, strict=True) if not own]
+        return refs, self._late.constants, parameters
+
+    def constants(
+        self,
+        plan: ProgramPlan,
+        graph: OperatorGraph,
+        parameters: Mapping[str, Tensor],
+        store: WeightStore,
+        folder: Path,
+        device: torch.device,
+    ) -> list[Tensor]:
+        """Those of the program with this ``plan`` for the sizes of ``graph``, in its order."""
+        if self._shared is None or self._shared[0] != store.generation:
+            refs, constants, _ = self.use(parameters)
+            tables = tables_of(self._late)
+            self._shared = store.generation, store.load(refs, constants, parameters, tables, folder, device)
+        shared = iter(self._shared[1])
+        return [
+            store.made(ref, graph.constants, parameters, device) if own else next(shared)
+            for ref, own in zip(plan.constants, self._own, strict=True)
+        ]
+
+
+def _is_late(graph: OperatorGraph, ref: Any) -> bool:
+    """Whether a constant depends on named sizes."""
+    if isinstance(ref, Packed):
+        return any(_is_late(graph, value) for value in ref.values)
+    if not isinstance(ref, str):
+        return bool(Binder(ref).names)
+    found = graph.constants[ref]
+    return bool(Binder(found.call).names) or any(_is_late(graph, source) for source in found.sources)
+
+
+@dataclass
+class _Variant:
+    """A graph with named sizes, and what it was compiled to, by target, threads and order of magnitude."""
+
+    graph: OperatorGraph
+    binder: Binder[OperatorGraph]
+    assumptions: Binder[tuple[bool, ...]]
+    templates: dict[Hashable, _Template] = field(default_factory=dict)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the graph is right for these sizes."""
+        return all(self.assumptions(sizes))
+
+
+class Form:
+    """A model captured for all sizes of calls of one form.
+
+    A call binds a plan with named sizes to its own: nothing is captured, no code is built and no operator is looked at,
+    but for the first sizes of an order of magnitude, for which kernels are chosen, and for sizes for which constants
+    such as masks decide otherwise. Raises CaptureError when the model cannot be captured so.
+    """
+
+    def __init__(self, model: nn.Module, call: FlatCall, store: WeightStore, options: Options) -> None:
+        self.captured: Captured = capture(model, call, dynamic_dimensions(call))
+        self.options = options
+        self.device = device_of(call)
+        self._output: Binder[OutputSpec] = Binder(self.captured.output)
+        self._variants: list[_Variant] = []
+        self._attention = None if options.attention is None else options.attention.current()
+        self._masks = tuple(functions_of(self.captured, self._attention))
+        store.register(self.captured.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sizes that calls may differ in."""
+        return tuple(self.captured.sizes.names)
+
+    @property
+    def graphs(self) -> list[OperatorGraph]:
+        """The graphs that programs were made of."""
+        return [variant.graph for variant in self._variants]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its masks are what they were."""
+        return all(mask.is_current for mask in self._masks)
+
+    def compile(
+        self,
+        call: FlatCall,
+        store: WeightStore,
+        target: Target,
+        threads: int,
+        states: States,
+        tuner: Tuner | None = None,
+        cache: KernelCache | None = None,
+    ) -> Compiled:
+        """The program of a call. Raises CaptureError for a call that the captured graph does not hold for, and
+        BuildError, ToolchainError or CacheError when kernels cannot be built."""
+        cache = default_cache() if cache is None else cache
+        clock, seconds = time.perf_counter(), dict[str, float]()
+
+        def lap(stage: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            seconds[stage], clock = now - clock, now
+
+        captured = self.captured
+        sizes = captured.sizes.sizes([tensor.shape for tensor in call.tensors])
+        variant = self._variant(sizes, target)
+        lap("raise")
+        graph = variant.binder(sizes)
+        key = (target, threads, _magnitude(sizes))
+        if key not in variant.templates:
+            variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache)
+            lap("schemes and kernels")
+        template = variant.templates[key]
+        assembly = dataclasses.replace(template.assembly, plan=template.plan(sizes))
+        lap("bind")
+        arena = states.arena
+        constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)
+        program = program_of(
+            assembly.plan, template.kernels, constants, target, arena, self.options.cuda_graphs, states
+        )
+        lap("pack")
+        return Compiled(
+            captured,
+            graph,
+            template.choices,
+            assembly,
+            program,
+            self._output(sizes),
+            seconds,
+            template.unfused_share,
+            self._masks,
+            sizes,
+        )
+
+    @property
+    def uses(self) -> Iterator[Use]:
+        """The constants that its programs share."""
+        for variant in self._variants:
+            for template in variant.templates.values():
+                yield template.use(self.captured.parameters)
+
+    def _variant(self, sizes: Mapping[str, int], target: Target) -> _Variant:
+        for variant in self._variants:
+            if variant.holds(sizes):
+                return variant
+        if len(self._variants) >= _VARIANTS:
+            raise CaptureError("constants of the model decide otherwise for each of its sizes")
+        graph = raise_graph(self.captured, self._attention, floating(target), sizes)
+        variant = _Variant(graph, Binder(graph), Binder(graph.assumptions))
+        self._variants.append(variant)
+        return variant
+
+
+def _magnitude(sizes: Mapping[str, int]) -> int:
+    """Powers of four: kernels want other tiles for few rows than for many."""
+    return math.prod(sizes.values()).bit_length() // 2
