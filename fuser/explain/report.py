@@ -72,6 +72,7 @@ class Report:
     unfused: tuple[tuple[str, str], ...]
     outside: tuple[tuple[str, str], ...]
     fallbacks: tuple[str, ...]
+    specialized: tuple[str, ...]
     memory: Memory
     stages: Mapping[str, float]
 
@@ -101,6 +102,7 @@ def collect(snapshot: Snapshot) -> Report:
         unfused=snapshot.unfused,
         outside=snapshot.outside,
         fallbacks=snapshot.fallbacks,
+        specialized=snapshot.specialized,
         memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )
@@ -188,6 +190,7 @@ def render_text(found: Report) -> str:
     lines += ["", *_reasons("unfused inside the blocks", found.unfused, found.programs)]
     lines += _reasons("outside the blocks, run by PyTorch", found.outside, found.programs)
     lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
+    lines += [f"captured for one shape at a time: {reason}" for reason in found.specialized]
     memory = found.memory
     lines += [
         "",

@@ -17,7 +17,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -275,7 +275,7 @@ class Captured:
     output: OutputSpec
     asks_modes: bool = False
     lifted: frozenset[str] = frozenset()
-    sizes: SizeRange = SizeRange(())
+    sizes: SizeRange = field(default_factory=lambda: SizeRange(()))
 
 
 class _Flat(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any
 
 import sympy
 import torch
-
 from torch import Tensor, fx
 from torch.utils._sympy import functions as formulas
 

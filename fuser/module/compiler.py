@@ -47,7 +47,8 @@ class Compiled:
 
     captured: Captured
     graph: OperatorGraph
-    choices: Mapping[str, Choice]
+    decided: Mapping[str, Choice]
+    """What was decided for every kind of region, by the name of the first operator of its first."""
     assembly: Assembly
     program: Program
     output: OutputSpec
@@ -59,6 +60,13 @@ class Compiled:
     """The masks of functions in it, as they were."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """The named sizes that it was bound to, if its model was captured for all of them."""
+
+    @functools.cached_property
+    def choices(self) -> Mapping[str, Choice]:
+        """What was decided by the hash of the regions; for the sizes that kernels were chosen for, if others are bound
+        now."""
+        first = {region.operators[0].name: region.hash for region in self.graph.regions}
+        return {first[name]: choice for name, choice in self.decided.items()}
 
     @functools.cached_property
     def routes(self) -> Routes:
@@ -142,7 +150,8 @@ def compile_call(
     logger.info("compiled %d kernels in %.2f s: %s", len(assembly.kernels), total, seconds)
     share = unfused_share(graph, assembly, target)
     masks = tuple(functions_of(captured, attention))
-    return Compiled(captured, graph, choices, assembly, program, captured.output, seconds, share, masks)
+    decided = by_first_operator(graph, choices)
+    return Compiled(captured, graph, decided, assembly, program, captured.output, seconds, share, masks)
 
 
 def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> float:
@@ -187,6 +196,15 @@ def choose_all(
         for group in choice.groups:
             chosen.append(group.on(graph.group(twin[op.name] for op in group.group.operators)))
     return chosen, decided
+
+
+def by_first_operator(graph: OperatorGraph, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Choices by hash of regions, by the name of the first operator of the first region with that hash: operators keep
+    their names when sizes are bound to other numbers."""
+    found: dict[str, str] = {}
+    for region in graph.regions:
+        found.setdefault(region.hash, region.operators[0].name)
+    return {found[key]: choice for key, choice in choices.items()}
 
 
 def load_kernels(assembly: Assembly, target: Target, cache: KernelCache) -> dict[str, Kernel]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fuser.codegen.assemble import assemble
@@ -23,7 +25,15 @@ from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target
 from fuser.kernels.base import Packed, floating
 from fuser.module.acceptance import device_of
-from fuser.module.compiler import Compiled, choose_all, functions_of, load_kernels, tables_of, unfused_share
+from fuser.module.compiler import (
+    Compiled,
+    by_first_operator,
+    choose_all,
+    functions_of,
+    load_kernels,
+    tables_of,
+    unfused_share,
+)
 from fuser.module.options import Options
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
@@ -48,21 +58,49 @@ def form_key(call: FlatCall) -> Hashable:
     return tuple(key)
 
 
-def dynamic_dimensions(call: FlatCall, wanted: Mapping[int, Sequence[int]] | None = None) -> Dynamic:
-    """The dimensions of a call's tensors that may have other sizes: batch and sequence, as far as one can tell.
+def dynamic_dimensions(
+    model: nn.Module, call: FlatCall, wanted: bool | Mapping[str, Collection[int]] = True
+) -> Dynamic:
+    """The dimensions of a call's tensors that may have other sizes: those ``wanted`` for inputs by name, of others
+    batch and sequence, as far as one can tell.
 
-    Those are the first two dimensions of all but images (four dimensions and floats), whose first is; and those of
-    masks in four dimensions that are as long as one of these.
+    Those are the first two dimensions of tensors with less than four; else the first (of images, say), and those that
+    are as long as one of these (of masks).
     """
     flat = [tensor for tensor in call.tensors if tensor.ndim < 4]
     lengths = {size for tensor in flat for size in tensor.shape[:2] if size > 1}
-    found = []
+    found: list[Collection[int]] = []
     for tensor in call.tensors:
         if tensor.ndim < 4:
             found.append(range(min(tensor.ndim, 2)))
         else:
             found.append([d for d, size in enumerate(tensor.shape) if d == 0 or (d > 1 and size in lengths)])
+    if isinstance(wanted, Mapping):
+        for i, name in _names(model, call).items():
+            if name in wanted:
+                found[i] = [d % call.tensors[i].ndim for d in wanted[name]]
     return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+def _names(model: nn.Module, call: FlatCall) -> dict[int, str]:
+    """The names of the arguments that a call's tensors are, or are part of."""
+    args, kwargs = call.unflatten([_Place(i) for i in range(len(call.tensors))])
+    given = inspect.signature(model.forward).bind(*args, **kwargs)
+    arguments = dict(given.arguments)
+    kind = inspect.Parameter.VAR_KEYWORD
+    more = next((p.name for p in given.signature.parameters.values() if p.kind is kind), "")
+    arguments.update(arguments.pop(more, {}))
+    return {
+        leaf.index: name
+        for name, value in arguments.items()
+        for leaf in pytree.tree_leaves(value)
+        if isinstance(leaf, _Place)
+    }
 
 
 class _Template:
@@ -78,7 +116,8 @@ class _Template:
         cache: KernelCache,
     ) -> None:
         """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes."""
-        chosen, self.choices = choose_all(graph, target, tuner)
+        chosen, choices = choose_all(graph, target, tuner)
+        self.decided = by_first_operator(graph, choices)
         self.assembly = assemble(late, generalized(chosen, late, target), target, threads)
         self.plan = Binder(self.assembly.plan)
         self.unfused_share = unfused_share(graph, dataclasses.replace(self.assembly, choices=tuple(chosen)), target)
@@ -147,7 +186,7 @@ class Form:
     """
 
     def __init__(self, model: nn.Module, call: FlatCall, store: WeightStore, options: Options) -> None:
-        self.captured: Captured = capture(model, call, dynamic_dimensions(call))
+        self.captured: Captured = capture(model, call, dynamic_dimensions(model, call, options.dynamic))
         self.options = options
         self.device = device_of(call)
         self._output: Binder[OutputSpec] = Binder(self.captured.output)
@@ -212,7 +251,7 @@ class Form:
         return Compiled(
             captured,
             graph,
-            template.choices,
+            template.decided,
             assembly,
             program,
             self._output(sizes),

@@ -19,7 +19,6 @@ from fuser.frontend import traces
 from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.operators import QK
 from fuser.ir.target import Target
@@ -43,6 +42,8 @@ from fuser.search.tuning import Tuner, tuner_for
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
+_SPECIALIZED = 8
+"""Reasons that are remembered for shapes captured alone."""
 _AT_ONCE_IN_METHODS = 1
 """Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
 UNMASKED = "the original model knows nothing of the mask that attention= gives"
@@ -54,12 +55,14 @@ attributes, and PyTorch's modes if it asks for them."""
 class OptimizedModule(nn.Module):
     """A drop-in for ``model`` that runs fused kernels.
 
-    Same signature, same structure of outputs, same ``state_dict`` and attributes. A program is compiled for each
-    combination of shapes, dtypes and plain arguments: for the first 8 when they are called, for others when they have
-    been called often enough to pay; the last 64 are kept. The original model runs instead, with one warning and a
-    reason in :meth:`report`, in training mode, under autocast and function transforms, when the model cannot be
-    captured or built, and when it is faster than the program. Which is faster is found by turns at the first calls,
-    where PyTorch must run many of a program's operators.
+    Same signature, same structure of outputs, same ``state_dict`` and attributes. The model is captured once for all
+    batch sizes and lengths where it allows that (see ``dynamic`` of :func:`optimize`), and a program for new ones is
+    bound in milliseconds. Other calls have a program for each combination of shapes, dtypes and plain arguments: the
+    first 8 are compiled when they are called, others when they have been called often enough to pay. The last 64
+    programs are kept. The original model runs instead, with one warning and a reason in :meth:`report`, in training
+    mode, under autocast and function transforms, when the model cannot be captured or built, and when it is faster than
+    the program. Which is faster is found by turns at the first calls, where PyTorch must run many of a program's
+    operators.
 
     Outputs have gradients where the model's have: the backward pass runs the original once more, and raises FuserError
     if weights, attributes or the mode have changed since the call.
@@ -97,6 +100,7 @@ class OptimizedModule(nn.Module):
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
         self._forms: dict[Hashable, Form | str] = {}
+        self._specialized: dict[str, None] = {}
         prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model, "" if options.attention is None else UNMASKED)
@@ -274,7 +278,7 @@ class OptimizedModule(nn.Module):
     def _form(self, call: FlatCall, key: Key, *, capturing: bool) -> Form | None:
         """The model as it was captured for all sizes of calls like this; ``capturing`` does so if it has not been
         tried. None if the model can only be captured for one shape at a time."""
-        common = form_key(call)
+        common = form_key(call) if self._options.dynamic else None
         if common is None:
             return None
         name = (common, key[2])
@@ -302,7 +306,9 @@ class OptimizedModule(nn.Module):
             try:
                 return run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
             except FuserError as error:
-                logger.debug("%s is captured for its shape alone: %s", text_of(call), error)
+                self._specialized[f"{text_of(call)}: {error}"] = None
+                while len(self._specialized) > _SPECIALIZED:
+                    del self._specialized[next(iter(self._specialized))]
                 return None
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
@@ -472,6 +478,12 @@ class OptimizedModule(nn.Module):
         """Why the original model ran instead of a program, each reason once, and which calls wait for a program."""
         return (*sorted(self._said), *self._policy.reasons)
 
+    @property
+    def specialized(self) -> Sequence[str]:
+        """Why calls were captured for their shapes alone, the last few reasons; without one, a new shape binds the
+        sizes of what has been captured once."""
+        return (*(form for form in self._forms.values() if isinstance(form, str)), *self._specialized)
+
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
         from fuser.explain.report import report
@@ -499,6 +511,7 @@ class OptimizedModule(nn.Module):
             unfused=tuple(self.unfused),
             outside=tuple(self.outside),
             fallbacks=tuple(self.fallbacks),
+            specialized=tuple(self.specialized),
             memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
         )
 
@@ -648,6 +661,7 @@ def optimize(
     search: str | int = "cached",
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
+    dynamic: bool | Mapping[str, Collection[int]] = True,
 ) -> OptimizedModule:
     """Make ``model`` run fused kernels.
 
@@ -661,6 +675,9 @@ def optimize(
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
             CUDA kernels on the CPU. Default: the device of the inputs, calibrated once.
+        dynamic: whether the model is captured for all sizes of its inputs at once, so that new ones only bind numbers
+            to names: True for batch and sequence (the first two dimensions, and those of masks that are as long), a
+            mapping from names of inputs to dimensions for others, False for a capture of every shape.
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
 
     Raises:
@@ -680,7 +697,7 @@ def optimize(
         model = getattr(model, "_orig_mod", model)
     if isinstance(model, OptimizedModule):
         model = model._model
-    options = Options.of(attention=attention, search=search, target=target, cuda_graphs=cuda_graphs)
+    options = Options.of(attention=attention, search=search, target=target, cuda_graphs=cuda_graphs, dynamic=dynamic)
     optimized = OptimizedModule(model, options)
     if example_inputs is None:
         return optimized

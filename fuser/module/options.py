@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,13 @@ class Options:
     search: str | int = "cached"
     target: Target | None = None
     cuda_graphs: bool = True
+    dynamic: bool | Mapping[str, Collection[int]] = True
 
     def __post_init__(self) -> None:
         if self.attention is not None and not isinstance(self.attention, Mask):
             raise MaskError(f"attention must be one of fuser.masks, not a {type(self.attention).__name__}")
+        if not isinstance(self.dynamic, (bool, Mapping)):
+            raise TypeError(f"dynamic must be a bool or dimensions by input, not a {type(self.dynamic).__name__}")
 
     @classmethod
     def of(cls, **given: Any) -> Options:
