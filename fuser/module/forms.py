@@ -261,6 +261,11 @@ class Form:
             sizes,
         )
 
+    def release(self) -> None:
+        """Forget kernels and constants until another call wants them."""
+        for variant in self._variants:
+            variant.templates.clear()
+
     @property
     def uses(self) -> Iterator[Use]:
         """The constants that its programs share."""

@@ -213,6 +213,9 @@ class OptimizedModule(nn.Module):
         _remember(self._slower, key, reason)
         self._policy.failed(key, form_of(call))
         self._programs.remove(key)
+        common = self._form(call, key, capturing=False)
+        if common is not None and not any(c.captured is common.captured for c in self._programs.values()):
+            common.release()
         self._retain()
 
     def _key(self, call: FlatCall) -> Key:
@@ -243,10 +246,11 @@ class OptimizedModule(nn.Module):
                 # Constants would be made there.
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
-            compiled = self._for_sizes(call, key, device)
-            if compiled is not None:
-                return self._keep(compiled, call, key)
             form = form_of(call)
+            if wanted or self._policy.attempts(form):
+                compiled = self._for_sizes(call, key, device)
+                if compiled is not None:
+                    return self._keep(compiled, call, key)
             if not wanted and not self._admits(call, key, form):
                 return None
             start = self._seconds()
@@ -304,12 +308,14 @@ class OptimizedModule(nn.Module):
                 return None
             states = self._states.setdefault(device, States(arena_of(device)))
             try:
-                return run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
+                compiled = run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
             except FuserError as error:
                 self._specialized[f"{text_of(call)}: {error}"] = None
                 while len(self._specialized) > _SPECIALIZED:
                     del self._specialized[next(iter(self._specialized))]
                 return None
+        self._check_masked(compiled.graph)
+        return compiled
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
         """The program of a call whose original is not to run in its place. A model that fills a cache in its first call

@@ -88,7 +88,7 @@ class CompilationPolicy:
         ``label`` is its name in reports. ``oldest`` is when the program that must give way did run last, None while
         there are places. ``at_once`` lowers the limit of that name for this request.
         """
-        if not self._is_attempted(form):
+        if not self.attempts(form):
             return False
         if self._compiled < min(at_once, self._at_once) and (kin is None or kin not in self._kin):
             return True
@@ -99,7 +99,8 @@ class CompilationPolicy:
             return False
         return oldest is None or oldest < waiting.previous
 
-    def _is_attempted(self, form: Hashable) -> bool:
+    def attempts(self, form: Hashable) -> bool:
+        """Whether a request of this form is worth a try after the failures that there were."""
         failures = self._failures.get(form)
         if failures is None:
             return True

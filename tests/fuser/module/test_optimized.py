@@ -57,9 +57,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def optimize(model: nn.Module, clock: Clock, compile_seconds: float = 0.5) -> OptimizedModule:
-    """The model optimized, with compilations that take ``compile_seconds``."""
-    fast = fuser.optimize(model.eval(), search="model")
+def optimize(
+    model: nn.Module, clock: Clock, compile_seconds: float = 0.5, dynamic: bool = False
+) -> OptimizedModule:
+    """The model optimized for one shape at a time, with compilations that take ``compile_seconds``."""
+    fast = fuser.optimize(model.eval(), search="model", dynamic=dynamic)
     compile_it = fast._compile
 
     def compiling(*arguments: Any) -> Compiled:
@@ -142,9 +144,10 @@ class Unfused(Model):
         return y
 
 
-def test_a_program_that_is_slower_gives_way_to_the_original(clock: Clock) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_program_that_is_slower_gives_way_to_the_original(dynamic: bool, clock: Clock) -> None:
     model = Unfused(clock, seconds=0.001)
-    fast = optimize(model, clock)
+    fast = optimize(model, clock, dynamic=dynamic)
     fast(X)
     (compiled,) = fast.programs
     assert compiled.may_be_slower
@@ -196,8 +199,9 @@ def test_a_mask_is_not_dropped_while_a_call_waits() -> None:
     assert len(fast.programs) == 1 and fast.fallbacks == ()
 
 
-def test_a_program_that_gave_way_leaves_nothing_behind(clock: Clock) -> None:
-    fast = optimize(Model(clock), clock)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_program_that_gave_way_leaves_nothing_behind(dynamic: bool, clock: Clock) -> None:
+    fast = optimize(Model(clock), clock, dynamic=dynamic)
     fast._programs.places = 1
 
     def alive() -> dict[str, int]:
@@ -205,9 +209,9 @@ def test_a_program_that_gave_way_leaves_nothing_behind(clock: Clock) -> None:
         found = [type(o).__name__ for o in gc.get_objects() if isinstance(o, (Compiled, Program, torch.fx.GraphModule))]
         return {name: found.count(name) for name in found}
 
-    fast(X[:1])
+    fast(X[:2])
     before = alive()
-    for rows in range(2, 5):
+    for rows in range(3, 6):
         fast(X[:rows])
     assert len(fast.programs) == 1
     assert alive() == before
