@@ -23,12 +23,11 @@ _TILE_STEPS = 2.0
 _BLOCKS = 2
 """Blocks that share a multiprocessor and hide each other's waits."""
 _STAGES = (2, 3)
-# Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
-_MMA_SHARE = {"sm_80": 0.6, "sm_86": 0.6, "sm_87": 0.6, "sm_89": 0.6}
-_MMA_SHARE_LATER = 0.4
+# Of what tensor cores, fused multiply-adds and L2 can reach: softmax runs between the products, and keys are gathered
+# row by row. Estimates: no kernel has been measured on a GPU.
+_MMA_SHARE = 0.6
 _FMA_SHARE = 0.5
-_L2_BANDWIDTH = 4e10
-"""Bytes per second that one multiprocessor draws from the second-level cache."""
+_GATHER_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -208,10 +207,11 @@ def cost(
     if parameters.order is BitOrder.VECTOR:
         rate = target.peak_flops * _FMA_SHARE
     else:
-        rate = target.rate(parameters.dtype.torch) * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
+        rate = target.mma_rate(parameters.dtype.torch, _MMA_SHARE)
     pairs = units * cut.pairs_computed
     steps = units * max(1, cut.steps)
-    step = max(pairs * 2.0 * width / (steps * rate), STEP * width * parameters.dtype.bytes / _L2_BANDWIDTH)
+    gathered = STEP * width * parameters.dtype.bytes
+    step = max(pairs * 2.0 * width / (steps * rate), gathered / (target.l2_bandwidth * _GATHER_SHARE))
     whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
     longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS
     seconds = max(whole, longest)
