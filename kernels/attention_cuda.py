@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.extents import Extents
+from fuser.ir.scores import ScoreRule
 from fuser.ir.target import TF32, Target
 from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, Operands
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
-from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cuda/attention.cu.j2"
 _SHORTEST_PART = 8
@@ -96,7 +96,13 @@ class CudaAttentionParameters:
 
 
 def choices(
-    head_dim: int, value_dim: int, dtype: DType, mask: DType | None, lse: bool, target: Target
+    head_dim: int,
+    value_dim: int,
+    dtype: DType,
+    mask: DType | None,
+    lse: bool,
+    target: Target,
+    rule: ScoreRule | None = None,
 ) -> list[CudaAttentionParameters]:
     """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow.
 
@@ -115,7 +121,7 @@ def choices(
         for stages in _STAGES:
             for fewer in sorted({keys, 16}, reverse=True):
                 made = CudaAttentionParameters(
-                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows)
+                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows), rule
                 )
                 if made.shared_bytes <= target.shared_bytes:
                     found.append(made)
@@ -224,7 +230,7 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
         """What shared memory and registers hold: see :func:`choices`."""
-        return choices(*match.widths, match.dtype, match.mask_dtype, False, target)
+        return choices(*match.widths, match.dtype, match.mask_dtype, False, target, match.rule)
 
     def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:
         batch, heads, _, _ = match.group.graph.values[match.q].shape
