@@ -27,6 +27,7 @@ from torch import Tensor
 from fuser.attention.checks import check_heads, check_operands
 from fuser.attention.launch import run_plan, say, unsupported
 from fuser.attention.reference import empty_out, reference
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import BuildError, CacheError, FuserError, MaskError, PlanError, ToolchainError
 from fuser.ir.masks import Dense, Mask, from_dense, per_head
 from fuser.kernels import cqs as kernel
@@ -245,7 +246,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
         else:
             return out, lse
     say(reason)
-    return reference(q, k, v, mask, None, scale)
+    return reference(q, k, v, AttentionSpec(mask), None, scale)
 
 
 # ---- streaming

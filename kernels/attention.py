@@ -15,7 +15,8 @@ from fuser.ir.binding import late_fields
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.operators import PV, QK, PatternMask, Scale, ScoreMask, Softmax
+from fuser.ir.operators import PV, QK, ChangeScores, PatternMask, Scale, ScoreMask, Softmax
+from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
     STORAGE,
@@ -30,7 +31,6 @@ from fuser.kernels.base import (
 )
 from fuser.kernels.plan import FEW_ROWS, AttentionPlan
 from fuser.kernels.planner import PlanStore, stored_plan
-from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cpu/attention.cpp.j2"
 HEADS_IN_FLIGHT = 2
@@ -143,7 +143,8 @@ def workspace_bytes(
     return counters + min(in_flight, batch * heads) * state
 
 
-_KINDS = (QK, Scale, ScoreMask, Softmax, PV)
+_KINDS = (QK, Scale, ChangeScores, ScoreMask, Softmax, PV)
+"""What becomes of queries, in this order."""
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
 _EXP_FLOPS = 20
@@ -151,7 +152,8 @@ _EXP_FLOPS = 20
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """One attention: values q, k, v (B, H, S, D), the constant ``pattern``, the run-time ``mask`` if any, and out."""
+    """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
+    ``mask`` if any, and out."""
 
     group: OperatorGroup
     q: str
@@ -161,6 +163,7 @@ class AttentionMatch:
     scale: float
     pattern: Mask
     mask: str | None
+    rule: ScoreRule | None = None
 
     @property
     def dtype(self) -> DType:
@@ -203,11 +206,11 @@ class AttentionFamily:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
         if any(not isinstance(op.semantics, _KINDS) for op in group.operators):
             return None
-        scales, masks = group.of(Scale), group.of(ScoreMask)  # type: ignore[type-abstract]
-        if any(len(group.of(kind)) != 1 for kind in (QK, Softmax, PV)) or len(scales) > 1:
+        scales, rules, masks = group.of(Scale), group.of(ChangeScores), group.of(ScoreMask)  # type: ignore[type-abstract]
+        if any(len(group.of(kind)) != 1 for kind in (QK, Softmax, PV)) or len(scales) > 1 or len(rules) > 1:
             return None
         (qk,), (pv,) = group.of(QK), group.of(PV)
-        if group.outputs != (pv.output,) or not _is_chain(group.operators):
+        if group.outputs != (pv.output,) or not _is_chain(group.operators) or not _is_ordered(group.operators):
             return None
         q, k = qk.inputs
         v = pv.inputs[1]
@@ -224,7 +227,8 @@ class AttentionFamily:
         if pattern.heads not in (None, heads):
             return None
         scale = math.prod(op.semantics.scale for op in scales)
-        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, runtime[0] if runtime else None)
+        mask, rule = (next(iter(found), None) for found in (runtime, [op.semantics.rule for op in rules]))
+        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule)
 
     @staticmethod
     def _supported(
@@ -245,7 +249,7 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
         """Blocks of keys whose scores stay in the first cache."""
-        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype)]
+        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, rule=match.rule)]
 
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
         batch, heads, _, _ = match.group.graph.values[match.q].shape
@@ -338,6 +342,12 @@ def launch_of(
 def _is_chain(operators: Sequence[Operator]) -> bool:
     """Whether each operator reads the one before as its first input."""
     return all(after.inputs[0] == before.output for before, after in itertools.pairwise(operators))
+
+
+def _is_ordered(operators: Sequence[Operator]) -> bool:
+    """Whether scores are scaled, changed and masked in the order in which a kernel does it."""
+    steps = [next(i for i, kind in enumerate(_KINDS) if isinstance(op.semantics, kind)) for op in operators]
+    return steps == sorted(steps)
 
 
 _store: PlanStore | None = None

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.extents import Extents
+from fuser.ir.scores import ScoreRule
 from fuser.ir.target import TF32, Target
 from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, Operands
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
-from fuser.kernels.scores import ScoreRule
 
 TEMPLATE = "cuda/attention.cu.j2"
 _SHORTEST_PART = 8
@@ -23,12 +23,11 @@ _TILE_STEPS = 2.0
 _BLOCKS = 2
 """Blocks that share a multiprocessor and hide each other's waits."""
 _STAGES = (2, 3)
-# Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
-_MMA_SHARE = {"sm_80": 0.6, "sm_86": 0.6, "sm_87": 0.6, "sm_89": 0.6}
-_MMA_SHARE_LATER = 0.4
+# Of what tensor cores, fused multiply-adds and L2 can reach: softmax runs between the products, and keys are gathered
+# row by row. Estimates: no kernel has been measured on a GPU.
+_MMA_SHARE = 0.6
 _FMA_SHARE = 0.5
-_L2_BANDWIDTH = 4e10
-"""Bytes per second that one multiprocessor draws from the second-level cache."""
+_GATHER_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,13 @@ class CudaAttentionParameters:
 
 
 def choices(
-    head_dim: int, value_dim: int, dtype: DType, mask: DType | None, lse: bool, target: Target
+    head_dim: int,
+    value_dim: int,
+    dtype: DType,
+    mask: DType | None,
+    lse: bool,
+    target: Target,
+    rule: ScoreRule | None = None,
 ) -> list[CudaAttentionParameters]:
     """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow.
 
@@ -116,7 +121,7 @@ def choices(
         for stages in _STAGES:
             for fewer in sorted({keys, 16}, reverse=True):
                 made = CudaAttentionParameters(
-                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows)
+                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows), rule
                 )
                 if made.shared_bytes <= target.shared_bytes:
                     found.append(made)
@@ -208,10 +213,11 @@ def cost(
     if parameters.order is BitOrder.VECTOR:
         rate = target.peak_flops * _FMA_SHARE
     else:
-        rate = target.rate(parameters.dtype.torch) * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
+        rate = target.mma_rate(parameters.dtype.torch, _MMA_SHARE)
     pairs = units * cut.pairs_computed
     steps = units * max(1, cut.steps)
-    step = max(pairs * 2.0 * width / (steps * rate), STEP * width * parameters.dtype.bytes / _L2_BANDWIDTH)
+    gathered = STEP * width * parameters.dtype.bytes
+    step = max(pairs * 2.0 * width / (steps * rate), gathered / (target.l2_bandwidth * _GATHER_SHARE))
     whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
     longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS
     seconds = max(whole, longest)
@@ -224,7 +230,7 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
         """What shared memory and registers hold: see :func:`choices`."""
-        return choices(*match.widths, match.dtype, match.mask_dtype, False, target)
+        return choices(*match.widths, match.dtype, match.mask_dtype, False, target, match.rule)
 
     def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:
         batch, heads, _, _ = match.group.graph.values[match.q].shape

@@ -24,7 +24,7 @@ from torch import Tensor
 from fuser.ir.expression import Expression, Op
 from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.target import TF32, Target
+from fuser.ir.target import MOST_SHARED_BYTES, REGISTERS, RESERVED_SHARED_BYTES, TF32, Target
 from fuser.kernels.base import (
     STORAGE,
     Access,
@@ -77,21 +77,13 @@ _FMA_TILES = (
     (16, 64, 1, 4),
 )
 _CUBLAS_ACTIVATIONS = frozenset({Op.RELU, Op.GELU_TANH})
-# Of one SM, about the same on all architectures from sm_80 on.
-_REGISTERS = 65536
-_SHARED = 228 << 10  # bytes, where there is most
-_BLOCK_SHARED = 1024  # that a block takes beside its own
-_SHARED_BANDWIDTH = 2e11  # bytes/s: 128 a clock
-_L2_BANDWIDTH = 6e10  # bytes/s that one SM draws
+# What ranks the tiles of one product. All of these are estimates: no kernel has been measured on a GPU.
 LATENCY = 7e-7
 """Seconds from asking for a tile to having it."""
 _BLOCK_SECONDS = 1e-6  # start of a block and of its pipeline
-# Of the tensor cores' rate: `mma.sync` feeds those of Hopper and later, which are made for `wgmma`, only in part.
-_MMA_SHARE = {"sm_80": 0.85, "sm_86": 0.85, "sm_87": 0.85, "sm_89": 0.85}
-_MMA_SHARE_LATER = 0.62
-_FMA_SHARE = 0.85
-_COPY_INSTRUCTIONS = 10
-_LIBRARY_SHARE = 0.75
+_SHARE = 0.85  # of what the instructions of a product can reach
+_COPY_INSTRUCTIONS = 10  # for every 16 bytes that are copied
+_LIBRARY_SHARE = 0.75  # of the tensor cores' rate that a library reaches
 
 
 @dataclass(frozen=True)
@@ -115,12 +107,12 @@ class Tile:
         """Blocks that an SM is to hold: as many as find room in its shared memory, if a thread can have twice the
         registers of its sums, beside which fragments and addresses need room."""
         least = 128 if self.bm * self.bn <= 64 * self.threads else 256
-        shared = _SHARED // (self.shared_bytes(itemsize) + _BLOCK_SHARED)
-        return min(_REGISTERS // (least * self.threads), max(1, shared))
+        shared = MOST_SHARED_BYTES // (self.shared_bytes(itemsize) + RESERVED_SHARED_BYTES)
+        return min(REGISTERS // (least * self.threads), max(1, shared))
 
     def registers(self, itemsize: int) -> int:
         """What a thread may have, so that so many blocks fit."""
-        return min(255, _REGISTERS // (self.blocks(itemsize) * self.threads) // 8 * 8)
+        return min(255, REGISTERS // (self.blocks(itemsize) * self.threads) // 8 * 8)
 
     def shared_bytes(self, itemsize: int) -> int:
         """Dynamic shared memory: the pipeline, whose place the accumulators (in padded fp32 rows) take at the end."""
@@ -388,7 +380,7 @@ def _seconds(
         # Copies take the place of multiply-adds in the instruction stream.
         flops += 2.0 * _COPY_INSTRUCTIONS * loaded / 16
     step = block_seconds(flops, loaded, fragments, dtype, tensor_cores, target)
-    epilogue = tile.bm * tile.bn * 8 / _L2_BANDWIDTH
+    epilogue = tile.bm * tile.bn * 8 / target.l2_bandwidth
     work = busiest * (per_block * step + epilogue)
     hidden = -(-busiest // resident) * (_BLOCK_SECONDS + per_block * LATENCY / (tile.stages - 1))
     # Neither hides the other completely.
@@ -396,7 +388,7 @@ def _seconds(
     if tile.split > 1 or (reduces and tile.bn < n):
         moved = 8.0 * tile.split * rows * n
         spills = moved / 2 > target.cache_bytes[1] / 2
-        time += target.launch_seconds + moved / (target.bandwidth if spills else _L2_BANDWIDTH * target.cores)
+        time += target.launch_seconds + moved / (target.bandwidth if spills else target.l2_bandwidth * target.cores)
     return time
 
 
@@ -404,16 +396,14 @@ def block_seconds(
     flops: float, loaded: float, fragments: float, dtype: DType, tensor_cores: bool, target: Target
 ) -> float:
     """The least time that one SM takes for so many operations, bytes from L2, and bytes read from shared memory."""
-    if tensor_cores:
-        rate = target.rate(dtype.torch) * _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER)
-    else:
-        rate = target.peak_flops * _FMA_SHARE
-    return max(flops / rate, (fragments + loaded) / _SHARED_BANDWIDTH, loaded / _L2_BANDWIDTH)
+    rate = target.mma_rate(dtype.torch, _SHARE) if tensor_cores else target.peak_flops * _SHARE
+    return max(flops / rate, (fragments + loaded) / target.shared_bandwidth, loaded / target.l2_bandwidth)
 
 
 def resident_blocks(tile: Tile, dtype: DType, target: Target) -> int:
     """Blocks that one SM runs at a time, at least one."""
-    shared = (target.shared_bytes + _BLOCK_SHARED) // (tile.shared_bytes(dtype.bytes) + _BLOCK_SHARED)
+    room = target.shared_bytes + RESERVED_SHARED_BYTES
+    shared = room // (tile.shared_bytes(dtype.bytes) + RESERVED_SHARED_BYTES)
     return max(1, min(shared, tile.blocks(dtype.bytes)))
 
 
@@ -492,13 +482,13 @@ class CublasGemm(Implementation[GemmMatch, CublasParameters]):
         return [CublasParameters(found.bias is not None, found.activation, found.residual is not None)]
 
     def cost(self, match: GemmMatch, parameters: CublasParameters, target: Target) -> Cost:
-        """The library is taken to find as good a tile as ours, at a higher rate on Hopper and later."""
+        """The library is taken to find as good a tile as ours, and to feed the tensor cores of any architecture."""
         rows, dtype = match.program.rows, product_dtype(match)
         tensor_cores = _tensor_cores(dtype, target)
         tile = best_tiles(rows, match.n, match.k, dtype, tensor_cores, False, target)[0]
         seconds = _seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
         if tensor_cores:
-            seconds *= _MMA_SHARE.get(target.arch, _MMA_SHARE_LATER) / _LIBRARY_SHARE
+            seconds *= target.mma_rate(dtype.torch, _SHARE) / (target.rate(dtype.torch) * _LIBRARY_SHARE)
         return _cost(match, seconds, 1, target)
 
     def call(self, match: GemmMatch, parameters: CublasParameters, target: Target, threads: int) -> LibraryCall:

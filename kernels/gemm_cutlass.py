@@ -34,6 +34,7 @@ _TILES = (
     (64, 64, 1, True),
 )
 _DEPTH_BYTES = 128
+# Estimates: no kernel has been measured on a GPU.
 _SHARE = 0.85  # of the tensor cores' rate, for large products
 _START_SECONDS = 2e-6  # of a persistent block: descriptors, barriers, the first tiles
 
@@ -152,7 +153,7 @@ class CutlassGemm(Implementation[GemmMatch, CutlassParameters]):
         """Whole tiles on whole SMs at the tensor cores' rate, every tensor touched once."""
         p, rows = parameters, match.program.rows
         tiles = -(-rows // p.bm) * -(-p.n // p.bn)
-        each = 2.0 * p.bm * p.bn * p.k / (target.tensor_flops * _SHARE)
+        each = 2.0 * p.bm * p.bn * p.k / (target.rate(p.dtype.torch) * _SHARE)
         seconds = _START_SECONDS + -(-tiles // target.cores) * each
         flops = max(2.0 * rows * p.n * p.k, 1.0)
         moved = gemm_cuda.moved_bytes(match)

@@ -10,12 +10,11 @@ import math
 from dataclasses import dataclass
 
 from fuser.ir.errors import FuserError
+from fuser.ir.target import REGISTERS, RESERVED_SHARED_BYTES
 
-_REGISTERS = 65536
 _REGISTER_UNIT = 256
 _WARP_UNIT = 4
 _SHARED_UNIT = 128
-_RESERVED_SHARED = 1024  # of every block, for the system
 _MAX_REGISTERS = 255
 _MAX_THREADS = 1024
 _KIB = 1024
@@ -32,7 +31,7 @@ class Multiprocessor:
 
     @property
     def block_shared_bytes(self) -> int:
-        return self.shared_bytes - _RESERVED_SHARED
+        return self.shared_bytes - RESERVED_SHARED_BYTES
 
 
 _AMPERE = Multiprocessor(32, 64, 164 * _KIB)
@@ -82,8 +81,8 @@ def occupancy(arch: str, *, threads: int, registers: int, shared_bytes: int) -> 
     by_warp = max(_round_up(registers * 32, _REGISTER_UNIT), _REGISTER_UNIT)
     bounds = {
         "warps": limits.warps // warps,
-        "registers": _REGISTERS // by_warp // _WARP_UNIT * _WARP_UNIT // warps,
-        "shared memory": limits.shared_bytes // _round_up(shared_bytes + _RESERVED_SHARED, _SHARED_UNIT),
+        "registers": REGISTERS // by_warp // _WARP_UNIT * _WARP_UNIT // warps,
+        "shared memory": limits.shared_bytes // _round_up(shared_bytes + RESERVED_SHARED_BYTES, _SHARED_UNIT),
         "blocks": limits.blocks,
     }
     limit = min(bounds, key=lambda name: bounds[name])

@@ -12,11 +12,14 @@ from torch.autograd import forward_ad
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
 from fuser.attention.checks import check_heads, check_operands, check_runtime
 from fuser.attention.reference import reference
-from fuser.attention.registry import CAUSAL, DENSE, adopt_mask, key_of, mask_of, register_mask
-from fuser.ir.errors import MaskError
-from fuser.ir.masks import Mask, PerBatch
+from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
+from fuser.ir.errors import MaskError, ScoreError
+from fuser.ir.masks import Dense, Mask, PerBatch
+from fuser.ir.scores import ScoreRule
 
-__all__ = ["adopt_mask", "attend", "mask_of", "register_mask", "sparse_attention"]
+__all__ = ["attend", "register_mask", "sparse_attention"]
+
+_EVERYTHING = Dense()
 
 
 def sparse_attention(
@@ -25,10 +28,11 @@ def sparse_attention(
     v: Tensor,
     mask: Mask | PerBatch | Tensor | None = None,
     *,
+    score: ScoreRule | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale · q · kᵀ) · v over the pairs that ``mask`` allows.
+    """softmax(score(scale · q · kᵀ)) · v over the pairs that ``mask`` allows.
 
     Args:
         q: (B, H, Sq, D).
@@ -38,6 +42,7 @@ def sparse_attention(
             (``fuser.masks.per_batch``), which are computed one after the other; or a tensor that broadcasts to
             (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart from keys that
             nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for all pairs.
+        score: what becomes of scaled scores before the mask is applied or added, such as ``fuser.SoftCap(50.0)``.
         scale: default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
 
@@ -53,22 +58,31 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
         MaskError: the mask does not fit them.
+        ScoreError: ``score`` is no rule of ours.
     """
+    if score is not None and not isinstance(score, ScoreRule):
+        raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
     if isinstance(mask, PerBatch):
-        return _by_entries(q, k, v, mask, scale, return_lse)
+        return _by_entries(q, k, v, mask, score, scale, return_lse)
     if mask is not None and not isinstance(mask, (Mask, Tensor)):
         raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
     pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
     if not return_lse:
-        return attend(q, k, v, pattern, runtime, scale=scale)
-    operands = _operands(q, k, v, pattern, runtime, False, 0, scale)
+        return attend(q, k, v, pattern, runtime, rule=score, scale=scale)
+    operands = _operands(q, k, v, pattern, runtime, score, False, 0, scale)
     return (
         _differentiated(*operands) if _is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
     )
 
 
 def _by_entries(
-    q: Tensor, k: Tensor, v: Tensor, mask: PerBatch, scale: float | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PerBatch,
+    score: ScoreRule | None,
+    scale: float | None,
+    return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sparse_attention` of one batch entry after another; neighbours with equal masks are one."""
     check_operands(q, k, v)
@@ -78,7 +92,8 @@ def _by_entries(
     start = 0
     for entry, same in itertools.groupby(mask.entries):
         stop = start + len(list(same))
-        part = sparse_attention(q[start:stop], k[start:stop], v[start:stop], entry, scale=scale, return_lse=return_lse)
+        one = q[start:stop], k[start:stop], v[start:stop]
+        part = sparse_attention(*one, entry, score=score, scale=scale, return_lse=return_lse)
         parts.append((part,) if isinstance(part, Tensor) else part)
         start = stop
     outs, *sums = zip(*parts, strict=True)
@@ -98,13 +113,14 @@ def attend(
     *,
     causal: bool = False,
     offset: int = 0,
+    rule: ScoreRule | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding.
 
     Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
     """
-    operands = _operands(q, k, v, pattern, runtime, causal, offset, scale)
+    operands = _operands(q, k, v, pattern, runtime, rule, causal, offset, scale)
     if _is_forward_differentiated():
         return _differentiated(*operands)[0]
     result: Tensor = torch.ops.fuser.sparse_attention(*operands)
@@ -121,9 +137,9 @@ def _differentiated(
     q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by operators that PyTorch differentiates in every mode."""
-    mask = mask_of(key)
-    check_heads(mask, q)
-    return reference(q, k, v, mask, runtime, scale)
+    spec = spec_of(key)
+    check_heads(spec.mask, q)
+    return reference(q, k, v, spec, runtime, scale)
 
 
 def _operands(
@@ -132,6 +148,7 @@ def _operands(
     v: Tensor,
     pattern: Mask | None,
     runtime: Tensor | None,
+    rule: ScoreRule | None,
     causal: bool,
     offset: int,
     scale: float | None,
@@ -140,9 +157,10 @@ def _operands(
     check_operands(q, k, v)
     if runtime is not None:
         runtime = check_runtime(runtime, q, k)
-    if pattern is None:
+    if pattern is None and rule is None:
         key = CAUSAL if causal else DENSE
     else:
+        what = _EVERYTHING if pattern is None else pattern, rule, causal, offset
         # Lengths are not asked for where they do not matter, since they may be symbols of a trace.
-        key = key_of(pattern, causal, offset) or key_of(pattern, causal, offset, q.shape[2], k.shape[2])
+        key = key_of(*what) or key_of(*what, q.shape[2], k.shape[2])
     return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fuser.attention.operators import TAGS
-from fuser.attention.reference import probabilities_of, scores_of, weighted_sum, widened
-from fuser.attention.registry import mask_of
+from fuser.attention.reference import probabilities_of, products_of, scores_of, weighted_sum, widened
+from fuser.attention.registry import spec_of
 
 torch.library.define(
     "fuser::sparse_attention_backward",
-    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale, bool bias)"
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str spec, Tensor? runtime, float scale, bool bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
@@ -26,13 +26,14 @@ def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: str,
+    spec: str,
     runtime: Tensor | None,
     scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    scores = scores_of(q, k, mask_of(mask), runtime, scale)
+    what, products = spec_of(spec), products_of(q, k, scale)
+    scores = scores_of(products, what, runtime)
     p, _ = probabilities_of(scores)
     forbidden = torch.isneginf(scores)
     group = q.shape[1] // max(k.shape[1], 1)
@@ -45,11 +46,12 @@ def _gradients(
         grouped: Tensor = t.unflatten(1, (k.shape[1], group))  # type: ignore[no-untyped-call]
         return grouped.sum(2).to(q.dtype).contiguous()
 
+    db = None if runtime is None or not bias else ds.sum_to_size(runtime.shape).to(runtime.dtype)
+    if what.rule is not None:
+        ds = (ds * what.rule.derivative.evaluate(products)[0]).masked_fill(forbidden, 0.0)
     dq = (weighted_sum(ds, widened(k, group, p.dtype), forbidden) * scale).to(q.dtype)
     dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
-    if runtime is None or not bias:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, ds.sum_to_size(runtime.shape).to(runtime.dtype)
+    return dq, dk, dv, q.new_empty(0) if db is None else db
 
 
 @torch.library.register_fake("fuser::sparse_attention_backward")  # type: ignore[untyped-decorator]
@@ -59,7 +61,7 @@ def _fake_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: str,
+    spec: str,
     runtime: Tensor | None,
     scale: float,
     bias: bool,
@@ -71,17 +73,17 @@ def _fake_gradients(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, mask, runtime, scale = inputs
+    q, k, v, key, runtime, scale = inputs
     ctx.save_for_backward(q, k, v, runtime)
-    # The backward pass finds the mask by its key because somebody holds it.
-    ctx.mask, ctx.pattern, ctx.scale = mask, mask_of(mask), scale
+    # The backward pass finds the specification by its key because somebody holds its mask.
+    ctx.key, ctx.spec, ctx.scale = key, spec_of(key), scale
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
     q, k, v, runtime = ctx.saved_tensors
     bias = runtime is not None and runtime.is_floating_point() and ctx.needs_input_grad[4]
     dq, dk, dv, db = torch.ops.fuser.sparse_attention_backward(
-        grad, grad_lse, q, k, v, ctx.mask, runtime, ctx.scale, bias
+        grad, grad_lse, q, k, v, ctx.key, runtime, ctx.scale, bias
     )
     return dq, dk, dv, None, db if bias else None, None
 

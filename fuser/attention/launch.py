@@ -11,6 +11,7 @@ from torch import Tensor
 from fuser.codegen.launch import launch
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import TensorSpec
+from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import (
@@ -84,8 +85,10 @@ def run_plan(
     out: Tensor,
     lse: Tensor | None,
     target: Target | None = None,
+    rule: ScoreRule | None = None,
 ) -> None:
-    """Run the kernel for ``plan`` on checked tensors, into ``out`` and, where it is given, ``lse``.
+    """Run the kernel for ``plan`` and the score ``rule`` on checked tensors, into ``out`` and, where it is given,
+    ``lse``.
 
     ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
     BuildError, ToolchainError or CacheError when there is no kernel.
@@ -100,18 +103,20 @@ def run_plan(
     operands = Operands(**{n: TensorSpec(t.shape, t.dtype, t.stride()) for n, t in (reads | writes).items()})
     if lse is not None:
         writes["lse"] = lse
-    parameters = _parameters(operands, lse is not None, plan, target)
+    parameters = _parameters(operands, lse is not None, rule, plan, target)
     threads = target.cores if target.kind == "cuda" else threads_now()
     call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
     launch(call, reads | writes, target, threads)
 
 
-def _parameters(operands: Operands, lse: bool, plan: AttentionPlan, target: Target) -> PlanParameters:
+def _parameters(
+    operands: Operands, lse: bool, rule: ScoreRule | None, plan: AttentionPlan, target: Target
+) -> PlanParameters:
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
-        return _cheapest(*kernel, plan, *q.shape[:2], with_tf32(target))
-    return AttentionParameters(*kernel)
+        return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
+    return AttentionParameters(*kernel, rule=rule)
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,11 +126,12 @@ def _cheapest(
     dtype: DType,
     mask: DType | None,
     lse: bool,
+    rule: ScoreRule | None,
     plan: AttentionPlan,
     batch: int,
     heads: int,
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
-    found = attention_cuda.choices(width, value_width, dtype, mask, lse, target)
+    found = attention_cuda.choices(width, value_width, dtype, mask, lse, target, rule)
     return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

@@ -10,11 +10,11 @@ from torch import Tensor
 from fuser.attention.checks import check_heads
 from fuser.attention.launch import NoKernelError, run_plan, say, target_for
 from fuser.attention.reference import arithmetic_dtype, empty_out, reference
-from fuser.attention.registry import mask_of, pin
+from fuser.attention.registry import pin, spec_of
 from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.kernels.attention import cached_plan
 
-_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str mask, Tensor? runtime, float scale)"
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str spec, Tensor? runtime, float scale)"
 # The layout of the output follows that of q.
 _STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 TAGS = (_STRIDES, torch.Tag.pt2_compliant_tag)
@@ -26,35 +26,35 @@ OPERATORS = (torch.ops.fuser.sparse_attention.default, torch.ops.fuser.sparse_at
 
 
 @torch.library.impl("fuser::sparse_attention", "default")
-def _op(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
-    return _run(q, k, v, mask, runtime, scale, lse=False)[0]
+def _op(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> Tensor:
+    return _run(q, k, v, spec, runtime, scale, lse=False)[0]
 
 
 @torch.library.impl("fuser::sparse_attention_lse", "default")
-def _op_lse(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return _run(q, k, v, mask, runtime, scale, lse=True)
+def _op_lse(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, spec, runtime, scale, lse=True)
 
 
 @torch.library.register_fake("fuser::sparse_attention")  # type: ignore[untyped-decorator]
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float) -> Tensor:
-    pin(mask)
+def _fake(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> Tensor:
+    pin(spec)
     return empty_out(q, v)
 
 
 @torch.library.register_fake("fuser::sparse_attention_lse")  # type: ignore[untyped-decorator]
 def _fake_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: str, runtime: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    pin(mask)
+    pin(spec)
     return empty_out(q, v), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
 
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float, *, lse: bool
 ) -> tuple[Tensor, Tensor]:
-    mask = mask_of(key)
+    spec = spec_of(key)
     batch, heads, q_len, _ = q.shape
-    check_heads(mask, q)
+    check_heads(spec.mask, q)
     out = empty_out(q, v)
     sums = q.new_empty((batch, heads, q_len) if lse else (0,), dtype=arithmetic_dtype(q))
     if out.numel() == 0 and sums.numel() == 0:
@@ -63,10 +63,10 @@ def _run(
         return out.zero_(), sums.fill_(-math.inf)
     try:
         target = target_for(q, v, runtime)
-        tiles = cached_plan(mask, q_len, k.shape[2], target)
-        run_plan(q, k, v, tiles, runtime, scale, out, sums if lse else None, target)
+        plan = cached_plan(spec.mask, q_len, k.shape[2], target)
+        run_plan(q, k, v, plan, runtime, scale, out, sums if lse else None, target, spec.rule)
         return out, sums
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
         say(str(error))
-    exact, exact_sums = reference(q, k, v, mask, runtime, scale)
+    exact, exact_sums = reference(q, k, v, spec, runtime, scale)
     return out.copy_(exact), exact_sums if lse else sums

@@ -7,17 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from fuser.ir.masks import Dense, Mask
+from fuser.ir.attention import AttentionSpec
+from fuser.ir.masks import Dense
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, runtime: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, runtime: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in plain PyTorch, on any device and in any floating-point dtype.
 
     16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
     """
-    scores = scores_of(q, k, mask, runtime, scale)
+    scores = scores_of(products_of(q, k, scale), spec, runtime)
     probabilities, lse = probabilities_of(scores)
     values = widened(v, q.shape[1] // k.shape[1], scores.dtype)
     return weighted_sum(probabilities, values, torch.isneginf(scores)).to(q.dtype), lse
@@ -44,14 +45,19 @@ def widened(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).repeat_interleave(group, 1)
 
 
-def scores_of(q: Tensor, k: Tensor, mask: Mask, runtime: Tensor | None, scale: float) -> Tensor:
-    """(B, H, Sq, Sk); -inf for pairs that are not allowed, whatever they hold."""
+def products_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled scores (B, H, Sq, Sk), which nothing has changed yet."""
     dtype = arithmetic_dtype(q)
-    scores = (q.to(dtype) * scale) @ widened(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
+    return (q.to(dtype) * scale) @ widened(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
+
+
+def scores_of(products: Tensor, spec: AttentionSpec, runtime: Tensor | None) -> Tensor:
+    """What becomes of scaled scores (B, H, Sq, Sk); -inf for pairs that are not allowed, whatever they hold."""
+    scores = products if spec.rule is None else spec.rule.expression.evaluate(products)[0]
     if runtime is not None and runtime.dtype != torch.bool:
-        scores = (scores + runtime.to(dtype)).masked_fill(torch.isneginf(runtime), -math.inf)
-    if not isinstance(mask, Dense):
-        allowed = mask.dense(q.shape[2], k.shape[2]).to(q.device)
+        scores = (scores + runtime.to(scores.dtype)).masked_fill(torch.isneginf(runtime), -math.inf)
+    if not isinstance(spec.mask, Dense):
+        allowed = spec.mask.dense(*scores.shape[2:]).to(scores.device)
         scores = scores.masked_fill(~allowed, -math.inf)
     if runtime is not None and runtime.dtype == torch.bool:
         scores = scores.masked_fill(~runtime, -math.inf)

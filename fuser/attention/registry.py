@@ -1,7 +1,7 @@
-"""Names of masks for the operators of torch, which take tensors, numbers and strings.
+"""Names of what attention computes for the operators of torch, which take tensors, numbers and strings.
 
-Masks are Python values; so a mask enters a process-wide registry and the operators take its key. A key that a trace has
-seen stays registered for the life of the process.
+Masks and score rules are Python values; so a specification enters a process-wide registry and the operators take its
+key. Keys that traces have seen stay registered, up to a number of them, those that were used last.
 """
 
 from __future__ import annotations
@@ -12,100 +12,126 @@ import weakref
 
 import torch
 
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.scores import ScoreRule
 from fuser.runtime.locks import ForkSafeLock
 
-_REGISTERED = 64
-
+_RECENT = 64
+_PINNED = 256
+"""Specifications that are kept because a trace has seen their keys: more than the masks of several models."""
 
 _lock = ForkSafeLock()
-_recent: collections.OrderedDict[str, Mask] = collections.OrderedDict()
-_pinned: dict[str, Mask] = {}
+_recent: collections.OrderedDict[str, AttentionSpec] = collections.OrderedDict()
+_pinned: collections.OrderedDict[str, AttentionSpec] = collections.OrderedDict()
+_registered: dict[str, AttentionSpec] = {}
 _known: weakref.WeakKeyDictionary[Mask, dict[tuple[int, int] | None, str]] = weakref.WeakKeyDictionary()
 # A mask that somebody holds can be found, however many others are used between its key and the operator. Masks of
 # different functions have one key while their entries are equal.
-_alive: weakref.WeakValueDictionary[tuple[str, int], Mask] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, int], Mask] = weakref.WeakValueDictionary()
 
 
-def register_mask(mask: Mask, q_len: int | None = None, kv_len: int | None = None) -> str:
-    """Make ``mask`` known to this process for good and return its key.
+def register_mask(
+    mask: Mask, q_len: int | None = None, kv_len: int | None = None, *, score: ScoreRule | None = None
+) -> str:
+    """Make ``mask``, with a score rule or without, known to this process for good and return its key.
 
     Call it before running a graph that another process has exported with this mask. ``q_len`` and ``kv_len`` are
     needed for masks that contain functions (``from_mask_mod``), whose keys hold for one pair of lengths.
     """
-    key = enter(mask, q_len, kv_len)
-    pin(key)
+    key = enter(AttentionSpec(mask, score), q_len, kv_len)
+    adopt(key, spec_of(key))
     return key
 
 
-def mask_of(key: str) -> Mask:
-    """The mask of a key. Raises MaskError if this process does not know it."""
-    known = masks_of(key)
+def spec_of(key: str) -> AttentionSpec:
+    """What a key stands for. Raises MaskError if this process does not know it."""
+    known = specs_of(key)
     if not known:
         raise MaskError(
-            f"this process knows no mask with the key {key}: the graph was made in another one; "
-            "call fuser.attention.register_mask with its mask first"
+            f"this process knows no mask with the key {key}: the graph was made in another one, or {_PINNED} others "
+            "have been traced since it last ran; call fuser.attention.register_mask with its mask first"
         )
-    return next((mask for mask in known if mask.is_current), known[0])
+    return next((spec for spec in known if spec.mask.is_current), known[0])
 
 
-def masks_of(key: str) -> list[Mask]:
-    """All masks that were given this key, which means that their entries were equal at the lengths in question."""
+def specs_of(key: str) -> list[AttentionSpec]:
+    """All that was given this key, which means that the entries of the masks were equal at the lengths in question."""
     with _lock:
-        known = [table[key] for table in (_pinned, _recent) if key in table]
-        if not known or any(mask.has_functions for mask in known):
-            known += [mask for (name, _), mask in _alive.items() if name == key]
+        known = [table[key] for table in (_registered, _pinned, _recent) if key in table]
+        if key in _pinned:
+            _pinned.move_to_end(key)
+        if not known or any(spec.mask.has_functions for spec in known):
+            known += [AttentionSpec(mask, rule) for (name, rule, _), mask in _alive.items() if name == key]
     return list(dict.fromkeys(known))
 
 
-def adopt_mask(key: str, mask: Mask) -> None:
-    """Register ``mask`` under a key that another process gave it."""
+def adopt(key: str, spec: AttentionSpec) -> None:
+    """Keep a specification under a key that this or another process gave it, for good."""
     with _lock:
-        _pinned[key] = mask
+        _registered[key] = spec
 
 
-def enter(mask: Mask, q_len: int | None, kv_len: int | None) -> str:
-    """The key of ``mask``, known as long as somebody holds it, and among the last ones used in any case."""
-    mask = mask.current()
+def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None) -> str:
+    """The key of ``spec``, known as long as somebody holds its mask, and among the last ones used in any case."""
+    spec = spec.current()
+    mask = spec.mask
     with _lock:
         keys = _known.setdefault(mask, {})
-    key = keys.get(None)
-    if key is None:
+    name = keys.get(None)
+    if name is None:
         try:
-            key = keys[None] = mask.hash
+            name = keys[None] = mask.hash
         except MaskError:
             # A function has no hash, but its entries at these lengths have.
             if q_len is None:
                 raise
             lengths = (int(q_len), int(q_len if kv_len is None else kv_len))
-            key = keys.get(lengths)
-            if key is None:
+            name = keys.get(lengths)
+            if name is None:
                 # An export traces all that its thread runs, and this is not part of the model.
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    key = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
+                    name = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
+    key = spec.named(name)
     with _lock:
-        _recent[key] = _alive[key, id(mask)] = mask
-        _recent.move_to_end(key)
-        while len(_recent) > _REGISTERED:
-            _recent.popitem(last=False)
+        _alive[key, spec.rule, id(mask)] = mask
+        _keep(_recent, key, spec, _RECENT)
     return key
 
 
 def pin(key: str) -> None:
-    """Keep the mask of ``key`` for the life of the process, as a graph may hold the key."""
-    mask = mask_of(key)
+    """Keep what ``key`` stands for, as a graph may hold the key."""
+    spec = spec_of(key)
     with _lock:
-        _pinned[key] = mask
+        _keep(_pinned, key, spec, _PINNED)
+
+
+def _keep(table: collections.OrderedDict[str, AttentionSpec], key: str, spec: AttentionSpec, most: int) -> None:
+    table[key] = spec
+    table.move_to_end(key)
+    while len(table) > most:
+        table.popitem(last=False)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of(mask: Mask, causal: bool, offset: int, q_len: int | None = None, kv_len: int | None = None) -> str:
-    """The key of a mask, a constant of whatever graph is traced; empty if it depends on lengths that are not given."""
+def key_of(
+    mask: Mask,
+    rule: ScoreRule | None,
+    causal: bool,
+    offset: int,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+) -> str:
+    """The key of a mask and a rule, a constant of whatever graph is traced; empty if it depends on lengths that are not
+    given.
+
+    Queries are rows ``offset`` and on of the mask; with ``causal``, query i sees keys up to i only (counted from 0).
+    """
     try:
         mask = mask.current()
         mask = mask.shift(offset) if offset else mask
-        return enter(mask & Causal() if causal else mask, q_len, kv_len)
+        return enter(AttentionSpec(mask & Causal() if causal else mask, rule), q_len, kv_len)
     except MaskError:
         if q_len is not None:
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuser.attention.registry import mask_of
+from fuser.attention.registry import spec_of
 from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
@@ -354,10 +354,11 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     _, _, _, key, runtime, scale = node.args
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
-    pattern = mask_of(key)
-    pattern.validate(q.shape[2], k.shape[2])
+    spec = spec_of(key)
+    spec.mask.validate(q.shape[2], k.shape[2])
     masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
-    return attention_from(r, node, q, k, v, scale, masks, pattern=None if isinstance(pattern, Dense) else pattern)
+    pattern = None if isinstance(spec.mask, Dense) else spec.mask
+    return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
 
 
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)

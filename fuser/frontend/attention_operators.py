@@ -14,6 +14,7 @@ from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Mask
+from fuser.ir.scores import ScoreRule
 
 
 def attention_from(
@@ -27,8 +28,9 @@ def attention_from(
     *,
     pattern: Mask | None = None,
     causal: bool = False,
+    rule: ScoreRule | None = None,
 ) -> View:
-    """Emit qk, scale, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv)."""
+    """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv)."""
     out_shape = r.spec(node).shape
     rank = len(q.dims)
     q, k, v = (four_dims(t) for t in (q, k, v))
@@ -40,6 +42,8 @@ def attention_from(
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
+    if rule is not None:
+        s = r.emit(kinds.ChangeScores(rule), f"{name}_rule", (s,), scores).base
     if r.attention is not None and q_len == kv_len:
         pattern = r.attention if pattern is None else pattern & r.attention
     pattern, runtime = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)

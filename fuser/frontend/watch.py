@@ -26,6 +26,8 @@ _MOST_CONFIGURATIONS = 64
 _DEPTH = 2
 """How far plain objects in plain objects (a configuration in a configuration) are followed."""
 _TRAINING = operator.itemgetter("training")
+_END = object()
+"""The last of what is compared, which nothing else is: what has become longer or shorter differs there."""
 
 
 class GlobalNumbers:
@@ -83,25 +85,22 @@ class Structure:
         plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
         self._plain = [(vars(m), key) for m, key in plain]
         # Kept alive, so that no other tensor gets the identity of a former one.
-        self._kept = [*itertools.chain.from_iterable(map(dict.values, self._members)), *self._values()]
-        self._state = self._look()
+        self._seen = list(self._look())
         self._configuration = _Configuration(model) if model is not None else None
 
-    def _values(self) -> list[Any]:
-        return [attributes.get(key) for attributes, key in self._plain]
-
-    def _look(self) -> tuple[list[int], list[type], list[bool]]:
-        members = itertools.chain.from_iterable(map(dict.values, self._members))
-        return (
-            list(map(id, itertools.chain(members, self._values()))),
-            list(map(type, self._modules)),
-            list(map(_TRAINING, self._attributes)),
+    def _look(self) -> Iterator[Any]:
+        return itertools.chain(
+            itertools.chain.from_iterable(map(dict.values, self._members)),
+            [attributes.get(key) for attributes, key in self._plain],
+            map(type, self._modules),
+            map(_TRAINING, self._attributes),
+            (_END,),
         )
 
     @property
     def changed(self) -> bool:
         """Whether the model consists of other modules or tensors, or runs in other modes."""
-        return any(self._empty) or self._look() != self._state
+        return any(self._empty) or not all(map(operator.is_, self._look(), self._seen))
 
     @property
     def configuration(self) -> int:
@@ -121,14 +120,16 @@ class _Configuration:
             if not _of_torch(cls) and (keys := _numbers_of(cls)):
                 holders[id(cls)] = vars(cls), keys
         holders.update((id(variables), (variables, names)) for variables, names in GlobalNumbers(model).read)
+        self._holders = [(holder, keys) for holder, keys in holders.values() if keys]
+        alike: dict[tuple[str, ...], list[Any]] = {}
+        for holder, keys in self._holders:
+            alike.setdefault(keys, []).append(holder)
         # A getter of one key would give the value itself instead of a tuple.
-        self._readers = [
-            (operator.itemgetter(*keys, keys[0]), holder, keys) for holder, keys in holders.values() if keys
-        ]
+        self._readers = [(operator.itemgetter(*keys, keys[0]), found) for keys, found in alike.items()]
         self._sized = [holder for holder, _ in holders.values() if isinstance(holder, dict)] + self._containers
         self._numbers: collections.OrderedDict[Any, tuple[int, list[Any]]] = collections.OrderedDict()
         self._count = itertools.count()
-        self._seen: tuple[list[int], int] = ([], -1)
+        self._seen: tuple[list[Any], list[int], int] = ([], [-1], -1)
         self._lock = ForkSafeLock()
 
     def _collect(
@@ -150,28 +151,27 @@ class _Configuration:
             ):
                 self._collect(vars(value), holders, tuple(vars(value)), depth + 1)
 
-    def _read(self) -> list[Any]:
+    def _read(self) -> Iterator[Any]:
         try:
-            found: list[Any] = [reader(holder) for reader, holder, _ in self._readers]
+            found: list[Any] = list(itertools.chain.from_iterable(map(reader, held) for reader, held in self._readers))
         except KeyError:
             # An attribute has gone.
-            found = [tuple(map(holder.get, keys)) for _, holder, keys in self._readers]
+            found = [tuple(map(holder.get, keys)) for holder, keys in self._holders]
         found += [c.values() if isinstance(c, dict) else c for c in self._containers]
-        return found
+        return itertools.chain(itertools.chain.from_iterable(found), (_END,))
 
     @property
     def number(self) -> int:
-        values = list(itertools.chain.from_iterable(self._read()))
-        identities = [*map(id, values), *map(len, self._sized)]
-        known, number = self._seen
-        if identities == known:
+        known, sizes, number = self._seen
+        if list(map(len, self._sized)) == sizes and all(map(operator.is_, self._read(), known)):
             return number
         with self._lock:
-            key = (tuple(map(_frozen, values)), tuple(map(len, self._sized)))
-            # The values are kept, so that no other object gets the identity of one of them.
+            # They are kept, so that no other object gets the identity of one of them.
+            values, sizes = list(self._read()), list(map(len, self._sized))
+            key = tuple(map(_frozen, values)), tuple(sizes)
             number, _ = self._numbers.pop(key) if key in self._numbers else (next(self._count), values)
             self._numbers[key] = number, values
-            self._seen = identities, number
+            self._seen = values, sizes, number
             while len(self._numbers) > _MOST_CONFIGURATIONS:
                 self._numbers.popitem(last=False)
         return number

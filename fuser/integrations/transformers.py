@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fuser.attention import attend
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Mask
+from fuser.ir.scores import SoftCap
 
 logger = logging.getLogger("fuser")
 _UNSUPPORTED = {
-    "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
     "cache": "a paged cache (continuous batching)",
 }
@@ -62,6 +62,7 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """query (B, H, Sq, D), key and value (B, Hkv, Sk, D) to (B, Sq, H, Dv); weights are never returned."""
@@ -79,10 +80,13 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
             offset = kv_len - q_len
             if not decoder or offset < 0:
                 own, offset = None, 0
+        rule = None if softcap is None else SoftCap(softcap)
+        if dropout and rule is not None:
+            raise ValueError('attn_implementation="fuser" does not support dropout of soft-capped scores; use "eager"')
         if dropout:
             out = _with_dropout(query, key, value, own, runtime, causal, offset, dropout, scaling)
         else:
-            out = attend(query, key, value, own, runtime, causal=causal, offset=offset, scale=scaling)
+            out = attend(query, key, value, own, runtime, causal=causal, offset=offset, rule=rule, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
     return fuser_attention_forward

@@ -15,6 +15,10 @@ class MaskError(FuserError, ValueError):
     """A mask is malformed or does not fit the tensors that it is used with."""
 
 
+class ScoreError(FuserError, ValueError):
+    """A score rule is none, or its constants are out of range."""
+
+
 class PlanError(FuserError, ValueError):
     """An attention plan is malformed, or does not cover exactly the pairs that its mask allows."""
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.masks import Mask
+from fuser.ir.scores import ScoreRule
 
 Shape = tuple[int, ...]
 
@@ -402,6 +403,21 @@ class Scale(_RowWise):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"× {self.scale:.4g}"
+
+
+@kind("score rule")
+@dataclass(frozen=True)
+class ChangeScores(_RowWise):
+    """What the score rule ``rule`` makes of scaled scores."""
+
+    rule: ScoreRule
+
+    @property
+    def expression(self) -> Expression:
+        return self.rule.expression
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return str(self.rule)
 
 
 @kind("softmax")

@@ -42,6 +42,9 @@ _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _INT8_TENSOR = {"sm_80": 2.0, "sm_86": 4.0, "sm_87": 2.0, "sm_89": 2.0, "sm_90": 2.0, "sm_90a": 2.0, "sm_100": 2.0}
 _INT8_TENSOR |= {"sm_120": 4.0}
 _FP8_TENSOR = {"sm_89": 2.0, "sm_90": 2.0, "sm_90a": 2.0, "sm_100": 2.0, "sm_103": 2.0, "sm_120": 2.0}
+# `mma.sync` feeds tensor cores that are made for `wgmma` only in part, on Hopper to 63 % (Luo et al., "Benchmarking and
+# Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499); those made for `tcgen05` are taken to do the same.
+_MMA_SHARE = {"sm_90": 0.63, "sm_90a": 0.63, "sm_100": 0.63, "sm_103": 0.63}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ CUDA_ARCHS = tuple(_GPUS)
 """Architectures that the CUDA templates can be built for."""
 _LAUNCH_SECONDS = 2e-6
 _EMULATED_CORES = 4
+# L2 gives all SMs of an A100 5120 bytes a clock (NVIDIA's A100 whitepaper), which is 6.7e10 bytes/s for one of 108 at
+# 1.41 GHz, and for one of an H100's 132 if it gives as much; a tenth is taken to be lost. Not measured.
+_L2_BANDWIDTH = 6e10
+# 32 banks of 4 bytes a clock (CUDA C++ Programming Guide, "Shared Memory"), at about 1.6 GHz.
+_SHARED_BANDWIDTH = 2e11
+REGISTERS = 65536
+"""32-bit registers of an SM, on every architecture that has templates (CUDA C++ Programming Guide)."""
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory that a block takes beside its own, from sm_80 on (CUDA C++ Programming Guide)."""
+MOST_SHARED_BYTES = 228 << 10
+"""Shared memory of an SM where there is most, for blocks and what is reserved beside them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,20 @@ class Target:
             return self.tensor_flops / 2 if TF32 in self.features else self.peak_flops
         ratios = _INT8_TENSOR if dtype in _EIGHT_BITS else _FP8_TENSOR if dtype in _FP8 else {}
         return self.tensor_flops * ratios[self.arch] if self.arch in ratios else self.peak_flops
+
+    def mma_rate(self, dtype: torch.dtype, share: float) -> float:
+        """The :meth:`rate` of a kernel that reaches a ``share`` of it, unless ``mma.sync`` alone reaches less."""
+        return self.rate(dtype) * min(share, _MMA_SHARE.get(self.arch, 1.0))
+
+    @property
+    def l2_bandwidth(self) -> float:
+        """Bytes a second that one SM of a GPU draws from L2 when all do."""
+        return _L2_BANDWIDTH
+
+    @property
+    def shared_bandwidth(self) -> float:
+        """Bytes a second between one SM of a GPU and its shared memory."""
+        return _SHARED_BANDWIDTH
 
     def _cpu_ratio(self, dtype: torch.dtype) -> float:
         feature, ratio = _INT8_EXTENSION if dtype in _EIGHT_BITS else _BF16_EXTENSION

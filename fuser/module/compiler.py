@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fuser.attention.operators import OPERATORS
-from fuser.attention.registry import masks_of
+from fuser.attention.registry import specs_of
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
 from fuser.codegen.render import header_folder
@@ -169,7 +169,8 @@ def functions_of(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
         yield attention
     for node in captured.graph.graph.nodes:
         if node.target in OPERATORS:
-            yield from (mask for mask in masks_of(node.args[3]) if mask.has_functions and mask.is_current)
+            found = (spec.mask for spec in specs_of(node.args[3]))
+            yield from (mask for mask in found if mask.has_functions and mask.is_current)
 
 
 def choose_all(

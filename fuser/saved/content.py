@@ -12,14 +12,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.ir.masks import Mask
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelSpec
 from fuser.runtime.library import Kernel
 from fuser.runtime.program import RUNNER, Memory, NativeStep, ProgramPlan, Slot, TorchStep
 from fuser.saved.outline import Outline
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the whole file; changes whenever older versions of fuser could not read what this one writes."""
 PROGRAMS, REPORTS = "programs.json", ("report.txt", "report.html")
 _LARGEST = 1 << 48
@@ -71,10 +71,10 @@ class SavedProgram:
 
 @dataclass(frozen=True)
 class SavedPrograms:
-    """All programs of a file, and the masks that calls of our own operators name by key."""
+    """All programs of a file, and the specifications that calls of our own operators name by key."""
 
     programs: tuple[SavedProgram, ...]
-    masks: tuple[tuple[str, Mask], ...]
+    attention: tuple[tuple[str, AttentionSpec], ...]
 
 
 @dataclass(frozen=True)

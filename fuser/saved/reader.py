@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fuser
-from fuser.attention.registry import adopt_mask, mask_of
+from fuser.attention.registry import adopt, spec_of
 from fuser.codegen.assemble import runner_source
 from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import FuserError, MaskError
@@ -125,11 +125,11 @@ def _read(parts: Any, path: Path, trust: Trust) -> Content:
     else:
         kernels = _built(content, manifest.target)
     reports = {name: part(name).numpy().tobytes().decode() for name in REPORTS}
-    for key, mask in content.masks:
+    for key, spec in content.attention:
         try:
-            mask_of(key)
+            spec_of(key)
         except MaskError:
-            adopt_mask(key, mask)
+            adopt(key, spec)
     return Content(path, manifest.target, content.programs, weights, kernels, reports)
 
 

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import fuser
-from fuser.attention.registry import mask_of
+from fuser.attention.registry import spec_of
 from fuser.explain.report import collect, render_html, render_text
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import FuserError
-from fuser.ir.masks import Mask, from_dense
+from fuser.ir.masks import from_dense
 from fuser.ir.operators import TorchCall
 from fuser.module.compiler import Compiled
 from fuser.module.snapshot import SavedCall, Snapshot
@@ -60,7 +61,7 @@ def save(calls: Sequence[SavedCall], snapshot: Snapshot, path: Path) -> None:
     spans = _Spans()
     try:
         saved = tuple(_saved(call, spans) for call in calls)
-        text = codec.dump(SavedPrograms(saved, tuple(_masks_of(saved).items())))
+        text = codec.dump(SavedPrograms(saved, tuple(_specs_of(saved).items())))
         codec.load(text)
     except (TypeError, ValueError, AttributeError) as error:
         raise FuserError(f"a part of the program cannot be saved: {error}") from error
@@ -158,17 +159,17 @@ class _Spans:
         ]
 
 
-def _masks_of(programs: Sequence[SavedProgram]) -> dict[str, Mask]:
-    """Masks that calls of our own operators name by key; of those that a function is part of, their entries."""
-    found: dict[str, Mask] = {}
+def _specs_of(programs: Sequence[SavedProgram]) -> dict[str, AttentionSpec]:
+    """What calls of our own operators name by key; of those that a function is part of, their entries."""
+    found: dict[str, AttentionSpec] = {}
     for step in torch_calls(programs):
         call: Any = step.call
         if isinstance(call, TorchCall) and getattr(call.target, "namespace", "") == "fuser":
             key = next(a for a in call.args if isinstance(a, str))
-            mask = mask_of(key)
+            spec = spec_of(key)
             try:
-                codec.dump(mask)
+                codec.dump(spec)
             except TypeError:
-                mask = from_dense(mask.dense(*(step.inputs[i].shape[2] for i in (0, 1))))
-            found[key] = mask
+                spec = spec.of(from_dense(spec.mask.dense(*(step.inputs[i].shape[2] for i in (0, 1)))))
+            found[key] = spec
     return found

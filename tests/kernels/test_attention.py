@@ -22,13 +22,21 @@ from fuser.codegen.render import headers, render
 from fuser.ir.errors import KernelError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import PV, QK, PatternMask, Scale, Semantics, Softmax
-from fuser.ir.target import Isa, Target
-from fuser.kernels.attention import AttentionFamily, AttentionParameters, CpuAttention, extents, workspace_bytes
+from fuser.ir.operators import PV, QK, ChangeScores, PatternMask, Scale, Semantics, Softmax
+from fuser.ir.scores import ScoreRule, SoftCap
+from fuser.ir.target import Isa, Target, cuda_target
+from fuser.kernels.attention import (
+    AttentionFamily,
+    AttentionMatch,
+    AttentionParameters,
+    CpuAttention,
+    extents,
+    workspace_bytes,
+)
+from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import FEW_ROWS, AttentionPlan, Group
 from fuser.kernels.planner import plan
-from fuser.kernels.scores import ScoreRule, SoftCap
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
@@ -505,6 +513,26 @@ def test_family_matches_attention_and_calls_its_kernel() -> None:
     escaping = graph(ops, ("t3", "t4"), None)
     assert family.match(escaping.group(ops), target()) is None
     assert family.match(made.group(ops[:-1]), target()) is None
+
+
+def test_a_score_rule_comes_between_scale_and_masks() -> None:
+    steps: dict[str, Semantics] = {"s": Scale(0.125), "r": ChangeScores(SoftCap(2.0)), "m": PatternMask(causal=True)}
+
+    def match(order: str) -> AttentionMatch | None:
+        middle = [(steps[step], (f"t{i}",)) for i, step in enumerate(order)]
+        last = len(order)
+        ops = operators(
+            (QK(), ("q", "k")), *middle, (Softmax(masked=True), (f"t{last}",)), (PV(), (f"t{last + 1}", "v"))
+        )
+        return AttentionFamily().match(graph(ops, (f"t{last + 2}",), None).group(ops), target())
+
+    found = match("srm")
+    assert found is not None and found.rule == SoftCap(2.0)
+    (parameters,) = CpuAttention().space(found, target())
+    assert parameters == AttentionParameters(64, 64, rule=SoftCap(2.0))
+    assert all(p.rule == SoftCap(2.0) for p in CudaAttention().space(found, cuda_target("sm_90")))
+    for other in ("rsm", "smr", "msr", "srmr", "rr"):
+        assert match(other) is None
 
 
 def test_matches_scaled_dot_product_attention() -> None:

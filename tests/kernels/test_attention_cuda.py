@@ -16,13 +16,13 @@ from fuser.attention.launch import run_plan
 from fuser.codegen.render import header_folder, render
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import PV, QK, BooleanMask, PatternMask, Scale, Semantics, Softmax
+from fuser.ir.scores import SoftCap
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
 from fuser.kernels.attention import AttentionFamily, cached_plan
 from fuser.kernels.attention_cuda import CudaAttention, CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan
-from fuser.kernels.scores import SoftCap
 from fuser.runtime.build import build
 from fuser.runtime.nvcc import Resources
 

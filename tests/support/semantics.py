@@ -15,6 +15,7 @@ from fuser.ir.operators import (
     AdditiveMask,
     Bias,
     BooleanMask,
+    ChangeScores,
     Embedding,
     Extern,
     Gemm,
@@ -31,6 +32,7 @@ from fuser.ir.operators import (
     TorchCall,
     View,
 )
+from fuser.ir.scores import SoftCap
 
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
 SAMPLES: Mapping[type[Semantics], Semantics] = {
@@ -49,6 +51,7 @@ SAMPLES: Mapping[type[Semantics], Semantics] = {
         Norm(layer_norm(1e-5)),
         Pointwise(unary(Op.EXP)),
         Scale(0.125),
+        ChangeScores(SoftCap(2.0)),
         Softmax(masked=True),
         Embedding(),
         PatternMask(pattern=SlidingWindow(1, 1)),

@@ -49,7 +49,7 @@ def test_gradients_behind_more_masks_than_the_registry_keeps() -> None:
     q, k, v = inputs(1, 1, 1, 4, 4)
     q.requires_grad_()
     out = sparse_attention(q, k, v, masks.SlidingWindow(1, 1))
-    for i in range(registry._REGISTERED + 1):
+    for i in range(registry._RECENT + 1):
         sparse_attention(q, k, v, masks.SlidingWindow(i, 0))
     (got,) = torch.autograd.grad(out.sum(), q)  # type: ignore[union-attr]
     leaf = q.detach().double().requires_grad_()

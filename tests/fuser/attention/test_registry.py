@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import os
 import subprocess
@@ -14,8 +15,9 @@ import torch
 import torch._dynamo.testing
 from attention_cases import Block, X, inputs
 
-from fuser import masks, sparse_attention
+from fuser import SoftCap, masks, sparse_attention
 from fuser.attention import register_mask, registry
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import MaskError
 
 
@@ -26,24 +28,57 @@ def test_a_traced_mask_outlives_its_owner() -> None:
     program = torch.export.export(block, (X,)).module()
     del block
     q, k, v = inputs(1, 1, 1, 4, 4)
-    for i in range(2 * registry._REGISTERED):
+    for i in range(2 * registry._RECENT):
         sparse_attention(q, k, v, masks.SlidingWindow(i, 0))
     gc.collect()
-    assert len(registry._recent) <= registry._REGISTERED
+    assert len(registry._recent) <= registry._RECENT
     torch.testing.assert_close(program(X), want, rtol=0, atol=0)
 
 
 def test_a_mask_that_somebody_holds_is_known() -> None:
     """As between a call's key and its operator, while other threads use other masks."""
     mask = masks.SlidingWindow(5, 13)
-    key = registry.enter(mask, None, None)
-    for i in range(registry._REGISTERED):
-        registry.enter(masks.SlidingWindow(i, 1), None, None)
-    assert key not in registry._recent and registry.mask_of(key) is mask
+    key = registry.enter(AttentionSpec(mask), None, None)
+    for i in range(registry._RECENT):
+        registry.enter(AttentionSpec(masks.SlidingWindow(i, 1)), None, None)
+    assert key not in registry._recent and registry.spec_of(key).mask is mask
     del mask
     gc.collect()
     with pytest.raises(MaskError, match="knows no mask"):
-        registry.mask_of(key)
+        registry.spec_of(key)
+
+
+def test_traces_pin_a_bounded_number_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ones that were used last; whoever registers a mask by hand keeps it."""
+    monkeypatch.setattr(registry, "_PINNED", 3)
+    monkeypatch.setattr(registry, "_pinned", collections.OrderedDict())
+    monkeypatch.setattr(registry, "_recent", collections.OrderedDict())
+
+    def traced(window: int) -> str:
+        key = registry.enter(AttentionSpec(masks.SlidingWindow(window, 17)), None, None)
+        registry.pin(key)
+        return key
+
+    kept = register_mask(masks.SlidingWindow(99, 17))
+    first, second, *_ = map(traced, range(3))
+    assert registry.spec_of(first).mask == masks.SlidingWindow(0, 17)
+    traced(3)
+    registry._recent.clear()
+    gc.collect()
+    assert len(registry._pinned) == 3
+    assert registry.spec_of(first).mask == masks.SlidingWindow(0, 17)
+    assert registry.spec_of(kept).mask == masks.SlidingWindow(99, 17)
+    with pytest.raises(MaskError, match=r"3 others have been traced .*register_mask"):
+        registry.spec_of(second)
+
+
+def test_a_score_rule_belongs_to_the_key() -> None:
+    mask = masks.SlidingWindow(4, 21)
+    plain, capped, other = (register_mask(mask, score=rule) for rule in (None, SoftCap(2.0), SoftCap(3.0)))
+    assert len({plain, capped, other}) == 3 and plain == mask.hash
+    assert registry.spec_of(capped) == AttentionSpec(mask, SoftCap(2.0))
+    assert register_mask(masks.SlidingWindow(4, 21), score=SoftCap(2)) == capped
+    assert registry.spec_of(registry.enter(AttentionSpec(mask, SoftCap(5.0)), None, None)).rule == SoftCap(5.0)
 
 
 def test_a_forked_child_does_not_wait_for_the_registry_of_its_parent() -> None:

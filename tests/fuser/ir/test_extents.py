@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fuser.ir.extents import Extents
+from fuser.kernels.attention import AttentionExtents, HeadStrides, MaskStrides
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ EXAMPLE = Example(3, 0.5, Strides(4, 5), Strides(6, 7), (8, 9), (Strides(10, 11)
 def test_numbers_lie_in_the_order_of_the_fields() -> None:
     assert tuple(EXAMPLE.words()) == (3, 0.5, *range(4, 12))
     assert EXAMPLE.pack() == struct.pack("=qd8q", 3, 0.5, *range(4, 12))
+
+
+def test_a_struct_without_arrays_packs_the_same_words() -> None:
+    strides = (HeadStrides(*range(i, i + 3)) for i in (7, 10, 13, 16))
+    made = AttentionExtents(1, 2, 3, 4, 5, 0.25, 6, *strides, MaskStrides(19, 20, 21, 22))
+    assert made.pack() == struct.pack("=5qd17q", 1, 2, 3, 4, 5, 0.25, *range(6, 23))
+    assert Strides(7, -1).pack() == struct.pack("=2q", 7, -1)
+    with pytest.raises(struct.error):
+        Strides(1 << 63, 0).pack()
 
 
 def test_a_declaration_holds_its_parts_once_and_no_empty_arrays() -> None:

@@ -22,6 +22,7 @@ from fuser.ir.operators import (
     AdditiveMask,
     Bias,
     BooleanMask,
+    ChangeScores,
     Embedding,
     Extern,
     Gemm,
@@ -37,6 +38,7 @@ from fuser.ir.operators import (
     View,
     kind,
 )
+from fuser.ir.scores import SoftCap
 
 
 def normal(*shape: int) -> Tensor:
@@ -81,6 +83,7 @@ CASES: dict[type[Semantics], tuple[tuple[Tensor, ...], Callable[..., Tensor]]] =
     Norm: ((X, ROW, -ROW), _norm),
     Pointwise: ((X,), lambda x: math.e**x),
     Scale: ((X,), lambda x: x / 8),
+    ChangeScores: ((SCORES,), lambda s: 2 * torch.tanh(s / 2)),
     Softmax: ((BARRED,), _softmax),
     Embedding: ((normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
     PatternMask: ((SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
@@ -164,6 +167,7 @@ def test_signatures_tell_all_fields_apart_to_the_last_bit() -> None:
         Gemm(transposed=False),
         Softmax(masked=False),
         Scale(math.nextafter(0.125, 1.0)),
+        ChangeScores(SoftCap(math.nextafter(2.0, 3.0))),
         Norm(layer_norm(math.nextafter(1e-5, 1.0))),
         Activation(unary(Op.RELU)),
         Residual(unary(Op.GELU)),

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fuser.ir.target import TF32, Target, cuda_target
+from fuser.ir.target import CUDA_ARCHS, TF32, Target, cuda_target
 
 CPU = Target("cpu", "avx2", frozenset(), 4, (1, 1, 1), peak_flops=8e10, bandwidth=1e10, launch_seconds=1e-6)
 
@@ -39,6 +39,19 @@ def test_rates_of_a_cpu_are_the_measured_one_times_the_width_of_instructions(
 def test_integer_rates_of_gpus_are_those_of_their_data_sheets(arch: str, tops: float) -> None:
     target = cuda_target(arch)
     assert target.rate(torch.int8) * target.cores == pytest.approx(tops, rel=0.01)
+
+
+def test_kernels_of_mma_sync_reach_what_it_can_feed_the_tensor_cores() -> None:
+    ampere, hopper = cuda_target("sm_80"), cuda_target("sm_90a")
+    assert ampere.mma_rate(torch.float16, 0.85) == 0.85 * ampere.tensor_flops
+    assert hopper.mma_rate(torch.float16, 0.85) == 0.63 * hopper.tensor_flops
+    assert hopper.mma_rate(torch.float16, 0.6) == 0.6 * hopper.tensor_flops
+
+
+def test_caches_are_faster_the_nearer_they_are() -> None:
+    for arch in CUDA_ARCHS:
+        target = cuda_target(arch)
+        assert target.bandwidth / target.cores < target.l2_bandwidth < target.shared_bandwidth
 
 
 def test_rates_of_a_gpu_depend_on_what_its_tensor_cores_multiply() -> None:

@@ -1,0 +1,30 @@
+"""What an attention computes, apart from its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuser.ir.masks import Mask
+from fuser.ir.masks.columns import digest
+from fuser.ir.operators import canonical
+from fuser.ir.scores import ScoreRule
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """``mask`` says which pairs of queries and keys count, ``rule`` what becomes of their scaled scores."""
+
+    mask: Mask
+    rule: ScoreRule | None = None
+
+    def current(self) -> AttentionSpec:
+        """The same of :meth:`Mask.current`."""
+        return self.of(self.mask.current())
+
+    def of(self, mask: Mask) -> AttentionSpec:
+        """The same of another mask."""
+        return self if mask is self.mask else AttentionSpec(mask, self.rule)
+
+    def named(self, mask: str) -> str:
+        """The name of this among all specifications, where ``mask`` is that of its mask: the same in every process."""
+        return mask if self.rule is None else digest(["fuser.attention", 1, mask, canonical(self.rule)])
