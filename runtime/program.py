@@ -237,7 +237,8 @@ class Program:
         self._arena_views: dict[int, Tensor] = {}
         self._constant_views: dict[int, Tensor] = {}
         self._runner = kernels[RUNNER]
-        self._arena.programs.add(self)
+        with self._arena.lock:
+            self._arena.programs.add(self)
         self._assemble()
         self._state_tensors = self.states.require(plan.states)
         for i, tensor in enumerate(self._state_tensors):

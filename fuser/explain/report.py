@@ -190,7 +190,7 @@ def render_text(found: Report) -> str:
     lines += ["", *_reasons("unfused inside the blocks", found.unfused, found.programs)]
     lines += _reasons("outside the blocks, run by PyTorch", found.outside, found.programs)
     lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
-    lines += [f"captured for one shape at a time: {reason}" for reason in found.specialized]
+    lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
     memory = found.memory
     lines += [
         "",

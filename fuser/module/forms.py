@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fuser.codegen.assemble import assemble
 from fuser.codegen.template import generalized
-from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, capture
+from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, StateError, capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.binding import Binder
-from fuser.ir.errors import CaptureError
+from fuser.ir.errors import CaptureError, FuserError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target
 from fuser.kernels.base import Packed, floating
@@ -41,6 +41,9 @@ from fuser.runtime.cuda_program import program_of
 from fuser.runtime.program import ProgramPlan, States
 from fuser.search.tuning import Tuner
 
+_CAPTURES = 4
+"""Captures for calls that differ in sizes alone: a model may do something else from some size on."""
+_REASONS = 8
 _VARIANTS = 8
 """Graphs of one form, which differ in what was decided by constants that depend on sizes."""
 
@@ -283,6 +286,64 @@ class Form:
         variant = _Variant(graph, Binder(graph), Binder(graph.assumptions))
         self._variants.append(variant)
         return variant
+
+
+class Forms:
+    """The captures for all sizes of one model, by what the calls that they serve have in common: one, or several where
+    the model does something else for some sizes, or why there can be none."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, list[Form]] = {}
+        self._failed: dict[Hashable, str] = {}
+        self._refused: dict[str, None] = {}
+
+    def of(self, name: Hashable) -> list[Form]:
+        """Those for calls with ``name`` in common."""
+        found = [form for form in self._found.get(name, ()) if form.is_current]
+        if name in self._found:
+            self._found[name] = found
+        return found
+
+    def capture(self, name: Hashable, make: Callable[[], Form]) -> Form | None:
+        """Another one, unless that has failed before, or could not serve more calls than those that there are. Raises
+        StateError, after which it may be tried again."""
+        found = self._found.get(name, [])
+        if name is None or name in self._failed or len(found) >= _CAPTURES or not all(form.names for form in found):
+            return None
+        try:
+            form = make()
+        except StateError:
+            raise
+        except FuserError as error:
+            self._failed[name] = str(error)
+            return None
+        self._found[name] = [*found, form]
+        return form
+
+    def refused(self, reason: str) -> None:
+        """A call was not served, for a reason."""
+        self._refused[reason] = None
+        while len(self._refused) > _REASONS:
+            del self._refused[next(iter(self._refused))]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why calls were captured for their shapes alone, the last few."""
+        return tuple(dict.fromkeys((*self._failed.values(), *self._refused)))
+
+    def keep(self, condition: Callable[[Form], bool]) -> None:
+        """Forget the others, and what has failed."""
+        self._found = {name: [form for form in found if condition(form)] for name, found in self._found.items()}
+        self._failed.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+        self._failed.clear()
+        self._refused.clear()
+
+    def __iter__(self) -> Iterator[Form]:
+        return (form for found in self._found.values() for form in found)
 
 
 def _magnitude(sizes: Mapping[str, int]) -> int:

@@ -24,7 +24,7 @@ from fuser.ir.operators import QK
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
-from fuser.module.forms import Form, form_key
+from fuser.module.forms import Form, Forms, form_key
 from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
@@ -42,8 +42,6 @@ from fuser.search.tuning import Tuner, tuner_for
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
-_SPECIALIZED = 8
-"""Reasons that are remembered for shapes captured alone."""
 _AT_ONCE_IN_METHODS = 1
 """Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
 UNMASKED = "the original model knows nothing of the mask that attention= gives"
@@ -99,8 +97,7 @@ class OptimizedModule(nn.Module):
         self._seconds = time.perf_counter
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
-        self._forms: dict[Hashable, Form | str] = {}
-        self._specialized: dict[str, None] = {}
+        self._forms = Forms()
         prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model, "" if options.attention is None else UNMASKED)
@@ -213,9 +210,10 @@ class OptimizedModule(nn.Module):
         _remember(self._slower, key, reason)
         self._policy.failed(key, form_of(call))
         self._programs.remove(key)
-        common = self._form(call, key, capturing=False)
-        if common is not None and not any(c.captured is common.captured for c in self._programs.values()):
-            common.release()
+        left = {id(c.captured) for c in self._programs.values()}
+        for captured in self._forms_of(call, key)[1]:
+            if id(captured.captured) not in left:
+                captured.release()
         self._retain()
 
     def _key(self, call: FlatCall) -> Key:
@@ -247,7 +245,7 @@ class OptimizedModule(nn.Module):
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             form = form_of(call)
-            if wanted or self._policy.attempts(form):
+            if self._forms_of(call, key)[1] and (wanted or self._policy.attempts(form)):
                 compiled = self._for_sizes(call, key, device)
                 if compiled is not None:
                     return self._keep(compiled, call, key)
@@ -279,43 +277,33 @@ class OptimizedModule(nn.Module):
             self._retain()
         return compiled
 
-    def _form(self, call: FlatCall, key: Key, *, capturing: bool) -> Form | None:
-        """The model as it was captured for all sizes of calls like this; ``capturing`` does so if it has not been
-        tried. None if the model can only be captured for one shape at a time."""
+    def _forms_of(self, call: FlatCall, key: Key) -> tuple[Hashable, list[Form]]:
+        """What calls that differ in sizes alone have in common, and what has been captured for all of them."""
         common = form_key(call) if self._options.dynamic else None
-        if common is None:
-            return None
-        name = (common, key[2])
-        form = self._forms.get(name)
-        if isinstance(form, Form) and not form.is_current:
-            del self._forms[name]
-        if name not in self._forms and capturing:
-            try:
-                self._forms[name] = Form(self._model, call, self._store, self._options)
-            except StateError:
-                raise
-            except FuserError as error:
-                self._forms[name] = str(error)
-        form = self._forms.get(name)
-        return form if isinstance(form, Form) else None
+        name = None if common is None else (common, key[2])
+        return name, self._forms.of(name)
 
     def _for_sizes(self, call: FlatCall, key: Key, device: torch.device, *, capturing: bool = False) -> Compiled | None:
-        """The program of a call whose form has been captured; None where there is none."""
+        """The program of a call from a capture for all sizes; None where none holds for it, or can be made."""
         target, threads = self._placed(key, device)
-        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
-            form = self._form(call, key, capturing=capturing)
-            if form is None:
-                return None
-            states = self._states.setdefault(device, States(arena_of(device)))
+        name, forms = self._forms_of(call, key)
+        states = self._states.setdefault(device, States(arena_of(device)))
+
+        def compiled(form: Form) -> Compiled | None:
             try:
-                compiled = run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
+                found = run_after_fork(form.compile, call, self._store, target, threads, states, self._tuner)
             except FuserError as error:
-                self._specialized[f"{text_of(call)}: {error}"] = None
-                while len(self._specialized) > _SPECIALIZED:
-                    del self._specialized[next(iter(self._specialized))]
+                self._forms.refused(f"{text_of(call)}: {error}")
                 return None
-        self._check_masked(compiled.graph)
-        return compiled
+            self._check_masked(found.graph)
+            return found
+
+        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+            found = next((program for form in forms if (program := compiled(form)) is not None), None)
+            if found is not None or not capturing:
+                return found
+            form = self._forms.capture(name, lambda: Form(self._model, call, self._store, self._options))
+            return None if form is None else compiled(form)
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
         """The program of a call whose original is not to run in its place. A model that fills a cache in its first call
@@ -400,7 +388,7 @@ class OptimizedModule(nn.Module):
         """Keep only what the programs that are left use."""
         self._comparisons = {key: found for key, found in self._comparisons.items() if key in self._programs}
         programs = [c for module in self._sharing() for c in module.programs]
-        shared = [use for form in self._forms.values() if isinstance(form, Form) for use in form.uses]
+        shared = [use for form in self._forms for use in form.uses]
         self._store.retain(
             [*shared, *((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)]
         )
@@ -418,11 +406,9 @@ class OptimizedModule(nn.Module):
         ):
             self.refresh()
             return
-        for name, form in list(self._forms.items()):
-            if isinstance(form, str) or not all(
-                _follows(form.captured.parameters, graph, form.device, changed) for graph in form.graphs
-            ):
-                del self._forms[name]
+        self._forms.keep(
+            lambda form: all(_follows(form.captured.parameters, graph, form.device, changed) for graph in form.graphs)
+        )
         self._failed.clear()
         with self._store.refreshing():
             for compiled in programs:
@@ -486,9 +472,9 @@ class OptimizedModule(nn.Module):
 
     @property
     def specialized(self) -> Sequence[str]:
-        """Why calls were captured for their shapes alone, the last few reasons; without one, a new shape binds the
-        sizes of what has been captured once."""
-        return (*(form for form in self._forms.values() if isinstance(form, str)), *self._specialized)
+        """Why the model was captured again for a call, or for its shape alone, the last few reasons; without one, a new
+        shape binds the sizes of what has been captured once."""
+        return self._forms.reasons
 
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""

@@ -57,9 +57,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def optimize(
-    model: nn.Module, clock: Clock, compile_seconds: float = 0.5, dynamic: bool = False
-) -> OptimizedModule:
+def optimize(model: nn.Module, clock: Clock, compile_seconds: float = 0.5, dynamic: bool = False) -> OptimizedModule:
     """The model optimized for one shape at a time, with compilations that take ``compile_seconds``."""
     fast = fuser.optimize(model.eval(), search="model", dynamic=dynamic)
     compile_it = fast._compile
