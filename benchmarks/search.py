@@ -97,9 +97,9 @@ def exhaustive(space: Space, measured: MeasuredObjective) -> tuple[Point, int]:
     Raises AssertionError when the shortest path is not the best of the enumeration.
     """
     for at, region in enumerate(space.regions):
-        for mask, kernels in region.kernels.items():
+        for members, kernels in region.kernels.items():
             for kernel in range(len(kernels)):
-                measured.kernel(at, mask, kernel)
+                measured.kernel(at, members, kernel)
     best = Point(tuple(_least(region, at, measured.costs) for at, region in enumerate(space.regions)))
     path = space.additive(space.shortest(measured.costs), measured.costs)
     assert math.isclose(path, space.additive(best, measured.costs), rel_tol=1e-9), "the shortest path is not the best"
@@ -108,7 +108,7 @@ def exhaustive(space: Space, measured: MeasuredObjective) -> tuple[Point, int]:
 
 def _least(region: RegionSpace, at: int, costs: Costs) -> Groups:
     def total(program: Groups) -> float:
-        return math.fsum(costs(at, mask, kernel) for mask, kernel in program)
+        return math.fsum(costs(at, members, kernel) for members, kernel in program)
 
     return min(region.enumerate(), key=total)
 
@@ -153,7 +153,7 @@ def one_layer(space: Space, kernels: KernelCache, folder: Path) -> dict[str, Any
 
 
 def _groups(point: Point) -> list[frozenset[int]]:
-    return [frozenset(mask for mask, _ in groups) for groups in point.regions]
+    return [frozenset(members for members, _ in groups) for groups in point.regions]
 
 
 def case(batch: int, length: int, target: Target, threads: int, repeats: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def case(batch: int, length: int, target: Target, threads: int, repeats: int) ->
 
 def _sources(space: Space, measured: MeasuredObjective, at: int) -> list[Any]:
     region = space.regions[at]
-    alone = [((mask, kernel),) for mask, kernels in region.kernels.items() for kernel in range(len(kernels))]
+    alone = [((members, kernel),) for members, kernels in region.kernels.items() for kernel in range(len(kernels))]
     return [source for program in alone for source in measured.sources(at, program)]
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 
+from fuser.codegen.choice import PYTORCH, GroupChoice
 from fuser.codegen.memory import Lifetime, plan_arena
-from fuser.codegen.partition import PYTORCH, GroupChoice
 from fuser.codegen.render import render
 from fuser.codegen.template import ProgramTemplate
 from fuser.ir.errors import FuserError

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.ir.binding import Binder
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph

@@ -25,7 +25,8 @@ class GroupCost:
 
     ``setup`` is the cost of loading and storing one vector of rows, ``group`` that of starting a group, ``key`` of
     fetching a key, whatever the width, ``partial`` of applying a word of lanes to a vector, and ``range`` of a block of
-    keys for some vectors only; estimates from the code of the kernels, good to a factor. Whether vectors that no row of a partial key needs are left out is ``skips``.
+    keys for some vectors only. Whether vectors that no row of a partial key needs are left out is ``skips``. The
+    numbers are estimates.
     """
 
     group: float = 1.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuser.codegen.partition import Choice
+from fuser.codegen.choice import Choice
 from fuser.search.objective import KernelTime
 from fuser.search.space import Point, Space
 from fuser.search.statistics import spearman
@@ -128,7 +128,7 @@ class KernelTimes:
         return [
             {
                 "region": at,
-                "mask": f"{members:x}",
+                "members": f"{members:x}",
                 "kernel": kernel,
                 "predicted": self.space.predicted(at, members, kernel),
                 "seconds": measured.seconds,

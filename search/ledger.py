@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-VERSION = 1
+VERSION = 2
 """Of what a study holds."""
 _STALE_SECONDS = 900.0
 _OURS = "fuser"
@@ -268,7 +268,7 @@ class Ledger:
     def _view(self, header: Any, trials: Sequence[FrozenTrial], attrs: Any) -> StudyView:
         space = header["space"]
         kernels = [dict(k) for k in attrs.get("kernels", [])]
-        known = {(k["region"], k["mask"], k["kernel"]): k["seconds"] for k in kernels}
+        known = {(k["region"], k["members"], k["kernel"]): k["seconds"] for k in kernels}
         return StudyView(
             name=self.name,
             storage=self.storage,
@@ -331,11 +331,11 @@ def _trial_view(
     if text:
         for at, (region, program) in enumerate(zip(space["regions"], Point.parse(text).regions, strict=True)):
             found = []
-            for mask, kernel in program:
-                operators = [op["name"] for i, op in enumerate(region["operators"]) if mask >> i & 1]
-                entry = region["kernels"][f"{mask:x}"][kernel]
-                seconds = known.get((at, f"{mask:x}", kernel))
-                found.append({**entry, "operators": operators, "mask": f"{mask:x}", "seconds": seconds})
+            for members, kernel in program:
+                operators = [op["name"] for i, op in enumerate(region["operators"]) if members >> i & 1]
+                entry = region["kernels"][f"{members:x}"][kernel]
+                seconds = known.get((at, f"{members:x}", kernel))
+                found.append({**entry, "operators": operators, "members": f"{members:x}", "seconds": seconds})
             kernels.append(tuple(found))
     return TrialView(
         number=trial.number,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.ir.errors import DeviceMemoryError, KernelError
 from fuser.ir.graph import OperatorGraph, TensorSpec

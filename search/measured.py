@@ -108,26 +108,26 @@ class MeasuredObjective:
         seconds = math.fsum(space.count * t.seconds for space, t in zip(self.space.regions, times, strict=True))
         return Outcome(seconds, "", tuple(times), building, measuring)
 
-    def kernel(self, region: int, mask: int, kernel: int) -> KernelTime:
-        key = (region, mask, kernel)
+    def kernel(self, region: int, members: int, kernel: int) -> KernelTime:
+        key = (region, members, kernel)
         if key not in self._kernels:
-            self._kernels[key] = self._kernel(region, mask, kernel)
+            self._kernels[key] = self._kernel(region, members, kernel)
             known = self._kernels[key].seconds
             if known is not None:
-                name = self._family(region, mask, kernel)
-                ratio = known / max(self.space.predicted(region, mask, kernel), 1e-12)
+                name = self._family(region, members, kernel)
+                ratio = known / max(self.space.predicted(region, members, kernel), 1e-12)
                 self._ratios.setdefault(name, []).append(ratio)
         return self._kernels[key]
 
-    def costs(self, region: int, mask: int, kernel: int) -> float:
-        found = self._kernels.get((region, mask, kernel))
+    def costs(self, region: int, members: int, kernel: int) -> float:
+        found = self._kernels.get((region, members, kernel))
         if found is not None:
             return math.inf if found.seconds is None else found.seconds
-        ratios = self._ratios.get(self._family(region, mask, kernel))
+        ratios = self._ratios.get(self._family(region, members, kernel))
         # Hopeful, but not as much as the one kernel that the model is furthest off for: kernels differ by less than
         # predictions err, and a true bound would have nearly all of them measured.
         scale = sorted(ratios)[(len(ratios) - 1) // 4] if ratios else 1.0
-        return self.space.predicted(region, mask, kernel) * scale
+        return self.space.predicted(region, members, kernel) * scale
 
     def compare(self, points: list[Point]) -> list[float] | None:
         """Every point's seconds, regions that differ timed in turns in a new process; infinity for what failed."""
@@ -204,26 +204,26 @@ class MeasuredObjective:
             return timing, rival[1] * timing.ratio
         return timing, timing.seconds
 
-    def _kernel(self, at: int, mask: int, kernel: int) -> KernelTime:
-        program = ((mask, kernel),)
+    def _kernel(self, at: int, members: int, kernel: int) -> KernelTime:
+        program = ((members, kernel),)
         key = self._record_key(at, program)
         record = self.cache.read_record(KERNEL_RECORD, key)
         if record is not None and isinstance(record.get("seconds"), float):
-            return KernelTime(at, mask, kernel, record["seconds"], record["spread"])
+            return KernelTime(at, members, kernel, record["seconds"], record["spread"])
         clock = time.perf_counter()
         paths = self._built(at, program)
         building = time.perf_counter() - clock
         if paths is None:
-            return KernelTime(at, mask, kernel, None, failure=self._failed[at, program], building=building)
+            return KernelTime(at, members, kernel, None, failure=self._failed[at, program], building=building)
         with self._measuring():
             (timing,) = self.worker.time([self._unit(at, program, paths)], _KERNEL_BUDGET, deadline=self.deadline)
         if timing.seconds is None:
-            return KernelTime(at, mask, kernel, None, failure=timing.failure, building=building)
-        choice = self.space.regions[at].kernels[mask][kernel]
+            return KernelTime(at, members, kernel, None, failure=timing.failure, building=building)
+        choice = self.space.regions[at].kernels[members][kernel]
         operators = [op.kind for op in choice.group.operators]
-        value = {**_plain(timing), "operators": operators, "family": self._family(at, mask, kernel)}
+        value = {**_plain(timing), "operators": operators, "family": self._family(at, members, kernel)}
         self._write(KERNEL_RECORD, key, {**value, **self._context()})
-        return KernelTime(at, mask, kernel, timing.seconds, timing.spread, building=building)
+        return KernelTime(at, members, kernel, timing.seconds, timing.spread, building=building)
 
     def _learn(self, at: int, program: Groups, found: RegionTime) -> None:
         self._regions[at, program] = found
@@ -236,7 +236,7 @@ class MeasuredObjective:
 
     def _unit(self, at: int, program: Groups, paths: Mapping[str, Path]) -> Unit:
         space = self.space.regions[at]
-        choices = tuple(space.kernels[mask][kernel] for mask, kernel in program)
+        choices = tuple(space.kernels[members][kernel] for members, kernel in program)
         return Unit(f"{at}:{program}", space.region.hash, choices, paths, space.count)
 
     # ---- building
@@ -275,7 +275,7 @@ class MeasuredObjective:
     def sources(self, at: int, program: Groups) -> tuple[Source, ...]:
         """What has to be built for some groups of a region."""
         space = self.space.regions[at]
-        choices = [space.kernels[mask][kernel] for mask, kernel in program]
+        choices = [space.kernels[members][kernel] for members, kernel in program]
         return assemble(subgraph(choices), choices, self.space.target, self.space.threads).sources
 
     # ---- remembering
@@ -283,7 +283,7 @@ class MeasuredObjective:
     def _record_key(self, at: int, program: Groups) -> str:
         """Everything that a time depends on: the work, the kernels' sources with their headers, and the machine."""
         space = self.space.regions[at]
-        choices = [space.kernels[mask][kernel] for mask, kernel in program]
+        choices = [space.kernels[members][kernel] for members, kernel in program]
         names = {op.name for choice in choices for op in choice.group.operators}
         work = Region(space.region.graph, tuple(op for op in space.region.operators if op.name in names))
         parts = [work.hash, str(space.count), *(f"{k}={v}" for k, v in sorted(self._context().items()))]
@@ -307,8 +307,8 @@ class MeasuredObjective:
             # The search itself does not need it.
             logger.warning("a measurement could not be remembered: %s", error)
 
-    def _family(self, region: int, mask: int, kernel: int) -> str:
-        return self.space.regions[region].kernels[mask][kernel].family
+    def _family(self, region: int, members: int, kernel: int) -> str:
+        return self.space.regions[region].kernels[members][kernel].family
 
 
 class _Measuring:

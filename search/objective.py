@@ -32,7 +32,7 @@ class KernelTime:
     it took to build."""
 
     region: int
-    mask: int
+    members: int
     kernel: int
     seconds: float | None
     spread: float = 0.0
@@ -73,10 +73,10 @@ class Objective(Protocol):
     def __call__(self, point: Point) -> Outcome:
         """The time of a point. Raises TimeoutError when the search's time ends before it is known."""
 
-    def kernel(self, region: int, mask: int, kernel: int) -> KernelTime:
+    def kernel(self, region: int, members: int, kernel: int) -> KernelTime:
         """The time of one kernel alone. Raises TimeoutError when the search's time ends before it is known."""
 
-    def costs(self, region: int, mask: int, kernel: int) -> float:
+    def costs(self, region: int, members: int, kernel: int) -> float:
         """What is known about a kernel: its measured time, infinity when it failed, else the scaled prediction."""
 
     def compare(self, points: list[Point]) -> list[float] | None:
@@ -107,14 +107,14 @@ class AdditiveObjective:
         )
 
     def _time(self, at: int, program: Groups) -> RegionTime:
-        seconds = sum(self._costs(at, mask, kernel) for mask, kernel in program)
+        seconds = sum(self._costs(at, members, kernel) for members, kernel in program)
         return RegionTime(self.space.regions[at].region.hash, seconds, runs=1)
 
-    def kernel(self, region: int, mask: int, kernel: int) -> KernelTime:
-        return KernelTime(region, mask, kernel, self._costs(region, mask, kernel))
+    def kernel(self, region: int, members: int, kernel: int) -> KernelTime:
+        return KernelTime(region, members, kernel, self._costs(region, members, kernel))
 
-    def costs(self, region: int, mask: int, kernel: int) -> float:
-        return self._costs(region, mask, kernel)
+    def costs(self, region: int, members: int, kernel: int) -> float:
+        return self._costs(region, members, kernel)
 
     def compare(self, points: list[Point]) -> list[float] | None:
         return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fuser.codegen.partition import Choice, GroupChoice, Kernel, alternatives, choose, kernels, predicted
+from fuser.codegen.choice import Choice, GroupChoice, Kernel
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGroup, Region
 from fuser.ir.scheme import Scheme, groups
@@ -23,6 +23,7 @@ from fuser.ir.target import Target
 from fuser.kernels.base import Table, canonical
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.runtime.cache import KernelCache
+from fuser.search.partition import alternatives, choose, kernels, predicted
 
 logger = logging.getLogger("fuser")
 RECORD = "tuning"
@@ -139,8 +140,7 @@ def _restore(value: Mapping[str, Any], region: Region, target: Target, table: Ta
     ValueError when it does not fit."""
     operators = region.operators
     wanted = {tuple(k["operators"]): k for k in value["kernels"]}
-    members = [region.graph.group(operators[i] for i in positions) for positions in wanted]
-    scheme = Scheme.from_groups(region, members)
+    scheme = Scheme.from_groups(region, (region.graph.group(operators[i] for i in positions) for positions in wanted))
     position = {op.name: i for i, op in enumerate(operators)}
     known: dict[frozenset[str], list[Kernel]] = {}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fuser.codegen.partition import Choice
+from fuser.codegen.choice import Choice
 from fuser.search.space import Point, Space
 
 Phase = str

@@ -45,9 +45,9 @@ def distributions(space: Space) -> dict[str, CategoricalDistribution]:
     for at, region in enumerate(space.regions):
         for edge in range(len(region.region.edges)):
             found[f"{at}.e{edge}"] = CategoricalDistribution((False, True))
-        for mask, choices in region.kernels.items():
+        for members, choices in region.kernels.items():
             if len(choices) > 1:
-                found[f"{at}.k{mask:x}"] = CategoricalDistribution(tuple(range(len(choices))))
+                found[f"{at}.k{members:x}"] = CategoricalDistribution(tuple(range(len(choices))))
     return found
 
 
@@ -56,7 +56,7 @@ def encode(space: Space, point: Point) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for at, (region, program) in enumerate(zip(space.regions, point.regions, strict=True)):
         params.update((f"{at}.e{edge}", bit) for edge, bit in enumerate(region.bits(program)))
-        params.update((f"{at}.k{mask:x}", kernel) for mask, kernel in program if len(region.kernels[mask]) > 1)
+        params.update((f"{at}.k{members:x}", kernel) for members, kernel in program if len(region.kernels[members]) > 1)
     return params
 
 
@@ -66,16 +66,16 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
     programs = []
     for at, region in enumerate(space.regions):
         edges = range(len(region.region.edges))
-        masks = region.repair([trial.suggest_categorical(f"{at}.e{edge}", (False, True)) for edge in edges])
+        sets = region.repair([trial.suggest_categorical(f"{at}.e{edge}", (False, True)) for edge in edges])
         program = []
-        for mask in masks:
-            count, allowed = len(region.kernels[mask]), region.allowed[mask]
+        for members in sets:
+            count, allowed = len(region.kernels[members]), region.allowed[members]
             kernel = 0
             if count > 1:
-                kernel = trial.suggest_categorical(f"{at}.k{mask:x}", tuple(range(count)))
+                kernel = trial.suggest_categorical(f"{at}.k{members:x}", tuple(range(count)))
             if kernel not in allowed:
                 kernel = next((k for k in allowed if k > kernel), allowed[0])
-            program.append((mask, kernel))
+            program.append((members, kernel))
         programs.append(tuple(program))
     point = Point(tuple(programs))
     trial.set_user_attr(POINT, str(point))
@@ -164,7 +164,7 @@ class AnnealingSampler(PointSampler):
             at = int(generator.choice(len(self.space.regions), p=_shares([len(p) for p in point.regions])))
             region, program = self.space.regions[at], point.regions[at]
             switches = [s for group in region.natural_groups for s in group.switches]
-            tunable = [mask for mask, _ in program if len(region.allowed[mask]) > 1]
+            tunable = [members for members, _ in program if len(region.allowed[members]) > 1]
             pick = int(generator.integers(max(len(switches) + len(tunable), 1)))
             if pick < len(switches):
                 bits = list(region.bits(program))
@@ -243,25 +243,25 @@ class RewardSampler(PointSampler):
         return point.replace(at, self._kernels(at, region.repair(bits), dict(program), touched, generator))
 
     def _kernels(
-        self, at: int, masks: Sequence[int], old: Mapping[int, int], touched: int, generator: np.random.Generator
+        self, at: int, sets: Sequence[int], old: Mapping[int, int], touched: int, generator: np.random.Generator
     ) -> Groups:
         region = self.space.regions[at]
         program = []
-        for mask in masks:
-            kernel = old.get(mask)
-            if kernel is None or mask & touched:
-                allowed = region.allowed[mask]
-                cheapest = min(allowed, key=functools.partial(self.costs, at, mask))
+        for members in sets:
+            kernel = old.get(members)
+            if kernel is None or members & touched:
+                allowed = region.allowed[members]
+                cheapest = min(allowed, key=functools.partial(self.costs, at, members))
                 kernel = cheapest if generator.random() < 0.5 else int(generator.choice(allowed))
-            program.append((mask, kernel))
+            program.append((members, kernel))
         return tuple(program)
 
     def _other_attention(self, point: Point, generator: np.random.Generator) -> Point:
         for at, region in enumerate(self.space.regions):
             core = region.attention
             if core:
-                masks = [mask for mask, _ in point.regions[at]]
-                point = point.replace(at, self._kernels(at, masks, dict(point.regions[at]), core, generator))
+                sets = [members for members, _ in point.regions[at]]
+                point = point.replace(at, self._kernels(at, sets, dict(point.regions[at]), core, generator))
         return point
 
 
@@ -344,11 +344,11 @@ class AtofferSampler(PointSampler):
         programs = []
         for region, default in zip(self.space.regions, self._default.regions, strict=True):
             try:
-                masks = region.masks(self.decode(value, region.region)[2])
+                sets = region.members_of(self.decode(value, region.region)[2])
             except SchemeError:
                 programs.append(default)
             else:
-                programs.append(tuple((mask, region.allowed[mask][0]) for mask in masks))
+                programs.append(tuple((members, region.allowed[members][0]) for members in sets))
         return Point(tuple(programs))
 
 
@@ -390,8 +390,8 @@ def _with_bits(region: RegionSpace, program: Groups, bits: Sequence[bool], gener
     """New bits; groups that stay keep their kernels, others draw one."""
     old = dict(program)
     return tuple(
-        (mask, old[mask] if mask in old else int(generator.choice(region.allowed[mask])))
-        for mask in region.repair(bits)
+        (members, old[members] if members in old else int(generator.choice(region.allowed[members])))
+        for members in region.repair(bits)
     )
 
 

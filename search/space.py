@@ -13,7 +13,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from fuser.codegen.partition import Choice, GroupChoice, downsets, kernels_of
+from fuser.codegen.choice import Choice, GroupChoice
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.scheme import Precedence, Scheme, groups
@@ -21,12 +21,13 @@ from fuser.ir.target import Target
 from fuser.kernels import gemm_cutlass
 from fuser.kernels.base import Table
 from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.search.partition import downsets, kernels_of
 from fuser.search.standalone import standalone
 
 Groups = tuple[tuple[int, int], ...]
-"""A program of one region: (operators as a bit mask, index of the kernel) of every group, in order of execution."""
+"""A program of one region: (members, index of the kernel) of every group, in order of execution."""
 Costs = Callable[[int, int, int], float]
-"""Seconds of (region, operators as a bit mask, index of the kernel)."""
+"""Seconds of (region, members of the group, index of the kernel)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Point:
     regions: tuple[Groups, ...]
 
     def __str__(self) -> str:
-        return ";".join(",".join(f"{mask:x}.{kernel}" for mask, kernel in groups) for groups in self.regions)
+        return ";".join(",".join(f"{members:x}.{kernel}" for members, kernel in groups) for groups in self.regions)
 
     @classmethod
     def parse(cls, text: str) -> Point:
@@ -44,7 +45,7 @@ class Point:
         try:
             return cls(
                 tuple(
-                    tuple((int(mask, 16), int(kernel)) for mask, kernel in (g.split(".") for g in part.split(",")))
+                    tuple((int(group, 16), int(kernel)) for group, kernel in (g.split(".") for g in part.split(",")))
                     for part in text.split(";")
                 )
             )
@@ -73,8 +74,8 @@ class NaturalGroup:
 class RegionSpace:
     """What can be decided about one distinct region, which the model holds ``count`` times.
 
-    ``region`` stands in a graph of its own with the names of the model's. ``kernels`` holds, for every legal group as a
-    bit mask over positions of operators, the kernels that can run it with predicted times, the family's default first.
+    ``region`` stands in a graph of its own with the names of the model's. ``kernels`` holds, for every legal group by
+    its members, the kernels that can run it with predicted times, the family's default first.
     ``allowed`` are the indices of those that have not been pruned; a group without any is not legal.
     """
 
@@ -110,12 +111,12 @@ class RegionSpace:
     def programs(self) -> int:
         """Number of distinct programs, schemes with a kernel for each group, pruned or not; a lower bound unless
         ``is_exact``."""
-        return self._count({mask: len(kernels) for mask, kernels in self.kernels.items()})
+        return self._count({members: len(kernels) for members, kernels in self.kernels.items()})
 
     @functools.cached_property
     def remaining(self) -> int:
         """Number of distinct programs of kernels that are not pruned."""
-        return self._count({mask: len(kernels) for mask, kernels in self.allowed.items()})
+        return self._count({members: len(kernels) for members, kernels in self.allowed.items()})
 
     def _count(self, weight: Mapping[int, int]) -> int:
         """Sum over partitions into legal groups of the product of weights.
@@ -134,7 +135,7 @@ class RegionSpace:
         known = set(self.downsets)
         found = {0: 1}
         for done in self.downsets[1:]:
-            last = [mask for mask in weight if not mask & ~done and done ^ mask in known]
+            last = [members for members in weight if not members & ~done and done ^ members in known]
 
             def signed(at: int, taken: int, product: int, done: int = done, last: list[int] = last) -> int:
                 total = 0
@@ -188,7 +189,7 @@ class RegionSpace:
 
     @functools.cached_property
     def attention(self) -> int:
-        """The operators from products of queries with keys to products with values, as a bit mask; 0 without any."""
+        """The operators from products of queries with keys to products with values; 0 without any."""
         return sum(1 << i for i in range(len(self.region.operators)) if self._in_attention(i))
 
     def _in_attention(self, position: int) -> bool:
@@ -200,16 +201,18 @@ class RegionSpace:
         return before and any(i == position or after[position] >> i & 1 for i in ends)
 
     def repair(self, bits: Sequence[bool]) -> tuple[int, ...]:
-        """The groups (bit masks, in order of execution) that the bits of a scheme denote, illegal ones cut."""
-        return self.masks(Scheme(self.region.hash, tuple(map(bool, bits))))
+        """The members of the groups, in order of execution, that the bits of a scheme denote, illegal ones cut."""
+        return self.members_of(Scheme(self.region.hash, tuple(map(bool, bits))))
 
-    def masks(self, scheme: Scheme) -> tuple[int, ...]:
-        """The groups of a scheme as bit masks in order of execution. Raises SchemeError for another region's."""
-        found = groups(scheme, self.region, lambda group: self.mask(op.name for op in group.operators) in self.allowed)
-        return tuple(self.mask(op.name for op in group.operators) for group in found)
+    def members_of(self, scheme: Scheme) -> tuple[int, ...]:
+        """The members of the groups of a scheme, in order of execution. Raises SchemeError for another region's."""
+        found = groups(
+            scheme, self.region, lambda group: self.members(op.name for op in group.operators) in self.allowed
+        )
+        return tuple(self.members(op.name for op in group.operators) for group in found)
 
-    def mask(self, names: Iterable[str]) -> int:
-        """Operators by name as a bit mask."""
+    def members(self, names: Iterable[str]) -> int:
+        """The operators of these names."""
         return sum(1 << self._position[name] for name in names)
 
     @functools.cached_property
@@ -218,25 +221,25 @@ class RegionSpace:
 
     def scheme(self, program: Groups) -> Scheme:
         """The canonical scheme of a program."""
-        return Scheme.from_groups(self.region, (self.precedence.group(mask) for mask, _ in program))
+        return Scheme.from_groups(self.region, (self.precedence.group(members) for members, _ in program))
 
     def choice(self, program: Groups) -> Choice:
         """The scheme and kernels of a program. Raises SearchError when it is not a legal one of this region."""
         full = (1 << len(self.region.operators)) - 1
-        if sum(mask for mask, _ in program) != full or any(
-            mask not in self.kernels or not 0 <= kernel < len(self.kernels[mask]) for mask, kernel in program
+        if sum(members for members, _ in program) != full or any(
+            members not in self.kernels or not 0 <= kernel < len(self.kernels[members]) for members, kernel in program
         ):
             raise SearchError(f"{program} is not a legal program of the region {self.region.hash}")
-        return Choice(self.scheme(program), tuple(self.kernels[mask][kernel] for mask, kernel in program))
+        return Choice(self.scheme(program), tuple(self.kernels[members][kernel] for members, kernel in program))
 
     def shortest(self, cost: Callable[[int, int], float]) -> Groups:
-        """The program with the least sum of ``cost(group as a bit mask, index of the kernel)``; of equal ones with the
+        """The program with the least sum of ``cost(members, index of the kernel)``; of equal ones with the
         fewest groups. Exact if ``is_exact``; infinite costs are left out."""
-        best = {mask: min(ks, key=functools.partial(cost, mask)) for mask, ks in self.allowed.items()}
+        best = {members: min(ks, key=functools.partial(cost, members)) for members, ks in self.allowed.items()}
         paths: nx.DiGraph[int] = nx.DiGraph()
         for done, then in itertools.combinations(self.downsets, 2):
-            mask = done ^ then
-            if not done & ~then and mask in best and math.isfinite(seconds := cost(mask, best[mask])):
+            members = done ^ then
+            if not done & ~then and members in best and math.isfinite(seconds := cost(members, best[members])):
                 # Whole femtoseconds with room for the number of groups: sums are exact.
                 paths.add_edge(done, then, weight=(round(seconds * 1e15) << 32) + 1)
         try:
@@ -248,7 +251,7 @@ class RegionSpace:
     def ordered(self, program: Iterable[tuple[int, int]]) -> Groups:
         """Groups in the canonical order of execution."""
         kernel = dict(program)
-        return tuple((mask, kernel[mask]) for mask in self.precedence.order(kernel))
+        return tuple((members, kernel[members]) for members in self.precedence.order(kernel))
 
     def enumerate(self) -> Iterator[Groups]:
         """Every distinct program of kernels that are not pruned, each once; as many as ``remaining`` says."""
@@ -257,24 +260,24 @@ class RegionSpace:
 
         def complete(done: int, taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             if done == self.downsets[-1]:
-                masks = tuple(sorted(taken))
-                if masks not in seen:
-                    seen.add(masks)
-                    yield masks
+                sets = tuple(sorted(taken))
+                if sets not in seen:
+                    seen.add(sets)
+                    yield sets
                 return
-            for mask in self.allowed:
-                if not mask & done and done | mask in known:
-                    yield from complete(done | mask, (*taken, mask))
+            for members in self.allowed:
+                if not members & done and done | members in known:
+                    yield from complete(done | members, (*taken, members))
 
-        for masks in complete(0, ()):
-            order = self.precedence.order(masks)
-            for kernels in itertools.product(*(self.allowed[mask] for mask in order)):
+        for sets in complete(0, ()):
+            order = self.precedence.order(sets)
+            for kernels in itertools.product(*(self.allowed[members] for members in order)):
                 yield tuple(zip(order, kernels, strict=True))
 
     def random(self, generator: np.random.Generator) -> Groups:
         """Uniform bits, repaired, with a uniformly drawn kernel for each group."""
-        masks = self.repair([bool(b) for b in generator.integers(0, 2, len(self.region.edges))])
-        return tuple((mask, int(generator.choice(self.allowed[mask]))) for mask in masks)
+        sets = self.repair([bool(b) for b in generator.integers(0, 2, len(self.region.edges))])
+        return tuple((members, int(generator.choice(self.allowed[members]))) for members in sets)
 
     def bits(self, program: Groups) -> tuple[bool, ...]:
         """The canonical bits of a program."""
@@ -318,7 +321,7 @@ class Space:
         for equal in found.values():
             alone = standalone(equal[0])
             kernels = kernels_of(alone, table, target, offline=offline)
-            allowed = {mask: tuple(range(len(choices))) for mask, choices in kernels.items()}
+            allowed = {members: tuple(range(len(choices))) for members, choices in kernels.items()}
             spaces.append(RegionSpace(alone, len(equal), kernels, allowed))
         if offline and not any(k.offline for space in spaces for choices in space.kernels.values() for k in choices):
             raise SearchError(f"there are no kernels to build offline: {_why_none_offline(target)}")
@@ -330,7 +333,9 @@ class Space:
         parts = [self.target.key, str(self.target.cores), str(self.threads)]
         for space in self.regions:
             parts += [space.region.hash, str(space.count)]
-            parts += [f"{mask:x}:{choice.name}" for mask in sorted(space.kernels) for choice in space.kernels[mask]]
+            parts += [
+                f"{members:x}:{choice.name}" for members in sorted(space.kernels) for choice in space.kernels[members]
+            ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     @property
@@ -353,17 +358,17 @@ class Space:
         """Whether counts and shortest paths cover every legal program."""
         return all(space.is_exact for space in self.regions)
 
-    def predicted(self, region: int, mask: int, kernel: int) -> float:
+    def predicted(self, region: int, members: int, kernel: int) -> float:
         """Seconds that the cost model predicts for a kernel."""
-        return self.regions[region].kernels[mask][kernel].seconds
+        return self.regions[region].kernels[members][kernel].seconds
 
     def default(self) -> Point:
         """The program of the least predicted time of kernels that need no search: what is compiled without one."""
         return self.shortest(self._quick)
 
-    def _quick(self, region: int, mask: int, kernel: int) -> float:
-        offline = self.regions[region].kernels[mask][kernel].offline
-        return math.inf if offline else self.predicted(region, mask, kernel)
+    def _quick(self, region: int, members: int, kernel: int) -> float:
+        offline = self.regions[region].kernels[members][kernel].offline
+        return math.inf if offline else self.predicted(region, members, kernel)
 
     def shortest(self, costs: Costs) -> Point:
         """The program with the least sum of ``costs``. Raises SearchError when no legal program has finite ones."""
@@ -372,9 +377,9 @@ class Space:
     def additive(self, point: Point, costs: Costs) -> float:
         """Seconds of the model under the additive model: the costs of all groups of all regions, with their counts."""
         return math.fsum(
-            space.count * costs(at, mask, kernel)
+            space.count * costs(at, members, kernel)
             for at, (space, program) in enumerate(zip(self.regions, point.regions, strict=True))
-            for mask, kernel in program
+            for members, kernel in program
         )
 
     def choices(self, point: Point) -> dict[str, Choice]:
@@ -408,15 +413,15 @@ class Space:
             limit = min(through.values()) * slack
             kept_always = set(start.regions[at])
             allowed: dict[int, tuple[int, ...]] = {}
-            for mask, choices in space.allowed.items():
+            for members, choices in space.allowed.items():
                 some = tuple(
-                    k for k in choices if through.get((mask, k), math.inf) <= limit or (mask, k) in kept_always
+                    k for k in choices if through.get((members, k), math.inf) <= limit or (members, k) in kept_always
                 )
-                if not some and not mask & (mask - 1):
-                    some = (min(choices, key=functools.partial(costs, at, mask)),)
+                if not some and not members & (members - 1):
+                    some = (min(choices, key=functools.partial(costs, at, members)),)
                 dropped += len(choices) - len(some)
                 if some:
-                    allowed[mask] = some
+                    allowed[members] = some
             kept.append(RegionSpace(space.region, space.count, space.kernels, allowed))
         reasons = dict(self.pruned)
         if dropped:
@@ -446,11 +451,11 @@ class Space:
                         {"name": group.name, "operators": list(group.operators)} for group in space.natural_groups
                     ],
                     "kernels": {
-                        f"{mask:x}": [
+                        f"{members:x}": [
                             {"name": choice.name, "family": choice.family, "predicted": choice.seconds}
                             for choice in choices
                         ]
-                        for mask, choices in space.kernels.items()
+                        for members, choices in space.kernels.items()
                     },
                 }
                 for space in self.regions
@@ -466,23 +471,23 @@ def _why_none_offline(target: Target) -> str:
 
 def _through(space: RegionSpace, cost: Callable[[int, int], float]) -> dict[tuple[int, int], float]:
     """For every kernel the cost of the best program with it."""
-    best = {mask: min(cost(mask, k) for k in choices) for mask, choices in space.allowed.items()}
+    best = {members: min(cost(members, k) for k in choices) for members, choices in space.allowed.items()}
     known = space.downsets
     at = set(known)
     ahead = dict.fromkeys(known, math.inf)
     behind = dict.fromkeys(known, math.inf)
     ahead[known[0]] = behind[known[-1]] = 0.0
     for done in known:
-        for mask, seconds in best.items():
-            if not mask & done and done | mask in at:
-                ahead[done | mask] = min(ahead[done | mask], ahead[done] + seconds)
+        for members, seconds in best.items():
+            if not members & done and done | members in at:
+                ahead[done | members] = min(ahead[done | members], ahead[done] + seconds)
     for done in reversed(known):
-        for mask, seconds in best.items():
-            if not mask & ~done and done ^ mask in at:
-                behind[done ^ mask] = min(behind[done ^ mask], behind[done] + seconds)
+        for members, seconds in best.items():
+            if not members & ~done and done ^ members in at:
+                behind[done ^ members] = min(behind[done ^ members], behind[done] + seconds)
     found: dict[tuple[int, int], float] = {}
-    for mask, choices in space.allowed.items():
-        ends = [ahead[d] + behind[d | mask] for d in known if not d & mask and d | mask in at]
+    for members, choices in space.allowed.items():
+        ends = [ahead[d] + behind[d | members] for d in known if not d & members and d | members in at]
         if ends:
-            found.update(((mask, k), min(ends) + cost(mask, k)) for k in choices)
+            found.update(((members, k), min(ends) + cost(members, k)) for k in choices)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.ir.graph import OperatorGraph, Region, TensorSpec
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fuser.codegen.partition import Choice, GroupChoice, alternatives, choose, kernels, predicted
+from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import generator_hash
 from fuser.ir.errors import BuildError, FuserError, KernelError, SchemeError
 from fuser.ir.graph import OperatorGroup, Region
@@ -29,6 +29,7 @@ from fuser.kernels.gemm import GemmFamily
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.search import records
 from fuser.search.measure import measure, prepare
+from fuser.search.partition import alternatives, choose, kernels, predicted
 from fuser.search.study import search
 
 logger = logging.getLogger("fuser")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import TF32, Target

@@ -125,8 +125,8 @@ class Table:
         self.log.append(Evaluation(key, outcome.seconds, tuple((p, self.paid[p]) for p in parts), True))
         return outcome
 
-    def kernel(self, region: int, mask: int, kernel: int) -> KernelTime:
-        key = (region, mask, kernel)
+    def kernel(self, region: int, members: int, kernel: int) -> KernelTime:
+        key = (region, members, kernel)
         name = f"kernel {key}"
         found, seconds = self._timed(lambda: self.inner.kernel(*key))
         self.paid.setdefault(name, seconds)
@@ -144,8 +144,8 @@ class Table:
         self.busy += spent
         return answer, spent - (self.building() - built)
 
-    def costs(self, region: int, mask: int, kernel: int) -> float:
-        return self.inner.costs(region, mask, kernel)
+    def costs(self, region: int, members: int, kernel: int) -> float:
+        return self.inner.costs(region, members, kernel)
 
     def compare(self, points: list[Point]) -> list[float] | None:
         return None
@@ -163,8 +163,8 @@ def program(space: Space, value: int) -> Point:
     """The program that a 16-bit scheme denotes, repaired where no kernel runs a segment."""
     regions = []
     for region in space.regions:
-        masks = region.masks(from_atoffer(value, region.region)[2])
-        regions.append(tuple((mask, region.allowed[mask][0]) for mask in masks))
+        sets = region.members_of(from_atoffer(value, region.region)[2])
+        regions.append(tuple((members, region.allowed[members][0]) for members in sets))
     return Point(tuple(regions))
 
 

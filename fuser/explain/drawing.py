@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 import networkx as nx
 
-from fuser.codegen.partition import Choice
+from fuser.codegen.choice import Choice
 from fuser.ir.graph import Operator, OperatorGraph, Region, TensorSpec
 
 COLOURS: Mapping[str, tuple[str, str]] = {

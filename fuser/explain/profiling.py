@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuser.codegen.partition import PYTORCH
+from fuser.codegen.choice import PYTORCH
 from fuser.explain.drawing import duration
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost

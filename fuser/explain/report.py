@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.codegen.partition import Choice, GroupChoice
+from fuser.codegen.choice import Choice, GroupChoice
 from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Region

@@ -238,6 +238,6 @@ def _readable(name: str, space: Mapping[str, Any]) -> str:
     if what.startswith("e"):
         a, b = region["edges"][int(what[1:])]
         return f"{operators[a]} → {operators[b]}"
-    mask = int(what[1:], 16)
-    names = [operator for i, operator in enumerate(operators) if mask >> i & 1]
+    members = int(what[1:], 16)
+    names = [operator for i, operator in enumerate(operators) if members >> i & 1]
     return f"kernel of {names[0]} … {names[-1]}" if len(names) > 1 else f"kernel of {names[0]}"

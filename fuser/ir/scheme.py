@@ -5,6 +5,8 @@ operators that 1-bits connect form a group, and a group that breaks a rule is re
 is connected and convex, the groups together can be scheduled one after the other, and ``legal`` holds (one kernel
 family can run the group; a single operator always can). So every bit string denotes exactly one partition, and the
 scheme of that partition, in which an edge has bit 1 exactly when both its ends are in one group, is its canonical form.
+
+A set of operators of a region is a number, ``members``, with one bit for the position of every operator.
 """
 
 from __future__ import annotations
@@ -109,24 +111,24 @@ def groups(scheme: Scheme, region: Region, legal: Legality) -> tuple[OperatorGro
     owner = [1 << i for i in range(len(region.operators))]
     verdicts: dict[int, bool] = {}
 
-    def fits(mask: int) -> bool:
-        if not mask & (mask - 1):
+    def fits(members: int) -> bool:
+        if not members & (members - 1):
             return True
-        if not precedence.schedulable(mask, owner):
+        if not precedence.schedulable(members, owner):
             return False
-        if mask not in verdicts:
-            verdicts[mask] = legal(precedence.group(mask))
-        return verdicts[mask]
+        if members not in verdicts:
+            verdicts[members] = legal(precedence.group(members))
+        return verdicts[members]
 
     for component in _components(region, scheme.bits):
         rest = sum(1 << i for i in component)
         while rest:
             # Longest first: attention is one kernel only as a whole, so a shorter run may fit less well than a longer.
             piece = next(run for run in precedence.runs(rest) if fits(run))
-            for i in members(piece):
+            for i in positions(piece):
                 owner[i] = piece
             rest &= ~piece
-    return tuple(precedence.group(mask) for mask in precedence.order(set(owner)))
+    return tuple(precedence.group(members) for members in precedence.order(set(owner)))
 
 
 def canonical(scheme: Scheme, region: Region, legal: Legality) -> Scheme:
@@ -134,15 +136,15 @@ def canonical(scheme: Scheme, region: Region, legal: Legality) -> Scheme:
     return Scheme.from_groups(region, groups(scheme, region, legal))
 
 
-def members(mask: int) -> Iterator[int]:
-    """Positions of the operators in a set of operators, ascending."""
-    while mask:
-        yield (mask & -mask).bit_length() - 1
-        mask &= mask - 1
+def positions(members: int) -> Iterator[int]:
+    """Positions of the operators in a set of them, ascending."""
+    while members:
+        yield (members & -members).bit_length() - 1
+        members &= members - 1
 
 
 class Precedence:
-    """Which operators of a region run before which, with sets of operators as bit masks over their positions."""
+    """Which operators of a region run before which, for sets of operators."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -157,70 +159,70 @@ class Precedence:
         self.before = [sum(1 << a for a in range(i) if self.after[a] >> i & 1) for i in range(count)]
         """For each operator, those whose result it needs, directly or not."""
 
-    def group(self, mask: int) -> OperatorGroup:
-        """The operators of ``mask`` as a group."""
-        return OperatorGroup(self.region.graph, tuple(self.region.operators[i] for i in members(mask)))
+    def group(self, members: int) -> OperatorGroup:
+        """The operators of ``members`` as a group."""
+        return OperatorGroup(self.region.graph, tuple(self.region.operators[i] for i in positions(members)))
 
-    def component(self, mask: int, start: int) -> int:
-        """The operators that edges inside ``mask`` connect with the operator at ``start``."""
+    def component(self, members: int, start: int) -> int:
+        """The operators that edges inside ``members`` connect with the operator at ``start``."""
         found, new = 0, 1 << start
         while new:
             found |= new
-            new = self._union(self.neighbours, new) & mask & ~found
+            new = self._union(self.neighbours, new) & members & ~found
         return found
 
-    def is_connected(self, mask: int) -> bool:
-        return self.component(mask, next(members(mask))) == mask
+    def is_connected(self, members: int) -> bool:
+        return self.component(members, next(positions(members))) == members
 
-    def leaves(self, mask: int) -> bool:
-        """Whether a path between two operators of ``mask`` runs through an operator outside the region."""
-        return bool(self._union(self._detours, mask) & mask)
+    def leaves(self, members: int) -> bool:
+        """Whether a path between two operators of ``members`` runs through an operator outside the region."""
+        return bool(self._union(self._detours, members) & members)
 
-    def schedulable(self, mask: int, owner: Sequence[int]) -> bool:
-        """Whether ``mask`` can run as a unit (so is convex), the rest running in the groups ``owner[position]``.
+    def schedulable(self, members: int, owner: Sequence[int]) -> bool:
+        """Whether ``members`` can run as a unit (so is convex), the rest running in the groups ``owner[position]``.
 
-        ``owner`` without ``mask`` must be schedulable.
+        ``owner`` without ``members`` must be schedulable.
         """
-        if self.leaves(mask):
+        if self.leaves(members):
             return False
-        seen, todo = mask, self._union(self.after, mask) & ~mask
+        seen, todo = members, self._union(self.after, members) & ~members
         while todo:
-            group = owner[next(members(todo))]
+            group = owner[next(positions(todo))]
             later = self._union(self.after, group)
-            if later & mask:
+            if later & members:
                 return False
             seen |= group
             todo = (todo | later) & ~seen
         return True
 
-    def runs(self, mask: int) -> Iterator[int]:
-        """The connected sets that start at the first operator of ``mask`` and take the following ones up to some
+    def runs(self, members: int) -> Iterator[int]:
+        """The connected sets that start at the first operator of ``members`` and take the following ones up to some
         operator, longest first."""
-        start, previous = next(members(mask)), 0
-        while mask:
-            run = self.component(mask, start)
+        start, previous = next(positions(members)), 0
+        while members:
+            run = self.component(members, start)
             if run != previous:
                 yield run
             previous = run
-            mask ^= 1 << (mask.bit_length() - 1)
+            members ^= 1 << (members.bit_length() - 1)
 
-    def order(self, masks: Iterable[int]) -> list[int]:
+    def order(self, sets: Iterable[int]) -> list[int]:
         """Disjoint sets of operators in a valid order of execution: the earliest first operator first."""
-        owner = {i: mask for mask in masks for i in members(mask)}
+        owner = {i: members for members in sets for i in positions(members)}
         quotient: nx.DiGraph[int] = nx.DiGraph()
         quotient.add_nodes_from(owner.values())
         quotient.add_edges_from(
-            (mask, owner[i])
-            for mask in set(owner.values())
-            for i in members(self._union(self.after, mask) & ~mask)
+            (members, owner[i])
+            for members in set(owner.values())
+            for i in positions(self._union(self.after, members) & ~members)
             if i in owner
         )
-        return list(nx.lexicographical_topological_sort(quotient, key=lambda mask: mask & -mask))
+        return list(nx.lexicographical_topological_sort(quotient, key=lambda members: members & -members))
 
     @staticmethod
-    def _union(table: Sequence[int], mask: int) -> int:
+    def _union(table: Sequence[int], members: int) -> int:
         union = 0
-        for i in members(mask):
+        for i in positions(members):
             union |= table[i]
         return union
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fuser.attention.operators import OPERATORS
 from fuser.attention.registry import specs_of
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import Choice, GroupChoice, default_scheme, pytorch_seconds
+from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.frontend.graphs import raise_graph
@@ -33,6 +33,7 @@ from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
 from fuser.runtime.library import Kernel
 from fuser.runtime.program import Arena, Program, States
+from fuser.search.partition import default_scheme, pytorch_seconds
 from fuser.search.tuning import Tuner
 
 logger = logging.getLogger("fuser")

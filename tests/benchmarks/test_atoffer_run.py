@@ -59,8 +59,8 @@ def test_a_table_pays_for_regions_by_themselves(run: ModuleType, space: Space) -
     point = run.program(space, run.loops.START)
     assert table.milliseconds(run.loops.START) == pytest.approx(1e3 * space.additive(point, space.predicted))
     assert [found.is_program for found in table.log] == [True, True]
-    mask, kernel = point.regions[0][0]
-    assert table.kernel(0, mask, kernel).seconds == space.predicted(0, mask, kernel)
+    members, kernel = point.regions[0][0]
+    assert table.kernel(0, members, kernel).seconds == space.predicted(0, members, kernel)
     assert not table.log[-1].is_program
     first = dict(table.log[1].parts)
     table.start()

@@ -26,8 +26,8 @@ def benchmark() -> ModuleType:
     return load_script("search")
 
 
-def costs(region: int, mask: int, kernel: int) -> float:
-    return SPACE.predicted(region, mask, kernel) * (1 + np.random.default_rng([mask, kernel]).random() / 3)
+def costs(region: int, members: int, kernel: int) -> float:
+    return SPACE.predicted(region, members, kernel) * (1 + np.random.default_rng([members, kernel]).random() / 3)
 
 
 def test_the_exhaustive_search_is_one(benchmark: ModuleType) -> None:

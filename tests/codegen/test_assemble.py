@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import GroupChoice, choose, default_scheme
+from fuser.codegen.choice import GroupChoice
 from fuser.ir.errors import FuserError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, binary, softmax, unary
@@ -23,6 +23,7 @@ from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, LibraryCall
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.runtime.program import RUNNER, Memory, NativeStep, Slot, TorchStep
+from fuser.search.partition import choose, default_scheme
 
 TARGET = Target("cpu", "avx2", frozenset(), 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 2e-6)
 N = 4

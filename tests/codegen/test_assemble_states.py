@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from states import Accumulate, Add, graph_of, graphs, rows, sequential
 
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import choose
 from fuser.codegen.template import generalized
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.size import named
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import RUNNER, Memory, Program, Slot, TorchStep
+from fuser.search.partition import choose
 
 NO_KERNELS: Any = {RUNNER: None}
 

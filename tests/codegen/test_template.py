@@ -13,7 +13,7 @@ import torch
 
 from fuser import zoo
 from fuser.codegen.assemble import Assembly, assemble
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.codegen.template import ProgramTemplate, RangedTemplate, generalized
 from fuser.frontend.capture import Captured, capture, flatten_call
 from fuser.frontend.graphs import raise_graph

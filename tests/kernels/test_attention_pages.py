@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fuser.codegen.assemble import assemble
-from fuser.codegen.partition import Kernel, predicted
+from fuser.codegen.choice import Kernel
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import PV, QK, Scale, Softmax
 from fuser.ir.target import Target
@@ -21,6 +21,7 @@ from fuser.module.compiler import load_kernels
 from fuser.runtime.cache import default_cache
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import Program
+from fuser.search.partition import predicted
 
 HEADS, ROWS, CAPACITY, DIM = 2, 6, 40, 32
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuser.codegen import partition
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
@@ -37,6 +36,7 @@ from fuser.runtime.cache import KernelCache
 from fuser.runtime.emulator import EmulationError
 from fuser.runtime.nvcc import Resources
 from fuser.runtime.targets import named_target
+from fuser.search import partition
 
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
 # One element of a result may be off by a few roundings where eager's happens to be exact.

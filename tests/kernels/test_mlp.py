@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuser.codegen.partition import kernels
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, binary, layer_norm, unary
@@ -23,6 +22,7 @@ from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.mlp import CudaMlp, MlpExtents, MlpFamily, MlpParameters
 from fuser.runtime import emulator
 from fuser.runtime.build import build
+from fuser.search.partition import kernels
 
 FAMILY, OURS = MlpFamily(), CudaMlp()
 EMULATED = emulated_target()

@@ -15,7 +15,7 @@ import torch
 from caches import with_own_records
 from torch import nn
 
-from fuser.codegen.partition import GroupChoice, alternatives
+from fuser.codegen.choice import GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import flatten_call
 from fuser.ir.errors import DeviceMemoryError, FuserError, SearchError
@@ -33,6 +33,7 @@ from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import measure, records
 from fuser.search.measured import MeasuredObjective
+from fuser.search.partition import alternatives
 from fuser.search.results import SearchResult
 from fuser.search.space import Point, Space
 from fuser.search.tuning import tuner_for
@@ -115,8 +116,8 @@ def test_what_a_search_finds_is_what_is_compiled(cache: KernelCache, tmp_path: P
     assert record["target"] == EMULATED.key and record["threads"] == EMULATED.cores
     # Another than the default, whatever the emulator's times are.
     (region,) = space.regions
-    masks = region.repair([False] * len(region.region.edges))
-    apart = region.choice(tuple((mask, len(region.kernels[mask]) - 1) for mask in masks))
+    sets = region.repair([False] * len(region.region.edges))
+    apart = region.choice(tuple((members, len(region.kernels[members]) - 1) for members in sets))
     records.write(cache, region.region, apart, EMULATED, EMULATED.cores, {})
     program = compiled()
     (choice,) = program.choices.values()
@@ -148,8 +149,8 @@ def test_a_kernel_that_was_built_offline_is_remembered(
 ) -> None:
     space = Space.of(graph(EMULATED), EMULATED, EMULATED.cores, offline=True)
     (region,) = space.regions
-    masks = region.repair([False] * len(region.region.edges))
-    kernels = {mask: next((k for k, c in enumerate(region.kernels[mask]) if c.offline), 0) for mask in masks}
+    sets = region.repair([False] * len(region.region.edges))
+    kernels = {members: next((k for k, c in enumerate(region.kernels[members]) if c.offline), 0) for members in sets}
     point = Point((tuple(kernels.items()),))
     objective = MeasuredObjective(space, builder=built)
     try:

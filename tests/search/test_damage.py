@@ -40,7 +40,7 @@ def make(path: Path) -> None:
     for seconds in (1.0, None, 3.0):
         number = ledger.claim({"point": "1.0", "strategy": "start"}, {}, {})
         ledger.finish(number, seconds, {"failure": "no"} if seconds is None else {"regions": []})
-    ledger.note("kernels", [{"region": 0, "mask": "1", "kernel": 0, "seconds": 0.5}])
+    ledger.note("kernels", [{"region": 0, "members": "1", "kernel": 0, "seconds": 0.5}])
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_a_study_is_read_as_it_was_written(ledger: Ledger, storage: str) -> None
     third = claim(ledger)
     ledger.finish(third, None, {"failure": "another process has this program"}, duplicate=True)
     fourth = claim(ledger)
-    ledger.note("kernels", [{"region": 0, "mask": "1", "kernel": 1, "seconds": 0.125}])
+    ledger.note("kernels", [{"region": 0, "members": "1", "kernel": 1, "seconds": 0.125}])
     ledger.note("result", {"speedup": 2.0})
 
     view = open_study("s", storage)
@@ -79,8 +79,8 @@ def test_a_study_is_read_as_it_was_written(ledger: Ledger, storage: str) -> None
     assert view.trials[0].regions == ({"seconds": 0.25},)
     # Of the kernels of a point the names of their operators, and times where they were measured.
     product, norm = view.trials[0].kernels[0]
-    assert product == {"name": "gemm b", "operators": ["product"], "mask": "1", "seconds": 0.125}
-    assert norm == {"name": "norm", "operators": ["norm"], "mask": "2", "seconds": None}
+    assert product == {"name": "gemm b", "operators": ["product"], "members": "1", "seconds": 0.125}
+    assert norm == {"name": "norm", "operators": ["norm"], "members": "2", "seconds": None}
     ((both,),) = view.trials[1].kernels
     assert both["operators"] == ["product", "norm"]
     assert all(t.owner == f"{socket.gethostname()}:{os.getpid()}" for t in view.trials)

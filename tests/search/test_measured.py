@@ -66,8 +66,8 @@ class Spoiler:
     """Builds the kernels of ``point``'s first group as ``body`` and all others as they are."""
 
     def __init__(self, space: Space, point: Point, body: str, folder: Path) -> None:
-        at, (mask, kernel) = 0, point.regions[0][0]
-        choice = space.regions[at].kernels[mask][kernel]
+        at, (members, kernel) = 0, point.regions[0][0]
+        choice = space.regions[at].kernels[members][kernel]
         self.symbol = choice.call(TARGET, 2).spec.symbol  # type: ignore[union-attr]
         self.library = folder / "spoilt.so"
         text = f'extern "C" int {self.symbol}(const void*, void*) {{ {body} }}'
@@ -97,10 +97,10 @@ def test_a_bad_kernel_ends_its_trial_alone(
         starts = objective.worker.starts
         assert objective(default).failure == outcome.failure
         assert objective.worker.starts == starts
-        mask, kernel = default.regions[0][0]
-        assert objective.kernel(0, mask, kernel).seconds is None
-        assert objective.costs(0, mask, kernel) == float("inf")
-        assert (mask, kernel) not in space.shortest(objective.costs).regions[0]
+        members, kernel = default.regions[0][0]
+        assert objective.kernel(0, members, kernel).seconds is None
+        assert objective.costs(0, members, kernel) == float("inf")
+        assert (members, kernel) not in space.shortest(objective.costs).regions[0]
     finally:
         objective.close()
 
@@ -111,8 +111,8 @@ def test_a_search_survives_a_kernel_that_crashes(space: Space, cache: KernelCach
     storage = str(tmp_path / "studies.journal")
     found = search([], TARGET, 2, trials=5, storage=storage, study="s", space=space, objective=objective, cache=cache)
     assert found.failures and all("crashed the process" in reason for _, reason in found.failures)
-    mask, kernel = space.default().regions[0][0]
-    assert (mask, kernel) not in found.best.regions[0]
+    members, kernel = space.default().regions[0][0]
+    assert (members, kernel) not in found.best.regions[0]
     view = open_study("s", storage)
     failed = [t for t in view.trials if t.state == "failed"]
     assert failed and "crashed the process" in failed[0].failure
@@ -122,9 +122,9 @@ def test_a_search_survives_a_kernel_that_crashes(space: Space, cache: KernelCach
 def test_nothing_is_measured_twice(space: Space, cache: KernelCache) -> None:
     first = MeasuredObjective(space, cache, builder=built)
     default = space.default()
-    mask, kernel = default.regions[0][0]
+    members, kernel = default.regions[0][0]
     try:
-        outcome, alone = first(default), first.kernel(0, mask, kernel)
+        outcome, alone = first(default), first.kernel(0, members, kernel)
         assert not outcome.is_remembered and outcome.regions[0].runs >= 3
         assert first(default).is_remembered
     finally:
@@ -133,7 +133,7 @@ def test_nothing_is_measured_twice(space: Space, cache: KernelCache) -> None:
     try:
         again = second(default)
         assert again.is_remembered and again.seconds == outcome.seconds
-        assert second.kernel(0, mask, kernel).seconds == alone.seconds
+        assert second.kernel(0, members, kernel).seconds == alone.seconds
         assert second.worker.starts == 0
     finally:
         second.close()
@@ -163,9 +163,9 @@ def test_kernels_that_were_not_measured_are_predicted_from_their_family(
 ) -> None:
     objective = MeasuredObjective(space, cache, builder=built)
     keys = [
-        (at, mask, kernel)
+        (at, members, kernel)
         for at, region in enumerate(space.regions)
-        for mask, kernels in region.kernels.items()
+        for members, kernels in region.kernels.items()
         for kernel, choice in enumerate(kernels)
         if choice.family == "gemm"
     ]

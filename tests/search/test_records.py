@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fuser.codegen.partition import Choice, default_scheme
+from fuser.codegen.choice import Choice
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
@@ -17,6 +17,7 @@ from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.device import cpu_target
 from fuser.search import records
+from fuser.search.partition import default_scheme
 from fuser.search.space import Space
 
 TARGET = dataclasses.replace(cpu_target(), peak_flops=1e11, bandwidth=1e10, launch_seconds=1e-6)
@@ -31,8 +32,8 @@ def graph_of(rows: int, hidden: int = 72) -> OperatorGraph:
 def unusual(region: Region) -> Choice:
     """A legal program that the cost model would not choose: nothing fused, every kernel its family's last."""
     space = Space.of([region], TARGET, 2).regions[0]
-    masks = space.repair([False] * len(region.edges))
-    return space.choice(tuple((mask, len(space.kernels[mask]) - 1) for mask in masks))
+    sets = space.repair([False] * len(region.edges))
+    return space.choice(tuple((members, len(space.kernels[members]) - 1) for members in sets))
 
 
 @pytest.fixture

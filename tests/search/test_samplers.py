@@ -33,9 +33,9 @@ SPACE = Space.of([bert_layer(sequence=16, hidden=64, heads=2, inner=128)], TARGE
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def costs(region: int, mask: int, kernel: int) -> float:
+def costs(region: int, members: int, kernel: int) -> float:
     """Arbitrary but fixed: what the cost model says, off by up to a factor of two."""
-    return SPACE.predicted(region, mask, kernel) * (1 + np.random.default_rng([mask, kernel]).random())
+    return SPACE.predicted(region, members, kernel) * (1 + np.random.default_rng([members, kernel]).random())
 
 
 def run(sampler: optuna.samplers.BaseSampler, trials: int) -> optuna.Study:
@@ -82,7 +82,7 @@ def test_pruned_kernels_are_never_proposed() -> None:
         for _ in range(20):
             point = suggest(study.ask(), space)
             for region, program in zip(space.regions, point.regions, strict=True):
-                assert all(kernel in region.allowed[mask] for mask, kernel in program)
+                assert all(kernel in region.allowed[members] for members, kernel in program)
 
 
 def test_rewards_find_better_programs_than_chance() -> None:

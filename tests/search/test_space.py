@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from legality import legality
 from torch import nn
 
-from fuser.codegen.partition import legality
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
@@ -61,10 +61,10 @@ def test_counts_are_what_enumeration_finds() -> None:
     schemes = {space.scheme(program) for program in found}
     assert len(schemes) == len(found)
     assert all(
-        canonical(s, space.region, lambda g: space.mask(o.name for o in g.operators) in space.kernels) == s
+        canonical(s, space.region, lambda g: space.members(o.name for o in g.operators) in space.kernels) == s
         for s in schemes
     )
-    weights = sum(math.prod(len(space.kernels[mask]) for mask, _ in program) for program in found)
+    weights = sum(math.prod(len(space.kernels[members]) for members, _ in program) for program in found)
     assert weights == space.programs
 
 
@@ -84,7 +84,7 @@ def test_branches_are_counted_once_whatever_the_order_of_execution() -> None:
         # Every bit string's canonical form, found without downsets.
         edges = len(space.region.edges)
         schemes = {
-            space.scheme(tuple((mask, 0) for mask in space.repair(bits)))
+            space.scheme(tuple((members, 0) for members in space.repair(bits)))
             for bits in itertools.product((False, True), repeat=edges)
         }
         assert len(schemes) == space.schemes == sum(1 for _ in space.enumerate())
@@ -95,19 +95,21 @@ def test_the_shortest_path_is_the_best_of_all_programs() -> None:
     programs = list(space.enumerate())
     for seed in range(20):
         generator = np.random.default_rng(seed)
-        costs = {mask: generator.random() * mask.bit_count() ** generator.random() for mask in sorted(space.kernels)}
-        best = min(math.fsum(costs[mask] for mask, _ in program) for program in programs)
-        found = space.shortest(lambda mask, kernel, costs=costs: costs[mask])
+        costs = {
+            members: generator.random() * members.bit_count() ** generator.random() for members in sorted(space.kernels)
+        }
+        best = min(math.fsum(costs[members] for members, _ in program) for program in programs)
+        found = space.shortest(lambda members, kernel, costs=costs: costs[members])
         assert found in programs
-        assert math.fsum(costs[mask] for mask, _ in found) == pytest.approx(best, abs=1e-12)
+        assert math.fsum(costs[members] for members, _ in found) == pytest.approx(best, abs=1e-12)
 
 
 def test_the_shortest_path_takes_the_cheapest_kernel_of_every_group() -> None:
     space = LAYER.regions[0]
     costs = {(m, k): 1.0 + (m * 7 + k * 3) % 5 for m, ks in space.kernels.items() for k in range(len(ks))}
-    found = space.shortest(lambda mask, kernel: costs[mask, kernel])
-    for mask, kernel in found:
-        assert costs[mask, kernel] == min(costs[mask, k] for k in range(len(space.kernels[mask])))
+    found = space.shortest(lambda members, kernel: costs[members, kernel])
+    for members, kernel in found:
+        assert costs[members, kernel] == min(costs[members, k] for k in range(len(space.kernels[members])))
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,15 +118,14 @@ def test_the_shortest_path_takes_the_cheapest_kernel_of_every_group() -> None:
 )
 def test_every_bit_string_is_a_legal_program(bits: list[bool]) -> None:
     space = LAYER.regions[0]
-    program = tuple((mask, 0) for mask in space.repair(bits))
+    program = tuple((members, 0) for members in space.repair(bits))
     choice = space.choice(program)
     assert canonical(Scheme(space.region.hash, tuple(bits)), space.region, _legal) == choice.scheme
-    assert space.repair(space.bits(program)) == tuple(mask for mask, _ in program)
+    assert space.repair(space.bits(program)) == tuple(members for members, _ in program)
     assert space.ordered(program) == program
 
 
-def _legal(group) -> bool:  # type: ignore[no-untyped-def]
-    return legality(IMPLEMENTATIONS, TARGET)(group)
+_legal = legality(IMPLEMENTATIONS, TARGET)
 
 
 def test_random_points_are_legal_and_written_as_text() -> None:
@@ -190,7 +191,7 @@ def test_nothing_within_the_slack_is_pruned() -> None:
         seconds = LAYER.additive(Point((program,)), LAYER.predicted)
         if seconds <= 1.3 * best:
             inside += 1
-            assert all(kernel in pruned.allowed[mask] for mask, kernel in program)
+            assert all(kernel in pruned.allowed[members] for members, kernel in program)
     assert inside
 
 

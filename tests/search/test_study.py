@@ -33,9 +33,9 @@ LAYER = bert_layer(sequence=16, hidden=64, heads=2, inner=128)
 SPACE = Space.of([LAYER], TARGET, 2)
 
 
-def costs(region: int, mask: int, kernel: int) -> float:
+def costs(region: int, members: int, kernel: int) -> float:
     """The cost model's prediction, exceeded by up to a third."""
-    return SPACE.predicted(region, mask, kernel) * (1 + np.random.default_rng([mask, kernel]).random() / 3)
+    return SPACE.predicted(region, members, kernel) * (1 + np.random.default_rng([members, kernel]).random() / 3)
 
 
 def run(folder: Path, strategy: str = "default", *, study: str | None = "s", objective=None, **options) -> SearchResult:  # type: ignore[no-untyped-def]
@@ -59,7 +59,7 @@ def exhaustive() -> float:
     cheapest = {m: (min(range(len(ks)), key=lambda k, m=m: costs(0, m, k)),) for m, ks in space.kernels.items()}
     schemes = RegionSpace(space.region, 1, space.kernels, cheapest)
     assert schemes.remaining == SPACE.schemes
-    return min(math.fsum(costs(0, mask, kernel) for mask, kernel in program) for program in schemes.enumerate())
+    return min(math.fsum(costs(0, members, kernel) for members, kernel in program) for program in schemes.enumerate())
 
 
 def test_the_best_of_all_programs_is_found_with_a_twentieth_of_the_measurements(tmp_path: Path) -> None:

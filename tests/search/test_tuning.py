@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fuser
-from fuser.codegen.partition import Choice, GroupChoice, alternatives, default_scheme
+from fuser.codegen.choice import Choice, GroupChoice
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
@@ -22,6 +22,7 @@ from fuser.module.compiler import choose_all
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.device import cpu_target
 from fuser.search import tuning
+from fuser.search.partition import alternatives, default_scheme
 from fuser.search.results import SearchResult
 from fuser.search.standalone import subgraph
 from fuser.search.study import search

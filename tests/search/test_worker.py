@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuser.codegen.assemble import assemble
-from fuser.codegen.partition import GroupChoice
+from fuser.codegen.choice import GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.ir.errors import FuserError
 from fuser.ir.evaluation import evaluate

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from fuser.codegen.partition import default_scheme
 from fuser.explain.drawing import Outline, draw_outline, draw_region, duration
 from fuser.ir.target import Target
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.schemes import bert_layer
+from fuser.search.partition import default_scheme
 
 TARGET = Target("cpu", "avx2", frozenset(), 2, (32768, 2**20, 2**25), 5e10, 1e10, 1e-6)
 

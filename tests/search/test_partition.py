@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from legality import legality
 from semantics import semantics
 
-from fuser.codegen import partition
-from fuser.codegen.partition import PYTORCH, alternatives, choose, default_scheme, kernels, legality
+from fuser.codegen.choice import PYTORCH
 from fuser.ir.errors import SchemeError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, Region, TensorSpec
@@ -27,6 +27,8 @@ from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, Table
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.schemes import bert_layer
+from fuser.search import partition
+from fuser.search.partition import alternatives, choose, default_scheme, kernels
 
 TARGET = Target("cpu", "avx512", frozenset(), 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 2e-6)
 

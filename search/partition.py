@@ -11,114 +11,24 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 
+from fuser.codegen.choice import Choice, GroupChoice, Kernel
 from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, Region
-from fuser.ir.scheme import Legality, Precedence, Scheme, members
+from fuser.ir.scheme import Precedence, Scheme, positions
 from fuser.ir.target import Target
-from fuser.kernels.base import Cost, Family, Implementation, KernelCall, LibraryCall, Table, canonical
+from fuser.kernels.base import Cost, Table
 
 MAX_OPERATORS = 24
 """Operators in one group."""
 MAX_DOWNSETS = 96
 """Up to so many downsets the search covers every legal scheme, beyond it those along two orders of execution."""
-PYTORCH = "pytorch"
-"""Stands for a family where PyTorch runs an operator that no family matches."""
 # On a GPU an operator is several launches from Python, and each costs the CPU more than a small kernel takes.
 _PYTORCH_LAUNCH_SECONDS = {"cpu": 5e-6, "cuda": 2e-5}
 _PYTORCH_EFFICIENCY = 0.4
 """Of the peak, for batched products of attention's sizes in PyTorch, whose operands and results go through memory."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel for the group ``made_for`` and for every group that is equal but for the names of its values: what a
-    family knows about it (``match``), and a choice of ``parameters`` of an implementation."""
-
-    family: Family
-    implementation: Implementation[Any, Any]
-    made_for: OperatorGroup
-    match: Any
-    parameters: Any
-    offline: bool = False
-    """Whether it takes about a minute to build, so that only a search may choose it."""
-
-    def cost(self, target: Target) -> Cost:
-        return self.implementation.cost(self.match, self.parameters, target)
-
-    def call(self, group: OperatorGroup, target: Target, threads: int) -> KernelCall | LibraryCall:
-        """The launch on the values of ``group``, which equals the one it was made for."""
-        call = self.implementation.call(self.match, self.parameters, target, threads)
-        if group is self.made_for:
-            return call
-        return call.renamed(dict(zip(_values(self.made_for), _values(group), strict=True)))
-
-
-def _values(group: OperatorGroup) -> tuple[str, ...]:
-    """The values of a group by position: every input and output of its operators in order, then what constants are
-    derived from."""
-    values = tuple(value for op in group.operators for value in (*op.inputs, *op.outputs))
-    return values + group.graph.with_sources(v for v in values if v in group.graph.constants)
-
-
-@dataclass(frozen=True)
-class GroupChoice:
-    """The kernel of one group, None where PyTorch runs the group's one operator, and its time in ``seconds``; ``cost``
-    is the prediction, ``measured`` tells where ``seconds`` is from."""
-
-    group: OperatorGroup
-    kernel: Kernel | None
-    cost: Cost
-    seconds: float
-    measured: bool = False
-
-    @property
-    def family(self) -> str:
-        """The name of the kernel's family."""
-        return PYTORCH if self.kernel is None else self.kernel.family.name
-
-    @property
-    def parameters(self) -> Any:
-        return None if self.kernel is None else self.kernel.parameters
-
-    @property
-    def name(self) -> str:
-        """Family and parameters in one text."""
-        return PYTORCH if self.kernel is None else f"{self.family} {canonical(self.parameters)}"
-
-    @property
-    def offline(self) -> bool:
-        return self.kernel is not None and self.kernel.offline
-
-    def on(self, group: OperatorGroup) -> GroupChoice:
-        """The same for an equal group with other values."""
-        return dataclasses.replace(self, group=group)
-
-    def call(self, target: Target, threads: int) -> KernelCall | LibraryCall | None:
-        """The launch of the kernel, None where PyTorch runs the operator."""
-        return None if self.kernel is None else self.kernel.call(self.group, target, threads)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A region's scheme with the kernel of every group, in a valid order of execution."""
-
-    scheme: Scheme
-    groups: tuple[GroupChoice, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Time of the region under the additive model."""
-        return math.fsum(choice.seconds for choice in self.groups)
-
-
-def legality(table: Table, target: Target) -> Legality:
-    """The rule of schemes that some kernel must run a group of several operators."""
-    return lambda group: next(kernels(group, table, target), None) is not None
 
 
 def choose(groups: Iterable[OperatorGroup], table: Table, target: Target) -> tuple[GroupChoice, ...]:
@@ -142,21 +52,21 @@ def default_scheme(region: Region, table: Table, target: Target) -> Choice:
     precedence = Precedence(region)
     choices: dict[int, GroupChoice | None] = {}
 
-    def choice(mask: int) -> GroupChoice | None:
-        if mask not in choices:
-            single = not mask & (mask - 1)
-            possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
-            choices[mask] = _best(precedence.group(mask), table, target) if possible else None
-        return choices[mask]
+    def choice(members: int) -> GroupChoice | None:
+        if members not in choices:
+            single = not members & (members - 1)
+            possible = single or (precedence.is_connected(members) and not precedence.leaves(members))
+            choices[members] = _best(precedence.group(members), table, target) if possible else None
+        return choices[members]
 
     complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
     paths: nx.DiGraph[int] = nx.DiGraph()
     for number, done in enumerate(complete):
         for then in complete[number + 1 :]:
-            mask = done ^ then
-            if done & ~then or mask.bit_count() > MAX_OPERATORS:
+            members = done ^ then
+            if done & ~then or members.bit_count() > MAX_OPERATORS:
                 continue
-            found = choice(mask)
+            found = choice(members)
             if found is not None:
                 # Whole femtoseconds with room for the number of kernels below: sums are exact, and ties go to fewer.
                 paths.add_edge(done, then, weight=(round(found.seconds * 1e15) << 32) + 1)
@@ -168,24 +78,24 @@ def default_scheme(region: Region, table: Table, target: Target) -> Choice:
 def kernels_of(
     region: Region, table: Table, target: Target, *, offline: bool = False
 ) -> dict[int, tuple[GroupChoice, ...]]:
-    """All kernels, with predicted times, of every group that can be part of a scheme: by the group's operators as a bit
-    mask over their positions; with ``offline`` also those that take about a minute each to build. Groups that are no
-    difference of two :func:`downsets` are left out."""
+    """All kernels, with predicted times, of every group that can be part of a scheme: by the group's
+    members; with ``offline`` also those that take about a minute each to build. Groups that are no difference of two
+    :func:`downsets` are left out."""
     precedence = Precedence(region)
     complete = sorted(downsets(precedence)[0], key=lambda done: (done.bit_count(), done))
     found: dict[int, tuple[GroupChoice, ...]] = {}
     rejected: set[int] = set()
     for done, then in itertools.combinations(complete, 2):
-        mask = done ^ then
-        if done & ~then or mask in found or mask in rejected or mask.bit_count() > MAX_OPERATORS:
+        members = done ^ then
+        if done & ~then or members in found or members in rejected or members.bit_count() > MAX_OPERATORS:
             continue
-        single = not mask & (mask - 1)
-        possible = single or (precedence.is_connected(mask) and not precedence.leaves(mask))
-        choices = tuple(_choices(precedence.group(mask), table, target, offline)) if possible else ()
+        single = not members & (members - 1)
+        possible = single or (precedence.is_connected(members) and not precedence.leaves(members))
+        choices = tuple(_choices(precedence.group(members), table, target, offline)) if possible else ()
         if choices:
-            found[mask] = choices
+            found[members] = choices
         else:
-            rejected.add(mask)
+            rejected.add(members)
     return found
 
 
@@ -279,6 +189,6 @@ def _depth_first(precedence: Precedence) -> list[int]:
         i = ready.pop()
         order.append(i)
         done |= 1 << i
-        waiting = (n for n in members(precedence.neighbours[i] & precedence.after[i]) if n not in ready)
+        waiting = (n for n in positions(precedence.neighbours[i] & precedence.after[i]) if n not in ready)
         ready.extend(sorted((n for n in waiting if not precedence.before[n] & ~done), reverse=True))
     return order
