@@ -23,7 +23,7 @@ from harness import as_record, interleave, ratios, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from fuser.codegen.render import headers, render
+from fuser.codegen.render import header_folder, render
 from fuser.ir.expression import Op, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm
@@ -83,7 +83,7 @@ def launcher(
     """A function that runs the kernel on the problem, with the next of ``copies`` copies of the weights each time."""
     call = CpuGemm().call(match, parameters, target, threads)
     source = render(call.spec)
-    kernel = load(build([source], target, headers=headers(call.spec))[source.symbol], source.symbol)
+    kernel = load(build([source], target, headers=header_folder(target))[source.symbol], source.symbol)
     named = {"x": problem.x, "weight": problem.weight, "b": problem.bias, call.outputs[0]: problem.out}
     workspace = torch.empty(call.workspace_bytes + 64, dtype=torch.uint8)
     aligned = workspace.data_ptr() + -workspace.data_ptr() % 64

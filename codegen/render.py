@@ -71,8 +71,3 @@ def generator_hash(target: Target) -> str:
 def header_folder(target: Target) -> Path:
     """The folder of the headers that kernels for ``target`` include."""
     return TEMPLATES if target.kind == "cuda" else TEMPLATES / "cpu"
-
-
-def headers(spec: KernelSpec) -> Path:
-    """The folder of the headers that the template's kernels include."""
-    return TEMPLATES if spec.template.startswith("cuda/") else (TEMPLATES / spec.template).parent

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuser import masks
-from fuser.codegen.render import headers, render
+from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import KernelError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
@@ -70,7 +70,7 @@ def libraries(isa: Isa) -> dict[str, Path]:
     """All kernels of this file for one instruction set, built side by side."""
     wanted = [PLAIN, BOOLEAN, ADDITIVE, CAPPED, *(SPECIAL if isa is NATIVE else ())]
     cache = KernelCache(Path(tempfile.mkdtemp(prefix="fuser-test-")))
-    return build([render(p.spec) for p in wanted], target(isa), headers=headers(PLAIN.spec), cache=cache)
+    return build([render(p.spec) for p in wanted], target(isa), headers=header_folder(target(isa)), cache=cache)
 
 
 def kernel(parameters: AttentionParameters, isa: Isa) -> Kernel:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuser.codegen.render import headers, render
+from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
@@ -165,8 +165,8 @@ def kernels(cache: KernelCache) -> Callable[[Case], Kernel]:
     paths: dict[Case, Path] = {}
     for isa, features in {(case.isa, case.features) for case in ALL}:
         specs = {c: _spec(c.parameters) for c in ALL if (c.isa, c.features) == (isa, features)}
-        folder = headers(next(iter(specs.values())))
-        built = build([render(s) for s in specs.values()], target(isa, features), headers=folder, cache=cache)
+        machine = target(isa, features)
+        built = build([render(s) for s in specs.values()], machine, headers=header_folder(machine), cache=cache)
         paths |= {case: built[spec.symbol] for case, spec in specs.items()}
     return functools.cache(lambda case: load(paths[case], _spec(case.parameters).symbol))
 
@@ -361,7 +361,7 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     results = {v: torch.empty(graph.values[v].shape) for v in outputs}
     tensors = materialized(call.tensors, {**values, **results})
     source = render(call.spec)
-    kernel = load(build([source], machine, headers=headers(call.spec), cache=cache)[source.symbol], source.symbol)
+    kernel = load(build([source], machine, headers=header_folder(machine), cache=cache)[source.symbol], source.symbol)
     workspace = torch.empty(call.workspace_bytes // 4 + 16)
     kernel(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, 2, workspace.data_ptr()))
 
