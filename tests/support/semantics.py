@@ -1,10 +1,13 @@
-"""One operator of every kind, for tests that need any."""
+"""One operator of every kind, with inputs and the definition of what it makes of them, for tests that need any."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fuser.ir.expression import Expression, Op, layer_norm, unary
 from fuser.ir.masks import SlidingWindow
@@ -34,31 +37,76 @@ from fuser.ir.operators import (
 )
 from fuser.ir.scores import SoftCap
 
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, inputs in float64, and its definition in other words."""
+
+    semantics: Semantics
+    inputs: tuple[Tensor, ...]
+    definition: Callable[..., Tensor]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+X, ROW, SCORES = normal(2, 5, 8), normal(8), normal(2, 4, 6, 6)
+BEYOND_ONE = [[abs(i - j) > 1 for j in range(6)] for i in range(6)]
+FORBIDDEN = torch.tensor(BEYOND_ONE)
+RUNTIME = torch.rand(2, 1, 1, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+BARRED = SCORES.masked_fill(FORBIDDEN, -math.inf)
+BARRED[0, 0, 3] = -math.inf
+
+
+def _softmax(x: Tensor) -> Tensor:
+    weights = torch.where(torch.isinf(x), 0.0, x.exp())
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    return centred / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + 1e-5).sqrt() * weight + bias
+
+
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
-SAMPLES: Mapping[type[Semantics], Semantics] = {
-    type(sample): sample
-    for sample in (
-        Extern(TorchCall(torch.add, (Ref(0), Ref(0))), "no kernel adds a value to itself"),
-        View(_VIEW),
-        SplitHeads(_VIEW),
-        MergeHeads(TorchCall(torch.as_strided, (Ref(0), (2, 4, 24), (96, 24, 1), 0))),
-        Gemm(transposed=True),
-        QK(),
-        PV(),
-        Bias(),
-        Activation(unary(Op.GELU)),
-        Residual(),
-        Norm(layer_norm(1e-5)),
-        Pointwise(unary(Op.EXP)),
-        Scale(0.125),
-        ChangeScores(SoftCap(2.0)),
-        Softmax(masked=True),
-        Embedding(),
-        PatternMask(pattern=SlidingWindow(1, 1)),
-        BooleanMask(),
-        AdditiveMask(),
+CASES: Mapping[type[Semantics], Case] = {
+    type(case.semantics): case
+    for case in (
+        Case(Extern(TorchCall(torch.add, (Ref(0), Ref(0))), "no kernel adds a value to itself"), (X,), lambda x: 2 * x),
+        Case(View(_VIEW), (normal(2, 4, 24),), lambda x: x.reshape(2, 4, 3, 8).permute(0, 2, 1, 3)),
+        Case(SplitHeads(_VIEW), (normal(2, 4, 24),), lambda x: x.reshape(2, 4, 3, 8).permute(0, 2, 1, 3)),
+        Case(
+            MergeHeads(TorchCall(torch.as_strided, (Ref(0), (2, 4, 24), (96, 24, 1), 0))),
+            (normal(2, 4, 3, 8),),
+            lambda x: x.reshape(2, 4, 24),
+        ),
+        Case(Gemm(transposed=True), (X, normal(7, 8)), lambda x, w: torch.einsum("bsk,nk->bsn", x, w)),
+        Case(
+            QK(),
+            (normal(2, 4, 6, 8), normal(2, 2, 5, 8)),
+            lambda q, k: torch.stack([torch.einsum("bqd,bkd->bqk", q[:, h], k[:, h // 2]) for h in range(4)], 1),
+        ),
+        Case(
+            PV(),
+            (SCORES, normal(2, 2, 6, 8)),
+            lambda p, v: torch.stack([torch.einsum("bqk,bkd->bqd", p[:, h], v[:, h // 2]) for h in range(4)], 1),
+        ),
+        Case(Bias(), (X, ROW), lambda x, b: x + b),
+        Case(Activation(unary(Op.GELU)), (X,), lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
+        Case(Residual(), (X, normal(2, 5, 8)), lambda x, y: x + y),
+        Case(Norm(layer_norm(1e-5)), (X, ROW, -ROW), _norm),
+        Case(Pointwise(unary(Op.EXP)), (X,), lambda x: math.e**x),
+        Case(Scale(0.125), (X,), lambda x: x / 8),
+        Case(ChangeScores(SoftCap(2.0)), (SCORES,), lambda s: 2 * torch.tanh(s / 2)),
+        Case(Softmax(masked=True), (BARRED,), _softmax),
+        Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
+        Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
+        Case(BooleanMask(), (SCORES, RUNTIME), lambda s, m: torch.where(m, s, -math.inf)),
+        Case(AdditiveMask(), (SCORES, RUNTIME.double()), lambda s, m: s + m),
     )
 }
+SAMPLES: Mapping[type[Semantics], Semantics] = {kind: case.semantics for kind, case in CASES.items()}
 
 
 def semantics(kind: type[Semantics], function: Expression) -> Semantics:
