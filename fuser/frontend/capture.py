@@ -628,8 +628,9 @@ _METADATA = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 def _is_mutable(node: torch.fx.Node) -> bool:
+    """Whether an operator writes what it is given; one that only leaves autograd's graph does not."""
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    return bool(schema is not None and schema.is_mutable) and node.target is not torch.ops.aten.detach_.default
 
 
 def _examples(call: FlatCall) -> tuple[Tensor, ...]:

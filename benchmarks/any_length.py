@@ -1,0 +1,284 @@
+"""Real text in batches of all lengths: what new lengths cost, whole passes over a corpus, memory, and threads.
+
+Sentences of Python's own manual through a MiniLM encoder (6 layers of 384) in batches of 32, padded to the longest of
+each: sorted by length, and shuffled. First passes include what every arm compiles; later ones are interleaved.
+
+    python benchmarks/any_length.py
+    python benchmarks/any_length.py --sentences 200 --parts passes
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import re
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data import topics as manual
+from typing import Any
+
+import psutil
+import torch
+from harness import save
+from torch import Tensor, nn
+
+import fuser
+from fuser.demo import load_encoder, model_folder
+from fuser.runtime.device import cpu_target
+
+BATCH = 32
+Batch = tuple[Tensor, Tensor]
+"""Token ids and attention mask, (batch, length) int64."""
+Encode = Callable[[Tensor, Tensor], Any]
+
+
+class Masked(nn.Module):
+    """The encoder as a function of two tensors, for exporters."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return hidden
+
+
+def sentences(count: int) -> list[str]:
+    """Text that every machine has: the manual that ``help()`` of Python shows."""
+    text = re.sub(r"\s+", " ", " ".join(manual.topics.values()))
+    found = [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text) if len(part) > 20]
+    return random.Random(1).sample(found, count)
+
+
+def batches(rows: Sequence[list[int]]) -> list[Batch]:
+    found = []
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(part):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        found.append((ids, mask))
+    return found
+
+
+def onnxruntime_arm(path: Path, threads: int) -> Encode:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return lambda *given: session.run(None, dict(zip(names, (t.numpy() for t in given), strict=True)))[0]
+
+
+def openvino_arm(path: Path, threads: int) -> Encode:
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda *given: compiled([t.numpy() for t in given])[0]
+
+
+def arms(model: nn.Module, threads: int, folder: Path) -> dict[str, Callable[[], Encode]]:
+    """How every arm is made, which is part of its first pass."""
+    found: dict[str, Callable[[], Encode]] = {
+        "fuser": lambda: Masked(fuser.optimize(model)),
+        "eager": lambda: Masked(model),
+        "torch.compile(dynamic=True)": lambda: torch.compile(Masked(model), dynamic=True),
+    }
+    path = folder / "model.onnx"
+    example = (torch.ones(2, 8, dtype=torch.int64),) * 2
+    axes = {0: "batch", 1: "sequence"}
+    try:
+        import onnx  # noqa: F401
+
+        torch.onnx.export(
+            Masked(model).eval(),
+            example,
+            str(path),
+            dynamo=False,
+            input_names=["input_ids", "attention_mask"],
+            dynamic_axes={"input_ids": axes, "attention_mask": axes},
+        )
+        import onnxruntime  # noqa: F401
+
+        found["onnxruntime"] = lambda: onnxruntime_arm(path, threads)
+        import openvino  # noqa: F401
+
+        found["openvino"] = lambda: openvino_arm(path, threads)
+    except ImportError as error:
+        print(f"left out: {error}")
+    return found
+
+
+def one_pass(encode: Encode, corpus: Sequence[Batch]) -> float:
+    start = time.perf_counter()
+    for ids, mask in corpus:
+        encode(ids, mask)
+    return time.perf_counter() - start
+
+
+def passes(model: nn.Module, corpus: Sequence[Batch], rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds of the first pass of every arm, and of the later ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, ready = {}, {}
+        for name, make in arms(model, threads, Path(folder)).items():
+            start = time.perf_counter()
+            ready[name] = make()
+            one_pass(ready[name], corpus)
+            first[name] = time.perf_counter() - start
+        ids, mask = corpus[len(corpus) // 2]
+        expected = torch.as_tensor(ready["eager"](ids, mask))[mask.bool()]
+        for name, encode in ready.items():
+            error = (torch.as_tensor(encode(ids, mask))[mask.bool()] - expected).norm() / expected.norm()
+            assert error < 1e-4, f"{name} computes something else ({error:.2g})"
+        later: dict[str, list[float]] = {name: [] for name in ready}
+        for turn in range(rounds):
+            names = list(ready)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                time.sleep(0.1)
+                later[name].append(one_pass(ready[name], corpus))
+    tokens = sum(int(mask.sum()) for _, mask in corpus)
+    return {
+        "real_tokens": tokens,
+        "share_of_real_tokens": round(tokens / sum(mask.numel() for _, mask in corpus), 3),
+        "lengths": len({mask.shape for _, mask in corpus}),
+        "first_seconds": {name: round(seconds, 3) for name, seconds in first.items()},
+        "later_seconds": {name: round(statistics.median(seconds), 4) for name, seconds in later.items()},
+        "later_quartiles": {
+            name: [round(q, 4) for q in statistics.quantiles(seconds, n=4)[::2]] for name, seconds in later.items()
+        },
+    }
+
+
+def new_lengths(layers: int, count: int) -> dict[str, Any]:
+    """Milliseconds that a new length costs beyond its run, for BERT-base with so many layers; within one order of
+    magnitude of tokens, for which kernels have been chosen."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(num_hidden_layers=layers, vocab_size=1000), add_pooling_layer=False).eval()
+    fast = fuser.optimize(model)
+    extra, runs = [], []
+    for i, length in enumerate([70, *range(66, 66 + count)]):
+        ids = torch.randint(0, 1000, (1, length))
+        start = time.perf_counter()
+        fast(ids)
+        first = time.perf_counter() - start
+        again = []
+        for _ in range(3):
+            start = time.perf_counter()
+            fast(ids)
+            again.append(time.perf_counter() - start)
+        if i > 1 and length != 70:
+            extra.append(1e3 * (first - statistics.median(again)))
+            runs.append(1e3 * statistics.median(again))
+    low, median, high = statistics.quantiles(extra, n=4)
+    return {
+        "layers": layers,
+        "extra_ms": round(median, 2),
+        "quartiles": [round(low, 2), round(high, 2)],
+        "run_ms": round(statistics.median(runs), 2),
+        "captures": len(list(fast._forms)),
+        "specialized": list(fast.specialized),
+    }
+
+
+def memory(model: nn.Module, lengths: int) -> dict[str, Any]:
+    """Resident memory after the first 50 of so many distinct shapes, and at the end, in MB."""
+    process, fast = psutil.Process(), fuser.optimize(model, search="model")
+    shapes = random.Random(0).sample(list(itertools.product(range(2, 9), range(2, 250))), lengths)
+    # The largest first, since memory grows to its need once.
+    shapes.sort(key=lambda shape: -shape[0] * shape[1] * (shape == max(shapes, key=lambda s: s[0] * s[1])))
+    early = 0
+    for i, (batch, length) in enumerate(shapes):
+        fast(torch.ones(batch, length, dtype=torch.int64))
+        if i == 49:
+            early = process.memory_info().rss
+    return {
+        "shapes": lengths,
+        "mb_after_50": round(early / 1e6, 1),
+        "mb_at_the_end": round(process.memory_info().rss / 1e6, 1),
+        "growth": round(process.memory_info().rss / early - 1, 4),
+        "programs": len(fast.programs),
+    }
+
+
+def many_threads(model: nn.Module, seconds: float, callers: int) -> dict[str, Any]:
+    """Calls a second of one thread and of several, with random lengths."""
+    fast = fuser.optimize(model, search="model")
+    errors: list[str] = []
+
+    def throughput(count: int) -> float:
+        done = [0] * count
+        until = time.perf_counter() + seconds
+
+        def work(number: int) -> None:
+            draw = random.Random(number)
+            with torch.inference_mode():
+                while time.perf_counter() < until:
+                    try:
+                        fast(torch.ones(draw.randint(1, 4), draw.randint(2, 100), dtype=torch.int64))
+                    except Exception as error:
+                        errors.append(f"{type(error).__name__}: {error}")
+                        return
+                    done[number] += 1
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(done) / seconds
+
+    throughput(1)
+    one, several = throughput(1), throughput(callers)
+    return {"one": round(one, 1), "several": round(several, 1), "callers": callers, "errors": errors}
+
+
+PARTS = ("passes", "new", "memory", "threads")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--sentences", type=int, default=800)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/any_length.json")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    target = cpu_target()
+    encoder = load_encoder(model_folder())
+    encoder.tokenizer.no_padding()
+    texts = sentences(options.sentences)
+    rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    results: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        if "passes" in options.parts:
+            for case, corpus in (("sorted", sorted(rows, key=len)), ("shuffled", shuffled)):
+                found = passes(encoder.model, batches(corpus), options.rounds, torch.get_num_threads())
+                results.append({"case": case, "sentences": len(rows), **found})
+                print(results[-1], flush=True)
+        if "new" in options.parts:
+            results.append({"case": "new lengths", **new_lengths(12, 20)})
+            print(results[-1], flush=True)
+        if "memory" in options.parts:
+            results.append({"case": "memory", **memory(encoder.model, options.shapes)})
+            print(results[-1], flush=True)
+    if "threads" in options.parts:
+        results.append({"case": "threads", **many_threads(encoder.model, options.seconds, 8)})
+        print(results[-1], flush=True)
+    print(save("any_length", target, results, options.output))
+
+
+if __name__ == "__main__":
+    main()
