@@ -16,6 +16,7 @@ _EXPORTS = {
     "OptimizedModule": ("fuser.module.optimized", "OptimizedModule"),
     "load": ("fuser.saved", "load"),
     "sparse_attention": ("fuser.attention", "sparse_attention"),
+    "varlen_attention": ("fuser.attention", "varlen_attention"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),

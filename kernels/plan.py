@@ -136,7 +136,7 @@ class AttentionPlan:
         np.add.at(total, np.repeat(np.arange(len(head)), run_counts), runs[:, 1].astype(np.int64))
         phase = np.unique(phase, return_inverse=True)[1].reshape(-1)
         order = np.lexsort((-(width * (total + key_counts)), phase, head))
-        pick_rows, pick_runs, pick_keys = (_segments(c, order) for c in (row_counts, run_counts, key_counts))
+        pick_rows, pick_runs, pick_keys = (segments(c, order) for c in (row_counts, run_counts, key_counts))
         head, phase, width = head[order], phase[order], width[order]
         row_counts, run_counts, key_counts = row_counts[order], run_counts[order], key_counts[order]
         pick_keys = pick_keys[_by_vectors(lanes[pick_keys], key_counts)]
@@ -374,7 +374,7 @@ class AttentionPlan:
         _require((np.diff(head_phase) >= 0).all(), "groups must be sorted by head and phase")
         sizes = np.bincount(head_phase, minlength=len(a["sizes"]))
         _require(np.array_equal(sizes, a["sizes"]), "the sizes of phases must be right")
-        unused = np.repeat(~_low_bits(rows), np.diff(a["key_ptr"]))
+        unused = np.repeat(~low_bits(rows), np.diff(a["key_ptr"]))
         _require(not (a["lanes"].view(np.uint64) & unused).any(), "lanes without a row must not be set")
         _require((a["lanes"] != 0).all(), "a partial key must have a row that sees it")
         slot, resume, finish = _merges(
@@ -404,7 +404,7 @@ def _within(values: npt.NDArray[Any], stop: int) -> bool:
     return bool(((values >= 0) & (values < stop)).all())
 
 
-def _low_bits(counts: npt.NDArray[Any]) -> Words:
+def low_bits(counts: npt.NDArray[Any]) -> Words:
     """Words with the lowest ``counts`` (1 to 64) bits set."""
     return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)
 
@@ -447,7 +447,7 @@ def pointers(counts: npt.NDArray[Any]) -> Int64s:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _segments(counts: Int64s, order: npt.NDArray[Any]) -> Int64s:
+def segments(counts: Int64s, order: npt.NDArray[Any]) -> Int64s:
     """Positions of the elements of segments of these sizes when the segments are put in ``order``."""
     return np.repeat(pointers(counts)[:-1][order], counts[order]) + ramp(counts[order])
 
@@ -466,6 +466,8 @@ def _merges(
     Raises PlanError if a row is twice in one phase of a head.
     """
     key = head[group].astype(np.int64) * q_len + rows
+    if not phase.any() and len(key) and np.bincount(key).max() == 1:
+        return np.full(len(key), -1, np.int64), np.zeros(len(head), np.uint64), low_bits(np.bincount(group))
     order = np.lexsort((phase[group], key))
     ordered, stage = key[order], phase[group][order]
     again = ordered[1:] == ordered[:-1]

@@ -1,4 +1,5 @@
-"""Exact attention under any mask, as an operator of torch: :func:`sparse_attention`."""
+"""Exact attention under any mask, as operators of torch: :func:`sparse_attention`, and :func:`varlen_attention` of
+packed documents."""
 
 from __future__ import annotations
 
@@ -7,17 +8,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
 from fuser.attention.checks import check_heads, check_operands, check_runtime
-from fuser.attention.reference import reference
+from fuser.attention.reference import is_forward_differentiated, reference
 from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
+from fuser.attention.varlen import varlen_attention
 from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Dense, Mask, PerBatch
 from fuser.ir.scores import ScoreRule
 
-__all__ = ["attend", "register_mask", "sparse_attention"]
+__all__ = ["attend", "register_mask", "sparse_attention", "varlen_attention"]
 
 _EVERYTHING = Dense()
 
@@ -71,7 +72,7 @@ def sparse_attention(
         return attend(q, k, v, pattern, runtime, rule=score, scale=scale)
     operands = _operands(q, k, v, pattern, runtime, score, False, 0, scale)
     return (
-        _differentiated(*operands) if _is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
+        _differentiated(*operands) if is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
     )
 
 
@@ -121,16 +122,10 @@ def attend(
     Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
     """
     operands = _operands(q, k, v, pattern, runtime, rule, causal, offset, scale)
-    if _is_forward_differentiated():
+    if is_forward_differentiated():
         return _differentiated(*operands)[0]
     result: Tensor = torch.ops.fuser.sparse_attention(*operands)
     return result
-
-
-def _is_forward_differentiated() -> bool:
-    """Whether tangents may be carried along (``torch.func.jvp``, ``torch.autograd.forward_ad``), which operators of
-    ``torch.library`` drop."""
-    return forward_ad._current_level >= 0
 
 
 def _differentiated(

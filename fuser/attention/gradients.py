@@ -10,6 +10,7 @@ from torch import Tensor
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import probabilities_of, products_of, scores_of, weighted_sum, widened
 from fuser.attention.registry import spec_of
+from fuser.ir.attention import AttentionSpec
 
 torch.library.define(
     "fuser::sparse_attention_backward",
@@ -31,9 +32,23 @@ def _gradients(
     scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return gradients_of(grad, grad_lse, q, k, v, spec_of(spec), runtime, scale, bias)
+
+
+def gradients_of(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    runtime: Tensor | None,
+    scale: float,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    what, products = spec_of(spec), products_of(q, k, scale)
-    scores = scores_of(products, what, runtime)
+    products = products_of(q, k, scale)
+    scores = scores_of(products, spec, runtime)
     p, _ = probabilities_of(scores)
     forbidden = torch.isneginf(scores)
     group = q.shape[1] // max(k.shape[1], 1)
@@ -47,8 +62,8 @@ def _gradients(
         return grouped.sum(2).to(q.dtype).contiguous()
 
     db = None if runtime is None or not bias else ds.sum_to_size(runtime.shape).to(runtime.dtype)
-    if what.rule is not None:
-        ds = (ds * what.rule.derivative.evaluate(products)[0]).masked_fill(forbidden, 0.0)
+    if spec.rule is not None:
+        ds = (ds * spec.rule.derivative.evaluate(products)[0]).masked_fill(forbidden, 0.0)
     dq = (weighted_sum(ds, widened(k, group, p.dtype), forbidden) * scale).to(q.dtype)
     dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
     return dq, dk, dv, q.new_empty(0) if db is None else db

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,16 @@ torch.library.define("fuser::sparse_attention", f"{_ARGUMENTS} -> Tensor", tags=
 torch.library.define("fuser::sparse_attention_lse", f"{_ARGUMENTS} -> (Tensor, Tensor)", tags=TAGS)
 
 
-OPERATORS = (torch.ops.fuser.sparse_attention.default, torch.ops.fuser.sparse_attention_lse.default)
+KEYS: dict[str, int] = {"sparse_attention": 3, "sparse_attention_lse": 3, "varlen_attention": 5}
+"""Our operators, and which of their arguments is the key of what they compute."""
+
+
+def key_in(target: Any, arguments: Sequence[Any]) -> str | None:
+    """The key among the arguments of a call in a graph, if ``target`` is an operator of ours that has one."""
+    if getattr(target, "namespace", "") != "fuser":
+        return None
+    at = KEYS.get(target._schema.name.removeprefix("fuser::"))
+    return None if at is None else str(arguments[at])
 
 
 @torch.library.impl("fuser::sparse_attention", "default")

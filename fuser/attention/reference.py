@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.masks import Dense
@@ -73,6 +74,12 @@ def probabilities_of(scores: Tensor) -> tuple[Tensor, Tensor]:
 def arithmetic_dtype(q: Tensor) -> torch.dtype:
     """What plain PyTorch computes in, and the dtype of log-sum-exps."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def is_forward_differentiated() -> bool:
+    """Whether tangents may be carried along (``torch.func.jvp``, ``torch.autograd.forward_ad``), which operators of
+    ``torch.library`` drop."""
+    return forward_ad._current_level >= 0
 
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import uuid
 import weakref
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ _lock = ForkSafeLock()
 _recent: collections.OrderedDict[str, AttentionSpec] = collections.OrderedDict()
 _pinned: collections.OrderedDict[str, AttentionSpec] = collections.OrderedDict()
 _registered: dict[str, AttentionSpec] = {}
-_known: weakref.WeakKeyDictionary[Mask, dict[tuple[int, int] | None, str]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Mask, dict[Any, str]] = weakref.WeakKeyDictionary()
 # A mask that somebody holds can be found, however many others are used between its key and the operator. Masks of
 # different functions have one key while their entries are equal.
 _alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, int], Mask] = weakref.WeakValueDictionary()
@@ -73,8 +75,12 @@ def adopt(key: str, spec: AttentionSpec) -> None:
         _registered[key] = spec
 
 
-def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None) -> str:
-    """The key of ``spec``, known as long as somebody holds its mask, and among the last ones used in any case."""
+def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None, *, any_lengths: bool = False) -> str:
+    """The key of ``spec``, known as long as somebody holds its mask, and among the last ones used in any case.
+
+    Of a mask with functions, which needs lengths, the key holds for these alone; or, with ``any_lengths``, for all, in
+    this process.
+    """
     spec = spec.current()
     mask = spec.mask
     with _lock:
@@ -85,11 +91,13 @@ def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None) -> str:
             name = keys[None] = mask.hash
         except MaskError:
             # A function has no hash, but its entries at these lengths have.
-            if q_len is None:
+            if q_len is None and not any_lengths:
                 raise
-            lengths = (int(q_len), int(q_len if kv_len is None else kv_len))
-            name = keys.get(lengths)
-            if name is None:
+            lengths = None if q_len is None else (int(q_len), int(q_len if kv_len is None else kv_len))
+            name = keys.get(lengths or "any")
+            if name is None and lengths is None:
+                name = keys["any"] = uuid.uuid4().hex
+            elif name is None:
                 # An export traces all that its thread runs, and this is not part of the model.
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
                     name = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
@@ -137,9 +145,23 @@ def key_of(
             raise
         return ""
     except AttributeError as error:
-        if torch._guards.TracingContext.try_get() is None:
-            raise
-        # Dynamo passes objects that are made inside the traced function before their fields are set.
+        _explain(error)
+        raise
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def key_of_any_lengths(mask: Mask, rule: ScoreRule | None) -> str:
+    """The key of a mask and a rule that documents of any lengths have, a constant of whatever graph is traced."""
+    try:
+        return enter(AttentionSpec(mask, rule), None, None, any_lengths=True)
+    except AttributeError as error:
+        _explain(error)
+        raise
+
+
+def _explain(error: AttributeError) -> None:
+    """Dynamo passes objects that are made inside the traced function before their fields are set: then say so."""
+    if torch._guards.TracingContext.try_get() is not None:
         from torch._dynamo.exc import Unsupported
 
         raise Unsupported("a fuser mask is made inside of a compiled function; make it outside") from error

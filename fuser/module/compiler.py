@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fuser.attention.operators import OPERATORS
+from fuser.attention.operators import key_in
 from fuser.attention.registry import specs_of
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.choice import Choice, GroupChoice
@@ -169,8 +169,8 @@ def functions_of(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
     if attention is not None and attention.has_functions:
         yield attention
     for node in captured.graph.graph.nodes:
-        if node.target in OPERATORS:
-            found = (spec.mask for spec in specs_of(node.args[3]))
+        if (key := key_in(node.target, node.args)) is not None:
+            found = (spec.mask for spec in specs_of(key))
             yield from (mask for mask in found if mask.has_functions and mask.is_current)
 
 

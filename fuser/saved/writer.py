@@ -170,6 +170,10 @@ def _specs_of(programs: Sequence[SavedProgram]) -> dict[str, AttentionSpec]:
             try:
                 codec.dump(spec)
             except TypeError:
+                if len(step.inputs[0].shape) != 4:
+                    raise FuserError(
+                        "a mask of functions over documents of any lengths cannot be saved, since it has no entries"
+                    ) from None
                 spec = spec.of(from_dense(spec.mask.dense(*(step.inputs[i].shape[2] for i in (0, 1)))))
             found[key] = spec
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from caches import refuse
 from typer.testing import CliRunner
 
 import fuser.cli
 from fuser.cli.models import parse_mask, resolve
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import BigBird, Causal, SlidingWindow
+from fuser.runtime.cache import KernelCache
 
 TINY = ["transformer-encoder", "--layers", "2", "--hidden", "32", "--heads", "2", "--intermediate", "64"]
 SHOW = ["show", *TINY, "--seq", "16", "--search", "model"]
@@ -221,6 +224,16 @@ def test_cache_commands(run: Any, own_cache: Path, tmp_path: Path) -> None:
     code, out, _ = run("cache", "verify", "--json")
     assert code == 1
     assert [name for name, _ in json.loads(out)["damaged"]] == [library.parent.name]
+
+
+def test_a_read_only_cache_is_listed_by_its_own_name(
+    run: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KernelCache(own_cache).write_plan("a", "a mask", b"plan")
+    refuse(monkeypatch, own_cache, errno.EROFS)
+    listed = json.loads(run("cache", "ls", "--json")[1])
+    assert listed["root"] == str(own_cache) and [plan["title"] for plan in listed["plans"]] == ["a mask"]
+    assert f"1 plans in {own_cache}," in run("cache", "ls")[1]
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(

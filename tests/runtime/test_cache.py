@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -441,27 +442,6 @@ def test_a_foreign_directory_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(CacheError, match="belongs to another user"):
         KernelCache(root)
-
-
-def refuse(monkeypatch: pytest.MonkeyPatch, root: Path, code: int) -> None:
-    """Let every attempt to create something below ``root`` fail with ``code``."""
-    real_open, real_mkdir = os.open, os.mkdir
-
-    def below(path: object) -> bool:
-        return isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(root)
-
-    def fake_open(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-        if below(path) and flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
-            raise OSError(code, os.strerror(code), str(path))
-        return real_open(path, flags, *rest, **options)
-
-    def fake_mkdir(path: Any, *rest: Any, **options: Any) -> None:
-        if below(path) and not Path(path).exists():
-            raise OSError(code, os.strerror(code), str(path))
-        real_mkdir(path, *rest, **options)
-
-    monkeypatch.setattr(os, "open", fake_open)
-    monkeypatch.setattr(os, "mkdir", fake_mkdir)
 
 
 def test_a_read_only_cache_is_read_and_new_kernels_go_elsewhere(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,20 @@ def test_broken_compilers_are_explained(target: Target, compiler: Compiler, body
     with pytest.raises(ToolchainError) as caught:
         find_toolchain(target)
     assert words in str(caught.value) and str(folder) in str(caught.value) and "install" in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["full", "missing"])
+def test_a_folder_for_temporary_files_that_takes_none_is_not_a_broken_compiler(
+    target: Target, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+) -> None:
+    said = "cc1plus: fatal error: /tmp/x.s: No space left on device"
+    compiler(f"[ $1 = --version ] && exec $REAL --version; echo '{said}' >&2; exit 1")
+    if folder == "missing":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ToolchainError, match="set TMPDIR") as caught:
+        find_toolchain(target)
+    assert ("No space left" if folder == "full" else "nowhere") in str(caught.value)
+    assert "install" not in str(caught.value) and "no C++ compiler" not in str(caught.value)
 
 
 def test_a_compiler_that_hangs(target: Target, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,283 @@
+"""Attention over packed documents of any lengths: :func:`varlen_attention`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuser.attention.checks import check_heads, check_operands
+from fuser.attention.gradients import gradients_of
+from fuser.attention.launch import NoKernelError, run_plan, say, target_for
+from fuser.attention.operators import TAGS
+from fuser.attention.reference import arithmetic_dtype, is_forward_differentiated, reference
+from fuser.attention.registry import DENSE, key_of_any_lengths, pin, spec_of
+from fuser.ir.errors import BuildError, CacheError, MaskError, ScoreError, ToolchainError
+from fuser.ir.masks import Dense, Mask
+from fuser.ir.scores import ScoreRule
+from fuser.ir.target import Target
+from fuser.kernels.documents import document_mask, plan_documents, seeing
+from fuser.kernels.plan import AttentionPlan, Int64s
+
+_PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, str spec, float scale"
+torch.library.define("fuser::varlen_attention", f"({_PACKED}, bool return_lse) -> (Tensor, Tensor)", tags=TAGS)
+torch.library.define(
+    "fuser::varlen_attention_backward",
+    f"(Tensor grad, Tensor? grad_lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+_EVERYTHING = Dense()
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    mask: Mask | None = None,
+    *,
+    score: ScoreRule | None = None,
+    scale: float | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every document to itself, where documents of any lengths lie one behind the other without padding.
+
+    Args:
+        q: (total_q, H, D), the queries of all documents.
+        k: (total_k, Hkv, D); H is a multiple of Hkv, and each of k's heads serves H / Hkv heads of q in a row.
+        v: (total_k, Hkv, Dv).
+        cu_seqlens_q: (documents + 1,) int32 or int64: document i has queries ``cu_seqlens_q[i]`` to
+            ``cu_seqlens_q[i + 1]``; from 0, ascending, to total_q. On the device of ``q`` or on the CPU, where it is
+            read at every call. Documents may be empty.
+        cu_seqlens_k: the same of keys, for as many documents; None where they are those of the queries.
+        mask: one of :mod:`fuser.masks`, which is applied to each document by itself; None for all pairs.
+        score: as in :func:`fuser.sparse_attention`.
+        scale: default 1 / sqrt(D).
+        max_seqlen_q, max_seqlen_k: taken as flash-attention's functions take them and not needed, since the lengths are
+            read from the offsets.
+        return_lse: also return the log-sum-exp of the scores of each row, (H, total_q) fp32, natural logarithm.
+
+    Returns (total_q, H, Dv) in the dtype of ``q``, contiguous. A row that may see nothing gives zeros, and -inf as its
+    log-sum-exp.
+
+    Where a document has other numbers of queries and keys, its queries are the last of its keys, as in flash-attention
+    since 2.1 (masks are aligned bottom right, other than in :func:`fuser.sparse_attention`): query i stands where key
+    i + keys - queries does, and one that stands before the first key sees nothing. None and ``Dense()`` allow all pairs
+    whatever the numbers.
+
+    New lengths need no other code, only another plan of a few milliseconds, which layers with the same lengths share:
+    made by arithmetic for all pairs, ``Causal`` and ``SlidingWindow`` and what ``&`` makes of these, else put together
+    of plans of single documents, which are remembered by their lengths. It is ``torch.ops.fuser.varlen_attention``,
+    eager, exported and compiled. The kernels take what those of :func:`fuser.sparse_attention` take; everything else
+    and the backward pass are plain PyTorch, one document after another. A mask with functions (``from_mask_mod``) is
+    known to graphs of this process alone.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit each other, or offsets do not ascend from 0 to the number of
+            rows.
+        MaskError: the mask does not fit a document.
+        ScoreError: ``score`` is no rule of ours.
+    """
+    if score is not None and not isinstance(score, ScoreRule):
+        raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
+    if mask is not None and not isinstance(mask, Mask):
+        raise MaskError(f"mask must be one of fuser.masks or None, which every document has, got {type(mask).__name__}")
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    key = DENSE
+    if mask is not None or score is not None:
+        key = key_of_any_lengths(_EVERYTHING if mask is None else mask, score)
+    operands = q, k, v, cu_seqlens_q, cu_seqlens_k, key, scale
+    if is_forward_differentiated():
+        out, lse = _reference(*operands)
+    else:
+        out, lse = torch.ops.fuser.varlen_attention(*operands, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> None:
+    """Raise ValueError unless shapes, dtypes and devices fit."""
+    if not q.dim() == k.dim() == v.dim() == 3:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(
+            f"packed attention takes q (total_q, H, D), k (total_k, Hkv, D) and v (total_k, Hkv, Dv), got {shapes}"
+        )
+    check_operands(*map(_by_heads, (q, k, v)))
+    for name, cu in zip(("cu_seqlens_q", "cu_seqlens_k"), offsets, strict=True):
+        if cu.dim() != 1 or cu.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be (documents + 1,) int32 or int64, got {tuple(cu.shape)} {cu.dtype}")
+        if cu.device not in (q.device, torch.device("cpu")):
+            raise ValueError(f"{name} must be on the device of q, {q.device}, or on the CPU, not on {cu.device}")
+    if offsets[0].shape != offsets[1].shape:
+        counts = " and ".join(str(len(cu) - 1) for cu in offsets)
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have as many documents, got {counts}")
+
+
+def _by_heads(packed: Tensor) -> Tensor:
+    """(total, H, D) as (1, H, total, D)."""
+    return packed.transpose(0, 1)[None]
+
+
+def _bounds(name: str, cu: Tensor, rows: int) -> Int64s:
+    """Offsets as int64 on this side. Raises ValueError unless they ascend from 0 to the number of rows."""
+    bounds = np.array(cu.tolist(), np.int64)
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != rows:
+        ends = f"from {bounds[0]} to {bounds[-1]}" if len(bounds) else "nothing"
+        raise ValueError(f"{name} must go from 0 to the number of rows, {rows}, and is {ends}")
+    if (down := np.flatnonzero(np.diff(bounds) < 0)).size:
+        i = int(down[0])
+        raise ValueError(f"{name} must ascend: it is {bounds[i]} at {i} and {bounds[i + 1]} behind it")
+    return bounds
+
+
+def _documents(mask: Mask, q_bounds: Int64s, k_bounds: Int64s) -> Iterator[tuple[slice, slice, Mask]]:
+    """Rows that see something, keys, and the mask of each document that has such rows."""
+    rows = seeing(mask, np.diff(q_bounds), np.diff(k_bounds))
+    for n, stop, k_start, k_stop in zip(
+        rows.tolist(), *(b.tolist() for b in (q_bounds[1:], k_bounds[:-1], k_bounds[1:])), strict=True
+    ):
+        if n:
+            yield slice(stop - n, stop), slice(k_start, k_stop), document_mask(mask, n, k_stop - k_start)
+
+
+@torch.library.impl("fuser::varlen_attention", "default")
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spec: str,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    what = spec_of(spec)
+    heads = tuple(map(_by_heads, (q, k, v)))
+    check_heads(what.mask, heads[0])
+    q_bounds, k_bounds = (
+        _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+    )
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=arithmetic_dtype(q))
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    if k.shape[0] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    try:
+        target = target_for(heads[0], heads[2], None)
+        plan = _plan(what.mask.current(), q_bounds.tobytes(), k_bounds.tobytes(), target)
+        run_plan(*heads, plan, None, scale, _by_heads(out), lse[None] if return_lse else None, target, what.rule)
+        return out, lse
+    except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
+        say(str(error))
+    exact, sums = _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, spec, scale)
+    return exact, sums if return_lse else lse
+
+
+@functools.lru_cache(maxsize=32)
+def _plan(mask: Mask, q_bounds: bytes, k_bounds: bytes, target: Target) -> AttentionPlan:
+    return plan_documents(mask, np.frombuffer(q_bounds, np.int64), np.frombuffer(k_bounds, np.int64), target)
+
+
+@torch.library.register_fake("fuser::varlen_attention")  # type: ignore[untyped-decorator]
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spec: str,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    pin(spec)
+    lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=arithmetic_dtype(q))
+    return q.new_empty(*q.shape[:2], v.shape[2]), lse
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in plain PyTorch, one document after another, by operators that PyTorch differentiates."""
+    spec = spec_of(key)
+    heads = tuple(map(_by_heads, (q, k, v)))
+    check_heads(spec.mask, heads[0])
+    bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]), _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=arithmetic_dtype(q))
+    for rows, keys, mask in _documents(spec.mask, *bounds):
+        part, sums = reference(
+            heads[0][:, :, rows], heads[1][:, :, keys], heads[2][:, :, keys], spec.of(mask), None, scale
+        )
+        out[rows], lse[:, rows] = part[0].transpose(0, 1), sums[0]
+    return out, lse
+
+
+# ---- the backward pass
+
+
+@torch.library.impl("fuser::varlen_attention_backward", "default")
+def _gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spec: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, one document after another."""
+    what = spec_of(spec)
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]), _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    for rows, keys, mask in _documents(what.mask, *bounds):
+        of_lse = None if grad_lse is None else grad_lse[None, :, rows]
+        operands = (_by_heads(t) for t in (grad[rows], q[rows], k[keys], v[keys]))
+        of_out, *parts = operands
+        found = gradients_of(of_out, of_lse, *parts, what.of(mask), None, scale, False)
+        for into, part in zip((dq[rows], dk[keys], dv[keys]), found, strict=False):
+            into.copy_(part[0].transpose(0, 1))
+    return dq, dk, dv
+
+
+@torch.library.register_fake("fuser::varlen_attention_backward")  # type: ignore[untyped-decorator]
+def _fake_gradients(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    spec: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, key, scale, return_lse = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    # The backward pass finds the specification by its key because somebody holds its mask.
+    ctx.key, ctx.spec, ctx.scale, ctx.return_lse = key, spec_of(key), scale, return_lse
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    of_lse = grad_lse if ctx.return_lse else None
+    found = torch.ops.fuser.varlen_attention_backward(grad, of_lse, *ctx.saved_tensors, ctx.key, ctx.scale)
+    return (*found, None, None, None, None, None)
+
+
+torch.library.register_autograd("fuser::varlen_attention", _backward, setup_context=_keep)

@@ -1,0 +1,176 @@
+"""Plans of packed documents: every document attends to itself, under one mask that is applied to each.
+
+Where the keys of a row are an interval that moves with it, groups follow from lengths by arithmetic; of other masks the
+plans of single documents are put side by side. Either way nothing here runs once a row or once a document.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fuser.ir.masks import And, Causal, Dense, Mask, SlidingWindow
+from fuser.ir.target import Target
+from fuser.kernels.plan import WIDTHS, AttentionPlan, Int64s, Words, low_bits, ramp, segments
+from fuser.kernels.planner import plan
+
+_ROWS = max(WIDTHS)
+_FAR = 1 << 40
+"""Beyond the last key of any document."""
+
+
+class _Groups(NamedTuple):
+    """Groups as concatenated arrays, as :meth:`AttentionPlan.assemble` takes them."""
+
+    head: Int64s
+    phase: Int64s
+    width: Int64s
+    row_counts: Int64s
+    rows: Int64s
+    run_counts: Int64s
+    runs: Int64s
+    key_counts: Int64s
+    keys: Int64s
+    lanes: Words
+
+
+def seeing(mask: Mask, q_lengths: Int64s, k_lengths: Int64s) -> Int64s:
+    """How many of the last queries of each document stand at a key of it or behind; the others see nothing, unless the
+    mask allows everything."""
+    return np.where(k_lengths > 0, q_lengths, 0) if mask.allows_all else np.minimum(q_lengths, k_lengths)
+
+
+def document_mask(mask: Mask, q_len: int, kv_len: int) -> Mask:
+    """The mask of a document whose queries are the last of its keys."""
+    return mask if mask.allows_all else mask.shift(kv_len - q_len)
+
+
+def plan_documents(mask: Mask, q_bounds: Int64s, k_bounds: Int64s, target: Target | None = None) -> AttentionPlan:
+    """The plan for documents that begin at rows ``q_bounds`` and keys ``k_bounds``; the last entries are the ends.
+
+    Both (N + 1,) int64 ascend from zero. Query i of a document stands where key i + keys - queries does (see
+    :func:`seeing`). Raises MaskError where the mask does not fit a document.
+    """
+    lengths, k_lengths = np.diff(q_bounds), np.diff(k_bounds)
+    rows = seeing(mask, lengths, k_lengths)
+    some = np.flatnonzero(rows)
+    first = (q_bounds[1:] - rows)[some]
+    documents = first, rows[some], k_bounds[:-1][some], k_lengths[some]
+    band = _band(mask)
+    groups = _banded(*band, *documents) if band is not None else _side_by_side(mask, *documents, target)
+    parts = [groups, *(_blind(q_bounds, lengths - rows, head) for head in range(mask.heads or 1))]
+    joined = _Groups(*map(np.concatenate, zip(*parts, strict=True)))
+    return AttentionPlan.assemble(int(q_bounds[-1]), int(k_bounds[-1]), mask.heads, **joined._asdict())
+
+
+def _blind(q_bounds: Int64s, counts: Int64s, head: int) -> _Groups:
+    """Groups of the first ``counts`` rows of each document, which give zeros."""
+    rows = np.repeat(q_bounds[:-1], counts) + ramp(counts)
+    sizes = np.minimum(_ROWS, len(rows) - np.arange(0, len(rows), _ROWS))
+    zeros, none = np.zeros(len(sizes), np.int64), np.zeros(0, np.int64)
+    width = np.full(len(sizes), _ROWS)
+    runs = np.zeros((0, 3), np.int64)
+    return _Groups(zeros + head, zeros, width, sizes, rows, zeros, runs, zeros, none, none.astype(np.uint64))
+
+
+# ---- intervals that move with the row
+
+
+def _band(mask: Mask) -> tuple[int, int] | None:
+    """The keys of a row relative to its own, from the first to the last, if that is what the mask says."""
+    if isinstance(mask, Dense):
+        return -_FAR, _FAR
+    if isinstance(mask, Causal):
+        return -_FAR, mask.offset
+    if isinstance(mask, SlidingWindow):
+        return -mask.left, mask.right
+    if isinstance(mask, And):
+        bands = [_band(operand) for operand in mask.operands]
+        known = [band for band in bands if band is not None]
+        low, high = max(low for low, _ in known or [(0, 0)]), min(high for _, high in known or [(0, 0)])
+        if len(known) == len(bands) and low <= high:
+            return low, high
+    return None
+
+
+def _banded(low: int, high: int, first: Int64s, rows: Int64s, k_first: Int64s, keys: Int64s) -> _Groups:
+    """Groups of neighbouring rows that see the keys from ``low`` to ``high`` of their own."""
+    counts = -(-rows // _ROWS)
+    document = np.repeat(np.arange(len(rows)), counts)
+    begin = ramp(counts) * _ROWS
+    size = np.minimum(_ROWS, rows[document] - begin)
+    # Where the first row of the group stands among its document's keys.
+    at, last = (keys - rows)[document] + begin, keys[document]
+    seen = np.clip(at + low, 0, last), np.clip(at + size + high, 0, last)
+    whole = np.clip(at + size - 1 + low, 0, last), np.clip(at + high + 1, 0, last)
+    seen, whole = ((start, np.maximum(start, stop)) for start, stop in (seen, whole))
+    has_run = whole[1] > whole[0]
+    # What lies before the keys that all rows see, and behind; everything where there are none of these.
+    before = np.where(has_run, whole[0], seen[1]) - seen[0]
+    behind = np.where(has_run, seen[1] - whole[1], 0)
+    key_counts = before + behind
+    group = np.repeat(np.arange(len(size)), key_counts)
+    key = ramp(key_counts)
+    key += np.where(key < before[group], seen[0][group], (whole[1] - before)[group])
+    lowest = np.maximum(0, key - high - at[group])
+    highest = np.minimum(size[group] - 1, key - low - at[group])
+    lanes = low_bits(highest + 1) & ~(low_bits(lowest + 1) >> np.uint64(1))
+    offset = k_first[document]
+    runs = np.stack([offset + whole[0], whole[1] - whole[0], np.ones_like(offset)], axis=1)[has_run]
+    zeros = np.zeros(len(size), np.int64)
+    width = np.array(WIDTHS)[np.searchsorted(WIDTHS, size)]
+    members = np.repeat(first[document] + begin, size) + ramp(size)
+    return _Groups(
+        zeros, zeros, width, size, members, has_run.astype(np.int64), runs, key_counts, key + offset[group], lanes
+    )
+
+
+# ---- plans side by side
+
+
+@functools.lru_cache(maxsize=1024)
+def _document(mask: Mask, q_len: int, kv_len: int, target: Target | None) -> _Groups:
+    """The groups of one document by itself."""
+    made = plan(document_mask(mask, q_len, kv_len), q_len, kv_len, target)
+    a = made._arrays
+    row_ptr, run_ptr, key_ptr = (a[name].astype(np.int64) for name in ("row_ptr", "run_ptr", "key_ptr"))
+    head, phase, width, rows, keys = (a[name].astype(np.int64) for name in ("head", "phase", "width", "row", "key"))
+    runs = a["run"].reshape(-1, 3).astype(np.int64)
+    lanes = a["lanes"].view(np.uint64)
+    return _Groups(head, phase, width, np.diff(row_ptr), rows, np.diff(run_ptr), runs, np.diff(key_ptr), keys, lanes)
+
+
+def _side_by_side(
+    mask: Mask, first: Int64s, rows: Int64s, k_first: Int64s, keys: Int64s, target: Target | None
+) -> _Groups:
+    """The groups of every document's own plan."""
+    lengths, which = np.unique(np.stack([rows, keys], axis=1), axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    kinds: Sequence[_Groups] = [_document(mask, n, m, target) for n, m in lengths.tolist()]
+    if not kinds:
+        return _blind(np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
+    sizes = np.array([len(kind.head) for kind in kinds])
+    all_kinds = _Groups(*map(np.concatenate, zip(*kinds, strict=True)))
+    picked = segments(sizes, which)
+    document = np.repeat(np.arange(len(which)), sizes[which])
+    row_counts, run_counts, key_counts = (
+        counts[picked] for counts in (all_kinds.row_counts, all_kinds.run_counts, all_kinds.key_counts)
+    )
+    runs = all_kinds.runs[segments(all_kinds.run_counts, picked)]
+    runs[:, 0] += np.repeat(k_first[document], run_counts)
+    partial = segments(all_kinds.key_counts, picked)
+    return _Groups(
+        all_kinds.head[picked],
+        all_kinds.phase[picked],
+        all_kinds.width[picked],
+        row_counts,
+        all_kinds.rows[segments(all_kinds.row_counts, picked)] + np.repeat(first[document], row_counts),
+        run_counts,
+        runs,
+        key_counts,
+        all_kinds.keys[partial] + np.repeat(k_first[document], key_counts),
+        all_kinds.lanes[partial],
+    )
