@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Assembly:
     labels: tuple[str, ...]
     choices: tuple[GroupChoice, ...]
 
-    @property
+    @functools.cached_property
     def template(self) -> ProgramTemplate:
         """The plan for any values of the graph's named sizes."""
         return ProgramTemplate(self.plan)

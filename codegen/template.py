@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -60,34 +59,6 @@ def _place(slot: Slot) -> str:
     number = "" if slot.memory is Memory.ARENA else f" {slot.index}"
     shape, strides = (" × ".join(map(str, numbers)) for numbers in (slot.shape, slot.strides))
     return f"{slot.memory.value}{number} + {slot.offset}: {shape} by {strides}, {slot.dtype}"
-
-
-@dataclass(frozen=True)
-class RangedTemplate:
-    """Templates for ranges of one formula of the sizes, such as the number of rows, since kernels want other tiles for
-    few than for many: ``templates[i]`` is for values of ``measure`` below ``limits[i]``, the last for all others."""
-
-    measure: int
-    limits: tuple[int, ...]
-    templates: tuple[ProgramTemplate, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.templates) != len(self.limits) + 1 or list(self.limits) != sorted(set(self.limits)):
-            raise ValueError("ranges need ascending limits, and one template more than limits")
-
-    @classmethod
-    def merged(cls, measure: int, limits: Sequence[int], templates: Sequence[ProgramTemplate]) -> RangedTemplate:
-        """The same with neighbours that are equal as one."""
-        kept = [i for i in range(len(limits)) if templates[i] != templates[i + 1]]
-        return cls(measure, tuple(limits[i] for i in kept), (*(templates[i] for i in kept), templates[-1]))
-
-    @functools.cached_property
-    def _measured(self) -> Binder[int]:
-        return Binder(self.measure)
-
-    def bind(self, sizes: Mapping[str, int]) -> ProgramPlan:
-        """The plan for these sizes by name. Raises ValueError for one that is missing or outside its range."""
-        return self.templates[bisect.bisect_right(self.limits, self._measured(sizes))].bind(sizes)
 
 
 def generalized(choices: Sequence[GroupChoice], graph: OperatorGraph, target: Target) -> tuple[GroupChoice, ...]:

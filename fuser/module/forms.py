@@ -122,7 +122,6 @@ class _Template:
         chosen, choices = choose_all(graph, target, tuner)
         self.decided = by_first_operator(graph, choices)
         self.assembly = assemble(late, generalized(chosen, late, target), target, threads)
-        self.plan = Binder(self.assembly.plan)
         self.unfused_share = unfused_share(graph, dataclasses.replace(self.assembly, choices=tuple(chosen)), target)
         self.kernels = load_kernels(self.assembly, target, cache)
         # Constants that follow from sizes are each program's own.
@@ -243,7 +242,7 @@ class Form:
             variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache)
             lap("schemes and kernels")
         template = variant.templates[key]
-        assembly = dataclasses.replace(template.assembly, plan=template.plan(sizes))
+        assembly = dataclasses.replace(template.assembly, plan=template.assembly.template.bind(sizes))
         lap("bind")
         arena = states.arena
         constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)

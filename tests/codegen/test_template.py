@@ -14,7 +14,7 @@ import torch
 from fuser import zoo
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.choice import GroupChoice
-from fuser.codegen.template import ProgramTemplate, RangedTemplate, generalized
+from fuser.codegen.template import ProgramTemplate, generalized
 from fuser.frontend.capture import Captured, capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
@@ -165,19 +165,6 @@ def test_a_template_prints_its_formulas() -> None:
     text = str(template_of("transformer-encoder", target, PRIMES["sequence"])[0])
     assert text.startswith("size batch from 2\nsize sequence from 2\n")
     assert "batch*sequence" in text and "workspace_bytes(launch_of(" in text
-
-
-def test_ranges_of_a_size_decide_between_templates() -> None:
-    target, _ = golden.TARGETS["sm_90"]
-    rows = named("batch") * named("sequence")
-    few, many = (template_of("transformer-encoder", target, PRIMES["sequence"])[0] for _ in range(2))
-    other = ProgramTemplate(dataclasses.replace(many.plan, threads=77))
-    ranged = RangedTemplate.merged(rows, (64, 512, 4096), (few, many, other, other))
-    assert ranged.limits == (512,) and len(ranged.templates) == 2
-    for batch, seq, threads in ((2, 31, THREADS), (7, 73, THREADS), (8, 64, 77), (40, 512, 77)):
-        assert ranged.bind({"batch": batch, "sequence": seq}).threads == threads
-    with pytest.raises(ValueError, match="one template more than limits"):
-        RangedTemplate(rows, (1, 2), (few,))
 
 
 def test_kernels_that_exist_for_one_length_only_are_refused() -> None:
