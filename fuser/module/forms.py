@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -117,13 +118,18 @@ class _Template:
         threads: int,
         tuner: Tuner | None,
         cache: KernelCache,
+        lap: Callable[[str], None],
     ) -> None:
-        """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes."""
+        """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes; ``lap`` is told
+        the end of every stage."""
         chosen, choices = choose_all(graph, target, tuner)
         self.decided = by_first_operator(graph, choices)
+        lap("schemes")
         self.assembly = assemble(late, generalized(chosen, late, target), target, threads)
         self.unfused_share = unfused_share(graph, dataclasses.replace(self.assembly, choices=tuple(chosen)), target)
+        lap("render")
         self.kernels = load_kernels(self.assembly, target, cache)
+        lap("build")
         # Constants that follow from sizes are each program's own.
         self._own = [_is_late(late, ref) for ref in self.assembly.plan.constants]
         self._shared: tuple[int, list[Tensor]] | None = None
@@ -170,6 +176,7 @@ class _Variant:
     """A graph with named sizes, and what it was compiled to, by target, threads and order of magnitude."""
 
     graph: OperatorGraph
+    dtypes: frozenset[torch.dtype]
     binder: Binder[OperatorGraph]
     assumptions: Binder[tuple[bool, ...]]
     templates: dict[Hashable, _Template] = field(default_factory=dict)
@@ -177,6 +184,17 @@ class _Variant:
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether the graph is right for these sizes."""
         return all(self.assumptions(sizes))
+
+
+@contextlib.contextmanager
+def _evaluating() -> Iterator[None]:
+    """What PyTorch says against the constants of a model for some sizes, as the reason why these are not served."""
+    try:
+        yield
+    except FuserError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"what the model makes of its constants for these sizes fails: {error!s:.200}") from error
 
 
 class Form:
@@ -188,7 +206,9 @@ class Form:
     """
 
     def __init__(self, model: nn.Module, call: FlatCall, store: WeightStore, options: Options) -> None:
+        start = time.perf_counter()
         self.captured: Captured = capture(model, call, dynamic_dimensions(model, call, options.dynamic))
+        self._seconds = {"capture": time.perf_counter() - start}
         self.options = options
         self.device = device_of(call)
         self._output: Binder[OutputSpec] = Binder(self.captured.output)
@@ -225,7 +245,8 @@ class Form:
         """The program of a call. Raises CaptureError for a call that the captured graph does not hold for, and
         BuildError, ToolchainError or CacheError when kernels cannot be built."""
         cache = default_cache() if cache is None else cache
-        clock, seconds = time.perf_counter(), dict[str, float]()
+        clock, seconds = time.perf_counter(), self._seconds
+        self._seconds = {}
 
         def lap(stage: str) -> None:
             nonlocal clock
@@ -234,18 +255,19 @@ class Form:
 
         captured = self.captured
         sizes = captured.sizes.sizes([tensor.shape for tensor in call.tensors])
-        variant = self._variant(sizes, target)
+        with _evaluating():
+            variant = self._variant(sizes, target)
+            graph = variant.binder(sizes)
         lap("raise")
-        graph = variant.binder(sizes)
         key = (target, threads, _magnitude(sizes))
         if key not in variant.templates:
-            variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache)
-            lap("schemes and kernels")
+            variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache, lap)
         template = variant.templates[key]
-        assembly = dataclasses.replace(template.assembly, plan=template.assembly.template.bind(sizes))
-        lap("bind")
         arena = states.arena
-        constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)
+        with _evaluating():
+            assembly = dataclasses.replace(template.assembly, plan=template.assembly.template.bind(sizes))
+            lap("bind")
+            constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)
         program = program_of(
             assembly.plan, template.kernels, constants, target, arena, self.options.cuda_graphs, states
         )
@@ -276,13 +298,14 @@ class Form:
                 yield template.use(self.captured.parameters)
 
     def _variant(self, sizes: Mapping[str, int], target: Target) -> _Variant:
+        dtypes = floating(target)
         for variant in self._variants:
-            if variant.holds(sizes):
+            if variant.dtypes == dtypes and variant.holds(sizes):
                 return variant
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
-        graph = raise_graph(self.captured, self._attention, floating(target), sizes)
-        variant = _Variant(graph, Binder(graph), Binder(graph.assumptions))
+        graph = raise_graph(self.captured, self._attention, dtypes, sizes)
+        variant = _Variant(graph, dtypes, Binder(graph), Binder(graph.assumptions))
         self._variants.append(variant)
         return variant
 
