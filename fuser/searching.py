@@ -15,8 +15,9 @@ from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import FLOATING, floating
+from fuser.module.options import Options
 from fuser.runtime.program import CPU
-from fuser.runtime.targets import named_target, on_device, target_of, threads_now
+from fuser.runtime.targets import on_device, target_of, threads_now
 from fuser.schemes import from_atoffer
 from fuser.search.results import SearchResult
 from fuser.search.space import Space
@@ -27,15 +28,14 @@ def graph_of(
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    attention: Mask | None = None,
-    target: Target | None = None,
+    options: Options | None = None,
 ) -> OperatorGraph:
-    """The operators of one call of ``model``, for kernels of ``target`` (default: a CPU). Raises CaptureError when it
-    cannot be captured."""
-    dtypes = FLOATING if target is None else floating(target)
+    """The operators of one call of ``model``, for kernels of the target of ``options`` (default: a CPU). Raises
+    CaptureError when it cannot be captured."""
+    options = options or Options()
+    dtypes = FLOATING if options.target is None else floating(options.target)
     with torch.inference_mode(False), torch.no_grad():
-        return raise_graph(capture(model, flatten_call(args, kwargs or {})), attention, dtypes)
+        return raise_graph(capture(model, flatten_call(args, kwargs or {})), options.attention, dtypes)
 
 
 def team_of(target: Target, threads: int | None = None) -> int:
@@ -67,17 +67,18 @@ def search_model(
         offline: whether kernels that take about a minute each to build are tried, too.
         options: those of :func:`fuser.search.study.search`.
 
-    Raises like that search, CaptureError when the model cannot be captured, and FuserError for a target that this
-    machine does not have or that the inputs are not on.
+    Raises like that search, MaskError for a mask that is none of ``fuser.masks``, CaptureError when the model cannot be
+    captured, and FuserError for a target that this machine does not have or that the inputs are not on.
     """
     tensors = flatten_call(args, kwargs or {}).tensors
     device = tensors[0].device if tensors else CPU
-    if not isinstance(target, Target):
-        target = target_of(device) if target is None else named_target(target)
+    wanted = Options.of(attention=attention, target=target_of(device) if target is None else target)
+    target = wanted.target
+    assert target is not None
     if device.type != target.device:
         raise FuserError(f"the inputs are on {device}, this target's tensors on {target.device}: move model and inputs")
     with on_device(device):
-        graph = graph_of(model, args, kwargs, attention=attention, target=target)
+        graph = graph_of(model, args, kwargs, wanted)
         team = team_of(target, threads)
         if offline:
             options = {"space": Space.of(graph, target, team, offline=True), **options}

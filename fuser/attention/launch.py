@@ -72,7 +72,7 @@ def unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
 
 @functools.cache
 def say(reason: str) -> None:
-    logger.warning("fuser.sparse_attention runs in plain PyTorch, with all scores in memory: %s", reason)
+    logger.warning("attention runs in plain PyTorch, with all scores in memory: %s", reason)
 
 
 def run_plan(

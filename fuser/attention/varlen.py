@@ -135,8 +135,12 @@ def _bounds(name: str, cu: Tensor, rows: int) -> Int64s:
         raise ValueError(f"{name} must go from 0 to the number of rows, {rows}, and is {ends}")
     if (down := np.flatnonzero(np.diff(bounds) < 0)).size:
         i = int(down[0])
-        raise ValueError(f"{name} must ascend: it is {bounds[i]} at {i} and {bounds[i + 1]} behind it")
+        raise ValueError(f"{name} must ascend: it is {bounds[i]} at {i} and {bounds[i + 1]} at {i + 1}")
     return bounds
+
+
+def _both_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Int64s, Int64s]:
+    return _bounds("cu_seqlens_q", cu_seqlens_q, len(q)), _bounds("cu_seqlens_k", cu_seqlens_k, len(k))
 
 
 def _documents(mask: Mask, q_bounds: Int64s, k_bounds: Int64s) -> Iterator[tuple[slice, slice, Mask]]:
@@ -163,10 +167,7 @@ def _op(
     what = spec_of(spec)
     heads = tuple(map(_by_heads, (q, k, v)))
     check_heads(what.mask, heads[0])
-    q_bounds, k_bounds = (
-        _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
-        _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
-    )
+    bounds = _both_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=arithmetic_dtype(q))
     if out.numel() == 0 and lse.numel() == 0:
@@ -175,7 +176,7 @@ def _op(
         return out.zero_(), lse.fill_(-math.inf)
     try:
         target = target_for(heads[0], heads[2], None)
-        plan = _plan(what.mask.current(), q_bounds.tobytes(), k_bounds.tobytes(), target)
+        plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
         run_plan(*heads, plan, None, scale, _by_heads(out), lse[None] if return_lse else None, target, what.rule)
         return out, lse
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
@@ -212,7 +213,7 @@ def _reference(
     spec = spec_of(key)
     heads = tuple(map(_by_heads, (q, k, v)))
     check_heads(spec.mask, heads[0])
-    bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]), _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds = _both_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=arithmetic_dtype(q))
     for rows, keys, mask in _documents(spec.mask, *bounds):
@@ -241,12 +242,11 @@ def _gradients(
     """Gradients of q, k and v, one document after another."""
     what = spec_of(spec)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    bounds = _bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0]), _bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds = _both_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
     for rows, keys, mask in _documents(what.mask, *bounds):
         of_lse = None if grad_lse is None else grad_lse[None, :, rows]
-        operands = (_by_heads(t) for t in (grad[rows], q[rows], k[keys], v[keys]))
-        of_out, *parts = operands
-        found = gradients_of(of_out, of_lse, *parts, what.of(mask), None, scale, False)
+        of_out, *one = (_by_heads(t) for t in (grad[rows], q[rows], k[keys], v[keys]))
+        found = gradients_of(of_out, of_lse, *one, what.of(mask), None, scale, False)
         for into, part in zip((dq[rows], dk[keys], dv[keys]), found, strict=False):
             into.copy_(part[0].transpose(0, 1))
     return dq, dk, dv

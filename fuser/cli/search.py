@@ -217,13 +217,14 @@ def _run(
 
 def _graph(options: Mapping[str, Any], target: Target, device: torch.device) -> OperatorGraph:
     from fuser.cli.models import parse_mask, resolve
+    from fuser.module.options import Options
     from fuser.searching import graph_of
 
     names = ("batch", "seq", "layers", "hidden", "heads", "intermediate", "vocabulary")
-    attention = parse_mask(options["mask"])
     sizes = {name: options[name] for name in names}
     named = resolve(options["model"], sizes, padding=options["padding"], dtype=options["dtype"]).to(device)
-    return graph_of(named.model, named.args, named.kwargs, attention=attention, target=target)
+    wanted = Options(attention=parse_mask(options["mask"]), target=target)
+    return graph_of(named.model, named.args, named.kwargs, wanted)
 
 
 def _outlines(graph: OperatorGraph) -> dict[str, Any]:

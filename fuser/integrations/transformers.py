@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuser.attention import attend
+from fuser.attention import attend, varlen_attention
 from fuser.ir.errors import MaskError
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Causal, Mask
 from fuser.ir.scores import SoftCap
 
 logger = logging.getLogger("fuser")
@@ -34,6 +34,11 @@ def register(mask: Mask | None = None, *, name: str = "fuser") -> None:
     self-attention is restricted further to the pairs that ``mask`` allows: attention over as many keys as queries, and
     causal attention over a growing cache, whose queries are the last of the keys (not a static cache, which does not
     tell where its queries are). A query that may see nothing gives zeros.
+
+    Documents may lie one behind the other in a batch of one row, without padding: call the model with ``cu_seq_lens_q``
+    and ``cu_seq_lens_k``, as for flash-attention, and with the ``position_ids`` of each document. ``mask`` then applies
+    to each document by itself. Where a model masks other documents itself (decoders without a cache whose
+    ``position_ids`` start again), nothing is computed across them either.
 
     Raises:
         MaskError: ``mask`` is not a mask.
@@ -75,12 +80,26 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
         runtime = _with_bias(attention_mask, position_bias)
         if runtime is not None:
             runtime = runtime[..., :kv_len]
+        rule = None if softcap is None else SoftCap(softcap)
+        offsets = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+        packed = offsets[0] is not None and offsets[1] is not None
+        if packed and (query.shape[0] != 1 or dropout):
+            raise ValueError('attn_implementation="fuser" takes cu_seq_lens for one row of documents, without dropout')
+        if not packed and not dropout:
+            offsets = (_starts(kwargs.get("position_ids"), runtime),) * 2
+        if offsets[0] is not None and offsets[1] is not None:
+            visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
+            if runtime is None or _says_no_more(runtime, *offsets, bool(decoder)):
+                return _of_documents(query, key, value, *offsets, visible, rule, scaling), None
+            if packed and pattern is not None:
+                raise MaskError(f"documents that the model masks itself cannot have the mask {pattern.name} as well")
+            if packed:
+                runtime = _within_documents(runtime, *offsets, q_len, kv_len)
         own, offset = pattern, 0
         if q_len != kv_len:
             offset = kv_len - q_len
             if not decoder or offset < 0:
                 own, offset = None, 0
-        rule = None if softcap is None else SoftCap(softcap)
         if dropout and rule is not None:
             raise ValueError('attn_implementation="fuser" does not support dropout of soft-capped scores; use "eager"')
         if dropout:
@@ -99,6 +118,61 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, -math.inf)
     return mask + bias
+
+
+def _of_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    mask: Mask | None,
+    rule: SoftCap | None,
+    scale: float | None,
+) -> Tensor:
+    """Attention within the documents of one row: (1, H, S, D) to (1, S, H, Dv)."""
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=rule, scale=scale)
+    return out[None]  # type: ignore[call-overload, no-any-return]
+
+
+def _starts(position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Where positions start again in one row, and its end, if values can be looked at and they do."""
+    if position_ids is None or mask is None or not _has_values(mask) or mask.shape[-1] != position_ids.numel():
+        return None
+    starts = (position_ids.flatten() == 0).nonzero()[:, 0]
+    if position_ids.shape[0] != 1 or len(starts) < 2 or starts[0] != 0:
+        return None
+    return torch.cat([starts, starts.new_tensor([position_ids.numel()])])
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether this is no stand-in of a trace."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _same_document(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """(q_len, kv_len) bool: whether tokens are of one document."""
+    rows, keys = (
+        torch.searchsorted(cu.to(device), torch.arange(n, dtype=cu.dtype, device=device), right=True)
+        for cu, n in ((cu_seqlens_q, q_len), (cu_seqlens_k, kv_len))
+    )
+    return rows[:, None] == keys[None, :]
+
+
+def _says_no_more(mask: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> bool:
+    """Whether a mask of one row says nothing but which tokens are of one document, and the causal order."""
+    q_len, kv_len = mask.shape[-2:]
+    if not _has_values(mask) or mask.dtype != torch.bool or q_len != kv_len or mask.numel() != q_len * kv_len:
+        return False
+    same = _same_document(cu_seqlens_q, cu_seqlens_k, q_len, kv_len, mask.device)
+    return torch.equal(mask.reshape(q_len, kv_len), same.tril() if causal else same)
+
+
+def _within_documents(mask: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """What a mask allows within documents."""
+    same = _same_document(cu_seqlens_q, cu_seqlens_k, q_len, kv_len, mask.device)
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -math.inf)
 
 
 def _with_dropout(

@@ -13,6 +13,7 @@ from torch import nn
 import fuser
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
+from fuser.module.options import Options
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.targets import target_of
@@ -62,7 +63,7 @@ def test_what_a_search_finds_is_what_is_compiled(device: torch.device, cache: Ke
 def test_a_fatal_kernel_ends_its_trial_alone(device: torch.device) -> None:
     model, x = mlp(device)
     target = target_of(device)
-    (region,) = Space.of(graph_of(model, (x,), target=target), target, target.cores).regions
+    (region,) = Space.of(graph_of(model, (x,), options=Options(target=target)), target, target.cores).regions
     (first, second, *_) = max(region.kernels.items(), key=lambda item: item[0].bit_count())[1]
     units = []
     for key, choice in (("fatal", first), ("good", second)):

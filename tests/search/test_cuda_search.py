@@ -27,6 +27,7 @@ from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_cuda import CublasParameters, CudaGemm, CudaGemmParameters, Tile
 from fuser.kernels.gemm_cutlass import CutlassParameters
 from fuser.module.compiler import Compiled, compile_call
+from fuser.module.options import Options
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache, default_cache
@@ -54,7 +55,7 @@ def given() -> torch.Tensor:
 
 
 def graph(target: Target) -> OperatorGraph:
-    return graph_of(model(), (given(),), target=target)
+    return graph_of(model(), (given(),), options=Options(target=target))
 
 
 @pytest.fixture

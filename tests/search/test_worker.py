@@ -17,6 +17,7 @@ from fuser.codegen.render import header_folder
 from fuser.ir.errors import FuserError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
+from fuser.module.options import Options
 from fuser.runtime.build import build
 from fuser.runtime.cache import default_cache
 from fuser.search.space import Space
@@ -31,7 +32,7 @@ def kernels(target: Target) -> tuple[GroupChoice, GroupChoice]:
     """Two kernels for one linear layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 72), nn.GELU()).eval().half()
-    space = Space.of(graph_of(model, (torch.randn(9, 40).half(),), target=target), target, 4)
+    space = Space.of(graph_of(model, (torch.randn(9, 40).half(),), options=Options(target=target)), target, 4)
     (region,) = space.regions
     whole = region.kernels[max(region.kernels, key=int.bit_count)]
     return whole[0], whole[1]

@@ -291,7 +291,7 @@ def test_without_rows() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "offsets that go down": (
         {"cu_seqlens_q": torch.tensor([0, 6, 4, 10])},
-        "cu_seqlens_q must ascend: it is 6 at 1 and 4",
+        "cu_seqlens_q must ascend: it is 6 at 1 and 4 at 2",
     ),
     "offsets that end early": ({"cu_seqlens_k": torch.tensor([0, 4, 5, 9])}, "cu_seqlens_k must go from 0 to .* 10"),
     "offsets that end late": ({"cu_seqlens_q": torch.tensor([0, 4, 5, 11])}, "from 0 to the number of rows, 10"),

@@ -191,6 +191,95 @@ def test_training_computes_gradients() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-8)
 
 
+PACKED_LENGTHS = (5, 1, 9, 3)
+
+
+def packed_inputs() -> tuple[dict[str, Any], list[Tensor]]:
+    """Documents in one row, with what Hugging Face's flash-attention takes, and each by itself."""
+    ids = torch.randint(2, 100, (1, sum(PACKED_LENGTHS)), generator=torch.Generator().manual_seed(3))
+    offsets = torch.tensor([0, *PACKED_LENGTHS]).cumsum(0).int()
+    lengths = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9, "max_length_k": 9}
+    positions = torch.cat([torch.arange(n) for n in PACKED_LENGTHS])[None]
+    return {"input_ids": ids, "position_ids": positions, **lengths}, list(ids.split(PACKED_LENGTHS, 1))
+
+
+def padded(model: Any, documents: list[Tensor]) -> Tensor:
+    """What a model makes of the documents as a padded batch, one behind the other."""
+    width = max(PACKED_LENGTHS)
+    ids = torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1]), value=1) for one in documents])
+    mask = torch.arange(width) < torch.tensor(PACKED_LENGTHS)[:, None]
+    return hidden(model, {"input_ids": ids, "attention_mask": mask.long()})
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_packed_documents_are_as_if_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = model_of(name, "eager"), model_of(name, "fuser")
+    given, documents = packed_inputs()
+    right = padded(copy.deepcopy(eager).double(), documents)
+    error = relative(padded(eager, documents), right)
+    calls = counted(monkeypatch)
+    assert relative(hidden(ours, given)[0], right) <= 2 * error
+    assert len(calls) == SIZES["num_hidden_layers"]
+    with torch.no_grad():
+        assert relative(eager(**{**given, "use_cache": True}).last_hidden_state[0], right) > 1e-3
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for every call of the attention of packed documents."""
+    calls: list[None] = []
+    run = hook.varlen_attention
+    monkeypatch.setattr(hook, "varlen_attention", lambda *args, **more: (calls.append(None), run(*args, **more))[1])
+    return calls
+
+
+def test_positions_that_start_again_pack_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model masks other documents itself, so that packing saves work and changes nothing."""
+    eager, ours = model_of("llama", "eager"), model_of("llama", "fuser")
+    given, _ = packed_inputs()
+    given = {name: given[name] for name in ("input_ids", "position_ids")}
+    calls = counted(monkeypatch)
+    torch.testing.assert_close(hidden(ours, given), hidden(eager, given), rtol=0, atol=5e-6)
+    assert len(calls) == SIZES["num_hidden_layers"]
+    jumping = {**given, "position_ids": given["position_ids"] + (torch.arange(18) > 15)}
+    torch.testing.assert_close(hidden(ours, jumping), hidden(eager, jumping), rtol=0, atol=5e-6)
+
+
+def test_a_mask_restricts_each_document() -> None:
+    window = masks.SlidingWindow(2, 1)
+    hook.register(window, name="fuser_window")
+    given, documents = packed_inputs()
+    ours = model_of("bert", "fuser_window")
+    got = hidden(ours, given)[0]
+    want = torch.cat([hidden(ours, {"input_ids": one})[0] for one in documents])
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+    assert relative(got, hidden(model_of("bert", "fuser"), given)[0].double()) > 1e-2
+
+
+def test_a_window_of_the_model_stays_within_documents() -> None:
+    """Its mask is more than documents say, so that both hold."""
+    given, documents = packed_inputs()
+    ours, eager = model_of("gemma2", "fuser"), model_of("gemma2", "eager")
+    want = torch.cat([hidden(eager, {"input_ids": one})[0] for one in documents])
+    torch.testing.assert_close(hidden(ours, given)[0], want, rtol=0, atol=1e-5)
+
+
+def test_one_compilation_takes_packed_documents_of_all_lengths() -> None:
+    ours = model_of("bert", "fuser")
+    given, _ = packed_inputs()
+    fast = fuser.optimize(ours, given, search="model")
+    torch.testing.assert_close(hidden(fast, given), hidden(ours, given), rtol=0, atol=5e-6)
+    other = {**given, **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 9, 10, 12, 18]).int())}
+    torch.testing.assert_close(hidden(fast, other), hidden(ours, other), rtol=0, atol=5e-6)
+    assert len(fast.programs) == 1 and fast.fallbacks == ()
+
+
+def test_packed_documents_are_one_row() -> None:
+    given, _ = packed_inputs()
+    two = {name: value.expand(2, -1) if name.endswith("ids") else value for name, value in given.items()}
+    with pytest.raises(ValueError, match="one row of documents"):
+        hidden(model_of("bert", "fuser"), two)
+
+
 def test_what_it_does_not_support() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
