@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.building import Evaluation
 from fuser.frontend.raising import Raiser
 from fuser.frontend.sizes import broadcast
 from fuser.frontend.views import Conjunction, View
 from fuser.ir.errors import CaptureError, MaskError
-from fuser.ir.graph import Evaluation, TensorSpec
+from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
 from fuser.ir.operators import Extern, Ref, TorchCall

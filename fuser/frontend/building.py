@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from fuser.frontend.views import View
 from fuser.ir import operators as kinds
 from fuser.ir.binding import Binder, Late
 from fuser.ir.errors import CaptureError
-from fuser.ir.graph import Constant, Evaluation, Operator, OperatorGraph, TensorSpec, ViewCalls
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
 
 Decision = TypeVar("Decision")
@@ -24,6 +25,26 @@ def _is_still(decision: Decision, function: Callable[..., Decision], *arguments:
 
 def _of_contents(function: Callable[..., Decision], evaluation: Evaluation, *arguments: Any) -> Decision:
     return function(evaluation(), *arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How to compute a constant: ``call`` of the ``sources``, or a tensor that is there."""
+
+    call: TorchCall | None
+    sources: tuple[Evaluation, ...] = ()
+    tensor: Tensor | None = None
+
+    def __call__(self, known: dict[int, Tensor] | None = None) -> Tensor:
+        """The constant's value, contiguous. Parts that are one object are computed once."""
+        known = {} if known is None else known
+        if id(self) not in known:
+            if self.call is None:
+                assert self.tensor is not None
+                return self.tensor.detach()
+            with torch.no_grad():
+                known[id(self)] = self.call(*(source(known) for source in self.sources))[0].detach().contiguous()
+        return known[id(self)]
 
 
 class GraphBuilder:

@@ -140,26 +140,6 @@ class Constant:
             return self.call(*sources)[0].detach().contiguous()
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """How to compute a constant: ``call`` of the ``sources``, or a tensor that is there."""
-
-    call: TorchCall | None
-    sources: tuple[Evaluation, ...] = ()
-    tensor: Tensor | None = None
-
-    def __call__(self, known: dict[int, Tensor] | None = None) -> Tensor:
-        """The constant's value, contiguous. Parts that are one object are computed once."""
-        known = {} if known is None else known
-        if id(self) not in known:
-            if self.call is None:
-                assert self.tensor is not None
-                return self.tensor.detach()
-            with torch.no_grad():
-                known[id(self)] = self.call(*(source(known) for source in self.sources))[0].detach().contiguous()
-        return known[id(self)]
-
-
 ViewCalls = tuple[tuple[TorchCall, int], ...]
 
 

@@ -125,8 +125,10 @@ class _Template:
         chosen, choices = choose_all(graph, target, tuner)
         self.decided = by_first_operator(graph, choices)
         lap("schemes")
-        self.assembly = assemble(late, generalized(chosen, late, target), target, threads)
-        self.unfused_share = unfused_share(graph, dataclasses.replace(self.assembly, choices=tuple(chosen)), target)
+        assembly = assemble(late, generalized(chosen, late, target), target, threads)
+        self.plan = assembly.template
+        self.assembly = dataclasses.replace(assembly, choices=tuple(chosen))
+        self.unfused_share = unfused_share(graph, self.assembly, target)
         lap("render")
         self.kernels = load_kernels(self.assembly, target, cache)
         lap("build")
@@ -265,7 +267,7 @@ class Form:
         template = variant.templates[key]
         arena = states.arena
         with _evaluating():
-            assembly = dataclasses.replace(template.assembly, plan=template.assembly.template.bind(sizes))
+            assembly = dataclasses.replace(template.assembly, plan=template.plan.bind(sizes))
             lap("bind")
             constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)
         program = program_of(

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import fuser
 from fuser.ir.errors import FuserError, IndexRangeError
-from fuser.module import optimized as fuser_module
+from fuser.module import forms
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -201,14 +201,14 @@ def test_models_of_other_compilers() -> None:
 def test_a_model_and_a_part_of_it_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     part = optimize(encoder())
     whole = optimize(nn.Sequential(nn.Linear(WIDTH, WIDTH), part).eval())
-    started, compile_call = threading.Event(), fuser_module.compile_call
+    started, capture = threading.Event(), forms.capture
 
-    def slow(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def slow(model: nn.Module, *args: Any) -> Any:
         if model is part._model:
             # The whole is being captured by now.
             started.set()
             time.sleep(0.5)
-        return compile_call(model, *args, **kwargs)
+        return capture(model, *args)
 
     def run_whole() -> None:
         started.wait()
@@ -219,7 +219,7 @@ def test_a_model_and_a_part_of_it_compile_at_once(monkeypatch: pytest.MonkeyPatc
         with torch.no_grad():
             part(X)
 
-    monkeypatch.setattr(fuser_module, "compile_call", slow)
+    monkeypatch.setattr(forms, "capture", slow)
     threads = [threading.Thread(target=run, daemon=True) for run in (run_part, run_whole)]
     for thread in threads:
         thread.start()

@@ -54,23 +54,23 @@ def test_another_number_of_threads_is_followed() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(fast.programs) == 3
-    assert len({id(compiled.graph) for compiled in fast.programs}) == 1
+    assert len({id(compiled.captured) for compiled in fast.programs}) == 1
 
 
 def test_an_interrupted_compilation_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = encoder()
     fast = optimize(model)
     identities = [id(p) for p in model.parameters()]
-    from fuser.module import compiler
+    from fuser.module import forms
 
-    for stage in ("raise_graph", "assemble", "load_kernels", "program_constants"):
+    for stage in ("capture", "raise_graph", "assemble", "load_kernels", "program_of"):
 
         def interrupt(*args: Any, **kwargs: Any) -> Any:
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the signal comes first")
 
         with monkeypatch.context() as patch:
-            patch.setattr(compiler, stage, interrupt)
+            patch.setattr(forms, stage, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 fast(X)
         assert [id(p) for p in model.parameters()] == identities

@@ -26,6 +26,7 @@ from fuser import masks
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.scheme import Scheme
+from fuser.ir.scores import ScoreRule, SoftCap
 from fuser.ir.size import Name, Size
 from fuser.kernels.base import DType, Layout
 from fuser.kernels.gemm import PanelLayout, PrepackedLinear
@@ -105,6 +106,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     Size: st.sampled_from([Size({(Name("S"),): 3, (): 1})]),
     np.ndarray: st.lists(st.integers(0, 9), max_size=3).map(lambda x: np.array(x, np.int32)),
     collections.abc.Callable: CALLS,
+    ScoreRule: st.just(SoftCap(30.0)),
     Layout: st.sampled_from([PanelLayout(8, True, DType.F32, False), RowLayout(False, DType.BF16)]),
     Outline: st.sampled_from([outline_of((torch.ones(1), "text", {"a": None})), outline_of(torch.ones(1))]),
 }
