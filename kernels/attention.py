@@ -227,7 +227,8 @@ class AttentionFamily:
         if pattern.heads not in (None, heads):
             return None
         scale = math.prod(op.semantics.scale for op in scales)
-        mask, rule = (next(iter(found), None) for found in (runtime, [op.semantics.rule for op in rules]))
+        mask = runtime[0] if runtime else None
+        rule = rules[0].semantics.rule if rules else None
         return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule)
 
     @staticmethod
@@ -277,7 +278,7 @@ class Operands:
     @property
     def heads(self) -> tuple[int, int, int]:
         """Batch entries, heads of the queries, and heads of the keys."""
-        return (*self.q.shape[:2], self.k.shape[1])
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
 
     @property
     def strides(self) -> list[tuple[int, ...]]:

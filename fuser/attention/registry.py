@@ -94,10 +94,9 @@ def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None, *, any_len
             if q_len is None and not any_lengths:
                 raise
             lengths = None if q_len is None else (int(q_len), int(q_len if kv_len is None else kv_len))
-            name = keys.get(lengths or "any")
-            if name is None and lengths is None:
-                name = keys["any"] = uuid.uuid4().hex
-            elif name is None:
+            if lengths is None:
+                name = keys.setdefault("any", uuid.uuid4().hex)
+            elif (name := keys.get(lengths)) is None:
                 # An export traces all that its thread runs, and this is not part of the model.
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
                     name = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()

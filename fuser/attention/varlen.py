@@ -165,8 +165,8 @@ def _op(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     what = spec_of(spec)
-    heads = tuple(map(_by_heads, (q, k, v)))
-    check_heads(what.mask, heads[0])
+    q_heads, k_heads, v_heads = map(_by_heads, (q, k, v))
+    check_heads(what.mask, q_heads)
     bounds = _both_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=arithmetic_dtype(q))
@@ -175,9 +175,10 @@ def _op(
     if k.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     try:
-        target = target_for(heads[0], heads[2], None)
+        target = target_for(q_heads, v_heads, None)
         plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
-        run_plan(*heads, plan, None, scale, _by_heads(out), lse[None] if return_lse else None, target, what.rule)
+        into = _by_heads(out), lse[None] if return_lse else None
+        run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule)
         return out, lse
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
         say(str(error))
@@ -245,8 +246,8 @@ def _gradients(
     bounds = _both_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
     for rows, keys, mask in _documents(what.mask, *bounds):
         of_lse = None if grad_lse is None else grad_lse[None, :, rows]
-        of_out, *one = (_by_heads(t) for t in (grad[rows], q[rows], k[keys], v[keys]))
-        found = gradients_of(of_out, of_lse, *one, what.of(mask), None, scale, False)
+        of_out, of_q, of_k, of_v = map(_by_heads, (grad[rows], q[rows], k[keys], v[keys]))
+        found = gradients_of(of_out, of_lse, of_q, of_k, of_v, what.of(mask), None, scale, False)
         for into, part in zip((dq[rows], dk[keys], dv[keys]), found, strict=False):
             into.copy_(part[0].transpose(0, 1))
     return dq, dk, dv

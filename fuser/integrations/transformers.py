@@ -81,20 +81,20 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
         if runtime is not None:
             runtime = runtime[..., :kv_len]
         rule = None if softcap is None else SoftCap(softcap)
-        offsets = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-        packed = offsets[0] is not None and offsets[1] is not None
+        cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+        packed = cu_q is not None and cu_k is not None
         if packed and (query.shape[0] != 1 or dropout):
             raise ValueError('attn_implementation="fuser" takes cu_seq_lens for one row of documents, without dropout')
         if not packed and not dropout:
-            offsets = (_starts(kwargs.get("position_ids"), runtime),) * 2
-        if offsets[0] is not None and offsets[1] is not None:
+            cu_q = cu_k = _starts(kwargs.get("position_ids"), runtime)
+        if cu_q is not None and cu_k is not None:
             visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
-            if runtime is None or _says_no_more(runtime, *offsets, bool(decoder)):
-                return _of_documents(query, key, value, *offsets, visible, rule, scaling), None
+            if runtime is None or _says_no_more(runtime, cu_q, cu_k, bool(decoder)):
+                return _of_documents(query, key, value, cu_q, cu_k, visible, rule, scaling), None
             if packed and pattern is not None:
                 raise MaskError(f"documents that the model masks itself cannot have the mask {pattern.name} as well")
             if packed:
-                runtime = _within_documents(runtime, *offsets, q_len, kv_len)
+                runtime = _within_documents(runtime, cu_q, cu_k, q_len, kv_len)
         own, offset = pattern, 0
         if q_len != kv_len:
             offset = kv_len - q_len
@@ -133,7 +133,7 @@ def _of_documents(
     """Attention within the documents of one row: (1, H, S, D) to (1, S, H, Dv)."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=rule, scale=scale)
-    return out[None]  # type: ignore[call-overload, no-any-return]
+    return out[None]  # type: ignore[call-overload]
 
 
 def _starts(position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -94,7 +94,7 @@ def _flat(cls: Any) -> tuple[struct.Struct, Callable[[Any], tuple[int | float, .
         names, formats = zip(*leaves(cls, ""), strict=True)
     except (LookupError, ValueError):
         return None
-    read = operator.attrgetter(*names)
+    read: Any = operator.attrgetter(*names)
     return struct.Struct("=" + "".join(formats)), read if len(names) > 1 else lambda value: (read(value),)
 
 
