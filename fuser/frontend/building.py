@@ -141,12 +141,14 @@ class GraphBuilder:
         Where the contents depend on named sizes, it is decided by those of the ``sample``, and assumed for others.
         """
         key = (function, view, arguments)
-        if key not in self._decisions:
-            found, evaluation = self.evaluated(function, view, *arguments)
-            if evaluation is not None:
-                self.assumed(_of_contents, function, evaluation, *arguments)
-            self._decisions[key] = found
-        return self._decisions[key]
+        if key in self._decisions:
+            known: Decision = self._decisions[key]
+            return known
+        found, evaluation = self.evaluated(function, view, *arguments)
+        if evaluation is not None:
+            self.assumed(_of_contents, function, evaluation, *arguments)
+        self._decisions[key] = found
+        return found
 
     def assumed(self, function: Callable[..., Decision], *arguments: Any) -> Decision:
         """``function(*arguments)``; where these depend on named sizes, what it is for the ``sample``, which is assumed

@@ -17,7 +17,7 @@ from fuser.frontend.watch import Structure
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
 
-Use = tuple[Iterable[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
+Use = tuple[Sequence[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
 """The constants that a program refers to, what they are, and the live tensors that they are made from."""
 _Key = tuple[Hashable, ...]
 _LITERAL, _PACKED, _VALUE = "literal", "packed", "value"
