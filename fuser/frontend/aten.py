@@ -24,6 +24,7 @@ from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
+from fuser.ir.size import Size
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
@@ -317,10 +318,14 @@ def _softmax(r: Raiser, node: fx.Node) -> Value | None:
 def _embedding(r: Raiser, node: fx.Node) -> Value | None:
     table, index = r.view(node.args[0]), r.view(node.args[1])
     spec = r.spec(node)
-    if r.is_constant(index) or not r.is_constant(table) or spec.dtype not in r.floating or spec.numel == 0:
+    if not r.is_constant(table) or spec.dtype not in r.floating or spec.numel == 0:
+        return None
+    if r.is_constant(index) and not isinstance(spec.numel, Size):
+        # Where sizes are named, rows for each of them would fill the memory.
         return None
     strides = index.strides()
-    if strides is None or not TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides):
+    lies = strides is not None and TensorSpec.contiguous(index.shape, torch.int64).has_strides(strides)
+    if not lies and not r.is_constant(index):
         return None
     return r.emit(kinds.Embedding(), node.name, (r.realize(table), r.realize(index)), spec)
 

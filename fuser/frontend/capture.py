@@ -395,6 +395,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
             )
             _check_writes(program.graph)
+            _drop_detaching(program.graph)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 # Operators that change an intermediate in place become functions.
                 program = program.run_decompositions({})
@@ -595,6 +596,21 @@ def _is_copied(node: torch.fx.Node) -> bool:
     return bool(node.users) and all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
 
 
+def _drop_detaching(graph: torch.fx.Graph) -> None:
+    """Take a tensor of numbers in the model's code as it is, which ``torch.tensor`` detaches in place: to make a whole
+    graph functional for that alone takes longer than to trace it. What is returned stays, since the graph would keep
+    the very stand-in that the model has returned."""
+    for node in list(graph.nodes):
+        made = node.args[0] if node.target is torch.ops.aten.detach_.default else None
+        returned = any(user.op == "output" for user in node.users)
+        if isinstance(made, torch.fx.Node) and made.target in _LIFTING and not returned:
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+
+
+_LIFTING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+
 def _storage(node: torch.fx.Node) -> int | None:
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) and value.layout is torch.strided else None
@@ -628,9 +644,8 @@ _METADATA = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 def _is_mutable(node: torch.fx.Node) -> bool:
-    """Whether an operator writes what it is given; one that only leaves autograd's graph does not."""
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable) and node.target is not torch.ops.aten.detach_.default
+    return bool(schema is not None and schema.is_mutable)
 
 
 def _examples(call: FlatCall) -> tuple[Tensor, ...]:
