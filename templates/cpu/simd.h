@@ -3,16 +3,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) || (defined(__AVX2__) && (defined(__clang__) || defined(__EDG__)))
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
-#elif defined(__AVX2__)
-// GCC takes more than a second to read <immintrin.h>, for AVX-512 and AMX: these are the parts of it up to AVX2, which
-// ask for its name.
-#define _IMMINTRIN_H_INCLUDED
-#include <smmintrin.h>
-// In this order.
-#include <avxintrin.h>
-#include <avx2intrin.h>
 #endif
 
 #define FUSER_INLINE static inline __attribute__((always_inline))
