@@ -21,7 +21,7 @@ import pytest
 from fuser.ir.errors import SearchError
 from fuser.runtime.device import cpu_target
 from fuser.schemes import bert_layer, from_atoffer
-from fuser.search.ledger import list_studies, open_study
+from fuser.search.ledger import VERSION, list_studies, open_study
 from fuser.search.objective import AdditiveObjective, Outcome
 from fuser.search.results import Progress, SearchResult
 from fuser.search.space import Point, RegionSpace, Space
@@ -420,7 +420,7 @@ def test_damaged_studies_do_not_hide_the_others(tmp_path: Path) -> None:
     "change",
     [
         "UPDATE study_user_attributes SET value_json = 'null' WHERE key = 'fuser'",
-        "UPDATE study_user_attributes SET value_json = '{\"version\": 1}' WHERE key = 'fuser'",
+        f"UPDATE study_user_attributes SET value_json = '{{\"version\": {VERSION}}}' WHERE key = 'fuser'",
         "UPDATE trial_user_attributes SET value_json = '\"\"' WHERE key = 'point'",
         "UPDATE trial_user_attributes SET value_json = '\"1.0\"' WHERE key = 'point'",
         "UPDATE trial_user_attributes SET value_json = '\"ffffff.9\"' WHERE key = 'point'",
