@@ -508,7 +508,7 @@ def test_forks_beside_a_capture_have_the_model_whole(deep: nn.Module) -> None:
         capturing_all_the_time = pool.submit(capture_again)
         try:
             statuses = []
-            for i in range(6):
+            for _ in range(6):
                 time.sleep(0.05)
                 pid = os.fork()
                 if pid == 0:
