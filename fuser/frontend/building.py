@@ -29,9 +29,9 @@ def _of_contents(function: Callable[..., Decision], evaluation: Evaluation, *arg
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How to compute a constant: ``call`` of the ``sources``, or a tensor that is there."""
+    """How to compute a ``constant``: from its ``sources``, or it is a tensor that is there."""
 
-    call: TorchCall | None
+    constant: Constant
     sources: tuple[Evaluation, ...] = ()
     tensor: Tensor | None = None
 
@@ -39,11 +39,9 @@ class Evaluation:
         """The constant's value, contiguous. Parts that are one object are computed once."""
         known = {} if known is None else known
         if id(self) not in known:
-            if self.call is None:
-                assert self.tensor is not None
+            if self.tensor is not None:
                 return self.tensor.detach()
-            with torch.no_grad():
-                known[id(self)] = self.call(*(source(known) for source in self.sources))[0].detach().contiguous()
+            known[id(self)] = self.constant.evaluate([source(known) for source in self.sources])
         return known[id(self)]
 
 
@@ -164,7 +162,8 @@ class GraphBuilder:
     ) -> tuple[Decision, Evaluation | None]:
         """As :meth:`decided`, without assuming anything: and how the contents follow from named sizes, if they do."""
         self._inspect(view.base)
-        evaluation = Evaluation(view.copied(), (self._evaluation(view.base),))
+        seen = Constant(view.base, (view.base,), view.copied())
+        evaluation = Evaluation(seen, (self._evaluation(view.base),))
         binder = Binder(evaluation)
         if binder.names:
             return function(binder(self.sample)(), *arguments), evaluation
@@ -176,7 +175,7 @@ class GraphBuilder:
             constant = self.constants[name]
             sources = tuple(map(self._evaluation, constant.sources))
             tensor = self._tensors[name] if constant.call is None else None
-            self._evaluations[name] = Evaluation(constant.call, sources, tensor)
+            self._evaluations[name] = Evaluation(constant, sources, tensor)
         return self._evaluations[name]
 
     def _inspect(self, name: str) -> None:
