@@ -245,7 +245,9 @@ class OptimizedModule(nn.Module):
                 self._say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             form = form_of(call)
-            if self._forms_of(call, key)[1] and (wanted or self._policy.attempts(form)):
+            if self._forms_of(call, key)[1]:
+                if not wanted and not self._policy.attempts(form):
+                    return None
                 compiled = self._for_sizes(call, key, device)
                 if compiled is not None:
                     return self._keep(compiled, call, key)
@@ -284,7 +286,8 @@ class OptimizedModule(nn.Module):
         return name, self._forms.of(name)
 
     def _for_sizes(self, call: FlatCall, key: Key, device: torch.device, *, capturing: bool = False) -> Compiled | None:
-        """The program of a call from a capture for all sizes; None where none holds for it, or can be made."""
+        """The program of a call from what has been captured for all sizes, or, with ``capturing``, from another such
+        capture; None where none holds for it, or can be made."""
         target, threads = self._placed(key, device)
         name, forms = self._forms_of(call, key)
         states = self._states.setdefault(device, States(arena_of(device)))
@@ -299,9 +302,8 @@ class OptimizedModule(nn.Module):
             return found
 
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
-            found = next((program for form in forms if (program := compiled(form)) is not None), None)
-            if found is not None or not capturing:
-                return found
+            if not capturing:
+                return next((program for form in forms if (program := compiled(form)) is not None), None)
             form = self._forms.capture(name, lambda: Form(self._model, call, self._store, self._options))
             return None if form is None else compiled(form)
 
