@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fuser
 from fuser.frontend import capture as capturing
-from fuser.frontend.capture import StateError, capture, flatten_call, flatten_output, is_capturing
+from fuser.frontend.capture import StateError, capture, flatten_call, flatten_output, is_capturing, prepare
 from fuser.ir.errors import CaptureError
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -494,7 +494,8 @@ def test_the_model_may_be_used_in_any_way_beside_its_capture(deep: nn.Module) ->
         assert used.result() > 0
 
 
-def test_forks_beside_a_capture_have_the_model_whole(deep: nn.Module) -> None:
+def test_forks_beside_a_capture_have_the_model_whole_and_can_capture_it(deep: nn.Module) -> None:
+    prepare()  # As a module that is made does.
     with torch.no_grad():
         expected = deep(X)
     call_of_modules = nn.Module.__call__
@@ -508,11 +509,11 @@ def test_forks_beside_a_capture_have_the_model_whole(deep: nn.Module) -> None:
         capturing_all_the_time = pool.submit(capture_again)
         try:
             statuses = []
-            for _ in range(6):
+            for i in range(6):
                 time.sleep(0.05)
                 pid = os.fork()
                 if pid == 0:
-                    os._exit(_right_in_a_child(deep, expected, call_of_modules))
+                    os._exit(_right_in_a_child(deep, expected, call_of_modules, again=i == 0))
                 statuses.append(os.waitpid(pid, 0)[1])
         finally:
             done.set()
@@ -520,13 +521,15 @@ def test_forks_beside_a_capture_have_the_model_whole(deep: nn.Module) -> None:
     assert statuses == [0] * len(statuses)
 
 
-def _right_in_a_child(model: nn.Module, expected: Tensor, call: Any) -> int:
+def _right_in_a_child(model: nn.Module, expected: Tensor, call: Any, again: bool) -> int:
     # A child has one thread, and PyTorch's pool of the parent is not in it.
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             right = torch.equal(model(X), expected) and all(p.data_ptr() for p in model.parameters())
         right &= nn.Module.__call__ is call and torch.backends.mha.get_fastpath_enabled() and not is_capturing()
+        if again:
+            right &= len(capture(model, flatten_call((X,), {})).parameters) == 60
         return 0 if right else 1
     except BaseException:
         return 2
