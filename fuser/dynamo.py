@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fuser.ir.errors import MaskError
 from fuser.ir.graph import OperatorGraph
 from fuser.module.optimized import OptimizedModule
 from fuser.module.options import Options
@@ -184,8 +185,14 @@ class _Graph(OptimizedModule):
             self._siblings.add(self)
 
     def _check_masked(self, graph: OperatorGraph) -> None:
-        # Graphs between graph breaks need not have attention.
-        pass
+        try:
+            super()._check_masked(graph)
+        except MaskError as error:
+            # What runs between graphs is never seen.
+            raise MaskError(
+                f"{error}, in one of the graphs that Dynamo made of the model; attention between its graphs would miss "
+                "the mask: compile with fullgraph=True, or use fuser.optimize(model, attention=...)"
+            ) from error
 
     def _sharing(self) -> list[OptimizedModule]:
         return [sibling for sibling in self._siblings if sibling._store is self._store]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from fuser.frontend.attention_masks import combined, four_dims
@@ -11,10 +12,37 @@ from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
-from fuser.ir.errors import CaptureError
-from fuser.ir.graph import TensorSpec
+from fuser.ir.errors import CaptureError, MaskError
+from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
 from fuser.ir.masks import Mask
 from fuser.ir.scores import ScoreRule
+
+aten = torch.ops.aten
+_PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
+# What has scores that are never seen.
+_WHOLE = frozenset(
+    {aten.scaled_dot_product_attention.default, aten._native_multi_head_attention.default}
+    | {aten._transformer_encoder_layer_fwd.default}
+)
+
+
+def check_restricted(graph: OperatorGraph) -> None:
+    """Raise MaskError unless a mask that was given for self-attention reached something, and missed nothing: no product
+    that takes a square of each sequence, as weights of tokens for tokens, is left to PyTorch."""
+    scores = [graph.values[op.outputs[0]].shape for op in graph.operators if is_kind(op, kinds.QK)]
+    if not any(shape[-2] == shape[-1] for shape in scores):
+        found = "no attention" if not scores else "only attention over other numbers of keys than queries"
+        raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
+    for op in graph.operators:
+        if not is_kind(op, kinds.Extern):
+            continue
+        shapes = [graph.values[name].shape for name in op.inputs if name not in graph.constants]
+        square = any(len(shape) > 2 and shape[-2] == shape[-1] for shape in shapes)
+        if op.semantics.call.target in _WHOLE or (op.semantics.call.target in _PRODUCTS and len(shapes) > 1 and square):
+            raise MaskError(
+                f"attention= restricts all attention of a sequence to itself, and {op.name} ({op.semantics}) may be "
+                "attention in a form that fuser does not know; write it as scaled_dot_product_attention"
+            )
 
 
 def attention_from(

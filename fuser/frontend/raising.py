@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+# It registers torch.ops.fuser.
+from fuser.attention import operators as _registered  # noqa: F401
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import Captured
 from fuser.frontend.sizes import Traced, traced

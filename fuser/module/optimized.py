@@ -16,11 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
+from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
-from fuser.ir.operators import QK
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
@@ -361,13 +361,9 @@ class OptimizedModule(nn.Module):
         return compiled
 
     def _check_masked(self, graph: OperatorGraph) -> None:
-        """Raise MaskError if nothing in a graph takes the mask that was given for self-attention."""
-        if self._options.attention is None:
-            return
-        scores = [graph.values[op.outputs[0]].shape for op in graph.operators if isinstance(op.semantics, QK)]
-        if not any(shape[-2] == shape[-1] for shape in scores):
-            found = "no attention" if not scores else "only attention over other numbers of keys than queries"
-            raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
+        """Raise MaskError if something in a graph misses the mask that was given for self-attention."""
+        if self._options.attention is not None:
+            check_restricted(graph)
 
     def _placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
         """What to compile for, and for how many threads."""

@@ -126,3 +126,38 @@ def test_a_model_in_which_nothing_takes_the_mask_raises() -> None:
         fuser.optimize(nn.Linear(32, 32).eval(), attention=WINDOW)(X)
     with pytest.raises(MaskError, match="other numbers of keys than queries"):
         fuser.optimize(Cross().eval(), attention=WINDOW)(X[:, :1], X)
+
+
+class Sigmoid(nn.Module):
+    """A layer of attention that is known, and another whose weights are no softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return torch.sigmoid(x @ x.mT) @ x
+
+
+@torch.no_grad()
+def test_a_second_attention_that_would_miss_the_mask_raises() -> None:
+    with pytest.raises(MaskError, match=r"may be attention in a form that fuser does not know"):
+        fuser.optimize(Sigmoid().eval(), attention=WINDOW)(X)
+
+
+@torch.no_grad()
+def test_a_graph_of_dynamo_without_attention_raises() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), layer()
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    torch._dynamo.reset()
+    with pytest.raises(MaskError, match=r"attention between its graphs would miss the mask.*fullgraph=True"):
+        torch.compile(Broken().eval(), backend="fuser", options={"attention": WINDOW})(X)
