@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 import traceback
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -390,7 +391,8 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
     watched = GlobalNumbers(model)
     try:
         inference = any(parameter.is_inference() for parameter in model.parameters())
-        with _exporting(inference), _asking(call) as asked, watched.unchanged(), _python_random():
+        with _exporting(inference), watched.unchanged(), _python_random():
+            asked = _answer(call)
             program = torch.export.export(
                 wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
             )
@@ -466,28 +468,38 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def _asking(call: FlatCall) -> Iterator[list[str]]:
-    """Answer the model's questions for PyTorch's modes with those of the call; yields the list of those it asked."""
+def _answer(call: FlatCall) -> list[str]:
+    """Answer the model's questions for PyTorch's modes with those of the call, until the capture ends; returns the list
+    that is to have those it asked.
+
+    What this thread's model reads as a member of ``torch`` is a function that answers so. PyTorch itself gets its own
+    function: Dynamo keeps tables by function for the life of the process.
+    """
     thread, asked = threading.get_ident(), list[str]()
 
-    def answering(name: str, value: bool) -> Callable[[], bool]:
+    def asker(name: str, value: bool) -> property:
         function = getattr(torch, name)
 
         def answer() -> bool:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if threading.get_ident() != thread or caller.partition(".")[0] == "torch":
+            if threading.get_ident() != thread or _is_torch(sys._getframe(1)):
                 return bool(function())
             asked.append(name)
             return value
 
-        return answer
+        def read(module: Any) -> Callable[[], bool]:
+            return function if threading.get_ident() != thread or _is_torch(sys._getframe(1)) else answer
+
+        return property(read)
 
     names = ("is_grad_enabled", "is_inference_mode_enabled")
-    with contextlib.ExitStack() as stack:
-        for name, value in zip(names, call.modes, strict=True):
-            stack.enter_context(mock.patch.object(torch, name, answering(name, value)))
-        yield asked
+    members = {name: asker(name, value) for name, value in zip(names, call.modes, strict=True)}
+    _undo.callback(setattr, torch, "__class__", type(torch))
+    torch.__class__ = type("Torch", (type(torch),), members)
+    return asked
+
+
+def _is_torch(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
 
 
 @contextlib.contextmanager

@@ -255,6 +255,23 @@ def test_nothing_of_the_process_changes(caplog: pytest.LogCaptureFixture) -> Non
     assert torch.backends.mha.get_fastpath_enabled() and torch.is_grad_enabled() and not loud.disabled
 
 
+def test_pytorch_itself_sees_its_own_functions_during_a_capture() -> None:
+    # Dynamo keeps tables by function: with another one in the place of torch.is_grad_enabled, it would never know it.
+    seen = []
+
+    class Looking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(eval("torch.is_grad_enabled", {"__name__": "torch._dynamo.variables", "torch": torch}))
+            return x + 1 if torch.is_grad_enabled() else x - 1
+
+    kind, function = type(torch), torch.is_grad_enabled
+    with torch.enable_grad():
+        captured = capture(Looking(), flatten_call((X,), {}))
+    assert captured.asks_modes and captured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    assert seen and all(found is function for found in seen)
+    assert type(torch) is kind and torch.is_grad_enabled is function
+
+
 def test_models_without_an_output_are_empty_programs() -> None:
     assert capture(nn.Identity(), flatten_call((), {"input": X})).output.build([X]) is X
 
