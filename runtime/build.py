@@ -25,6 +25,7 @@ from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.compilers import find_ninja, find_toolchain
 from fuser.runtime.entries import KernelKey, kernel_key
 from fuser.runtime.library import Kernel, UnusableLibraryError, load
+from fuser.runtime.precompiled import Precompiled
 from fuser.runtime.store import FULL, remedy
 from fuser.runtime.toolchain import NO_SPACE, Toolchain
 
@@ -267,10 +268,12 @@ def _compile(
     OSError where the disk is full."""
     with cache.workspace() as folder:
         try:
-            _write_project(folder, jobs, toolchain)
+            precompiled = Precompiled(toolchain, cache, folder, len(jobs))
+            _write_project(folder, jobs, toolchain, precompiled)
             log = _run_ninja(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
+            precompiled.keep()
         except OSError as error:
             if error.errno in FULL or not folder.exists():
                 raise
@@ -304,14 +307,14 @@ def _compile(
     return built
 
 
-def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> None:
+def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain, precompiled: Precompiled) -> None:
     """Write sources, the headers that were hashed, and build.ninja.
 
     Headers of the same name have the same content for all jobs unless a file changed in between: each distinct set of
     headers gets a folder of its own.
     """
     include_folders: dict[tuple[tuple[str, bytes], ...], str] = {}
-    lines = ["ninja_required_version = 1.5"]
+    lines = ["ninja_required_version = 1.5", *precompiled.lines]
     for index, job in enumerate(jobs):
         content = tuple(sorted(job.headers.items()))
         if content not in include_folders:
@@ -322,16 +325,16 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain) -> 
                 path.write_bytes(data)
         stem = f"k{index}"
         (folder / f"{stem}{job.source.suffix}").write_text(job.source.text)
-        compiler = [*toolchain.command, *toolchain.compile_flags, f"-I{include_folders[content]}"]
-        compiler += [f"-I{folder}" for folder in job.source.includes]
-        compile_command = shlex.join([*compiler, "-c", f"{stem}{job.source.suffix}", "-o", f"{stem}.o"])
+        compiler = shlex.join([*toolchain.command, *toolchain.compile_flags]) + precompiled.flags
+        folders = [f"-I{include_folders[content]}", *(f"-I{folder}" for folder in job.source.includes)]
+        rest = shlex.join([*folders, "-c", f"{stem}{job.source.suffix}", "-o", f"{stem}.o"])
         link_command = shlex.join([*toolchain.command, *toolchain.link_flags, f"{stem}.o", "-o", f"{stem}.so.part"])
         # A linker that is killed must not leave something that looks finished.
-        command = f"( {compile_command} && {link_command} && mv {stem}.so.part {stem}.so ) > {stem}.log 2>&1"
+        command = f"( {compiler} {rest} && {link_command} && mv {stem}.so.part {stem}.so ) > {stem}.log 2>&1"
         lines += [
             f"rule r{index}",
             f"  command = {command.replace('$', '$$')}",
-            f"build {stem}.so: r{index} {stem}{job.source.suffix}",
+            f"build {stem}.so: r{index} {stem}{job.source.suffix}{precompiled.needs}",
         ]
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 

@@ -5,6 +5,7 @@ Layout below the root (mode 0700)::
     kernels/ab/<key>/{kernel.so, source.cpp, manifest.json}    one entry, renamed into place as a whole
     plans/<sha256 of the key>.plan                             a line of JSON, then the plan; renamed into place
     records/<kind>/<sha256 of the key>.json                    one record, renamed into place
+    headers/<toolchain>-<sha256>.gch                           the compiler's own headers, compiled
     locks/<key>.lock                                           held while a kernel is being built
     failed/<key>/                                              sources that did not compile, with the compiler's output
     tmp/                                                       work in progress
@@ -94,7 +95,7 @@ class ImportReport:
 class KernelCache(Store):
     """Compiled kernels, plans and small records on disk, in the directory that a :class:`Store` is.
 
-    Of kernels and plans at most ``max_bytes`` are kept when the cache is pruned.
+    Of all but records at most ``max_bytes`` are kept when the cache is pruned.
     """
 
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -153,9 +154,9 @@ class KernelCache(Store):
         return [entry for _, entry in sorted(found, key=lambda item: (-item[0], item[1].key))]
 
     def size(self) -> int:
-        """Bytes of all kernels, with their sources and manifests, and of all plans."""
-        plans = sum(_folder_bytes(root / "plans") for root in self.roots())
-        return plans + sum(_folder_bytes(folder) for folder in self._folders(self.roots()))
+        """Bytes of all kernels, with their sources and manifests, of all plans, and of compiled headers."""
+        others = sum(_folder_bytes(root / name) for root in self.roots() for name in ("plans", "headers"))
+        return others + sum(_folder_bytes(folder) for folder in self._folders(self.roots()))
 
     def verify(self) -> VerifyReport:
         """Check every kernel, record and plan against its checksum. Nothing is changed; what is damaged is a miss."""
@@ -182,9 +183,9 @@ class KernelCache(Store):
         return VerifyReport(kernels, records, total, tuple(damaged), plans)
 
     def prune(self, max_bytes: int | None = None) -> list[str]:
-        """Remove the least recently used kernels and plans until at most ``max_bytes`` are left; what was removed.
+        """Remove what was least recently used until at most ``max_bytes`` are left; what was removed.
 
-        The result has the keys of kernels and the file names of plans. Kernels that this process has used stay.
+        The result has the keys of kernels and the names of other files. Kernels that this process has used stay.
         """
         limit = self.max_bytes if max_bytes is None else max_bytes
         found = []
@@ -193,7 +194,7 @@ class KernelCache(Store):
                 known = [path.stat().st_mtime for path in (folder / "manifest.json", folder) if path.exists()]
                 accessed = max(known, default=0.0)
                 found.append((accessed, folder.name, _folder_bytes(folder), folder))
-        for path in self._plan_paths([self.root]):
+        for path in [*self._plan_paths([self.root]), *children(self.root / "headers")]:
             with contextlib.suppress(OSError):
                 found.append((path.stat().st_mtime, path.name, path.stat().st_size, path))
         total = sum(size for _, _, size, _ in found)
@@ -208,8 +209,8 @@ class KernelCache(Store):
         return removed
 
     def clear(self) -> None:
-        """Remove all kernels, plans, records and kept failures. Kernels that are loaded anywhere keep working."""
-        for name in ("kernels", "plans", "records", "failed"):
+        """Remove everything that was kept. Kernels that are loaded anywhere keep working."""
+        for name in ("kernels", "plans", "records", "headers", "failed"):
             self.remove(self.root / name)
         self._verified.clear()
         self._used.clear()
@@ -234,6 +235,18 @@ class KernelCache(Store):
             mine, theirs = fields.get(name, "absent")[:16], other.get(name, "absent")[:16]
             lines.append(f"  {name}: {mine}" + ("" if mine == theirs else f"  differs from {theirs}"))
         return "\n".join(lines)
+
+    # Compiled headers
+
+    def precompiled(self, toolchain: str) -> list[Path]:
+        """The files of a toolchain's compiled headers; the names of those that are intact end in their sha256."""
+        return [path for root in self.roots() for path in children(root / "headers") if path.name.startswith(toolchain)]
+
+    def keep_precompiled(self, toolchain: str, path: Path) -> None:
+        """Add compiled headers for later builds. Raises :class:`CacheError` if nothing can be written anywhere."""
+        content = path.read_bytes()
+        name = f"{toolchain}-{hashlib.sha256(content).hexdigest()}.gch"
+        self.writing(lambda root: write_atomic(root / "headers" / name, content, root / "tmp"))
 
     # Plans
 

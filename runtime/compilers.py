@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import platform
@@ -49,6 +48,20 @@ _FEATURE_FLAGS = {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni", 
 _ARM_EXTENSIONS = {"asimddp": "dotprod", "bf16": "bf16", "i8mm": "i8mm"}
 # -Bsymbolic: a kernel must never call a function of the same name in torch or in another kernel.
 _LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed")
+STANDARD_HEADERS = """\
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <type_traits>
+#if __has_include(<immintrin.h>)
+#include <immintrin.h>
+#endif
+"""
+"""What the CPU's templates include."""
 _TIMEOUT = 60.0
 
 _CHECK = """
@@ -141,7 +154,8 @@ def _toolchain(command: tuple[str, ...], target: Target, cache: KernelCache | No
 
 def _emulating(host: Toolchain) -> Toolchain:
     """The same compiler for CUDA kernels that run on the CPU."""
-    return dataclasses.replace(host, compile_flags=emulator.compile_flags(), link_flags=emulator.link_flags())
+    # No compiled headers: compiling the emulator itself takes longer than reading the system's.
+    return Toolchain(host.command, host.version, emulator.compile_flags(), emulator.link_flags())
 
 
 @functools.lru_cache(maxsize=64)
@@ -161,7 +175,7 @@ def _identify(command: tuple[str, ...], resolved: str, stamp: int, isa_flags: tu
             f"{runtime.path.name}, and two runtimes in one process fight over its cores; {INSTALL_COMPILER}"
         )
     compile_flags = (*_COMMON, *(() if clang else _GCC_ONLY), *isa_flags)
-    return Toolchain(command, version, compile_flags, _LINK)
+    return Toolchain(command, version, compile_flags, _LINK, "" if clang else STANDARD_HEADERS)
 
 
 def _check(toolchain: Toolchain) -> None:

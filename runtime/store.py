@@ -21,7 +21,7 @@ import platformdirs
 
 from fuser.ir.errors import CacheError
 
-FOLDERS = ("tmp", "locks", "kernels", "plans", "records")
+FOLDERS = ("tmp", "locks", "kernels", "plans", "records", "headers")
 _STALE_SECONDS = 86_400.0
 _GRACE_SECONDS = 60.0
 """For which work in progress is left alone even when nobody holds it: its maker may not have got to that yet."""

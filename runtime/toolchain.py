@@ -23,12 +23,15 @@ class Toolchain:
     ``command`` starts the compiler, ``version`` is all that it says about itself, ``compile_flags`` turn a source into
     an object and ``link_flags`` an object into a shared library. A CPU's library is linked without ``-fopenmp``: it
     takes the OpenMP runtime that torch has already loaded (:func:`fuser.runtime.library.openmp_runtime`).
+    ``standard_headers`` is a header of the system's headers that kernels include, for compilers that can read it
+    compiled (:mod:`fuser.runtime.precompiled`); empty for others.
     """
 
     command: tuple[str, ...]
     version: str
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
+    standard_headers: str = ""
 
     @property
     def name(self) -> str:

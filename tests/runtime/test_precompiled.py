@@ -1,0 +1,123 @@
+"""Compiled headers: made once, used where they are what they should be, and never part of what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import fuser.templates
+from fuser.ir.target import Target
+from fuser.runtime import build as building
+from fuser.runtime.build import Source, build
+from fuser.runtime.cache import KernelCache
+from fuser.runtime.compilers import STANDARD_HEADERS, find_toolchain
+
+TEXT = """
+#include "abi.h"
+#include <algorithm>
+#include <cmath>
+extern "C" int {symbol}(const FuserArgs* args, void*) {{
+    float* x = static_cast<float*>(args->tensors[0]);
+    for (int i = 0; i < 64; ++i) x[i] = std::sqrt(std::max(x[i], {value}.0f));
+    return 0;
+}}
+"""
+
+
+def sources(count: int) -> list[Source]:
+    return [Source(f"kernel{i}", TEXT.format(symbol=f"kernel{i}", value=i)) for i in range(count)]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds without compiled headers."""
+
+    def found(target: Target, cache: KernelCache | None = None) -> object:
+        return dataclasses.replace(find_toolchain(target, cache), standard_headers="")
+
+    monkeypatch.setattr(building, "find_toolchain", found)
+
+
+def libraries(paths: dict[str, Path]) -> dict[str, bytes]:
+    return {symbol: path.read_bytes() for symbol, path in paths.items()}
+
+
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The text of every build.ninja from now on."""
+    seen: list[str] = []
+    run = building._run_ninja
+
+    def watched(command: object, folder: Path, *more: object) -> str:
+        seen.append((folder / "build.ninja").read_text())
+        return run(command, folder, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(building, "_run_ninja", watched)
+    return seen
+
+
+def test_headers_are_compiled_with_the_first_kernels_and_used_by_the_next(
+    target: Target, cache: KernelCache, headers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = commands(monkeypatch)
+    build(sources(2), target, headers=headers, cache=cache)
+    assert "-include" not in seen[0] and not list((cache.root / "headers").iterdir())
+    build(sources(5), target, headers=headers, cache=cache)
+    (kept,) = (cache.root / "headers").iterdir()
+    assert "c++-header" in seen[1] and seen[1].count("-include") == 3
+    build(sources(6), target, headers=headers, cache=KernelCache(cache.root))
+    assert "c++-header" not in seen[2] and seen[2].count("-include") == 1
+    assert list((cache.root / "headers").iterdir()) == [kept]
+    assert cache.size() > kept.stat().st_size
+    cache.prune(0)
+    assert not list((cache.root / "headers").iterdir())
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_comes_out_is_the_same_to_the_bit(
+    target: Target, cache: KernelCache, headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = libraries(build(sources(3), target, headers=headers, cache=cache))
+    assert not list((cache.root / "headers").iterdir())
+    monkeypatch.undo()
+    other = KernelCache(tmp_path / "other")
+    assert libraries(build(sources(3), target, headers=headers, cache=other)) == alone
+    assert list((other.root / "headers").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "a folder", "of others"])
+def test_damage_costs_time_only(target: Target, cache: KernelCache, headers: Path, damage: str) -> None:
+    build(sources(3), target, headers=headers, cache=cache)
+    (kept,) = (cache.root / "headers").iterdir()
+    content = kept.read_bytes()
+    if damage in ("cut", "empty"):
+        kept.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    elif damage == "changed":
+        kept.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif damage == "a folder":
+        kept.unlink()
+        kept.mkdir()
+    else:
+        kept.chmod(0o666)
+    paths = build(sources(4), target, headers=headers, cache=KernelCache(cache.root))
+    assert len(paths) == 4 and all(path.is_file() for path in paths.values())
+
+
+def test_headers_that_cannot_be_compiled_are_left_to_kernels(
+    target: Target, cache: KernelCache, headers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(target: Target, cache: KernelCache | None = None) -> object:
+        return dataclasses.replace(find_toolchain(target, cache), standard_headers="#include <no_such_header>")
+
+    monkeypatch.setattr(building, "find_toolchain", found)
+    assert len(build(sources(3), target, headers=headers, cache=cache)) == 3
+    assert not list((cache.root / "headers").iterdir())
+
+
+def test_the_list_has_all_that_templates_include() -> None:
+    folder = Path(fuser.templates.__file__).parent / "cpu"
+    files = [path for path in folder.rglob("*") if path.suffix in (".h", ".j2")]
+    included = {name for path in files for name in re.findall(r"#include <([^>]+)>", path.read_text())}
+    assert included - {"sched.h"} <= set(re.findall(r"#include <([^>]+)>", STANDARD_HEADERS))
