@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator as python_operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def _nothing(r: Raiser, node: fx.Node) -> Value:
     aten.to.device,
     aten.to.dtype_layout,
     aten._to_copy.default,
+    aten.type_as.default,
 )
 def _same(r: Raiser, node: fx.Node) -> Value | None:
     value = r.env[node.args[0]]
@@ -159,7 +160,7 @@ def _as_strided(r: Raiser, node: fx.Node) -> Value | None:
     return View(base.base, dims, base.offset + offset - source.offset)
 
 
-@_handles(aten.expand.default)
+@_handles(aten.expand.default, aten.expand_as.default)
 def _expand(r: Raiser, node: fx.Node) -> Value:
     shape = traced(node).shape
     value = r.env[node.args[0]]
@@ -500,9 +501,9 @@ def _scalar(r: Raiser, node: fx.Node) -> float | None:
     return None
 
 
-@_handles(aten.pow.Tensor_Scalar)
+@_handles(aten.pow.Tensor_Scalar, aten.square.default)
 def _pow(r: Raiser, node: fx.Node) -> Value | None:
-    exponent = node.args[1]
+    exponent = node.args[1] if node.target is aten.pow.Tensor_Scalar else 2
     b = Builder()
     x = b.input(0)
     if exponent in (1, 2, 3, 4):
@@ -518,3 +519,80 @@ def _pow(r: Raiser, node: fx.Node) -> Value | None:
     else:
         return None
     return r.elementwise(node, kinds.Pointwise(b.build(y)), [r.view(node.args[0])])
+
+
+# ---- reductions along rows
+
+
+def _reductions(r: Raiser, node: fx.Node, given: Mapping[str, Any], *functions: ex.Expression) -> list[View] | None:
+    """What ``functions`` make of every row of the first operand; None where something else is asked for."""
+    shape = traced(node.args[0]).shape
+    dims = given.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims or []
+    if not shape or 0 in shape or [d % len(shape) for d in dims] != [len(shape) - 1]:
+        return None
+    results = traced(node) if isinstance(traced(node), tuple) else (traced(node),)
+    x, keepdim = r.view(node.args[0]), given.get("keepdim", False)
+    names = [node.name, *(f"{node.name}_{i}" for i in range(1, len(results)))]
+    each = zip(names, functions, results, strict=True)
+    found = [r.reduction(name, function, x, result.dtype, keepdim) for name, function, result in each]
+    return None if None in found else [view for view in found if view is not None]
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments behind the first, by name."""
+    return {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+
+
+_REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, aten.amax.default: Op.ROW_MAX}
+
+
+@_handles(*_REDUCTIONS)
+def _reduced(r: Raiser, node: fx.Node) -> Value | None:
+    found = _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
+    return found and found[0]
+
+
+@_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)
+def _vector_norm(r: Raiser, node: fx.Node) -> Value | None:
+    given = _given(node, "order", "dim", "keepdim")
+    order = given.get("ord", given.get("order", 2))
+    b = Builder()
+    x = b.input(0)
+    if order in (2, None):
+        y = b.apply(Op.SQRT, b.apply(Op.ROW_SUM, b.apply(Op.MUL, x, x)))
+    elif order == 1:
+        y = b.apply(Op.ROW_SUM, b.apply(Op.ABS, x))
+    elif order == math.inf:
+        y = b.apply(Op.ROW_MAX, b.apply(Op.ABS, x))
+    else:
+        return None
+    found = _reductions(r, node, given, b.build(y))
+    return found and found[0]
+
+
+_DEVIATIONS = (aten.std.correction, aten.std.dim, aten.std_mean.correction, aten.std_mean.dim)
+_WITH_MEAN = (aten.std_mean.correction, aten.std_mean.dim, aten.var_mean.correction, aten.var_mean.dim)
+_UNBIASED = (aten.std.dim, aten.var.dim, aten.std_mean.dim, aten.var_mean.dim)
+
+
+@_handles(*_DEVIATIONS, *_WITH_MEAN, *_UNBIASED, aten.var.correction)
+def _variance(r: Raiser, node: fx.Node) -> Value | None:
+    given = _given(node, *(("dim", "unbiased", "keepdim") if node.target in _UNBIASED else ("dim",)))
+    correction = given.get("correction", int(given.get("unbiased", True)))
+    correction = 1 if correction is None else correction
+    count = traced(node.args[0]).shape[-1] if traced(node.args[0]).shape else 0
+    if isinstance(count, Size) or count <= correction:
+        return None
+    b = Builder()
+    x = b.input(0)
+    mean = b.apply(Op.ROW_MEAN, x)
+    centred = b.apply(Op.SUB, x, mean)
+    total = b.apply(Op.ROW_SUM, b.apply(Op.MUL, centred, centred))
+    y = b.apply(Op.DIV, total, b.constant(count - correction))
+    y = b.apply(Op.SQRT, y) if node.target in _DEVIATIONS else y
+    if node.target in _WITH_MEAN:
+        found = _reductions(r, node, given, b.build(y), b.build(mean))
+        return found and tuple(found)
+    found = _reductions(r, node, given, b.build(y))
+    return found and found[0]

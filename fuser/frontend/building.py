@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fuser.frontend import norms
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
 from fuser.ir.binding import Binder, Late
@@ -208,7 +209,8 @@ class GraphBuilder:
         self, inputs: tuple[str, ...], outputs: tuple[str, ...], aliases: Mapping[int, ViewCalls]
     ) -> OperatorGraph:
         """The graph, without what neither an output nor a state needs."""
-        operators, used = self._needed(outputs)
+        operators, _ = _needed(self.operators, outputs)
+        operators, used = _needed(norms.joined(operators, self.values, self.constants, outputs), outputs)
         stack = [name for name in used if name in self.constants]
         while stack:
             for source in self.constants[stack.pop()].sources:
@@ -228,17 +230,6 @@ class GraphBuilder:
             assumptions=tuple(self.assumptions),
             states=tuple(name for name in self.states if name in keep),
         )
-
-    def _needed(self, outputs: Sequence[str]) -> tuple[list[Operator], set[str]]:
-        """The operators that must run, and the values that they or a caller touch."""
-        used = set(outputs)
-        kept: list[Operator] = []
-        for op in reversed(self.operators):
-            if op.semantics.is_random or op.mutates or any(o in used for o in op.outputs):
-                kept.append(op)
-                used.update(op.inputs)
-        kept.reverse()
-        return kept, used.union(*(op.outputs for op in kept))
 
     def _kernels_last(self, operators: Sequence[Operator]) -> tuple[Operator, ...]:
         """The same operators, those first that depend on no kernel; random ones, and those that touch a state, stay in
@@ -264,6 +255,18 @@ class GraphBuilder:
 
     def _states_of(self, values: Sequence[str]) -> set[str]:
         return {self.values[v].base or v for v in values}.intersection(self.states)
+
+
+def _needed(operators: Sequence[Operator], outputs: Sequence[str]) -> tuple[list[Operator], set[str]]:
+    """The operators that must run, and the values that they or a caller touch."""
+    used = set(outputs)
+    kept: list[Operator] = []
+    for op in reversed(operators):
+        if op.semantics.is_random or op.mutates or any(o in used for o in op.outputs):
+            kept.append(op)
+            used.update(op.inputs)
+    kept.reverse()
+    return kept, used.union(*(op.outputs for op in kept))
 
 
 def _view_kind(base: TensorSpec, spec: TensorSpec) -> type[kinds.View]:

@@ -21,7 +21,7 @@ from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
-from fuser.ir.expression import Builder
+from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Operator, TensorSpec
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
@@ -173,6 +173,20 @@ class Raiser(GraphBuilder):
         shape = tuple(spec.shape[d] for d in order)
         out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
         return out.permute(inverse)
+
+    def reduction(self, name: str, function: Expression, x: View, dtype: torch.dtype, keepdim: bool) -> View | None:
+        """One number for every row of ``x``, which ``function`` makes of the row."""
+        if not {dtype, self.dtype(x)} <= self.floating or self.is_constant(x):
+            return None
+        order = x.memory_order()
+        rows = x.permute(order)
+        semantics: Semantics = kinds.Reduction(function)
+        if self.dtype(x) != dtype:
+            semantics = _rounded(semantics, [self.dtype(x)], dtype)
+        spec = TensorSpec.contiguous((*rows.shape[:-1], 1), dtype)
+        out = self.emit(semantics, name, (self.realize(rows),), spec)
+        out = out.permute([order.index(d) for d in range(len(order))])
+        return out if keepdim else out.reshape(x.shape[:-1])
 
     def extern(self, node: fx.Node) -> Value:
         """Run the ATen operator as it is; fold it when all it reads is constant."""

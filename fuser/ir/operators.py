@@ -372,15 +372,31 @@ class Residual(_Function):
     finishes_rows = True
 
 
+class _AlongRows(_Function):
+    """A function that reduces along rows, where sums in less than fp32 would lose digits."""
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.expression.evaluate(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs))
+
+
 @kind("norm")
 @dataclass(frozen=True)
-class Norm(_Function):
+class Norm(_AlongRows):
     """A normalization of rows, with its weight and bias."""
 
     finishes_rows = True
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"over {output[-1]}"
+
+
+@kind("reduction")
+@dataclass(frozen=True)
+class Reduction(_AlongRows):
+    """One number of every row (…, N), as (…, 1): a part of a norm that is written out."""
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(self.expression.flops * math.prod(inputs[0]))
 
 
 @kind("pointwise")

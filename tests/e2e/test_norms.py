@@ -1,0 +1,53 @@
+"""Norms that a model writes out, between products: in the kernel of the product before them, on every target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fuser
+
+WIDTH = 40
+
+
+class Block(nn.Module):
+    """Llama's order: a residual stream, whose norm is what the next product reads."""
+
+    def __init__(self, gemma: bool, wide: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+        self.gemma, self.wide = gemma, wide
+
+    def norm(self, x: Tensor) -> Tensor:
+        y = x.to(self.wide)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (y * (1.0 + self.weight.to(y.dtype))).type_as(x) if self.gemma else self.weight * y.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(self.norm(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "cuda:emulated"}], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("gemma", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_and_its_norm_are_the_epilogue_of_the_product(
+    options: dict[str, Any], gemma: bool, dtype: torch.dtype
+) -> None:
+    model = Block(gemma).eval().to(dtype)
+    exact = Block(gemma, torch.float64).eval().to(dtype).double()
+    fast = fuser.optimize(model, search="model", **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        for shape in ((2, 9, WIDTH), (1, 23, WIDTH)):
+            x = torch.randn(shape, generator=generator).to(dtype)
+            expected = exact(x.double())
+            error = (fast(x).double() - expected).norm() / expected.norm()
+            assert error <= (1e-6 if dtype is torch.float32 else 8e-3)
+    assert fast.unfused == ()
+    assert [(kernel.family, len(kernel.operators)) for kernel in fast.kernels] == [("gemm", 3), ("gemm", 2)]
