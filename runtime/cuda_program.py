@@ -33,9 +33,9 @@ _INDEX_MESSAGE = "an index is outside the table that it looks up"
 Held = dict[tuple[Memory, int], Tensor]
 
 
-def arena_of(device: torch.device) -> Arena:
-    """An arena for programs on ``device``."""
-    return DeviceArena(device) if device.type == "cuda" else Arena(device)
+def arena_of(device: torch.device, concurrency: int = 1) -> Arena:
+    """An arena for programs on ``device``, of which a CPU may run ``concurrency`` at a time."""
+    return DeviceArena(device) if device.type == "cuda" else Arena(device, concurrency)
 
 
 def program_of(
@@ -65,6 +65,7 @@ class _KernelProgram(Program):
     """What programs of CUDA kernels have in common: a word for errors that arrive late."""
 
     _step_shift = 16
+    _concurrent = False
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,11 +114,14 @@ class _Patch:
 
 
 class Arena:
-    """The memory that programs of one model compute in, one program at a time; it grows to the largest's need."""
+    """The memory that programs of one model compute in, one program at a time; it grows to the largest's need. With
+    ``concurrency`` there are as many arenas in all, and as many programs at a time."""
 
-    def __init__(self, device: torch.device = CPU) -> None:
+    def __init__(self, device: torch.device = CPU, concurrency: int = 1) -> None:
         self.device = device
         self.lock = ForkSafeLock()
+        self._lanes = (self, *(type(self)(device) for _ in range(concurrency - 1)))
+        self._turns = itertools.cycle(self._lanes)
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
@@ -136,6 +140,19 @@ class Arena:
         for program in self.programs:
             program.leave()
         self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[Arena]:
+        """One of the arenas with its lock held: the first that is free, or, if none is, each in turn."""
+        free = (arena for arena in self._lanes if arena.lock.acquire(blocking=False))
+        arena = next(free, None)
+        if arena is None:
+            arena = next(self._turns)
+            arena.lock.acquire()
+        try:
+            yield arena
+        finally:
+            arena.lock.release()
 
     def join(self) -> None:
         """Let what the current stream gets from here on wait for what others do here; call with the lock held."""
@@ -200,12 +217,14 @@ _CACHE_LINE = 64
 class Program:
     """A plan with its arena, its constants, its states and its loaded kernels.
 
-    Calls of programs that share an ``arena`` (default: one of its own) run one after the other. ``states`` (default:
-    some of its own) are of that arena.
+    Calls of programs that share an ``arena`` (default: one of its own) run one after the other, or as many at once as
+    that has lanes, unless the program has states. ``states`` (default: some of its own) are of that arena.
     """
 
     # Where the step runner's status has the number of the step.
     _step_shift = 8
+    # Whether it can compute in all lanes of its arena.
+    _concurrent = True
 
     def __init__(
         self,
@@ -237,6 +256,8 @@ class Program:
         self._arena_views: dict[int, Tensor] = {}
         self._constant_views: dict[int, Tensor] = {}
         self._runner = kernels[RUNNER]
+        # The same program in the other lanes of its arena.
+        self._twins: dict[Arena, Program] = {}
         with self._arena.lock:
             self._arena.programs.add(self)
         self._assemble()
@@ -259,6 +280,7 @@ class Program:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
         with self._arena.lock:
             self._given = list(constants)
+            self._twins = {}
             self._constants = [tensor.detach() for tensor in constants]
             self._constant_views = {}
             for i, tensor in enumerate(constants):
@@ -274,10 +296,23 @@ class Program:
         return run_after_fork(self._run, inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with self._arena.lock:
-            held = self._bind(inputs)
-            self._execute(held)
-            return self._results(held, inputs)
+        if self.plan.states or not self._concurrent:
+            with self._arena.lock:
+                return self._run_alone(inputs)
+        # In this order: constants that are replaced meanwhile leave these to nobody.
+        twins, constants = self._twins, self._given
+        with self._arena.lane() as arena:
+            program = self if arena is self._arena else twins.get(arena)
+            if program is not None:
+                return program._run_alone(inputs)
+        twin = twins[arena] = Program(self.plan, self._kernels, constants, arena)
+        with arena.lock:
+            return twin._run_alone(inputs)
+
+    def _run_alone(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        held = self._bind(inputs)
+        self._execute(held)
+        return self._results(held, inputs)
 
     def _execute(self, held: dict[tuple[Memory, int], Tensor]) -> None:
         for segment in self._segments:

@@ -290,7 +290,7 @@ class OptimizedModule(nn.Module):
         capture; None where none holds for it, or can be made."""
         target, threads = self._placed(key, device)
         name, forms = self._forms_of(call, key)
-        states = self._states.setdefault(device, States(arena_of(device)))
+        states = self._states.setdefault(device, States(arena_of(device, self._options.concurrency)))
 
         def compiled(form: Form) -> Compiled | None:
             try:
@@ -354,7 +354,7 @@ class OptimizedModule(nn.Module):
                 threads,
                 options=self._options,
                 tuner=self._tuner,
-                states=self._states.setdefault(device, States(arena_of(device))),
+                states=self._states.setdefault(device, States(arena_of(device, self._options.concurrency))),
                 like=like,
             )
         self._check_masked(compiled.graph)
@@ -652,6 +652,7 @@ def optimize(
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
     dynamic: bool | Mapping[str, Collection[int]] = True,
+    concurrency: int = 1,
 ) -> OptimizedModule:
     """Make ``model`` run fused kernels.
 
@@ -668,10 +669,13 @@ def optimize(
         dynamic: whether the model is captured for all sizes of its inputs at once, so that new ones only bind numbers
             to names: True for batch and sequence (the first two dimensions, and those of masks that are as long), a
             mapping from names of inputs to dimensions for others, False for a capture of every shape.
+        concurrency: how many calls may run at once on a CPU, each in memory of its own; others wait. Each runs on the
+            threads that PyTorch has in the thread that calls.
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
 
     Raises:
         TypeError: arguments of the wrong type, and models that TorchScript has compiled.
+        ValueError: a ``concurrency`` that is no positive number.
         MaskError: ``attention`` does not fit the model, or the model cannot be compiled with it. Calls raise it, too,
             where they would have to run the original model, which knows nothing of the mask.
         FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
@@ -687,7 +691,14 @@ def optimize(
         model = getattr(model, "_orig_mod", model)
     if isinstance(model, OptimizedModule):
         model = model._model
-    options = Options.of(attention=attention, search=search, target=target, cuda_graphs=cuda_graphs, dynamic=dynamic)
+    options = Options.of(
+        attention=attention,
+        search=search,
+        target=target,
+        cuda_graphs=cuda_graphs,
+        dynamic=dynamic,
+        concurrency=concurrency,
+    )
     optimized = OptimizedModule(model, options)
     if example_inputs is None:
         return optimized

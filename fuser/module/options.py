@@ -25,12 +25,16 @@ class Options:
     target: Target | None = None
     cuda_graphs: bool = True
     dynamic: bool | Mapping[str, Collection[int]] = True
+    concurrency: int = 1
 
     def __post_init__(self) -> None:
         if self.attention is not None and not isinstance(self.attention, Mask):
             raise MaskError(f"attention must be one of fuser.masks, not a {type(self.attention).__name__}")
         if not isinstance(self.dynamic, (bool, Mapping)):
             raise TypeError(f"dynamic must be a bool or dimensions by input, not a {type(self.dynamic).__name__}")
+
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
 
     @classmethod
     def of(cls, **given: Any) -> Options:

@@ -44,6 +44,38 @@ def test_threads_call_and_compile_at_once() -> None:
     assert len(fast.programs) == 4
 
 
+def test_calls_run_at_once_when_asked() -> None:
+    model = encoder()
+    fast = optimize(model, concurrency=3)
+    inputs = [X[:, :length] for length in (16, 5, 12)]
+    expected = [model(x) for x in inputs]
+    wrong: list[object] = []
+
+    def work(first: int) -> None:
+        with torch.no_grad():
+            for i in range(first, first + 30):
+                try:
+                    assert_same(fast(inputs[i % 3]), expected[i % 3])
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert wrong == []
+    # Weights that change reach every lane.
+    model.layers[0].norm1.weight.mul_(2)
+    assert_same(fast(X), model(X))
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, True, 1.5, "2"])
+def test_a_concurrency_that_is_no_positive_number_is_refused(concurrency: Any) -> None:
+    with pytest.raises(ValueError, match="positive number of calls"):
+        optimize(encoder(), concurrency=concurrency)
+
+
 def test_another_number_of_threads_is_followed() -> None:
     model = encoder()
     fast = optimize(model)

@@ -252,3 +252,45 @@ def test_a_forked_child_runs_and_compiles(python: Callable[..., subprocess.Popen
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.splitlines() == ["child", "status 0"], errors
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_as_many_calls_run_at_once_as_an_arena_has_lanes(kernels: Mapping[str, Kernel], lanes: int) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+    everybody = threading.Barrier(lanes)
+
+    def meet(x: Tensor) -> tuple[Tensor, ...]:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        # Nobody gets on before all lanes are taken.
+        everybody.wait(30)
+        with lock:
+            inside -= 1
+        return (x * 2,)
+
+    program = Program(chain(8, call=meet), kernels, [torch.ones(1)], Arena(concurrency=lanes))
+    results: dict[int, Tensor] = {}
+
+    def work(first: int) -> None:
+        for i in range(first, 6 * lanes, lanes):
+            results[i] = program([torch.full((8,), float(i))])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == lanes and len(results) == 6 * lanes
+    assert all(torch.equal(result, torch.full((8,), 2.0 * (i + 1) + 1)) for i, result in results.items())
+
+
+def test_replaced_constants_reach_all_lanes(kernels: Mapping[str, Kernel]) -> None:
+    arena = Arena(concurrency=2)
+    program = Program(chain(8), kernels, [torch.ones(1)], arena)
+    for constant in (1.0, 3.0):
+        program.set_constants([torch.full((1,), constant)])
+        with arena.lock:  # so that the other lane is taken
+            (result,) = program([torch.zeros(8)])
+        assert torch.equal(result, torch.full((8,), 3.0 * constant))
