@@ -167,6 +167,13 @@ def _expand(r: Raiser, node: fx.Node) -> Value:
     return value.expand(shape) if isinstance(value, Conjunction) else r.view(node.args[0]).expand(shape)
 
 
+@_handles(aten.repeat_interleave.self_int)
+def _repeat_interleave(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    return None if dim is None or not view.dims else view.repeat(dim % len(view.dims), node.args[1])
+
+
 @_handles(
     aten.split.Tensor,
     aten.split_with_sizes.default,
@@ -524,19 +531,22 @@ def _pow(r: Raiser, node: fx.Node) -> Value | None:
 # ---- reductions along rows
 
 
-def _reductions(r: Raiser, node: fx.Node, given: Mapping[str, Any], *functions: ex.Expression) -> list[View] | None:
-    """What ``functions`` make of every row of the first operand; None where something else is asked for."""
+def _reductions(r: Raiser, node: fx.Node, given: Mapping[str, Any], *functions: ex.Expression) -> Value | None:
+    """What ``functions``, one for each result, make of every row of the first operand; None where something else is
+    asked for."""
     shape = traced(node.args[0]).shape
     dims = given.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or []
     if not shape or 0 in shape or [d % len(shape) for d in dims] != [len(shape) - 1]:
         return None
-    results = traced(node) if isinstance(traced(node), tuple) else (traced(node),)
+    several = isinstance(traced(node), tuple)
+    results = traced(node) if several else (traced(node),)
     x, keepdim = r.view(node.args[0]), given.get("keepdim", False)
     names = [node.name, *(f"{node.name}_{i}" for i in range(1, len(results)))]
     each = zip(names, functions, results, strict=True)
     found = [r.reduction(name, function, x, result.dtype, keepdim) for name, function, result in each]
-    return None if None in found else [view for view in found if view is not None]
+    views = tuple(view for view in found if view is not None)
+    return None if len(views) < len(found) else views if several else views[0]
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
@@ -549,8 +559,7 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 
 @_handles(*_REDUCTIONS)
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
-    found = _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
-    return found and found[0]
+    return _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)
@@ -567,8 +576,7 @@ def _vector_norm(r: Raiser, node: fx.Node) -> Value | None:
         y = b.apply(Op.ROW_MAX, b.apply(Op.ABS, x))
     else:
         return None
-    found = _reductions(r, node, given, b.build(y))
-    return found and found[0]
+    return _reductions(r, node, given, b.build(y))
 
 
 _DEVIATIONS = (aten.std.correction, aten.std.dim, aten.std_mean.correction, aten.std_mean.dim)
@@ -591,8 +599,4 @@ def _variance(r: Raiser, node: fx.Node) -> Value | None:
     total = b.apply(Op.ROW_SUM, b.apply(Op.MUL, centred, centred))
     y = b.apply(Op.DIV, total, b.constant(count - correction))
     y = b.apply(Op.SQRT, y) if node.target in _DEVIATIONS else y
-    if node.target in _WITH_MEAN:
-        found = _reductions(r, node, given, b.build(y), b.build(mean))
-        return found and tuple(found)
-    found = _reductions(r, node, given, b.build(y))
-    return found and found[0]
+    return _reductions(r, node, given, b.build(y), *([b.build(mean)] if node.target in _WITH_MEAN else []))

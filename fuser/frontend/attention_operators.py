@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,10 @@ def attention_from(
     out_shape = r.spec(node).shape
     rank = len(q.dims)
     q, k, v = (four_dims(t) for t in (q, k, v))
+    # Heads that are repeated for groups of queries, as they must be where a product has no groups.
+    group = math.gcd(k.repeats(1), v.repeats(1))
+    if group > 1:
+        k, v = (t.without_repeats(1, group) for t in (k, v))
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
     dtype = r.dtype(q)

@@ -108,6 +108,20 @@ class View:
             ),
         )
 
+    def repeat(self, dim: int, count: int) -> View:
+        """Every index of ``dim`` ``count`` times in a row."""
+        return replace(self, dims=(*self.dims[:dim], (*self.dims[dim], (count, 0)), *self.dims[dim + 1 :]))
+
+    def repeats(self, dim: int) -> int:
+        """How many indices of ``dim`` in a row are the same, as far as the view itself says it."""
+        factors = _collapse(self.dims[dim])
+        return factors[-1][0] if factors and factors[-1][1] == 0 else 1
+
+    def without_repeats(self, dim: int, count: int) -> View:
+        """Every ``count``-th index of ``dim``, where ``count`` divides :meth:`repeats`."""
+        *factors, (size, stride) = _collapse(self.dims[dim]) or [(1, 0)]
+        return replace(self, dims=(*self.dims[:dim], (*factors, (size // count, stride)), *self.dims[dim + 1 :]))
+
     def memory_order(self) -> tuple[int, ...]:
         """Dimensions but the last, by falling stride, then the last: the order in which rows lie in memory.
 

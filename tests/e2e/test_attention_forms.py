@@ -145,10 +145,17 @@ def test_grouped_queries() -> None:
     def expanded(t: Tensor) -> Tensor:
         return t[:, :, None].expand(B, 2, 2, S, D).reshape(B, 4, S, D)
 
+    def products(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ expanded(k).mT / 4).softmax(-1) @ expanded(v)).transpose(1, 2).flatten(2)
+
     operands = qkv(4, 2)
-    check(SDPA, *operands, enable_gqa=True)
-    check(Model(lambda m, q, k, v: SDPA.run(m, q, *(t.repeat_interleave(2, 1) for t in (k, v)))), *operands)
-    check(Model(lambda m, q, k, v: SDPA.run(m, q, expanded(k), expanded(v))), *operands)
+    for fast in (
+        check(SDPA, *operands, enable_gqa=True),
+        check(Model(lambda m, q, k, v: SDPA.run(m, q, *(t.repeat_interleave(2, 1) for t in (k, v)))), *operands),
+        check(Model(lambda m, q, k, v: SDPA.run(m, q, expanded(k), expanded(v))), *operands),
+        check(Model(products), *operands),
+    ):
+        assert (families(fast), fast.unfused) == ({"attention"}, ())
 
 
 @pytest.mark.parametrize("shape", [(6, S, S), (1, S, S), (6, 1, S), (S, S)])

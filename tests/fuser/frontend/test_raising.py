@@ -17,7 +17,7 @@ from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import Operator, OperatorGraph, is_kind
 from fuser.ir.masks import Causal, SlidingWindow
-from fuser.ir.operators import PV, AdditiveMask, BooleanMask, Gemm, PatternMask, Scale, ScoreMask, Semantics
+from fuser.ir.operators import PV, QK, AdditiveMask, BooleanMask, Gemm, PatternMask, Scale, ScoreMask, Semantics
 from fuser.masks import from_dense
 
 WIDTH, HEADS, S = 32, 4, 12
@@ -265,3 +265,23 @@ def test_equal_layers_are_equal_regions() -> None:
 def test_graphs_with_parts_are_refused() -> None:
     with pytest.raises(CaptureError, match="cannot look into"):
         raised(lambda m, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,)))
+
+
+@pytest.mark.parametrize("dynamic", [False, [[0, 1]]], ids=["fixed", "all lengths"])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_heads_repeated_for_groups_of_queries_are_read_in_place(dynamic: Any, written_out: bool) -> None:
+    def repeated(t: Tensor) -> Tensor:
+        batch, kv_heads, length, width = t.shape
+        return t[:, :, None].expand(batch, kv_heads, 2, length, width).reshape(batch, 2 * kv_heads, length, width)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (heads(p(x)) for p in (m.a, m.b, m.c))
+        k, v = (repeated(t[:, ::2]) for t in (k, v))
+        if written_out:
+            return ((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    graph = raise_graph(capture(Model(run).eval(), flatten_call((X,), {}), dynamic), sample={"batch": 2, "sequence": S})
+    assert kinds(graph) == {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "softmax": 1, "pv": 1}
+    for op, position in ((only(graph, QK), 1), (only(graph, PV), 1)):
+        assert graph.values[op.inputs[position]].shape[1] == HEADS // 2

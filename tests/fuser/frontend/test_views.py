@@ -129,3 +129,25 @@ def test_shapes_that_do_not_broadcast_are_refused(shape: tuple[int, ...]) -> Non
 
 def test_empty_views_are_not_reshaped() -> None:
     assert View.of("x", TensorSpec.contiguous((0, 3), torch.float32)).reshape((3, 0)) is None
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_repeated_indices_are_known_and_can_be_left_out(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3))
+    dim, count = data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(1, 4))
+    base = torch.arange(math.prod(shape)).view(shape)
+    view = View.of("x", TensorSpec.contiguous(shape, torch.float32)).repeat(dim, count)
+    assert torch.equal(elements(view, base), base.repeat_interleave(count, dim))
+    assert view.repeats(dim) == count
+    for part in divisors(count):
+        fewer = view.without_repeats(dim, part)
+        assert torch.equal(elements(fewer, base), base.repeat_interleave(count // part, dim))
+
+
+def test_heads_that_are_expanded_and_merged_are_repeated() -> None:
+    heads = View.of("x", TensorSpec.contiguous((2, 3, 5, 4), torch.float32))
+    repeated = heads.reshape((2, 3, 1, 5, 4)).expand((2, 3, 2, 5, 4)).reshape((2, 6, 5, 4))  # type: ignore[union-attr]
+    assert repeated is not None and repeated.strides() is None
+    assert repeated.repeats(1) == 2 and repeated.repeats(2) == 1
+    assert repeated.without_repeats(1, 2).strides() == heads.strides()
