@@ -267,7 +267,8 @@ class Captured:
     tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.
     ``asks_modes`` says whether the model asked if gradients or inference mode are on, ``lifted`` names the parameters
     that are tensors which no module has registered, and ``sizes`` says for which calls the graph holds: for shapes of
-    one kind if its sizes are named, else for those that it was captured with.
+    one kind if its sizes are named, else for those that it was captured with. ``known`` has the contents of inputs that
+    the graph is to be raised for, by the name of the input and ``_known``.
     """
 
     graph: torch.fx.GraphModule
@@ -277,6 +278,7 @@ class Captured:
     asks_modes: bool = False
     lifted: frozenset[str] = frozenset()
     sizes: SizeRange = field(default_factory=lambda: SizeRange(()))
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class _Flat(nn.Module):

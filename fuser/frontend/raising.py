@@ -98,6 +98,9 @@ class Raiser(GraphBuilder):
         if not isinstance(value, Traced):
             raise CaptureError(f"the model takes a {type(node.meta['val']).__name__} that fuser cannot guard on")
         self.values[node.name] = spec = TensorSpec.contiguous(value.shape, value.dtype)
+        known = f"{node.name}_known"
+        if known in self.captured.known:
+            return self.add_parameter(known, self.captured.known[known])
         return View.of(node.name, spec)
 
     def known_number(self, node: fx.Node) -> float | None:

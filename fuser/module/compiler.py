@@ -20,8 +20,9 @@ from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.frontend.graphs import raise_graph
-from fuser.ir.graph import OperatorGraph, Region
+from fuser.ir.graph import OperatorGraph, Region, is_kind
 from fuser.ir.masks import Mask
+from fuser.ir.operators import ScoreMask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
@@ -39,6 +40,8 @@ from fuser.search.tuning import Tuner
 logger = logging.getLogger("fuser")
 _MANY_UNFUSED = 8
 _LARGE_SHARE = 0.1
+_LARGE_MASK = 512 * 512
+"""Entries of masks that are worth a look: attention takes hundreds of times as long."""
 _DEFAULTS = Options()
 
 
@@ -73,6 +76,20 @@ class Compiled:
     def routes(self) -> Routes:
         """Which of the outputs have gradients."""
         return Routes(self.captured)
+
+    @functools.cached_property
+    def mask_inputs(self) -> tuple[int, ...]:
+        """Which inputs are large and end as masks of attention, by position."""
+        graph, found = self.graph, set[str]()
+        pending = [op.inputs[1] for op in graph.operators if is_kind(op, ScoreMask) and len(op.inputs) > 1]
+        while pending:
+            name = graph.base(pending.pop())
+            if name not in found:
+                found.add(name)
+                pending += maker.inputs if (maker := graph.source(name)) else ()
+        shapes = [(i, name, graph.values[name].shape) for i, name in enumerate(graph.inputs)]
+        large = ((i, name) for i, name, shape in shapes if len(shape) > 1 and math.prod(shape) >= _LARGE_MASK)
+        return tuple(i for i, name in large if name in found)
 
     @property
     def may_be_slower(self) -> bool:
@@ -112,15 +129,14 @@ def compile_call(
     tuner: Tuner | None = None,
     cache: KernelCache | None = None,
     states: States | None = None,
-    like: Compiled | None = None,
+    captured: Captured | None = None,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
     ``tuner`` supplies measured times of kernels; without it the cost model decides. ``states``, and their arena to
-    compute in, on the device of the model, are shared with other programs; ``like`` a program of the same model and
-    call, for another number of threads, that need not be captured again. Raises
-    CaptureError when the model cannot be captured, BuildError, ToolchainError or CacheError when its kernels cannot be
-    built.
+    compute in, on the device of the model, are shared with other programs; ``captured`` is what has been captured of
+    this model for this call. Raises CaptureError when the model cannot be captured, BuildError, ToolchainError or
+    CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
     attention = None if options.attention is None else options.attention.current()
@@ -132,10 +148,10 @@ def compile_call(
         now = time.perf_counter()
         seconds[stage], clock = now - clock, now
 
-    captured = capture(model, call) if like is None else like.captured
+    captured = capture(model, call) if captured is None else captured
     store.register(captured.parameters)
     lap("capture")
-    graph = raise_graph(captured, attention, floating(target)) if like is None else like.graph
+    graph = raise_graph(captured, attention, floating(target))
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")

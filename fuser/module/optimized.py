@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
 from fuser.frontend.attention_operators import check_restricted
-from fuser.frontend.capture import FlatCall, Signature, StateError, is_capturing, prepare
+from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
@@ -25,6 +26,7 @@ from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.forms import Form, Forms, form_key
+from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
@@ -98,6 +100,7 @@ class OptimizedModule(nn.Module):
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
         self._forms = Forms()
+        self._masks = KnownMasks()
         prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model, "" if options.attention is None else UNMASKED)
@@ -137,6 +140,8 @@ class OptimizedModule(nn.Module):
         comparison = self._comparisons.get(key)
         if comparison is not None:
             return self._compare(comparison, compiled, key, call, args, kwargs)
+        if compiled.mask_inputs and self._masks.looks_at(key):
+            compiled = self._knowing(compiled, call, key) or compiled
         return compiled.output.build(self._run(compiled, call, key))
 
     def _run(self, compiled: Compiled, call: FlatCall, key: Key) -> list[Tensor]:
@@ -269,6 +274,42 @@ class OptimizedModule(nn.Module):
             self._policy.compiled(key, kin_of(call), self._seconds() - start)
             return self._keep(compiled, call, key)
 
+    def _knowing(self, plain: Compiled, call: FlatCall, key: Key) -> Compiled | None:
+        """The program for a call's very masks, when they have come before and it is predicted to be faster."""
+        prints = tuple(fingerprint(call.tensors[i]) for i in plain.mask_inputs)
+        if None in prints:
+            return None
+        known: Key = ((*call.key, prints), *key[1:])
+        compiled = self._programs.use(known)
+        if compiled is not None and not self._store.changed and compiled.is_current:
+            return compiled
+        with self._lock:
+            if self._store.changed or not self._masks.returns(key, known):
+                return None
+            self._masks.tried(known)
+            device = device_of(call)
+            target, threads = self._placed(key, device)
+            try:
+                with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+                    captured = plain.captured if not plain.sizes else self._masks.captured(call.key)
+                    if captured is None:
+                        captured = run_after_fork(capture, self._model, call)
+                        self._masks.keep(call.key, captured)
+                    told = knowing(captured, call, plain.mask_inputs)
+                    mask = None if self._options.attention is None else self._options.attention.current()
+                    if not pays(captured, told, mask, target, self._tuner):
+                        return None
+                    states = self._states.setdefault(device, States(arena_of(device, self._options.concurrency)))
+                    make = functools.partial(
+                        compile_call, options=self._options, tuner=self._tuner, states=states, captured=told
+                    )
+                    compiled = run_after_fork(make, self._model, call, self._store, target, threads)
+            except FuserError as error:
+                logger.info("no program for the masks of %s: %s", text_of(call), error)
+                return None
+            self._programs.add(known, compiled)
+            return compiled
+
     def _keep(self, compiled: Compiled, call: FlatCall, key: Key) -> Compiled:
         """Have a program for the next calls like this."""
         if compiled.may_be_slower and self._options.attention is None:
@@ -340,7 +381,8 @@ class OptimizedModule(nn.Module):
             (
                 c
                 for (known, _, other), c in self._programs.items()
-                if (known, other) == (signature, variant) and c.program.device == device and c.is_current
+                if (known, other) == (signature, variant) and c.program.device == device
+                if c.is_current and not c.sizes
             ),
             None,
         )
@@ -355,7 +397,7 @@ class OptimizedModule(nn.Module):
                 options=self._options,
                 tuner=self._tuner,
                 states=self._states.setdefault(device, States(arena_of(device, self._options.concurrency))),
-                like=like,
+                captured=None if like is None else like.captured,
             )
         self._check_masked(compiled.graph)
         return compiled
@@ -429,6 +471,7 @@ class OptimizedModule(nn.Module):
             self._comparisons.clear()
             self._programs.clear()
             self._forms.clear()
+            self._masks = KnownMasks()
             self._policy = CompilationPolicy()
             self._store = WeightStore(self._model)
 
@@ -517,7 +560,7 @@ class OptimizedModule(nn.Module):
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
                 for (signature, _, variant), c in self._programs.items()
-                if variant[0] == self._store.configuration
+                if variant[0] == self._store.configuration and not c.captured.known
             ]
 
     def restore(self) -> None:
