@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_
 from fuser.attention.varlen import varlen_attention
 from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Dense, Mask, PerBatch
+from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.scores import ScoreRule
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["attend", "register_mask", "sparse_attention", "varlen_attention"]
 
@@ -27,7 +32,7 @@ def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | PerBatch | Tensor | None = None,
+    mask: Mask | PerBatch | BlockMask | Tensor | None = None,
     *,
     score: ScoreRule | None = None,
     scale: float | None = None,
@@ -39,10 +44,11 @@ def sparse_attention(
         q: (B, H, Sq, D).
         k: (B, Hkv, Sk, D); H is a multiple of Hkv, and each of k's heads serves H / Hkv heads of q in a row.
         v: (B, Hkv, Sk, Dv).
-        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing; or one for each batch entry
-            (``fuser.masks.per_batch``), which are computed one after the other; or a tensor that broadcasts to
-            (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart from keys that
-            nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for all pairs.
+        mask: one of :mod:`fuser.masks`, whose forbidden pairs cost nothing, or a ``BlockMask`` of FlexAttention; or one
+            for each batch entry (``fuser.masks.per_batch``), which are computed one after the other; or a tensor that
+            broadcasts to (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart
+            from keys that nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for
+            all pairs.
         score: what becomes of scaled scores before the mask is applied or added, such as ``fuser.SoftCap(50.0)``.
         scale: default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
@@ -63,10 +69,12 @@ def sparse_attention(
     """
     if score is not None and not isinstance(score, ScoreRule):
         raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
+    if mask is not None and not isinstance(mask, (Mask, PerBatch, Tensor)):
+        if not is_block_mask(mask):
+            raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
+        mask = from_block_mask(mask)
     if isinstance(mask, PerBatch):
         return _by_entries(q, k, v, mask, score, scale, return_lse)
-    if mask is not None and not isinstance(mask, (Mask, Tensor)):
-        raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
     pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
     if not return_lse:
         return attend(q, k, v, pattern, runtime, rule=score, scale=scale)

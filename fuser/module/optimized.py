@@ -703,7 +703,8 @@ def optimize(
         model: any ``nn.Module``; left as it is, apart from where its weights lie in memory.
         example_inputs: positional arguments (tuple) or keyword arguments (dict) to compile for now; without them the
             first call compiles.
-        attention: a mask that every self-attention is restricted to, beside the masks it has.
+        attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
+            or a ``BlockMask`` of FlexAttention.
         quantize: reserved for dynamic quantization of attention; must be None.
         search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.

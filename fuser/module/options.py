@@ -9,6 +9,7 @@ from typing import Any
 
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
+from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.target import Target
 from fuser.runtime.targets import named_target
 
@@ -28,6 +29,8 @@ class Options:
     concurrency: int = 1
 
     def __post_init__(self) -> None:
+        if is_block_mask(self.attention):
+            object.__setattr__(self, "attention", from_block_mask(self.attention))
         if self.attention is not None and not isinstance(self.attention, Mask):
             raise MaskError(f"attention must be one of fuser.masks, not a {type(self.attention).__name__}")
         if not isinstance(self.dynamic, (bool, Mapping)):

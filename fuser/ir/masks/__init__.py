@@ -10,6 +10,7 @@ from __future__ import annotations
 from fuser.ir.masks.algebra import And, Not, Or, PerHead, Shifted, per_head
 from fuser.ir.masks.base import Mask
 from fuser.ir.masks.batch import PerBatch, per_batch
+from fuser.ir.masks.blocks import Blocks, from_block_indices, from_block_mask, from_blocks
 from fuser.ir.masks.columns import Columns, Progressions
 from fuser.ir.masks.opaque import MaskMod, TensorMask, from_dense, from_mask_mod
 from fuser.ir.masks.patterns import BigBird, Causal, Dense, Dilated, Fixed, Longformer, SlidingWindow, Strided
@@ -26,6 +27,10 @@ __all__ = [
     "BigBird",
     "from_dense",
     "from_mask_mod",
+    "from_block_mask",
+    "from_block_indices",
+    "from_blocks",
+    "Blocks",
     "per_head",
     "per_batch",
     "PerHead",
