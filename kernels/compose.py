@@ -76,7 +76,8 @@ def compose(
 ) -> RowProgram | None:
     """The row program of ``operators``, which must all work on one matrix; None when they do not.
 
-    ``seeds`` are values computed before (the GEMM's accumulator); they become the expression's first inputs.
+    ``seeds`` are values computed before (the GEMM's accumulator, or views of it); they become the expression's first
+    inputs.
     ``storage`` holds the dtypes that operands and results may have (:func:`fuser.kernels.base.floating`).
     """
     graph = group.graph
@@ -94,8 +95,10 @@ def compose(
     def operand(value: str, shape: tuple[int, ...]) -> int | None:
         spec = graph.values[value]
         base = graph.base(value)
+        if value in at:
+            return at[value]
         if base in at:
-            return at[base] if value == base or same_matrix(spec, graph.values[base]) else None
+            return at[base] if same_matrix(spec, graph.values[base]) else None
         bound = bind(value, spec, shape)
         if bound is None or spec.dtype not in storage:
             return None

@@ -3,6 +3,9 @@
 The weights are packed once, in panels as wide as the microkernel's register tile. Rows of the activations are copied,
 a cache block at a time, to where their stride cannot collide in the cache. The epilogue is a row expression on the
 accumulators of a finished tile, or of finished rows where it reduces along them (a norm).
+
+Where equal parts of the columns meet in the epilogue, as the two of a gated MLP, they are several products of a kernel:
+their panels lie side by side, and so do the accumulators of columns that meet.
 """
 
 from __future__ import annotations
@@ -100,8 +103,8 @@ class GemmParameters:
 
     @property
     def inputs(self) -> tuple[Operand, ...]:
-        """Operands of the epilogue's inputs, the accumulator first."""
-        return (Operand(Access.MATRIX, DType.F32), *self.operands)
+        """Operands of the epilogue's inputs, the accumulators first."""
+        return (*(Operand(Access.MATRIX, DType.F32) for _ in range(self.products)), *self.operands)
 
     @property
     def reduces(self) -> bool:
@@ -123,6 +126,11 @@ class GemmParameters:
         return _odd_lines(min(self.steps, self.chunk))
 
     @property
+    def products(self) -> int:
+        """Products of ``n`` columns each that meet in the epilogue."""
+        return 1
+
+    @property
     def wide(self) -> bool:
         """Whether accumulators of all columns are kept: for the epilogue, or from chunk to chunk."""
         return self.reduces or self.chunk < self.steps
@@ -130,7 +138,7 @@ class GemmParameters:
     @property
     def tile_pitch(self) -> int:
         """Floats between accumulator rows."""
-        return _odd_lines(self.panels * self.nr) if self.wide else self.nr
+        return _odd_lines(self.products * self.panels * self.nr) if self.wide else self.products * self.nr
 
     def workspace_bytes(self, rows: int, threads: int) -> int:
         """Scratch for ``rows`` rows of A on ``threads`` threads."""
@@ -138,6 +146,14 @@ class GemmParameters:
         if self.reduces:
             tiles = maximum([tiles, minimum([rows, self.shared])])
         return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
+
+
+@dataclass(frozen=True)
+class GatedGemmParameters(GemmParameters):
+    """As :class:`GemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the epilogue's
+    first inputs."""
+
+    products: int = 2  # type: ignore[assignment,misc]
 
 
 def _odd_lines(floats: int) -> int:
@@ -189,6 +205,20 @@ class PanelLayout(Layout):
         return (pack(weight, self.nr, self.transposed, self.dtype, self.pairs),)
 
 
+@dataclass(frozen=True)
+class GatedLayout(Layout):
+    """The columns of one weight as ``products`` equal parts, whose panels follow each other: (ceil(N / products / nr),
+    products, …)."""
+
+    panels: PanelLayout
+    products: int
+
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (weight,) = tensors
+        parts = weight.chunk(self.products, 0 if self.panels.transposed else 1)
+        return (torch.stack([self.panels.pack(part)[0] for part in parts], 1),)
+
+
 @dataclass
 class _Prepacked:
     """A weight that oneDNN has reordered, its version then, and the result."""
@@ -238,7 +268,10 @@ def _packs(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class GemmMatch:
-    """A GEMM operator and the row program of what follows it; ``row_stride`` is that of A in elements."""
+    """A GEMM operator and the row program of what follows it; ``row_stride`` is that of A in elements.
+
+    The weight has ``products`` times ``n`` columns; in the row program those meet that are ``n`` apart.
+    """
 
     group: OperatorGroup
     gemm: Operator[Gemm]
@@ -246,6 +279,7 @@ class GemmMatch:
     n: int
     k: int
     row_stride: int
+    products: int = 1
 
     @property
     def a(self) -> str:
@@ -286,10 +320,29 @@ class GemmFamily:
         n, k = weight.shape if gemm.semantics.transposed else weight.shape[::-1]
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
-        program = compose(group, others, seeds=(gemm.output,), storage=floating(target))
+        seeds = _parts(group, gemm) or (gemm.output,)
+        program = compose(group, others, seeds=seeds, storage=floating(target))
         if program is None or program.gathers or len(program.bounds) > _MAX_OPERANDS:
             return None
-        return GemmMatch(group, gemm, program, n, k, stride)
+        if len(seeds) > 1 and program.expression.has_reduction:
+            return None
+        return GemmMatch(group, gemm, program, n // len(seeds), k, stride, len(seeds))
+
+
+def _parts(group: OperatorGroup, gemm: Operator[Gemm]) -> tuple[str, ...]:
+    """The views in which a group reads a product, if these are equal parts of its columns, in order; else nothing."""
+    graph = group.graph
+    out = graph.values[gemm.output]
+    rows, columns = rows_and_columns(out.shape)
+    read = {v for op in group.operators for v in op.inputs if graph.base(v) == gemm.output}
+    parts = sorted(read, key=lambda v: graph.values[v].offset)
+    specs = [graph.values[v] for v in parts]
+    width = columns // max(len(parts), 1)
+    if len(parts) < 2 or any(rows_and_columns(spec.shape) != (rows, width) for spec in specs):
+        return ()
+    even = rows == 1 or all(row_stride(spec) == columns for spec in specs)
+    lie = even and all(spec.offset == i * width and spec.strides[-1] == 1 for i, spec in enumerate(specs))
+    return tuple(parts) if lie and width * len(parts) == columns else ()
 
 
 class CpuGemm(Implementation[GemmMatch, GemmParameters]):
@@ -314,6 +367,7 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
                 mr=mr,
                 vectors=vectors,
                 depth=depth,
+                products=match.products,
             )
 
         tiles = _tiles(match.n, target)
@@ -327,7 +381,8 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
 
     def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
-        layout = PanelLayout(parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
+        panels = PanelLayout(parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
+        layout = panels if match.products == 1 else GatedLayout(panels, match.products)
         return KernelCall(
             KernelSpec("gemm", "cpu/gemm.cpp.j2", parameters),
             (match.a, Packed((match.weight,), layout), *program.tensors),
@@ -347,6 +402,8 @@ class OneDnnGemm(Implementation[GemmMatch, LibraryParameters]):
         read = (match.a, match.weight, *(b.value for b in program.bounds))
         ops = [i.op for i in program.expression.instructions]
         if len(program.outputs) != 1 or len({values[v].dtype for v in (*read, *program.outputs)}) != 1 or match.k == 0:
+            return []
+        if match.products > 1:
             return []
         if ops == [Op.INPUT]:
             return [LibraryParameters(bias=False)]
@@ -368,7 +425,7 @@ def _cost(match: GemmMatch, target: Target, *, nr: int, share: float, passes: in
     """The roofline of a product in tiles of ``nr`` columns at a ``share`` of the peak, whose epilogue goes through
     memory so many times."""
     program, values = match.program, match.group.graph.values
-    padded = -(-match.n // nr) * nr
+    padded = -(-match.n // nr) * nr * match.products
     flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
     # Below eight independent accumulators the latency of a multiply-add shows.
     efficiency = share * min(1.0, max(program.rows, 1) * (nr // target.vector_lanes) / 8)
@@ -406,6 +463,7 @@ def parameters(
     mr: int | None = None,
     vectors: int | None = None,
     depth: int = _DEPTHS[0],
+    products: int = 1,
 ) -> GemmParameters:
     """Parameters with blocks that fit the caches of ``target``; the register tile (``mr`` rows, ``vectors`` vectors)
     defaults to its best."""
@@ -420,13 +478,13 @@ def parameters(
     kc = max(-(-steps // passes), 1)
     # W is read once for every block of rows. Rows that are packed for a part of K at a time may be more, but need
     # accumulators of all columns, which a norm needs anyway.
-    all_columns = -(-n // nr) * nr
+    all_columns = -(-n // nr) * nr * products
     whole = min(l2 // 2 // _odd_lines(steps), l2 // 2 // all_columns if epilogue.has_reduction else _MAX_BLOCK)
     chunked = min(l2 // 2 // all_columns, _MAX_BLOCK)
     by_chunks = 2 * chunked > 3 * whole
     mc = max(min(chunked if by_chunks else whole, _MAX_BLOCK) // mr, 1) * mr
     chunk = max(l2 // 4 // mc // kc, 1) * kc if by_chunks else max(steps, 1)
-    return GemmParameters(
+    plain = GemmParameters(
         n=n,
         k=k,
         a_dtype=a_dtype,
@@ -441,3 +499,4 @@ def parameters(
         chunk=chunk,
         pairs=pairs,
     )
+    return plain if products == 1 else GatedGemmParameters(**vars(plain), products=products)

@@ -165,13 +165,18 @@ class CudaGemmParameters:
         return self.tile.split > 1 or (self.reduces and self.tile.bn < self.n)
 
     @property
+    def products(self) -> int:
+        """Products of ``n`` columns each that meet in the epilogue."""
+        return 1
+
+    @property
     def steps(self) -> int:
         """Pipeline stages' worth of K."""
         return -(-self.k // self.tile.bk)
 
     @property
     def column_tiles(self) -> int:
-        return -(-self.n // self.tile.bn)
+        return -(-self.n // (self.tile.bn // self.products))
 
     @property
     def pitch(self) -> int:
@@ -196,6 +201,14 @@ class CudaGemmParameters:
     def workspace_bytes(self, rows: int) -> int:
         """Scratch for ``rows`` rows of A."""
         return 4 * self.tile.split * rows * self.pitch if self.separate else 0
+
+
+@dataclass(frozen=True)
+class CudaGatedGemmParameters(CudaGemmParameters):
+    """As :class:`CudaGemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the first
+    inputs of the epilogue. A tile has columns of all, and no other block shares its sums."""
+
+    products: int = 2  # type: ignore[assignment,misc]
 
 
 @dataclass(frozen=True)
@@ -250,7 +263,7 @@ def linear(match: GemmMatch) -> Linear | None:
     program, values = match.program, match.group.graph.values
     instructions = program.expression.instructions
     found, current = Linear(), 0
-    if instructions[0].op is not Op.INPUT or instructions[0].index != 0:
+    if match.products > 1 or instructions[0].op is not Op.INPUT or instructions[0].index != 0:
         return None
     for position, i in enumerate(instructions):
         if i.op is Op.INPUT:
@@ -300,7 +313,7 @@ def product_dtype(match: GemmMatch) -> DType:
 def moved_bytes(match: GemmMatch) -> float:
     """Every tensor once to or from memory."""
     graph = match.group.graph
-    weight = match.n * match.k * product_dtype(match).bytes
+    weight = match.products * match.n * match.k * product_dtype(match).bytes
     return float(graph.values[match.a].nbytes + weight + match.program.bytes(graph))
 
 
@@ -326,21 +339,25 @@ def parameters(
     out_dtypes: Sequence[DType],
     tile: Tile,
     tensor_cores: bool,
+    products: int = 1,
 ) -> CudaGemmParameters:
     """Parameters of one kernel; see :class:`CudaGemmParameters`."""
-    return CudaGemmParameters(n, k, dtype, tensor_cores, epilogue, tuple(operands), tuple(out_dtypes), tile)
+    plain = CudaGemmParameters(n, k, dtype, tensor_cores, epilogue, tuple(operands), tuple(out_dtypes), tile)
+    return plain if products == 1 else CudaGatedGemmParameters(**vars(plain), products=products)
 
 
 @functools.lru_cache(maxsize=4096)
 def best_tiles(
-    rows: int, n: int, k: int, dtype: DType, tensor_cores: bool, reduces: bool, target: Target
+    rows: int, n: int, k: int, dtype: DType, tensor_cores: bool, reduces: bool, target: Target, whole: bool = False
 ) -> tuple[Tile, ...]:
-    """Legal tiles for a product of these sizes on ``target``, those with the least predicted time first."""
+    """Legal tiles for a product of these sizes on ``target``, those with the least predicted time first; with
+    ``whole``, only those whose sums no other block shares."""
 
     def seconds(tile: Tile) -> float:
         return _seconds(tile, rows, n, k, dtype, tensor_cores, reduces, target)
 
-    ranked = sorted(legal_tiles(n, k, dtype, tensor_cores, target), key=seconds)
+    legal = legal_tiles(n, k, dtype, tensor_cores, target)
+    ranked = sorted((tile for tile in legal if tile.split == 1 or not whole), key=seconds)
     # The first of every shape: depth and stages differ less than shapes do.
     best: dict[tuple[int, int, int], Tile] = {}
     for tile in ranked:
@@ -419,7 +436,7 @@ def is_multiplied(match: GemmMatch) -> bool:
 
 def _cost(match: GemmMatch, seconds: float, launches: int, target: Target) -> Cost:
     """Every tensor touched once, and the product in ``seconds``."""
-    flops = max(2.0 * match.program.rows * match.n * match.k, 1.0)
+    flops = max(2.0 * match.program.rows * match.n * match.products * match.k, 1.0)
     efficiency = flops / (target.peak_flops * target.cores * max(seconds, 1e-9))
     return Cost(flops, moved_bytes(match), launches, efficiency)
 
@@ -433,20 +450,30 @@ class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
             return []
         program, dtype = match.program, product_dtype(match)
         tensor_cores = _tensor_cores(dtype, target)
-        reduces = program.expression.has_reduction
+        reduces, columns, gated = program.expression.has_reduction, match.n * match.products, match.products > 1
         return [
             parameters(
-                match.n, match.k, dtype, program.expression, program.operands, program.output_dtypes, tile, tensor_cores
+                match.n,
+                match.k,
+                dtype,
+                program.expression,
+                program.operands,
+                program.output_dtypes,
+                tile,
+                tensor_cores,
+                match.products,
             )
-            for tile in best_tiles(program.rows, match.n, match.k, dtype, tensor_cores, reduces, target)
+            for tile in best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
+            if tile.bn % (32 * match.products) == 0
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> Cost:
         """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory
         where a second kernel applies it."""
         p, dtype = parameters, product_dtype(match)
+        columns = match.n * match.products
         seconds = _seconds(
-            p.tile, match.program.rows, match.n, match.k, dtype, _tensor_cores(dtype, target), p.reduces, target
+            p.tile, match.program.rows, columns, match.k, dtype, _tensor_cores(dtype, target), p.reduces, target
         )
         if not p.separate:
             return _cost(match, seconds, 1, target)

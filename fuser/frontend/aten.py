@@ -433,6 +433,18 @@ def _gelu(r: Raiser, node: fx.Node) -> Value | None:
     return r.elementwise(node, kinds.Activation(ex.unary(op)), [r.view(node.args[0])])
 
 
+@_handles(aten.glu.default)
+def _glu(r: Raiser, node: fx.Node) -> Value | None:
+    view = r.view(node.args[0])
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)) % len(view.dims)
+    half = view.shape[dim] // 2
+    parts = [view.slice(dim, start, half, 1) for start in (0, half)]
+    b = Builder()
+    y = b.apply(Op.MUL, b.input(0), b.apply(Op.SIGMOID, b.input(1)))
+    known = [part for part in parts if part is not None]
+    return r.elementwise(node, kinds.Pointwise(b.build(y)), known) if len(known) == 2 else None
+
+
 _CLAMPS = {
     aten.clamp.default: ("min", "max"),
     aten.clamp_min.default: ("min", None),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gated import Gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,7 +33,17 @@ from fuser.kernels.base import (
     Operand,
     materialized,
 )
-from fuser.kernels.gemm import CpuGemm, GemmExtents, GemmFamily, GemmParameters, OneDnnGemm, pack, unpack
+from fuser.kernels.gemm import (
+    CpuGemm,
+    GatedGemmParameters,
+    GemmExtents,
+    GemmFamily,
+    GemmMatch,
+    GemmParameters,
+    OneDnnGemm,
+    pack,
+    unpack,
+)
 from fuser.kernels.operands import OperandExtents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
@@ -368,6 +379,83 @@ def test_family_runs_a_group(chain: list[Operator], outputs: list[str], cache: K
     exact, eager = evaluate(match.group, values, torch.float64), evaluate(match.group, values)
     for name in outputs:
         assert error(results[name], exact[name]) <= 2 * error(eager[name], exact[name]) + FLOOR[torch.float32]
+
+
+@dataclass(frozen=True)
+class GatedCase(Gated):
+    isa: Isa = NATIVE
+    chunked: bool = False
+
+    def match(self, rows: int) -> GemmMatch:
+        graph = self.graph(rows)
+        match = GemmFamily().match(graph.group(graph.compute), target(self.isa))
+        assert match is not None and (match.n, match.products) == (self.n, self.products)
+        return match
+
+
+GATED = [
+    GatedCase(40, 33),
+    GatedCase(5, 70, products=3),
+    GatedCase(17, 300, chunked=True),
+    GatedCase(100, 64, transposed=False),
+    GatedCase(33, 0),
+    GatedCase(50, 131, dtype=torch.bfloat16),
+    *(GatedCase(41, 70, isa=isa) for isa in ISAS if isa is not NATIVE),
+]
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_products_that_meet_in_the_epilogue_are_one_kernel(case: GatedCase, cache: KernelCache) -> None:
+    machine, ways = target(case.isa), CpuGemm()
+    choices = ways.space(case.match(4), machine)
+    assert all(isinstance(choice, GatedGemmParameters) for choice in choices)
+    choices = [dataclasses.replace(c, chunk=c.kc // 2, kc=c.kc // 2) for c in choices] if case.chunked else choices
+    assert case.chunked == any(c.chunk < c.steps for c in choices)
+    sources = {c: render(KernelSpec("gemm", "cpu/gemm.cpp.j2", c)) for c in choices}
+    paths = build([*sources.values()], machine, headers=header_folder(machine), cache=cache)
+    g = torch.Generator().manual_seed(0)
+    for rows in (1, 9, 70):
+        match = case.match(rows)
+        graph = match.group.graph
+        values = {v: torch.randn(graph.values[v].shape, generator=g).to(case.dtype) for v in ("x", "weight")}
+        exact, eager = (evaluate(graph, values, precision) for precision in (torch.float64, None))
+        (name,) = graph.outputs
+        for choice in choices:
+            call = ways.call(match, choice, machine, 2)
+            assert call.outputs == graph.outputs
+            result = torch.full(graph.values[name].shape, float("nan"), dtype=case.dtype)
+            tensors = materialized(call.tensors, {**values, name: result})
+            workspace = torch.full((call.workspace_bytes // 4 + 16,), float("nan"))
+            aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
+            symbol = sources[choice].symbol
+            args = KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, 2, aligned)
+            load(paths[symbol], symbol)(args)
+            assert error(result, exact[name]) <= 2 * error(eager[name], exact[name]) + FLOOR[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"part1": TensorSpec((4, 40), torch.float32, (80, 1), "product", 39)},
+        {"part1": TensorSpec((4, 40), torch.float32, (80, 1), "product", 0)},
+        {"part0": TensorSpec((4, 40), torch.float32, (80, 2), "product", 0)},
+        {"part0": TensorSpec((4, 40), torch.float32, (40, 1), "product", 0)},
+    ],
+    ids=["overlapping", "the same", "every other column", "other rows"],
+)
+def test_other_parts_of_a_product_are_refused(change: dict[str, TensorSpec]) -> None:
+    graph = Gated(40, 33).graph(4)
+    graph = dataclasses.replace(graph, values={**graph.values, **change})
+    assert GemmFamily().match(graph.group(graph.compute), target()) is None
+
+
+def test_parts_that_something_else_reads_are_refused() -> None:
+    graph = Gated(40, 33).graph(4)
+    for outputs in (("gated1", "product"), ("gated1", "part1")):
+        other = dataclasses.replace(graph, outputs=outputs)
+        assert GemmFamily().match(other.group(other.compute), target()) is None
+    match = GatedCase(40, 33).match(4)
+    assert OneDnnGemm().space(match, target()) == []
 
 
 @pytest.mark.parametrize("transposed", [True, False])

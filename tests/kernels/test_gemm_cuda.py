@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gated import Gated
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
@@ -24,10 +25,28 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
 from fuser.ir.target import TF32, Target, cuda_target, emulated_target
 from fuser.kernels import gemm_cuda, gemm_cutlass
-from fuser.kernels.base import Access, DType, KernelCall, KernelSpec, LibraryCall, Operand, Packed, materialized
+from fuser.kernels.base import (
+    STORAGE,
+    Access,
+    DType,
+    KernelCall,
+    KernelSpec,
+    LibraryCall,
+    Operand,
+    Packed,
+    materialized,
+)
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.kernels.gemm import GemmFamily, GemmMatch
-from fuser.kernels.gemm_cuda import CublasGemm, CublasParameters, CudaGemm, CudaGemmExtents, CudaGemmParameters, Tile
+from fuser.kernels.gemm_cuda import (
+    CublasGemm,
+    CublasParameters,
+    CudaGatedGemmParameters,
+    CudaGemm,
+    CudaGemmExtents,
+    CudaGemmParameters,
+    Tile,
+)
 from fuser.kernels.gemm_cutlass import CutlassExtents, CutlassGemm, CutlassParameters
 from fuser.kernels.operands import OperandExtents
 from fuser.runtime import emulator
@@ -428,6 +447,46 @@ def test_family_runs_a_group(
     assert isinstance(call.tensors[1], Packed) == (chain[0] is KN or weight is not None)
     values = inputs(of)
     compare(launch(call, of, values), match, {n: v.to(dtype) for n, v in values.items()})
+
+
+@dataclass(frozen=True)
+class GatedCase(Gated):
+    target: Target = EMULATED
+
+    def match(self, rows: int) -> GemmMatch:
+        graph = self.graph(rows)
+        match = GemmFamily().match(graph.group(graph.compute), self.target)
+        assert match is not None and (match.n, match.products) == (self.n, self.products)
+        return match
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        GatedCase(40, 33),
+        GatedCase(100, 72, dtype=torch.float16),
+        GatedCase(33, 40, dtype=torch.bfloat16, transposed=False),
+        GatedCase(17, 24, products=4, dtype=torch.float16),
+        GatedCase(40, 36, target=dataclasses.replace(EMULATED, features=EMULATED.features | {TF32})),
+    ],
+    ids=str,
+)
+def test_products_that_meet_in_the_epilogue_are_one_kernel(case: GatedCase) -> None:
+    choices = CudaGemm().space(case.match(4), case.target)
+    assert choices and all(isinstance(c, CudaGatedGemmParameters) and not c.separate for c in choices)
+    g = torch.Generator().manual_seed(0)
+    for rows in (1, 35, 130):
+        match = case.match(rows)
+        values = {v: torch.randn(match.group.graph.values[v].shape, generator=g) for v in ("x", "weight")}
+        values = {v: t.to(case.dtype) for v, t in values.items()}
+        exact, eager = (evaluate(match.group, values, precision) for precision in (torch.float64, None))
+        for choice in choices[:2]:
+            call = CudaGemm().call(match, choice, case.target, 2)
+            got = launch(call, match.group.graph, values)
+            for name, expected in exact.items():
+                bound = 2 * error(eager[name], expected) + FLOOR[STORAGE[case.dtype]]
+                assert error(got[name], expected) <= (2 * TF32_ERROR if TF32 in case.target.features else bound)
+    assert CublasGemm().space(match, case.target) == []
 
 
 def test_packed_weights_share_memory_where_they_can() -> None:
