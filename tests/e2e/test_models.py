@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 128,
 }
 BATCHES = (1, 4)
-LENGTHS = (7, 64, 128, 200, 384, 512)
+LENGTHS = (7, 64, 200, 512)
 
 
 class Handwritten(nn.Module):
@@ -154,7 +154,8 @@ def test_model_is_right_and_fully_fused(name: str, padded: bool) -> None:
     make, call = MODELS[name]
     model, exact = build(make)
     for batch in BATCHES:
-        fast = fuser.optimize(model)
+        # Measuring kernels for each order of magnitude is tested elsewhere.
+        fast = fuser.optimize(model, search="model")
         for length in LENGTHS:
             check(model, exact, fast, call(batch, length, padded))
             assert fast.unfused == ()
