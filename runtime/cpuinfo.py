@@ -74,7 +74,7 @@ def usable_cores() -> int:
     """Physical cores that this process may use: those of its affinity mask, within the container's quota."""
     cpus = os.sched_getaffinity(0)
     cores = {_read(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in cpus}
-    quota = _cgroup_quota()
+    quota = cgroup_quota()
     return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
 
 
@@ -117,7 +117,7 @@ def _cpuinfo() -> dict[str, str]:
     return fields
 
 
-def _cgroup_quota() -> float | None:
+def cgroup_quota() -> float | None:
     """CPUs that the container may keep busy (cgroup v2, then v1), or None for no limit."""
     pairs = [_read(_CGROUP / "cpu.max").split()]
     pairs.append([_read(_CGROUP / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period")])

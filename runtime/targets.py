@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
+import os
 from collections.abc import Iterator
 
 import torch
 
 from fuser.ir.errors import DeviceMemoryError, FuserError
 from fuser.ir.target import EMULATED, TF32, Target, emulated_target
+from fuser.runtime.cpuinfo import cgroup_quota
 from fuser.runtime.cuda import gpu_target
 from fuser.runtime.device import cpu_target
 
 
+_AT_FIRST = torch.get_num_threads()
+
+
 def threads_now() -> int:
-    """The team size of kernels: PyTorch's number of threads."""
-    return torch.get_num_threads()
+    """The team size of kernels: PyTorch's number of threads. Where nobody has chosen that, no more than the container
+    may keep busy, of which PyTorch knows nothing: a team that waits for its turn is slower than a smaller one."""
+    threads = torch.get_num_threads()
+    return threads if threads != _AT_FIRST else _threads_at_first()
+
+
+@functools.cache
+def _threads_at_first() -> int:
+    quota = None if "OMP_NUM_THREADS" in os.environ else cgroup_quota()
+    return _AT_FIRST if quota is None else min(_AT_FIRST, max(1, math.ceil(quota)))
 
 
 def target_of(device: torch.device) -> Target:
