@@ -17,7 +17,6 @@ from fuser.runtime.cpuinfo import cgroup_quota
 from fuser.runtime.cuda import gpu_target
 from fuser.runtime.device import cpu_target
 
-
 _AT_FIRST = torch.get_num_threads()
 
 
