@@ -9,6 +9,7 @@ from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.mlp import CudaMlp, MlpFamily
+from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
 
@@ -18,6 +19,8 @@ IMPLEMENTATIONS: Table = {
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
     (MlpFamily(), "cuda"): (CudaMlp(),),
+    (RotaryFamily(), "cpu"): (CPU_ROTARY,),
+    (RotaryFamily(), "cuda"): (CUDA_ROTARY,),
     (RowwiseFamily(), "cpu"): (CpuRowwise(),),
     (RowwiseFamily(), "cuda"): (CudaRowwise(),),
     (PointwiseFamily(), "cpu"): (CpuRowwise(),),

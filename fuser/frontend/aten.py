@@ -57,6 +57,8 @@ def _nothing(r: Raiser, node: fx.Node) -> Value:
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
     aten._to_copy.default,
     aten.type_as.default,
 )
@@ -82,6 +84,8 @@ def _dropout(r: Raiser, node: fx.Node) -> Value | None:
     aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
+    aten.reshape_as.default,
+    aten.view_as.default,
     aten.unsqueeze.default,
     aten.squeeze.default,
     aten.squeeze.dim,

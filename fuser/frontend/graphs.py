@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from fuser.frontend import attention_patterns
+from fuser.frontend import attention_patterns, rotary_patterns
 from fuser.frontend.aten import HANDLERS
 from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.capture import Captured
 from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
+from fuser.frontend.rotary_operators import rotary_from
 from fuser.frontend.views import Value
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import OperatorGraph, ViewCalls
@@ -35,6 +36,7 @@ def raise_graph(
     """
     r = Raiser(captured, attention, floating, sample or {})
     roles = attention_patterns.find(captured.graph.graph, r.known_number)
+    rotations = rotary_patterns.find(captured.graph.graph)
     outputs: tuple[str, ...] = ()
     aliases: dict[int, ViewCalls] = {}
     for node in captured.graph.graph.nodes:
@@ -42,7 +44,9 @@ def raise_graph(
             r.env[node] = r.placeholder(node)
         elif node.op == "call_function":
             if node not in r.env:
-                r.env[node] = _written_out(r, node, roles[node]) if node in roles else _handled(r, node)
+                # Nodes inside of a rotation are raised, too: what nothing reads is left out at the end.
+                rotated = rotary_from(r, node, rotations[node]) if node in rotations else None
+                r.env[node] = rotated or (_written_out(r, node, roles[node]) if node in roles else _handled(r, node))
         elif node.op == "output":
             outputs, aliases = outputs_of(r, node.args[0])
         elif node.op != "get_attr":

@@ -475,6 +475,48 @@ class Embedding(Semantics):
         return ""
 
 
+@kind("rotary")
+@dataclass(frozen=True)
+class Rotary(Semantics):
+    """Rotary embedding of x (…, D): ``width`` columns from ``start`` on rotated by pairs, (a, b) to (a·cos − b·sin,
+    b·cos + a·sin), the others as they are.
+
+    The members of a pair are neighbours if ``interleaved``, else ``width / 2`` apart. cos and sin (…, width), which
+    broadcast to x before their last dimension, have a number for each column; or, (…, width / 2), one for each pair.
+    Raises ValueError for columns that are no pairs.
+    """
+
+    start: int
+    width: int
+    interleaved: bool
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.width < 2 or self.width % 2:
+            raise ValueError(f"{self.width} columns from {self.start} on cannot be rotated by pairs")
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        end = self.start + self.width
+        cos, sin = (table if table.shape[-1] == self.width else self._of_columns(table) for table in inputs[1:])
+        turned = x[..., self.start : end]
+        if self.interleaved:
+            partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            partner = torch.cat((-b, a), -1)
+        return (torch.cat((x[..., : self.start], turned * cos + partner * sin, x[..., end:]), -1),)
+
+    def _of_columns(self, table: Tensor) -> Tensor:
+        return table.repeat_interleave(2, -1) if self.interleaved else torch.cat((table, table), -1)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 3.0 * math.prod(output[:-1]) * self.width
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        columns = f"{self.width} of {output[-1]}" if self.width < output[-1] else str(self.width)
+        return f"{columns}, interleaved" if self.interleaved else columns
+
+
 # ---- masks of attention's scores (B, H, Sq, Sk)
 
 

@@ -29,6 +29,7 @@ from fuser.ir.operators import (
     Reduction,
     Ref,
     Residual,
+    Rotary,
     Scale,
     Semantics,
     Softmax,
@@ -70,6 +71,15 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + 1e-5).sqrt() * weight + bias
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Columns 2 and 4, and 3 and 5, as complex numbers."""
+    turned = x.clone()
+    pairs = torch.complex(x[..., 2:4], x[..., 4:6]) * torch.complex(cos, sin)[..., :2]
+    turned[..., 2:6] = torch.cat((pairs.real, pairs.imag), -1)
+    return turned
+
+
+ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
 CASES: Mapping[type[Semantics], Case] = {
     type(case.semantics): case
@@ -103,6 +113,7 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(ChangeScores(SoftCap(2.0)), (SCORES,), lambda s: 2 * torch.tanh(s / 2)),
         Case(Softmax(masked=True), (BARRED,), _softmax),
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
+        Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(BooleanMask(), (SCORES, RUNTIME), lambda s, m: torch.where(m, s, -math.inf)),
         Case(AdditiveMask(), (SCORES, RUNTIME.double()), lambda s, m: s + m),
