@@ -9,6 +9,7 @@ Two layers with random weights, called as users call them (caches and all), on o
 from __future__ import annotations
 
 import argparse
+import collections
 import logging
 import time
 import warnings
@@ -35,6 +36,7 @@ def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
     fast = fuser.optimize(model, call, search=options.search)
     seconds = time.perf_counter() - start
     kernels, unfused = sum(kernel.calls for kernel in fast.kernels), len(fast.unfused) + len(fast.outside)
+    left = left_in_blocks(fast)
     for _ in range(_WARMUP):
         fast(**call)
     arms = {"fuser": lambda: fast(**call), "eager": lambda: model(**call)}
@@ -51,10 +53,22 @@ def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
         "timings": as_record(timings),
         "kernels": kernels,
         "unfused": unfused,
+        "left_in_blocks": left,
         "programs": len(fast.programs),
         "fallbacks": list(fast.fallbacks),
         "optimize_seconds": round(seconds, 2),
     }
+
+
+def left_in_blocks(fast: Any) -> dict[str, int]:
+    """How often PyTorch runs which operators between the first and the last that kernels run, in the last program."""
+    if not fast.programs:
+        return {}
+    compiled = fast.programs[-1]
+    graph = compiled.graph
+    names = [str(graph.operators[graph.position[name]].semantics) for name, _ in compiled.unfused]
+    short = (name.removeprefix("aten::").removeprefix("aten.").partition(".")[0] for name in names)
+    return dict(collections.Counter(short).most_common())
 
 
 def main() -> None:

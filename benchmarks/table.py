@@ -1,8 +1,9 @@
-"""The tables of results in README.md, from benchmarks/results/*.json, so that text and results cannot drift apart.
+"""The tables of results in README.md and docs/models.md, from benchmarks/results/*.json, so that text and results cannot
+drift apart.
 
 python benchmarks/table.py            print the tables
-python benchmarks/table.py --write    put them between the markers in README.md
-python benchmarks/table.py --check    exit with 1 if README.md has other ones
+python benchmarks/table.py --write    put them between the markers in these files
+python benchmarks/table.py --check    exit with 1 if these files have other ones
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
 NAMES = {
     "fuser_contiguous": "fuser, contiguous",
     "sdpa": "SDPA",
@@ -30,13 +30,13 @@ NAMES = {
 BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """All tables as Markdown; says so when there are no results."""
+def tables(names: Iterable[str], folder: Path = RESULTS) -> str:
+    """Tables as Markdown; says so when there are no results."""
     parts = []
-    for name, make in (("encoders", encoders), ("attention", attention), ("search", search)):
+    for name in names:
         path = folder / f"{name}.json"
         if path.exists():
-            parts.append(make(json.loads(path.read_text())))
+            parts.append(TABLES[name](json.loads(path.read_text())))
     return "\n\n".join(parts) or "No results are stored yet: `make bench` makes them for your machine."
 
 
@@ -123,6 +123,22 @@ def search(report: Mapping[str, Any]) -> str:
     return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 
 
+def architectures(report: Mapping[str, Any]) -> str:
+    """The architectures of ``transformers``: what kernels run of each, what is left, and the time of a warm call."""
+    rows = []
+    for result in sorted(report["results"], key=lambda result: str(result["case"])):
+        left = ", ".join(name if count == 1 else f"{count} {name}" for name, count in result["left_in_blocks"].items())
+        if not result["programs"]:
+            left = f"the original runs: {result['fallbacks'][0]}" if result["fallbacks"] else "the original runs"
+        eager = result["timings"]["eager"]["median_ms"]
+        rows.append(
+            [result["case"], str(result["kernels"]), _ms(eager), f"{result['of_eager']:.2f}", left or "nothing"]
+        )
+    columns = ["architecture", "kernels run", "eager, ms", "fuser / eager", "left to PyTorch inside the blocks"]
+    title = "Two layers of random weights, called as users call them, one thread, medians of interleaved warm calls"
+    return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
+
+
 def _best_settings(timings: Mapping[str, Any]) -> dict[str, float]:
     """Milliseconds of ``flex32``, ``flex64``, ``sdpa``, ``sdpa_causal``, … as the least of ``flex``, ``sdpa``, …"""
     best: dict[str, float] = {}
@@ -157,12 +173,17 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+TABLES = {"encoders": encoders, "attention": attention, "search": search, "architectures": architectures}
+FILES = {"README.md": ("encoders", "attention", "search"), "docs/models.md": ("architectures",)}
+"""Which tables stand in which file."""
+
+
 def replaced(text: str, made: str) -> str:
     """``text`` with ``made`` between the markers. Raises ValueError when they are not there."""
     before, found, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not found or not end:
-        raise ValueError(f"{README.name} lacks the markers {BEGIN} and {END}")
+        raise ValueError(f"the file lacks the markers {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
@@ -171,16 +192,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    made = tables()
-    if options.write or options.check:
-        old = README.read_text(encoding="utf-8")
+    for name, names in FILES.items():
+        made, path = tables(names), ROOT / name
+        if not options.write and not options.check:
+            print(made)
+            continue
+        old = path.read_text(encoding="utf-8")
         new = replaced(old, made)
         if options.check and new != old:
-            raise SystemExit("README.md does not show the stored results: run `python benchmarks/table.py --write`")
+            raise SystemExit(f"{name} does not show the stored results: run `python benchmarks/table.py --write`")
         if options.write:
-            README.write_text(new, encoding="utf-8")
-    else:
-        print(made)
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

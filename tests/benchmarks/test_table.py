@@ -106,11 +106,55 @@ def test_search(table: ModuleType) -> None:
     assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 
+ARCHITECTURES: dict[str, Any] = {
+    "machine": MACHINE,
+    "results": [
+        {
+            "case": "llama",
+            "timings": {"eager": {"median_ms": 8.44}},
+            "of_eager": 0.7512,
+            "kernels": 20,
+            "programs": 1,
+            "fallbacks": [],
+            "left_in_blocks": {"cat": 4, "rsqrt": 1},
+        },
+        {
+            "case": "bert",
+            "timings": {"eager": {"median_ms": 5.0}},
+            "of_eager": 0.6,
+            "kernels": 10,
+            "programs": 1,
+            "fallbacks": [],
+            "left_in_blocks": {},
+        },
+        {
+            "case": "longformer",
+            "timings": {"eager": {"median_ms": 5.0}},
+            "of_eager": 1.0,
+            "kernels": 0,
+            "programs": 0,
+            "fallbacks": ["it depends on values"],
+            "left_in_blocks": {},
+        },
+    ],
+}
+
+
+def test_architectures(table: ModuleType) -> None:
+    lines = table.architectures(ARCHITECTURES).splitlines()
+    assert lines[4:7] == [
+        "| bert | 10 | 5 | 0.60 | nothing |",
+        "| llama | 20 | 8.44 | 0.75 | 4 cat, rsqrt |",
+        "| longformer | 0 | 5 | 1.00 | the original runs: it depends on values |",
+    ]
+
+
 def test_all_files_of_a_folder(table: ModuleType, tmp_path: Path) -> None:
-    assert "No results" in table.tables(tmp_path)
+    names = ("encoders", "attention")
+    assert "No results" in table.tables(names, tmp_path)
     (tmp_path / "encoders.json").write_text(json.dumps(ENCODERS))
     (tmp_path / "attention.json").write_text(json.dumps(ATTENTION))
-    made = table.tables(tmp_path)
+    made = table.tables(names, tmp_path)
     assert made.index("bert-base:1x128") < made.index("strided 1024")
 
 
@@ -121,6 +165,7 @@ def test_only_what_is_between_the_markers_changes(table: ModuleType) -> None:
         table.replaced("no markers", "new")
 
 
-def test_the_readme_shows_the_stored_results(table: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.replaced(readme, table.tables()) == readme, "run `python benchmarks/table.py --write`"
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+def test_files_show_the_stored_results(table: ModuleType, name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert table.replaced(text, table.tables(table.FILES[name])) == text, "run `python benchmarks/table.py --write`"
