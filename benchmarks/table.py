@@ -1,5 +1,4 @@
-"""The tables of results in README.md and docs/models.md, from benchmarks/results/*.json, so that text and results cannot
-drift apart.
+"""The tables of results in README.md and docs/models.md, from benchmarks/results/*.json: text and results agree.
 
 python benchmarks/table.py            print the tables
 python benchmarks/table.py --write    put them between the markers in these files
