@@ -34,11 +34,12 @@ def sparse_attention(
     v: Tensor,
     mask: Mask | PerBatch | BlockMask | Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     score: ScoreRule | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(score(scale · q · kᵀ)) · v over the pairs that ``mask`` allows.
+    """softmax(score(scale · q · kᵀ) + bias) · v over the pairs that ``mask`` allows.
 
     Args:
         q: (B, H, Sq, D).
@@ -49,6 +50,8 @@ def sparse_attention(
             broadcasts to (B, H, Sq, Sk), bool (True = may attend) or added to the scores, which saves no work apart
             from keys that nobody sees (turn a constant one into a mask with ``fuser.masks.from_dense``); or None for
             all pairs.
+        bias: what is added to the scores, floating and broadcastable to (B, H, Sq, Sk), such as relative positions. It
+            has gradients.
         score: what becomes of scaled scores before the mask is applied or added, such as ``fuser.SoftCap(50.0)``.
         scale: default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
@@ -74,8 +77,8 @@ def sparse_attention(
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
         mask = from_block_mask(mask)
     if isinstance(mask, PerBatch):
-        return _by_entries(q, k, v, mask, score, scale, return_lse)
-    pattern, runtime = (None, mask) if isinstance(mask, Tensor) else (mask, None)
+        return _by_entries(q, k, v, mask, bias, score, scale, return_lse)
+    pattern, runtime = (None, _biased(mask, bias)) if isinstance(mask, Tensor) else (mask, _biased(None, bias))
     if not return_lse:
         return attend(q, k, v, pattern, runtime, rule=score, scale=scale)
     operands = _operands(q, k, v, pattern, runtime, score, False, 0, scale)
@@ -89,6 +92,7 @@ def _by_entries(
     k: Tensor,
     v: Tensor,
     mask: PerBatch,
+    bias: Tensor | None,
     score: ScoreRule | None,
     scale: float | None,
     return_lse: bool,
@@ -102,7 +106,8 @@ def _by_entries(
     for entry, same in itertools.groupby(mask.entries):
         stop = start + len(list(same))
         one = q[start:stop], k[start:stop], v[start:stop]
-        part = sparse_attention(*one, entry, score=score, scale=scale, return_lse=return_lse)
+        added = bias[start:stop] if bias is not None and bias.ndim == 4 and bias.shape[0] > 1 else bias
+        part = sparse_attention(*one, entry, bias=added, score=score, scale=scale, return_lse=return_lse)
         parts.append((part,) if isinstance(part, Tensor) else part)
         start = stop
     outs, *sums = zip(*parts, strict=True)
@@ -111,6 +116,18 @@ def _by_entries(
     else:
         out = torch.cat(outs)
     return (out, torch.cat(sums[0])) if return_lse else out
+
+
+def _biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask given at run time and what is added to scores, as one tensor."""
+    if bias is None:
+        return mask
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        kind = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"bias is added to the scores, so it must be a tensor of floating numbers, got {kind}")
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else mask + bias
 
 
 def attend(
