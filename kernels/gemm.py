@@ -153,7 +153,7 @@ class GatedGemmParameters(GemmParameters):
     """As :class:`GemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the epilogue's
     first inputs."""
 
-    products: int = 2  # type: ignore[assignment,misc]
+    products: int = 2
 
 
 def _odd_lines(floats: int) -> int:

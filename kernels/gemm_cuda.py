@@ -208,7 +208,7 @@ class CudaGatedGemmParameters(CudaGemmParameters):
     """As :class:`CudaGemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the first
     inputs of the epilogue. A tile has columns of all, and no other block shares its sums."""
 
-    products: int = 2  # type: ignore[assignment,misc]
+    products: int = 2
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def _leaf(node: fx.Node, rank: int) -> _Meaning | _Complex:
 
 def _axis(node: Any, dim: int, rank: int) -> int:
     """The position of a tensor's dimension among its last ``rank``; negative for one before them."""
-    count = traced(node).ndim
+    count: int = traced(node).ndim
     return dim % count - (count - rank)
 
 
@@ -315,7 +315,7 @@ def _slice(e: _Expansion, node: fx.Node, rank: int) -> _Meaning:
 @_computes(aten.select.int)
 def _select(e: _Expansion, node: fx.Node, rank: int) -> _Meaning:
     source, dim, index = node.args
-    axis = _axis(source, dim, rank + 1)  # type: ignore[arg-type]
+    axis = _axis(source, dim, rank + 1)
     if axis < 0 or type(index) is not int:
         raise _OpaqueError
     return e.real(source, rank + 1).rearranged(lambda array: array.take(index, axis))

@@ -20,7 +20,7 @@ from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.frontend.graphs import raise_graph
-from fuser.ir.graph import OperatorGraph, Region, is_kind
+from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.operators import ScoreMask
 from fuser.ir.target import Target
@@ -81,7 +81,7 @@ class Compiled:
     def mask_inputs(self) -> tuple[int, ...]:
         """Which inputs are large and end as masks of attention, by position."""
         graph, found = self.graph, set[str]()
-        pending = [op.inputs[1] for op in graph.operators if is_kind(op, ScoreMask) and len(op.inputs) > 1]
+        pending = [op.inputs[1] for op in graph.operators if isinstance(op.semantics, ScoreMask) and len(op.inputs) > 1]
         while pending:
             name = graph.base(pending.pop())
             if name not in found:
