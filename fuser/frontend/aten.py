@@ -171,6 +171,15 @@ def _expand(r: Raiser, node: fx.Node) -> Value:
     return value.expand(shape) if isinstance(value, Conjunction) else r.view(node.args[0]).expand(shape)
 
 
+@_handles(aten.cat.default)
+def _cat(r: Raiser, node: fx.Node) -> Value | None:
+    """What is joined with nothing, as the keys of a call are with an empty cache."""
+    filled = [part for part in node.args[0] if 0 not in traced(part).shape]
+    if len(filled) != 1 or traced(filled[0]).dtype != traced(node).dtype:
+        return None
+    return r.view(filled[0])
+
+
 @_handles(aten.repeat_interleave.self_int)
 def _repeat_interleave(r: Raiser, node: fx.Node) -> Value | None:
     view = r.view(node.args[0])
