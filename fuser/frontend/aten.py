@@ -58,7 +58,6 @@ def _nothing(r: Raiser, node: fx.Node) -> Value:
     aten.to.device,
     aten.to.dtype_layout,
     aten.to.other,
-    aten.type_as.default,
     aten._to_copy.default,
     aten.type_as.default,
 )
