@@ -11,7 +11,7 @@ from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, TensorSpec
 from fuser.ir.operators import Embedding
 from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
-from fuser.kernels.operands import Bound, OperandExtents, bind, row_stride, rows_and_columns
+from fuser.kernels.operands import Bound, OperandExtents, bind, bind_groups, row_stride, rows_and_columns
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RowProgram:
         """Memory traffic of the operands and outputs, each touched once."""
         touched = 0
         for bound in self.bounds:
-            rows = min(self.rows, bound.period) if bound.stride else 1
+            rows = bound.distinct(self.rows)
             width = 1 if bound.operand.access is Access.COLUMN else self.columns
             touched += (
                 (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
@@ -73,12 +73,14 @@ def compose(
     operators: Sequence[Operator],
     seeds: Sequence[str] = (),
     storage: frozenset[torch.dtype] = FLOATING,
+    groups: bool = False,
 ) -> RowProgram | None:
     """The row program of ``operators``, which must all work on one matrix; None when they do not.
 
     ``seeds`` are values computed before (the GEMM's accumulator, or views of it); they become the expression's first
     inputs.
-    ``storage`` holds the dtypes that operands and results may have (:func:`fuser.kernels.base.floating`).
+    ``storage`` holds the dtypes that operands and results may have (:func:`fuser.kernels.base.floating`); ``groups``
+    says that the kernel reads operands whose rows are evenly spaced in groups only.
     """
     graph = group.graph
     builder = Builder()
@@ -100,6 +102,8 @@ def compose(
         if base in at:
             return at[base] if same_matrix(spec, graph.values[base]) else None
         bound = bind(value, spec, shape)
+        if bound is None and groups:
+            bound = bind_groups(value, spec, shape)
         if bound is None or spec.dtype not in storage:
             return None
         return _input(value, bound)

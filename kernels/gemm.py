@@ -150,10 +150,14 @@ class GemmParameters:
 
 @dataclass(frozen=True)
 class GatedGemmParameters(GemmParameters):
-    """As :class:`GemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the epilogue's
-    first inputs."""
+    """As :class:`GemmParameters`, with ``parts`` weights of (``n``, ``k``), whose accumulators are the first inputs of
+    the epilogue."""
 
-    products: int = 2
+    parts: int = 2
+
+    @property
+    def products(self) -> int:
+        return self.parts
 
 
 def _odd_lines(floats: int) -> int:
@@ -297,7 +301,7 @@ class GemmMatch:
 
 @dataclass(frozen=True)
 class GemmFamily:
-    """One GEMM with a constant weight, and the elementwise operators and at most one norm that read its result."""
+    """One GEMM with a constant weight, and the elementwise operators and norms that read its result."""
 
     name = "gemm"
 
@@ -310,8 +314,6 @@ class GemmFamily:
             return None
         (gemm,) = gemms
         if len(gemm.inputs) != 2 or gemm.inputs[1] not in graph.constants or group.produces(gemm.inputs[0]):
-            return None
-        if sum(op.expression is not None and op.expression.has_reduction for op in others) > 1:
             return None
         a, weight, out = (graph.values[v] for v in (*gemm.inputs, gemm.output))
         stride = row_stride(a)
@@ -499,4 +501,4 @@ def parameters(
         chunk=chunk,
         pairs=pairs,
     )
-    return plain if products == 1 else GatedGemmParameters(**vars(plain), products=products)
+    return plain if products == 1 else GatedGemmParameters(**vars(plain), parts=products)

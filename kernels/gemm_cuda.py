@@ -205,10 +205,14 @@ class CudaGemmParameters:
 
 @dataclass(frozen=True)
 class CudaGatedGemmParameters(CudaGemmParameters):
-    """As :class:`CudaGemmParameters`, with ``products`` weights of (``n``, ``k``), whose accumulators are the first
-    inputs of the epilogue. A tile has columns of all, and no other block shares its sums."""
+    """As :class:`CudaGemmParameters`, with ``parts`` weights of (``n``, ``k``), whose accumulators are the first inputs
+    of the epilogue. A tile has columns of all, and no other block shares its sums."""
 
-    products: int = 2
+    parts: int = 2
+
+    @property
+    def products(self) -> int:
+        return self.parts
 
 
 @dataclass(frozen=True)
@@ -343,7 +347,7 @@ def parameters(
 ) -> CudaGemmParameters:
     """Parameters of one kernel; see :class:`CudaGemmParameters`."""
     plain = CudaGemmParameters(n, k, dtype, tensor_cores, epilogue, tuple(operands), tuple(out_dtypes), tile)
-    return plain if products == 1 else CudaGatedGemmParameters(**vars(plain), products=products)
+    return plain if products == 1 else CudaGatedGemmParameters(**vars(plain), parts=products)
 
 
 @functools.lru_cache(maxsize=4096)

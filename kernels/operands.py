@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
-from fuser.kernels.base import STORAGE, Access, Operand
+from fuser.kernels.base import STORAGE, Access, GroupedOperand, Operand
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Bound:
     @property
     def extents(self) -> OperandExtents:
         return OperandExtents(self.stride, self.period)
+
+    def distinct(self, rows: int) -> int:
+        """Rows in memory that ``rows`` rows of the matrix are read from."""
+        if self.operand.inner is None:
+            return min(rows, self.period) if self.stride else 1
+        size, step = self.operand.inner
+        return (min(rows // size, self.period) if self.stride else 1) * (size if step else 1)
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
@@ -83,3 +91,25 @@ def bind(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound | None:
         expected = stride * size
     period = math.prod(size for size, _ in inner)
     return Bound(Operand(access, dtype, periodic=period != rows), value, step, max(period, 1))
+
+
+def bind_groups(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound | None:
+    """As :func:`bind`, for rows that are evenly spaced in groups of a known number of rows, and groups that are evenly
+    spaced among each other."""
+    if len(spec.shape) > len(shape) or not shape:
+        return None
+    pad = len(shape) - len(spec.shape)
+    sizes = (1,) * pad + spec.shape
+    strides = (0,) * pad + spec.strides
+    for first in range(len(shape) - 2, 0, -1):
+        size = math.prod(shape[first:-1])
+        group = bind(value, dataclasses.replace(spec, shape=sizes[first:], strides=strides[first:]), shape[first:])
+        if group is None or group.operand.periodic or not isinstance(size, int) or not isinstance(group.stride, int):
+            continue
+        outer = dataclasses.replace(spec, shape=(*sizes[:first], sizes[-1]), strides=(*strides[:first], strides[-1]))
+        found = bind(value, outer, (*shape[:first], shape[-1]))
+        if found is not None:
+            o = found.operand
+            grouped = GroupedOperand(o.access, o.dtype, o.periodic, size, group.stride)
+            return dataclasses.replace(found, operand=grouped)
+    return None

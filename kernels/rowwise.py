@@ -69,8 +69,7 @@ class RowwiseMatch:
             elementwise
             and all(s == columns for s in program.output_strides)
             and all(
-                b.operand.access is Access.MATRIX and not b.operand.periodic and b.stride == columns
-                for b in program.bounds
+                b.operand == Operand(Access.MATRIX, b.operand.dtype) and b.stride == columns for b in program.bounds
             )
         ):
             # Rows lie end to end, so the matrix is one long row and short rows cost no tails.
@@ -93,7 +92,7 @@ class RowwiseFamily:
             return None
         if self._is_row(group) != (self.name == "rowwise"):
             return None
-        program = compose(group, group.operators, storage=floating(target))
+        program = compose(group, group.operators, storage=floating(target), groups=True)
         if program is None or len(program.bounds) > _MAX_OPERANDS:
             return None
         return RowwiseMatch(self.name, group, program)

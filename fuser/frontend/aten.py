@@ -58,7 +58,6 @@ def _nothing(r: Raiser, node: fx.Node) -> Value:
     aten.to.device,
     aten.to.dtype_layout,
     aten.to.other,
-    aten.type_as.default,
     aten._to_copy.default,
     aten.type_as.default,
 )
@@ -169,6 +168,15 @@ def _expand(r: Raiser, node: fx.Node) -> Value:
     shape = traced(node).shape
     value = r.env[node.args[0]]
     return value.expand(shape) if isinstance(value, Conjunction) else r.view(node.args[0]).expand(shape)
+
+
+@_handles(aten.cat.default)
+def _cat(r: Raiser, node: fx.Node) -> Value | None:
+    """What is joined with nothing, as the keys of a call are with an empty cache."""
+    filled = [part for part in node.args[0] if 0 not in traced(part).shape]
+    if len(filled) != 1 or traced(filled[0]).dtype != traced(node).dtype:
+        return None
+    return r.view(filled[0])
 
 
 @_handles(aten.repeat_interleave.self_int)

@@ -51,3 +51,34 @@ def test_a_residual_and_its_norm_are_the_epilogue_of_the_product(
             assert error <= (1e-6 if dtype is torch.float32 else 8e-3)
     assert fast.unfused == ()
     assert [(kernel.family, len(kernel.operators)) for kernel in fast.kernels] == [("gemm", 3), ("gemm", 2)]
+
+
+class Heads(nn.Module):
+    """Norms of the queries and keys of every head, as in Qwen3, and an activation of the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.q, self.k = (nn.Parameter(torch.randn(WIDTH // 5)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = (t.unflatten(-1, (5, -1)) for t in (q, k))
+        q, k = (w * t * (t.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() for w, t in ((self.q, q), (self.k, k)))
+        # A factor for every token that all of its heads share.
+        return q * x[..., None, :8].sigmoid(), k, torch.nn.functional.silu(v)
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "cuda:emulated"}], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_heads_read_the_product_that_holds_them(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model, exact = (Heads().eval().to(dtype) for _ in range(2))
+    fast = fuser.optimize(model, search="model", **options)
+    x = torch.randn(3, 11, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        for ours, expected in zip(fast(x), exact.double()(x.double()), strict=True):
+            error = (ours.double() - expected).norm() / expected.norm()
+            assert error <= (1e-6 if dtype is torch.float32 else 1e-2)
+    assert fast.unfused == () and fast.fallbacks == ()
+    assert {"gemm", "rowwise", "pointwise"} == {kernel.family for kernel in fast.kernels}

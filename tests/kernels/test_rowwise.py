@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fuser
 from fuser.ir.graph import TensorSpec
 from fuser.kernels.base import Access
-from fuser.kernels.operands import Bound, bind, row_stride, rows_and_columns
+from fuser.kernels.operands import Bound, bind, bind_groups, row_stride, rows_and_columns
 
 SIZES = st.sampled_from([1, 2, 3, 4])
 
@@ -42,9 +42,12 @@ def read(bound: Bound, tensor: Tensor, rows: int, columns: int) -> Tensor:
     storage = tensor.as_strided((tensor.untyped_storage().nbytes() // 4,), (1,), 0)
     found = torch.empty(rows, columns)
     for r in range(rows):
-        row = r % bound.period if bound.operand.periodic else r
+        size, step = bound.operand.inner or (1, 0)
+        row = r // size % bound.period if bound.operand.periodic else r // size
         for c in range(columns):
-            found[r, c] = storage[row * bound.stride + (c if bound.operand.access is Access.MATRIX else 0)]
+            found[r, c] = storage[
+                row * bound.stride + r % size * step + (c if bound.operand.access is Access.MATRIX else 0)
+            ]
     return found
 
 
@@ -60,6 +63,38 @@ def test_operands_are_read_as_pytorch_broadcasts_them(case: tuple[Tensor, tuple[
         return
     rows, columns = rows_and_columns(shape)
     assert torch.equal(read(bound, tensor, rows, columns), tensor.broadcast_to(shape).reshape(rows, columns))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(broadcasts())
+def test_operands_in_groups_are_read_as_pytorch_broadcasts_them(case: tuple[Tensor, tuple[int, ...]]) -> None:
+    tensor, shape = case
+    spec = TensorSpec(tuple(tensor.shape), torch.float32, tuple(tensor.stride()))
+    bound = bind_groups("x", spec, shape)
+    if bound is not None:
+        rows, columns = rows_and_columns(shape)
+        assert torch.equal(read(bound, tensor, rows, columns), tensor.broadcast_to(shape).reshape(rows, columns))
+        assert 1 <= bound.distinct(rows) <= rows
+
+
+HEADS_OF_A_PRODUCT = TensorSpec((2, 5, 3, 8), torch.float32, (5 * 72, 72, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "stride", "inner"),
+    [
+        (HEADS_OF_A_PRODUCT, 72, (3, 8)),
+        (TensorSpec.contiguous((2, 5, 1, 8), torch.float32), 8, (3, 0)),
+        (TensorSpec((2, 5, 3, 8), torch.float32, (0, 8, 40, 1)), 8, (3, 40)),
+        (TensorSpec((2, 5, 3, 8), torch.float32, (120, 8, 40, 1)), None, None),
+    ],
+    ids=["heads of a product", "one for all heads", "other order", "three strides"],
+)
+def test_rows_in_groups(spec: TensorSpec, stride: int | None, inner: tuple[int, int] | None) -> None:
+    shape = (2, 5, 3, 8)
+    assert bind("x", spec, shape) is None
+    bound = bind_groups("x", spec, shape)
+    assert (bound and bound.stride, bound and bound.operand.inner) == (stride, inner)
 
 
 @pytest.mark.parametrize(
