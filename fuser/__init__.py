@@ -17,6 +17,7 @@ _EXPORTS = {
     "load": ("fuser.saved", "load"),
     "sparse_attention": ("fuser.attention", "sparse_attention"),
     "varlen_attention": ("fuser.attention", "varlen_attention"),
+    "flex_attention": ("fuser.attention.flex", "flex_attention"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
