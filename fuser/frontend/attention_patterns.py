@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fuser.frontend.sizes import Traced, traced
+from fuser.ir.scores import ScoreRule, SoftCap
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -41,13 +42,14 @@ class MaskUse:
 
 @dataclass(frozen=True)
 class Pattern:
-    """softmax(scale · q · kᵀ + masks) · v; ``k`` is the transposed key as the product reads it."""
+    """softmax(rule(scale · q · kᵀ) + masks) · v; ``k`` is the transposed key as the product reads it."""
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     scale: float
     masks: tuple[MaskUse, ...]
+    rule: ScoreRule | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class _Walk:
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     scale: float = 1.0
+    rule: ScoreRule | None = None
     masks: list[MaskUse] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
 
@@ -116,7 +119,7 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     dtypes = {s.dtype for s in (*shapes, _value(output)) if s is not None}
     if len(batches) != 1 or len(dtypes) != 1:
         return None
-    pattern = Pattern(q, k, output.args[1], walk.scale, tuple(reversed(walk.masks)))
+    pattern = Pattern(q, k, output.args[1], walk.scale, tuple(reversed(walk.masks)), walk.rule)
     roles = {node: Role("inner") for node in walk.nodes}
     roles[product] = Role("qk")
     roles[output] = Role("pv", pattern)
@@ -160,13 +163,19 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
                 walk.scale *= number
                 return this
         return None
+    if target is aten.tanh.default:
+        # cap · tanh(x): what makes x is a factor of the scores in the rule, which divides them by the cap.
+        if walk.rule is not None or not 0.0 < walk.scale < math.inf:
+            return None
+        walk.rule = SoftCap(walk.scale)
+        return args[0]
     if target is aten.add.Tensor and not node.kwargs:
         for this, other in ((args[0], args[1]), (args[1], args[0])):
             scores, bias = _value(this), _value(other)
             if scores is None or bias is None or scores.shape != value.shape:  # type: ignore[union-attr]
                 continue
             if _leads_to_product(this) and bias.dtype.is_floating_point:
-                if walk.scale != 1.0:
+                if walk.scale != 1.0 or walk.rule is not None:
                     return None
                 walk.masks.append(MaskUse(other, inverted=False))
                 return this
@@ -184,7 +193,7 @@ def _filled(scores: fx.Node, mask: fx.Node, fill: Any, inverted: bool, walk: _Wa
     """The scores below a mask whose ``fill``, scaled as they are afterwards, is so low that its probability is exactly
     zero next to any ordinary score."""
     number = _number(fill, walk.numbers)
-    if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR:
+    if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR or walk.rule is not None:
         return None
     # What fp32 cannot hold after scaling has become infinite.
     lowest = number * walk.scale

@@ -67,4 +67,4 @@ def _written_out(r: Raiser, node: fx.Node, role: attention_patterns.Role) -> Val
         return ()
     k = r.view(p.k)
     key = k.permute((*range(len(k.dims) - 2), len(k.dims) - 1, len(k.dims) - 2))
-    return attention_from(r, node, r.view(p.q), key, r.view(p.v), p.scale, p.masks)
+    return attention_from(r, node, r.view(p.q), key, r.view(p.v), p.scale, p.masks, rule=p.rule)

@@ -17,7 +17,19 @@ from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import Operator, OperatorGraph, is_kind
 from fuser.ir.masks import Causal, SlidingWindow
-from fuser.ir.operators import PV, QK, AdditiveMask, BooleanMask, Gemm, PatternMask, Scale, ScoreMask, Semantics
+from fuser.ir.operators import (
+    PV,
+    QK,
+    AdditiveMask,
+    BooleanMask,
+    ChangeScores,
+    Gemm,
+    PatternMask,
+    Scale,
+    ScoreMask,
+    Semantics,
+)
+from fuser.ir.scores import SoftCap
 from fuser.masks import from_dense
 
 WIDTH, HEADS, S = 32, 4, 12
@@ -285,3 +297,46 @@ def test_heads_repeated_for_groups_of_queries_are_read_in_place(dynamic: Any, wr
     assert kinds(graph) == {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "softmax": 1, "pv": 1}
     for op, position in ((only(graph, QK), 1), (only(graph, PV), 1)):
         assert graph.values[op.inputs[position]].shape[1] == HEADS // 2
+
+
+CAPPED = {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "score rule": 1, "softmax": 1, "pv": 1}
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (lambda m, s: torch.tanh(s * 0.3 / 20) * 20, CAPPED),
+        (lambda m, s: 20.0 * torch.tanh(s * 0.3 / 20) + m.bias, {**CAPPED, "mask": 1}),
+        (lambda m, s: (torch.tanh(s * 0.3 / 20) * 20).masked_fill(~m.mask, -math.inf), {**CAPPED, "mask": 1}),
+    ],
+    ids=["alone", "bias", "mask"],
+)
+def test_a_soft_cap_of_scores_that_is_written_out_is_a_rule(
+    scores: Callable[[Any, Tensor], Tensor], expected: dict[str, int]
+) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (heads(p(x)) for p in (m.a, m.b, m.c))
+        return (scores(m, q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    graph = raised(run)
+    assert kinds(graph) == expected
+    assert only(graph, ChangeScores).semantics.rule == SoftCap(20.0)
+    assert only(graph, Scale).semantics.scale == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda m, s: torch.tanh(s + m.bias) * 20,
+        lambda m, s: torch.tanh(torch.tanh(s) * 3) * 20,
+        lambda m, s: torch.tanh(s) * -20,
+        lambda m, s: torch.tanh(s.masked_fill(~m.mask, -math.inf)) * 20,
+    ],
+    ids=["bias inside", "twice", "negative", "mask inside"],
+)
+def test_other_functions_of_scores_are_no_soft_cap(scores: Callable[[Any, Tensor], Tensor]) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (heads(p(x)) for p in (m.a, m.b, m.c))
+        return (scores(m, q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    assert "score rule" not in kinds(raised(run))
