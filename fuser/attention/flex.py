@@ -90,7 +90,7 @@ class _Known:
         """What is added to scores, -inf where nothing is seen."""
         if not self.added and not self.seen:
             return None
-        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        total = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for part in self.added:
             total = total + part
         for part in self.seen:
@@ -102,17 +102,25 @@ class _UnknownError(Exception):
     """A function of scores that kernels do not know."""
 
 
+class _SizesError(Exception):
+    """A function of scores makes tensors of all pairs, whose number is a symbol of a trace."""
+
+
 _said: set[str] = set()
 
 
 def _known(score_mod: ScoreMod, query: Tensor, key: Tensor) -> _Known | None:
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
-        if not all(isinstance(size, int) for size in sizes):
-            raise _UnknownError("its sizes are symbols of a trace")
         # What a trace or a transformation of this thread would record is no part of the model.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(_Reader(score_mod, sizes, query.device).read, torch.is_grad_enabled()).result()
+            gradients = torch.is_grad_enabled()
+            try:
+                return pool.submit(_Reader(score_mod, sizes, query.device).read, gradients).result()
+            except _SizesError:
+                # From here on the trace is for these sizes.
+                numbers = tuple(int(size) for size in sizes)
+                return pool.submit(_Reader(score_mod, numbers, query.device).read, gradients).result()
     except Exception as error:
         reason = f"{getattr(score_mod, '__qualname__', score_mod)}: {error}"
         if reason not in _said:
@@ -244,7 +252,10 @@ class _Reader:
         for i in reversed(range(4)):
             if i in reads:
                 function = torch.vmap(function, tuple(0 if j == i else None for j in range(4)))
-        ranges = (torch.arange(size, dtype=torch.int, device=self._device)[:, None] for size in self._sizes)
+        if not all(isinstance(self._sizes[i], int) for i in reads):
+            raise _SizesError
+        sizes = [size if i in reads else 1 for i, size in enumerate(self._sizes)]
+        ranges = (torch.arange(size, dtype=torch.int, device=self._device)[:, None] for size in sizes)
         pair = [indices if i in reads else indices[0] for i, indices in enumerate(ranges)]
         result: Tensor = function(*pair)
-        return result.reshape([size if i in reads else 1 for i, size in enumerate(self._sizes)])
+        return result.reshape(sizes)

@@ -380,7 +380,9 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
     spec = spec_of(key)
-    spec.mask.validate(q.shape[2], k.shape[2])
+    if not any(isinstance(length, Size) for length in (q.shape[2], k.shape[2])):
+        # Else the plan is made, and the mask checked, when the lengths are known.
+        spec.mask.validate(q.shape[2], k.shape[2])
     masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
     return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)

@@ -128,7 +128,8 @@ def test_what_a_function_reads_may_change_between_calls() -> None:
         table.mul_(-2)
 
 
-def test_in_an_optimized_model() -> None:
+@pytest.mark.parametrize("name", ["cap", "alibi"])
+def test_in_an_optimized_model(name: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -137,11 +138,13 @@ def test_in_an_optimized_model() -> None:
 
         def forward(self, x: Tensor) -> Any:
             q, k, v = (t.unflatten(-1, (HEADS, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-            return fuser.flex_attention(q, k, v, score_mod=KNOWN["cap"]).transpose(1, 2).flatten(2)
+            return fuser.flex_attention(q, k, v, score_mod=KNOWN[name]).transpose(1, 2).flatten(2)
 
     model = Model().eval()
-    fast = fuser.optimize(model, search="model", dynamic=False)
-    x = torch.randn(2, 40, 64)
+    fast = fuser.optimize(model, search="model")
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+        for length in (40, 23):
+            x = torch.randn(2, length, 64)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
     assert fast.fallbacks == () and any(kernel.family == "attention" for kernel in fast.kernels)
+    assert bool(fast.programs[-1].sizes) == (name == "cap")

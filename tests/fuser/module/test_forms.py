@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fuser
+from fuser import masks
+from fuser.ir.errors import MaskError
 from fuser.module import compiler, forms
 
 WIDTH, HEADS = 32, 2
@@ -241,3 +243,29 @@ def test_threads_with_sizes_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@torch.no_grad()
+def test_sparse_attention_inside_a_model_is_bound_to_every_length() -> None:
+    class Sparse(nn.Module):
+        def __init__(self, mask: masks.Mask) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv, self.mask = nn.Linear(64, 192), mask
+
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return fuser.sparse_attention(q, k, v, self.mask).transpose(1, 2).flatten(2)
+
+    model = Sparse(masks.SlidingWindow(5, 2)).eval()
+    fast = fuser.optimize(model, search="model")
+    for length in (30, 41, 55):
+        x = torch.randn(2, length, 64)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(fast.programs) == 3 and all(compiled.sizes for compiled in fast.programs)
+    assert len({id(compiled.captured) for compiled in fast.programs}) == 1
+    fixed = fuser.optimize(Sparse(masks.from_dense(torch.ones(30, 30, dtype=torch.bool).tril())).eval(), search="model")
+    x = torch.randn(2, 30, 64)
+    torch.testing.assert_close(fixed(x), fixed._model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(MaskError, match="30x30"):
+        fixed(torch.randn(2, 31, 64))
