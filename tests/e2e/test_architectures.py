@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
+from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module import compiler
+from fuser.runtime.targets import named_target
+from fuser.search.partition import default_scheme
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,6 +27,27 @@ ONE_SHAPE = ("longformer",)
 """Architectures that cannot be captured for all lengths at once."""
 TOLERANCE = 2e-5
 """Relative L2 distance from eager: rounding of fp32, through layers whose norms divide by small numbers."""
+LEFT: Mapping[str, Collection[str]] = {
+    "beit": ("aten::mean.dim",),
+    "bloom": ("_strided_copy", "aten::baddbmm", "aten::bmm"),
+    "clip": ("aten::index.Tensor", "aten::matmul", "pointwise"),
+    "deberta-v2": (
+        *("_strided_copy", "aten::bmm", "aten::gather", "aten::masked_fill.Scalar", "aten::repeat"),
+        "pointwise",
+    ),
+    "falcon": ("_strided_copy", "aten::index.Tensor", "aten::scaled_dot_product_attention"),
+    "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
+    "roformer": ("aten::stack",),
+    "swin-v2": (
+        *("_strided_copy", "aten::cat", "aten::index.Tensor", "aten::matmul", "aten::pad", "aten::roll"),
+        *("activation", "norm", "residual"),
+    ),
+    "t5": ("aten::where.ScalarOther",),
+    "wav2vec2": ("aten::conv1d", "norm", "residual"),
+    "whisper": ("aten::conv1d", "residual"),
+}
+"""What is left to PyTorch between the first and the last kernel of an architecture, by its kind or call: nothing of
+those that are not here."""
 DETAILED = ("albert", "bart", "bert", "distilbert", "gpt2", "llama", "modernbert", "qwen3", "t5", "vit", "whisper")
 """Architectures that are called once more with all hidden states and attention weights."""
 
@@ -62,6 +86,18 @@ def agree(ours: Any, theirs: Any) -> None:
             assert (found.double() - expected.double()).norm() <= TOLERANCE * scale, name
         else:
             assert torch.equal(found, expected), name
+
+
+def left(fast: fuser.OptimizedModule) -> frozenset[str]:
+    """Kinds and calls of the operators inside of the last program's blocks that no kernel for this CPU runs."""
+    graph = fast.programs[-1].graph
+    target = named_target("cpu")
+    regions = {region.hash: region for region in graph.regions}
+    groups = [group for r in regions.values() for group in default_scheme(r, IMPLEMENTATIONS, target).groups]
+    found = [group.group.operators[0].kind for group in groups if group.kernel is None]
+    at = [graph.position[op.name] for region in graph.regions for op in region.operators]
+    inside = (op for op in graph.compute if min(at) <= graph.position[op.name] <= max(at))
+    return frozenset([*found, *(str(op.semantics) for op in inside if not op.semantics.fusible)])
 
 
 _OWN = ("_parameters", "_buffers", "_modules")
@@ -133,6 +169,7 @@ def test_an_architecture_called_plainly(without_kernels: None, name: str) -> Non
         shorter = architecture.call(SHORTER)
         agree(fast(**shorter), model(**shorter))
     assert name in ONE_SHAPE or (fast.specialized == () and fast.fallbacks == ())
+    assert name in ONE_SHAPE or left(fast) <= set(LEFT.get(name, ()))
 
 
 @pytest.mark.parametrize("name", DETAILED)

@@ -69,6 +69,16 @@ MODELS: dict[str, Callable[..., Any]] = {
     "copies of views": copies_of_views,
     "constants": lambda m, x: (m.rows * 2, x.clone(), x.t().contiguous(), m.linear.weight.t().contiguous()),
     "expanded": lambda m, x: (x.sum(-1, keepdim=True) * 2).expand(4, 8),
+    "joined with nothing": lambda m, x: (
+        torch.cat([m.rows[:0], x]),
+        torch.cat([m.rows, m.rows[:0]]),
+        *(lambda y: (y, torch.cat([y[:, :0], y], 1), torch.cat([y.t(), y.t()[:0]])))(m.linear(x)),
+    ),
+    "repeated": lambda m, x: (
+        x.repeat_interleave(2, 1),
+        m.linear(x)[:, :1].repeat_interleave(3, 1),
+        m.linear(x).view(4, 1, 8).expand(4, 2, 8).reshape(8, 8),
+    ),
     "attention": lambda m, x: F.scaled_dot_product_attention(*(m.linear(x).view(1, 4, 2, 4).transpose(1, 2),) * 3),
     "active dropout": lambda m, x: F.dropout((x.t().contiguous().t() * 3).t(), 0.5, True) + 1.0,
     "random like a transposed": lambda m, x: torch.rand_like((x * 2).t()) + 1.0,

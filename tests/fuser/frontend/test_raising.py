@@ -299,6 +299,17 @@ def test_heads_repeated_for_groups_of_queries_are_read_in_place(dynamic: Any, wr
         assert graph.values[op.inputs[position]].shape[1] == HEADS // 2
 
 
+@pytest.mark.parametrize("dynamic", [False, [[0, 1]]], ids=["fixed", "all lengths"])
+def test_what_is_joined_with_nothing_stays_where_it_is(dynamic: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (heads(p(x)) for p in (m.a, m.b, m.c))
+        k, v = torch.cat([torch.tensor([]), k], dim=-2), torch.cat([v[:, :, :0], v], dim=-2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    graph = raise_graph(capture(Model(run).eval(), flatten_call((X,), {}), dynamic), sample={"batch": 2, "sequence": S})
+    assert kinds(graph) == {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "softmax": 1, "pv": 1}
+
+
 CAPPED = {"gemm": 1, "bias": 1, "qk": 1, "scale": 1, "score rule": 1, "softmax": 1, "pv": 1}
 
 
