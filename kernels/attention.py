@@ -15,7 +15,7 @@ from fuser.ir.binding import late_fields
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.operators import PV, QK, ChangeScores, PatternMask, Scale, ScoreMask, Softmax
+from fuser.ir.operators import PV, QK, ChangeScores, IntervalMask, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
@@ -70,7 +70,7 @@ class AttentionParameters:
         batch, heads, key_heads = operands.heads
         return Launch(
             Literal(f"plan:{plan.hash}", plan.array),
-            extents(batch, heads, key_heads, plan, scale, operands.strides, operands.mask_strides),
+            extents(batch, heads, key_heads, *plan.lengths, scale, operands.strides, operands.mask_strides),
             workspace_bytes(batch, heads, self.value_dim, plan),
         )
 
@@ -117,7 +117,8 @@ def extents(
     batch: int,
     heads: int,
     key_heads: int,
-    plan: AttentionPlan,
+    q_len: int,
+    kv_len: int,
     scale: float,
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
@@ -127,9 +128,7 @@ def extents(
     (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
     q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
     mask = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
-    return AttentionExtents(
-        batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale), in_flight, q, k, v, out, mask
-    )
+    return AttentionExtents(batch, heads, key_heads, q_len, kv_len, float(scale), in_flight, q, k, v, out, mask)
 
 
 def workspace_bytes(
@@ -148,12 +147,14 @@ _KINDS = (QK, Scale, ChangeScores, ScoreMask, Softmax, PV)
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
 _EXP_FLOPS = 20
+_INTERVAL = 128
+"""Keys that a row sees, for predictions where it is known at run time alone."""
 
 
 @dataclass(frozen=True)
 class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
-    ``mask`` if any, and out."""
+    ``mask`` if any, and out; ``table`` is the value that holds the plan, where that is known at run time alone."""
 
     group: OperatorGroup
     q: str
@@ -164,6 +165,7 @@ class AttentionMatch:
     pattern: Mask
     mask: str | None
     rule: ScoreRule | None = None
+    table: str | None = None
 
     @property
     def dtype(self) -> DType:
@@ -183,9 +185,13 @@ class AttentionMatch:
     def call(self, parameters: PlanParameters, target: Target, threads: int) -> KernelCall:
         """The launch of these parameters on the values of the group."""
         reads = (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
-        q, k, v, *mask, out = (self.group.graph.values[value].layout for value in (*reads, self.out))
-        operands = Operands(q, k, v, out, *mask)
-        return call_of(self.pattern, operands, reads, (self.out,), self.scale, parameters, target, threads)
+        return call_of(self.pattern, self.operands, reads, (self.out,), self.scale, parameters, target, threads)
+
+    @property
+    def operands(self) -> Operands:
+        """The tensors as they lie in memory."""
+        given = (self.q, self.k, self.v, self.out, *([] if self.mask is None else [self.mask]))
+        return Operands(*(self.group.graph.values[value].layout for value in given))
 
     @property
     def moved_bytes(self) -> int:
@@ -214,7 +220,10 @@ class AttentionFamily:
             return None
         q, k = qk.inputs
         v = pv.inputs[1]
-        runtime = [op.inputs[1] for op in masks if len(op.inputs) > 1]
+        tables = [op.inputs[3] for op in group.of(IntervalMask)]
+        runtime = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, IntervalMask)]
+        if tables and len(masks) > 1:
+            return None
         if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime, target):
             return None
         pattern: Mask = Dense()
@@ -229,7 +238,8 @@ class AttentionFamily:
         scale = math.prod(op.semantics.scale for op in scales)
         mask = runtime[0] if runtime else None
         rule = rules[0].semantics.rule if rules else None
-        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule)
+        table = tables[0] if tables else None
+        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule, table)
 
     @staticmethod
     def _supported(
@@ -253,15 +263,24 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
         return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, rule=match.rule)]
 
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
-        batch, heads, _, _ = match.group.graph.values[match.q].shape
-        pairs = batch * heads * match.plan(target).pairs_allowed
-        if match.pattern.heads is not None:
-            pairs //= heads
+        batch, heads, rows, _ = match.group.graph.values[match.q].shape
+        if match.table is not None:
+            pairs = batch * heads * rows * min(rows, _INTERVAL)
+        else:
+            pairs = batch * heads * match.plan(target).pairs_allowed
+            if match.pattern.heads is not None:
+                pairs //= heads
         flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
-        return match.call(parameters, target, threads)
+        if match.table is None:
+            return match.call(parameters, target, threads)
+        operands = match.operands
+        lengths = operands.q.shape[2], operands.k.shape[2]
+        sizes = extents(*operands.heads, *lengths, match.scale, operands.strides)
+        # Plans of intervals have one phase, which needs no scratch.
+        return KernelCall(parameters.spec, (match.q, match.k, match.v, match.table, match.out), sizes, (match.out,))
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,10 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
     """Attention plans on GPUs."""
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
-        """What shared memory and registers hold: see :func:`choices`."""
+        """What shared memory and registers hold: see :func:`choices`. None where the plan is known at run time: how
+        many tiles a launch has follows from it."""
+        if match.table is not None:
+            return ()
         return choices(*match.widths, match.dtype, match.mask_dtype, False, target, match.rule)
 
     def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:

@@ -59,11 +59,19 @@ def plan_documents(mask: Mask, q_bounds: Int64s, k_bounds: Int64s, target: Targe
     some = np.flatnonzero(rows)
     first = (q_bounds[1:] - rows)[some]
     documents = first, rows[some], k_bounds[:-1][some], k_lengths[some]
-    band = _band(mask)
-    groups = _banded(*band, *documents) if band is not None else _side_by_side(mask, *documents, target)
+    around = band(mask)
+    groups = _banded(*around, *documents) if around is not None else _side_by_side(mask, *documents, target)
     parts = [groups, *(_blind(q_bounds, lengths - rows, head) for head in range(mask.heads or 1))]
     joined = _Groups(*map(np.concatenate, zip(*parts, strict=True)))
     return AttentionPlan.assemble(int(q_bounds[-1]), int(k_bounds[-1]), mask.heads, **joined._asdict())
+
+
+def plan_intervals(bounds: Int64s, first: Int64s, last: Int64s) -> AttentionPlan:
+    """The plan for rows of documents that begin at ``bounds`` (documents + 1,), of which each sees the keys from its
+    ``first`` to its ``last`` (rows,) alone, none where that is less. Both ascend."""
+    rows = int(bounds[-1])
+    groups = _of_intervals(bounds[:-1], np.diff(bounds), first, last)
+    return AttentionPlan.assemble(rows, rows, None, **groups._asdict())
 
 
 def _blind(q_bounds: Int64s, counts: Int64s, head: int) -> _Groups:
@@ -79,8 +87,9 @@ def _blind(q_bounds: Int64s, counts: Int64s, head: int) -> _Groups:
 # ---- intervals that move with the row
 
 
-def _band(mask: Mask) -> tuple[int, int] | None:
-    """The keys of a row relative to its own, from the first to the last, if that is what the mask says."""
+def band(mask: Mask) -> tuple[int, int] | None:
+    """The keys of a row relative to its own, from the first to the last, if that is what the mask says at all
+    lengths."""
     if isinstance(mask, Dense):
         return -_FAR, _FAR
     if isinstance(mask, Causal):
@@ -88,7 +97,7 @@ def _band(mask: Mask) -> tuple[int, int] | None:
     if isinstance(mask, SlidingWindow):
         return -mask.left, mask.right
     if isinstance(mask, And):
-        bands = [_band(operand) for operand in mask.operands]
+        bands = [band(operand) for operand in mask.operands]
         known = [band for band in bands if band is not None]
         low, high = max(low for low, _ in known or [(0, 0)]), min(high for _, high in known or [(0, 0)])
         if len(known) == len(bands) and low <= high:
@@ -98,34 +107,43 @@ def _band(mask: Mask) -> tuple[int, int] | None:
 
 def _banded(low: int, high: int, first: Int64s, rows: Int64s, k_first: Int64s, keys: Int64s) -> _Groups:
     """Groups of neighbouring rows that see the keys from ``low`` to ``high`` of their own."""
+    document = np.repeat(np.arange(len(rows)), rows)
+    # Where the row stands among its document's keys.
+    at, count, offset = (keys - rows)[document] + ramp(rows), keys[document], k_first[document]
+    begin, end = (np.clip(at + edge, 0, count) for edge in (low, high + 1))
+    return _of_intervals(first, rows, offset + begin, offset + end - 1)
+
+
+def _of_intervals(begin: Int64s, rows: Int64s, first: Int64s, last: Int64s) -> _Groups:
+    """Groups of neighbouring rows: ``rows`` of a document from ``begin`` on, of which each sees the keys from its
+    ``first`` to its ``last`` (sum of rows,). Both ascend."""
     counts = -(-rows // _ROWS)
     document = np.repeat(np.arange(len(rows)), counts)
-    begin = ramp(counts) * _ROWS
-    size = np.minimum(_ROWS, rows[document] - begin)
-    # Where the first row of the group stands among its document's keys.
-    at, last = (keys - rows)[document] + begin, keys[document]
-    seen = np.clip(at + low, 0, last), np.clip(at + size + high, 0, last)
-    whole = np.clip(at + size - 1 + low, 0, last), np.clip(at + high + 1, 0, last)
-    seen, whole = ((start, np.maximum(start, stop)) for start, stop in (seen, whole))
+    skipped = ramp(counts) * _ROWS
+    size = np.minimum(_ROWS, rows[document] - skipped)
+    top = (np.cumsum(rows) - rows)[document] + skipped
+    bottom = top + size - 1
+    seen, whole = (
+        (start, np.maximum(start, stop + 1)) for start, stop in ((first[top], last[bottom]), (first[bottom], last[top]))
+    )
     has_run = whole[1] > whole[0]
     # What lies before the keys that all rows see, and behind; everything where there are none of these.
     before = np.where(has_run, whole[0], seen[1]) - seen[0]
-    behind = np.where(has_run, seen[1] - whole[1], 0)
-    key_counts = before + behind
-    group = np.repeat(np.arange(len(size)), key_counts)
-    key = ramp(key_counts)
+    key_counts = before + np.where(has_run, seen[1] - whole[1], 0)
+    group, key = np.repeat(np.arange(len(size)), key_counts), ramp(key_counts)
     key += np.where(key < before[group], seen[0][group], (whole[1] - before)[group])
-    lowest = np.maximum(0, key - high - at[group])
-    highest = np.minimum(size[group] - 1, key - low - at[group])
-    lanes = low_bits(highest + 1) & ~(low_bits(lowest + 1) >> np.uint64(1))
-    offset = k_first[document]
-    runs = np.stack([offset + whole[0], whole[1] - whole[0], np.ones_like(offset)], axis=1)[has_run]
+    lowest = np.maximum(0, np.searchsorted(last, key) - top[group])
+    highest = np.minimum(size[group], np.searchsorted(first, key, side="right") - top[group])
+    # Between intervals there may be keys that no row sees.
+    is_seen = highest > lowest
+    group, key, lowest, highest = (values[is_seen] for values in (group, key, lowest, highest))
+    lanes = low_bits(highest) & ~(low_bits(lowest + 1) >> np.uint64(1))
+    runs = np.stack([whole[0], whole[1] - whole[0], np.ones_like(top)], axis=1)[has_run]
     zeros = np.zeros(len(size), np.int64)
     width = np.array(WIDTHS)[np.searchsorted(WIDTHS, size)]
-    members = np.repeat(first[document] + begin, size) + ramp(size)
-    return _Groups(
-        zeros, zeros, width, size, members, has_run.astype(np.int64), runs, key_counts, key + offset[group], lanes
-    )
+    members = np.repeat(begin[document] + skipped, size) + ramp(size)
+    key_counts = np.bincount(group, minlength=len(size))
+    return _Groups(zeros, zeros, width, size, members, has_run.astype(np.int64), runs, key_counts, key, lanes)
 
 
 # ---- plans side by side

@@ -204,6 +204,11 @@ class AttentionPlan:
         return int(self.array[2])
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """Rows and keys."""
+        return self.q_len, self.kv_len
+
+    @property
     def heads(self) -> int | None:
         """Number of heads that have groups of their own, or None if all share them."""
         return int(self.array[3]) or None

@@ -53,6 +53,10 @@ class Tuner:
         self.measured = 0
         """Kernels measured by this tuner beside its search, not counting those remembered."""
 
+    def without_trials(self) -> Tuner:
+        """One that searches nothing."""
+        return self if not self.trials else Tuner(self.target, self.threads, cache=self.cache)
+
     def refine(self, choices: Sequence[tuple[Choice, Region]]) -> list[Choice]:
         """The choices that a search found, and for other regions the given ones with the fastest measured way to run
         each of their GEMM groups; kernels that lack a measurement are built together first."""

@@ -73,6 +73,7 @@ class Report:
     outside: tuple[tuple[str, str], ...]
     fallbacks: tuple[str, ...]
     specialized: tuple[str, ...]
+    padding: tuple[str, ...]
     memory: Memory
     stages: Mapping[str, float]
 
@@ -103,6 +104,7 @@ def collect(snapshot: Snapshot) -> Report:
         outside=snapshot.outside,
         fallbacks=snapshot.fallbacks,
         specialized=snapshot.specialized,
+        padding=snapshot.padding,
         memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )
@@ -191,6 +193,7 @@ def render_text(found: Report) -> str:
     lines += _reasons("outside the blocks, run by PyTorch", found.outside, found.programs)
     lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
     lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
+    lines += [f"padding: {line}" for line in found.padding]
     memory = found.memory
     lines += [
         "",

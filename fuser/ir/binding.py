@@ -62,6 +62,10 @@ class Binder(Generic[Tree]):
                 raise ValueError(f"the size {name!r} is from {size.low}{end or ' on'} here, not {value}")
         return self._function(*(sizes[name] for name in self.names))
 
+    def renamed(self, sizes: Mapping[str, int]) -> Tree:
+        """The tree with other formulas, or numbers, for its named sizes, of whatever range."""
+        return self.tree if self._function is None else self._function(*(sizes[name] for name in self.names))
+
     # ---- compiling
 
     def _compiled(self, found: str) -> Callable[..., Tree]:

@@ -11,6 +11,10 @@ class CaptureError(FuserError):
     """A model could not be captured as a graph."""
 
 
+class PackingError(FuserError):
+    """The rows of a model that are padding cannot be left out: something else follows from them."""
+
+
 class MaskError(FuserError, ValueError):
     """A mask is malformed or does not fit the tensors that it is used with."""
 

@@ -74,6 +74,11 @@ class Semantics(ABC):
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         """A few words for pictures about what it does to values of these shapes; empty where its name says it."""
 
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        """Whether every row of its output, all dimensions but the last, follows from the rows of its inputs in the same
+        place alone, as PyTorch broadcasts them."""
+        return self.expression is not None
+
     def widths(self, inputs: Sequence[Shape]) -> Shape:
         """Sizes of run-time inputs that do not follow from the number of tokens, nor from constants."""
         return ()
@@ -197,6 +202,14 @@ class _Called(Semantics):
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.call(*inputs)
 
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        """What is known to: elementwise functions, copies, and rows put together of parts of rows."""
+        target = self.call.target
+        if target is torch.ops.aten.cat.default:
+            dim: int = dict(zip(("tensors", "dim"), self.call.args, strict=False)).get("dim", 0)
+            return dim % len(output) == len(output) - 1
+        return target is laid_out or (torch.Tag.pointwise in getattr(target, "tags", ()) and not self.is_random)
+
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         """Unknown, and so not counted."""
         return 0.0
@@ -266,6 +279,9 @@ class Gemm(Semantics):
         # A weight may be kept narrower than what it is multiplied with.
         weight = weight.to(x.dtype)
         return (x @ (weight.mT if self.transposed else weight),)
+
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        return True
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return 2.0 * math.prod(output) * inputs[0][-1]
@@ -468,6 +484,9 @@ class Embedding(Semantics):
         table, index = inputs
         return (torch.nn.functional.embedding(index, table),)
 
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        return True
+
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return 0.0
 
@@ -577,3 +596,25 @@ class AdditiveMask(ScoreMask, _RowWise):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return "given at run time"
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class IntervalMask(ScoreMask):
+    """-inf outside of one interval of keys for each query: from its ``first`` to its ``last``, (Sq,) int64 each, both
+    included; none where that is less.
+
+    Inputs are the scores, ``first``, ``last`` and a plan of the same intervals (see :mod:`fuser.kernels.plan`), which
+    attention kernels read in their place. How long that is, is known when it is there.
+    """
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        scores, first, last, _ = inputs
+        key = torch.arange(scores.shape[-1], device=scores.device)
+        return (scores.masked_fill((key < first[:, None]) | (key > last[:, None]), -math.inf),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "an interval for each row"

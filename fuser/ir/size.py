@@ -351,10 +351,18 @@ def _combined(left: Any, right: Any, sign: int) -> Any:
     return _simple(total)
 
 
+def _is_proper(numerator: int, denominator: int) -> bool:
+    """Whether a quotient is never negative, and always less than one."""
+    (low, high), (least, _) = bounds(numerator), bounds(denominator)
+    return low is not None and low >= 0 and high is not None and least is not None and high < least
+
+
 def _quotient(numerator: Any, denominator: Any) -> Any:
     """Exact where every term can be divided, else an atom."""
     if not isinstance(numerator, (Size, int)) or not isinstance(denominator, (Size, int)):
         return NotImplemented
+    if _is_proper(numerator, denominator):
+        return 0
     divisor = _terms(denominator)
     if len(divisor) == 1 and divisor[0][1]:
         ((monomial, count),) = divisor

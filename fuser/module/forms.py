@@ -21,8 +21,9 @@ from fuser.codegen.template import generalized
 from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, StateError, capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.binding import Binder
-from fuser.ir.errors import CaptureError, FuserError
+from fuser.ir.errors import CaptureError, FuserError, PackingError
 from fuser.ir.graph import OperatorGraph
+from fuser.ir.packing import TOKENS, pack
 from fuser.ir.target import Target
 from fuser.kernels.base import Packed, floating
 from fuser.module.acceptance import device_of
@@ -174,7 +175,7 @@ def _is_late(graph: OperatorGraph, ref: Any) -> bool:
 
 
 @dataclass
-class _Variant:
+class Variant:
     """A graph with named sizes, and what it was compiled to, by target, threads and order of magnitude."""
 
     graph: OperatorGraph
@@ -183,9 +184,44 @@ class _Variant:
     assumptions: Binder[tuple[bool, ...]]
     templates: dict[Hashable, _Template] = field(default_factory=dict)
 
+    counts: tuple[str, ...] | None = None
+    """The sizes that the number of rows follows from; None: all."""
+    packing: Packing | PackingError | None = None
+
+    @classmethod
+    def of(cls, graph: OperatorGraph, dtypes: frozenset[torch.dtype], counts: tuple[str, ...] | None = None) -> Variant:
+        return cls(graph, dtypes, Binder(graph), Binder(graph.assumptions), counts=counts)
+
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether the graph is right for these sizes."""
         return all(self.assumptions(sizes))
+
+    def magnitude(self, sizes: Mapping[str, int]) -> int:
+        """Powers of four of the number of rows: kernels want other tiles for few than for many."""
+        counted = sizes.values() if self.counts is None else [sizes[name] for name in self.counts]
+        return math.prod(counted).bit_length() // 2
+
+    def packed(self) -> Packing:
+        """The graph without rows that are padding. Raises PackingError for one that has none."""
+        if self.packing is None:
+            try:
+                self.packing = Packing(self)
+            except PackingError as error:
+                self.packing = error
+        if isinstance(self.packing, PackingError):
+            raise self.packing
+        return self.packing
+
+
+class Packing:
+    """A graph in two parts, with what was compiled of each (see :class:`fuser.ir.packing.PackedGraph`)."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.graph = pack(variant.graph)
+        self.before = Variant.of(self.graph.before, variant.dtypes)
+        self.rows = Variant.of(self.graph.rows, variant.dtypes, (TOKENS,))
+        self.sizes = Binder((self.graph.shapes, self.graph.patterns, self.graph.batch, self.graph.sequence))
+        """The shapes of outputs, patterns, and the numbers of entries and positions."""
 
 
 @contextlib.contextmanager
@@ -214,7 +250,7 @@ class Form:
         self.options = options
         self.device = device_of(call)
         self._output: Binder[OutputSpec] = Binder(self.captured.output)
-        self._variants: list[_Variant] = []
+        self._variants: list[Variant] = []
         self._attention = None if options.attention is None else options.attention.current()
         self._masks = tuple(functions_of(self.captured, self._attention))
         store.register(self.captured.parameters)
@@ -246,6 +282,25 @@ class Form:
     ) -> Compiled:
         """The program of a call. Raises CaptureError for a call that the captured graph does not hold for, and
         BuildError, ToolchainError or CacheError when kernels cannot be built."""
+        start = time.perf_counter()
+        sizes = self.sizes(call)
+        with _evaluating():
+            variant = self._variant(sizes, target)
+        self._seconds["raise"] = time.perf_counter() - start
+        return self.compile_part(variant, sizes, store, target, threads, states, tuner, cache)
+
+    def compile_part(
+        self,
+        variant: Variant,
+        sizes: Mapping[str, int],
+        store: WeightStore,
+        target: Target,
+        threads: int,
+        states: States,
+        tuner: Tuner | None = None,
+        cache: KernelCache | None = None,
+    ) -> Compiled:
+        """The program of one of its graphs, or of a part of one."""
         cache = default_cache() if cache is None else cache
         clock, seconds = time.perf_counter(), self._seconds
         self._seconds = {}
@@ -253,15 +308,13 @@ class Form:
         def lap(stage: str) -> None:
             nonlocal clock
             now = time.perf_counter()
-            seconds[stage], clock = now - clock, now
+            seconds[stage], clock = seconds.get(stage, 0.0) + now - clock, now
 
         captured = self.captured
-        sizes = captured.sizes.sizes([tensor.shape for tensor in call.tensors])
         with _evaluating():
-            variant = self._variant(sizes, target)
             graph = variant.binder(sizes)
         lap("raise")
-        key = (target, threads, _magnitude(sizes))
+        key = (target, threads, variant.magnitude(sizes))
         if key not in variant.templates:
             variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache, lap)
         template = variant.templates[key]
@@ -287,19 +340,37 @@ class Form:
             sizes,
         )
 
+    def sizes(self, call: FlatCall) -> dict[str, int]:
+        """The named sizes of a call. Raises CaptureError for one that the captured graph does not hold for."""
+        return self.captured.sizes.sizes([tensor.shape for tensor in call.tensors])
+
+    def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
+        """The graph for these sizes without rows that are padding. Raises PackingError for one that has none, and
+        CaptureError as :meth:`compile` does."""
+        with _evaluating():
+            return self._variant(sizes, target).packed()
+
+    @property
+    def _parts(self) -> Iterator[Variant]:
+        """Everything that programs are made of."""
+        for variant in self._variants:
+            yield variant
+            if isinstance(variant.packing, Packing):
+                yield from (variant.packing.before, variant.packing.rows)
+
     def release(self) -> None:
         """Forget kernels and constants until another call wants them."""
-        for variant in self._variants:
-            variant.templates.clear()
+        for part in self._parts:
+            part.templates.clear()
 
     @property
     def uses(self) -> Iterator[Use]:
         """The constants that its programs share."""
-        for variant in self._variants:
-            for template in variant.templates.values():
+        for part in self._parts:
+            for template in part.templates.values():
                 yield template.use(self.captured.parameters)
 
-    def _variant(self, sizes: Mapping[str, int], target: Target) -> _Variant:
+    def _variant(self, sizes: Mapping[str, int], target: Target) -> Variant:
         dtypes = floating(target)
         for variant in self._variants:
             if variant.dtypes == dtypes and variant.holds(sizes):
@@ -307,7 +378,7 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
-        variant = _Variant(graph, dtypes, Binder(graph), Binder(graph.assumptions))
+        variant = Variant.of(graph, dtypes)
         self._variants.append(variant)
         return variant
 
@@ -368,8 +439,3 @@ class Forms:
 
     def __iter__(self) -> Iterator[Form]:
         return (form for found in self._found.values() for form in found)
-
-
-def _magnitude(sizes: Mapping[str, int]) -> int:
-    """Powers of four: kernels want other tiles for few rows than for many."""
-    return math.prod(sizes.values()).bit_length() // 2

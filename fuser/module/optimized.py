@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +21,52 @@ from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
-from fuser.ir.errors import DeviceMemoryError, FuserError, MaskError, PlanError
+from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PackingError, PlanError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
-from fuser.module.forms import Form, Forms, form_key
+from fuser.module.forms import Form, Forms, Packing, Variant, form_key
 from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
+from fuser.module.ragged import Share, keys_of, run_packed
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, SavedCall, Snapshot
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
-from fuser.runtime.program import States
+from fuser.runtime.program import CPU, States
 from fuser.runtime.targets import on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 
 logger = logging.getLogger("fuser")
 _PROGRAMS = 64
 """Programs that a module keeps; the one that has not run for longest goes first."""
+_MUCH_PADDING = 0.1
+"""The share of padding from which on it is worth a word."""
 _AT_ONCE_IN_METHODS = 1
 """Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
 UNMASKED = "the original model knows nothing of the mask that attention= gives"
+K, V = TypeVar("K"), TypeVar("V")
 Key = tuple[Signature, "int | torch.device", tuple[Any, ...]]
 """A call, the number of threads or the GPU that it runs on, and what else the model's code depends on: its plain
 attributes, and PyTorch's modes if it asks for them."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """How calls of one shape leave out padding, and the program that comes before there are rows."""
+
+    form: Form
+    packing: Packing
+    before: Compiled
+    complete: set[tuple[Any, ...]] = field(default_factory=set)
+    """The numbers of which masks without padding consist."""
 
 
 class OptimizedModule(nn.Module):
@@ -101,6 +118,10 @@ class OptimizedModule(nn.Module):
         self._states: dict[torch.device, States] = {}
         self._forms = Forms()
         self._masks = KnownMasks()
+        self._packed: ProgramCache[Key, _Packed] = ProgramCache(_PROGRAMS)
+        self._padded = Share()
+        self._told_of_padding = False
+        self._kept: dict[str, None] = {}
         prepare()
         self._store = WeightStore(model)
         self._originals = Originals(model, "" if options.attention is None else UNMASKED)
@@ -128,6 +149,10 @@ class OptimizedModule(nn.Module):
         if call is None:
             return self._replaced(reason, args, kwargs)
         key = self._key(call)
+        if self._options.padding == "skip":
+            packed = self._without_padding(call, key)
+            if packed is not None:
+                return packed
         compiled = self._compiled(call, key) if self._options.attention is None else self._settled(call, key)
         if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
             return self._replaced("a tensor that is no parameter of a module requires grad", args, kwargs)
@@ -153,6 +178,86 @@ class OptimizedModule(nn.Module):
         now = (self._store.generation, key[2][0])
         plan = Recorded(routes, compiled.output, program.plan.aliases, self._originals, self._state, now)
         return run_recorded(program, call, sources, plan)
+
+    def _without_padding(self, call: FlatCall, key: Key) -> Any | None:
+        """The result of a call whose padding is not computed; None where there is none, or it has to be."""
+        try:
+            found = self._packing(call, key)
+            if found is None:
+                return None
+            rows = functools.partial(self._rows, found, key)
+            outputs = run_packed(found.packing, found.before, rows, call.tensors, self._padded, found.complete)
+        except PackingError as error:
+            _remember(self._kept, str(error), None)
+            return None
+        return None if outputs is None else found.before.output.build(outputs)
+
+    def _packing(self, call: FlatCall, key: Key) -> _Packed | None:
+        """How padding is left out of a call; None where it is not known yet. Raises PackingError where it cannot be."""
+        found = self._packed.use(key)
+        if found is None or self._store.changed or not found.before.is_current:
+            device = device_of(call)
+            with self._lock:
+                if self._store.changed:
+                    self._refresh()
+                target, _ = self._placed(key, device)
+                if target.kind != "cpu":
+                    raise PackingError("rows are packed for programs on CPUs alone")
+                if torch.get_default_device() != CPU:
+                    raise PackingError(f"PyTorch's default device is {torch.get_default_device()}")
+                with _as_reason():
+                    form = self._form(call, key, device)
+                    if form.captured.asks_modes and not self._asks_modes:
+                        # From now on keys say which modes are on.
+                        self._asks_modes = True
+                        return None
+                    sizes = form.sizes(call)
+                    packing = form.packing(sizes, target)
+                    found = _Packed(form, packing, self._part(form, packing.before, sizes, key, device))
+                self._packed.add(key, found)
+        routes = found.before.routes
+        if torch.is_grad_enabled() and (routes.unregistered or routes.sources(call.tensors)):
+            raise PackingError("outputs are to have gradients; call the model under torch.inference_mode()")
+        return found
+
+    def _form(self, call: FlatCall, key: Key, device: torch.device) -> Form:
+        """A capture for all sizes that holds for a call. Raises PackingError where there is none."""
+        name, forms = self._forms_of(call, key)
+        if name is None:
+            raise PackingError("the call is captured by itself: inputs are not contiguous, or dynamic=False")
+        for form in forms:
+            with contextlib.suppress(CaptureError):
+                form.sizes(call)
+                return form
+        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+            made = run_after_fork(
+                self._forms.capture, name, lambda: Form(self._model, call, self._store, self._options)
+            )
+        if made is None:
+            raise PackingError("; ".join(("the model is not captured for all sizes", *self._forms.reasons)))
+        return made
+
+    def _rows(self, packed: _Packed, key: Key, sizes: Mapping[str, int]) -> Compiled:
+        """The program that computes so many rows."""
+        part = packed.packing.rows
+        wanted = tuple((name, sizes[name]) for name in part.binder.names)
+        place: Key = (packed.packing, *wanted), *key[1:]
+        compiled = self._programs.use(place)
+        if compiled is not None:
+            return compiled
+        with self._lock, _as_reason():
+            compiled = self._part(packed.form, part, sizes, place, CPU)
+            if any(not gone.sizes for gone in self._programs.add(place, compiled)):
+                self._retain()
+            return compiled
+
+    def _part(self, form: Form, part: Variant, sizes: Mapping[str, int], key: Key, device: torch.device) -> Compiled:
+        target, threads = self._placed(key, device)
+        states = self._states.setdefault(device, States(arena_of(device, self._options.concurrency)))
+        # A search would have to make up plans of attention.
+        tuner = None if self._tuner is None else self._tuner.without_trials()
+        with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+            return run_after_fork(form.compile_part, part, sizes, self._store, target, threads, states, tuner)
 
     def _state(self) -> object | None:
         """A value that stays equal while the model computes what the programs do; None once it does not."""
@@ -320,6 +425,19 @@ class OptimizedModule(nn.Module):
             self._retain()
         return compiled
 
+    def _count_padding(self, form: Form, compiled: Compiled, target: Target, call: FlatCall) -> None:
+        """Look how much of a call with a new program is padding that could be left out."""
+        if self._options.padding != "keep" or target.kind != "cpu":
+            return
+        try:
+            packing = form.packing(compiled.sizes, target)
+            self._padded.add(keys_of(packing, compiled.sizes, form.captured.parameters, call.tensors))
+        except FuserError:
+            return
+        if float(self._padded) >= _MUCH_PADDING and not self._told_of_padding:
+            self._told_of_padding = True
+            logger.info("%s", self.padding[0])
+
     def _forms_of(self, call: FlatCall, key: Key) -> tuple[Hashable, list[Form]]:
         """What calls that differ in sizes alone have in common, and what has been captured for all of them."""
         common = form_key(call) if self._options.dynamic else None
@@ -340,6 +458,7 @@ class OptimizedModule(nn.Module):
                 self._forms.refused(f"{text_of(call)}: {error}")
                 return None
             self._check_masked(found.graph)
+            self._count_padding(form, found, target, call)
             return found
 
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
@@ -427,7 +546,7 @@ class OptimizedModule(nn.Module):
     def _retain(self) -> None:
         """Keep only what the programs that are left use."""
         self._comparisons = {key: found for key, found in self._comparisons.items() if key in self._programs}
-        programs = [c for module in self._sharing() for c in module.programs]
+        programs = [c for module in self._sharing() for c in module._followed]
         shared = [use for form in self._forms for use in form.uses]
         self._store.retain(
             [*shared, *((c.assembly.plan.constants, c.graph.constants, c.captured.parameters) for c in programs)]
@@ -437,15 +556,21 @@ class OptimizedModule(nn.Module):
         """The modules whose programs use this store of weights."""
         return [self]
 
+    @property
+    def _followed(self) -> list[Compiled]:
+        """Everything that has constants made from weights."""
+        return [*self._programs.values(), *(found.before for found in self._packed.values())]
+
     def _refresh(self) -> None:
         """Follow weights that have changed since they were packed."""
         changed = self._store.changes()
-        programs = [c for module in self._sharing() for c in module.programs]
+        programs = [c for module in self._sharing() for c in module._followed]
         if self._store.restructured or any(
             not _follows(c.captured.parameters, c.graph, c.program.device, changed) for c in programs
         ):
             self.refresh()
             return
+        self._packed.clear()
         self._forms.keep(
             lambda form: all(_follows(form.captured.parameters, graph, form.device, changed) for graph in form.graphs)
         )
@@ -470,6 +595,7 @@ class OptimizedModule(nn.Module):
             self._excused.clear()
             self._comparisons.clear()
             self._programs.clear()
+            self._packed.clear()
             self._forms.clear()
             self._masks = KnownMasks()
             self._policy = CompilationPolicy()
@@ -517,6 +643,17 @@ class OptimizedModule(nn.Module):
         shape binds the sizes of what has been captured once."""
         return self._forms.reasons
 
+    @property
+    def padding(self) -> Sequence[str]:
+        """How much of the rows of calls was padding, if any was seen: of all calls with ``padding="skip"``, and why it
+        was computed where it had to be, else of those that were compiled."""
+        share = float(self._padded)
+        if self._options.padding == "keep":
+            what = f'{share:.0%} of the rows were padding; fuser.optimize(model, padding="skip") leaves them out'
+        else:
+            what = f"{share:.0%} of the rows were padding"
+        return (*((what,) if share else ()), *(f"was computed: {reason}" for reason in self._kept))
+
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
         from fuser.explain.report import report
@@ -545,11 +682,16 @@ class OptimizedModule(nn.Module):
             outside=tuple(self.outside),
             fallbacks=tuple(self.fallbacks),
             specialized=tuple(self.specialized),
+            padding=tuple(self.padding),
             memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
         )
 
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now."""
+        if any(isinstance(signature[0], Packing) for (signature, _, _), _ in self._programs.items()):
+            raise FuserError(
+                'programs without padding cannot be saved, since batches differ in it; optimize with padding="keep"'
+            )
         with self._lock:
             if self._store.changed:
                 self._refresh()
@@ -648,6 +790,17 @@ class OptimizedModule(nn.Module):
         return f"programs={len(self._programs)}"
 
 
+@contextlib.contextmanager
+def _as_reason() -> Iterator[None]:
+    """What goes wrong when a call without padding is compiled, as the reason why it has to be computed."""
+    try:
+        yield
+    except PackingError:
+        raise
+    except FuserError as error:
+        raise PackingError(str(error)) from error
+
+
 def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # ``torch._fused_adam_`` and its like write parameters without advancing their versions.
     for group in optimizer.param_groups:
@@ -658,7 +811,7 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], k
 register_optimizer_step_post_hook(_count_fused_step)
 
 
-def _remember(reasons: dict[Key, str], key: Key, reason: str) -> None:
+def _remember(reasons: MutableMapping[K, V], key: K, reason: V) -> None:
     """Remember a reason, and forget what is too old."""
     reasons[key] = reason
     while len(reasons) > _PROGRAMS:
@@ -696,6 +849,7 @@ def optimize(
     cuda_graphs: bool = True,
     dynamic: bool | Mapping[str, Collection[int]] = True,
     concurrency: int = 1,
+    padding: str = "keep",
 ) -> OptimizedModule:
     """Make ``model`` run fused kernels.
 
@@ -716,10 +870,14 @@ def optimize(
         concurrency: how many calls may run at once on a CPU, each in memory of its own; others wait. Each runs on the
             threads that PyTorch has in the thread that calls.
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
+        padding: ``"keep"`` computes what the model does for positions that a padding mask leaves out, ``"skip"``
+            computes the others alone, packed one behind the other, and gives zeros there. Calls whose padding has an
+            influence on other outputs, or that cannot be looked through, run as with ``"keep"``; the report says why.
+            On CPUs, without gradients.
 
     Raises:
         TypeError: arguments of the wrong type, and models that TorchScript has compiled.
-        ValueError: a ``concurrency`` that is no positive number.
+        ValueError: ``padding`` or ``search`` is none of its values, or ``concurrency`` no positive number.
         MaskError: ``attention`` does not fit the model, or the model cannot be compiled with it. Calls raise it, too,
             where they would have to run the original model, which knows nothing of the mask.
         FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
@@ -742,6 +900,7 @@ def optimize(
         cuda_graphs=cuda_graphs,
         dynamic=dynamic,
         concurrency=concurrency,
+        padding=padding,
     )
     optimized = OptimizedModule(model, options)
     if example_inputs is None:

@@ -13,12 +13,16 @@ from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.target import Target
 from fuser.runtime.targets import named_target
 
+PADDING = ("keep", "skip")
+"""Whether programs compute rows of padding."""
+
 
 @dataclass(frozen=True)
 class Options:
     """The options of :func:`fuser.optimize`, which says what they mean, and of the backend of ``torch.compile``.
 
-    Raises MaskError for a mask that is none of ``fuser.masks``.
+    Raises MaskError for a mask that is none of ``fuser.masks``, TypeError and ValueError for other values of the wrong
+    kind.
     """
 
     attention: Mask | None = None
@@ -27,6 +31,7 @@ class Options:
     cuda_graphs: bool = True
     dynamic: bool | Mapping[str, Collection[int]] = True
     concurrency: int = 1
+    padding: str = "keep"
 
     def __post_init__(self) -> None:
         if is_block_mask(self.attention):
@@ -35,7 +40,8 @@ class Options:
             raise MaskError(f"attention must be one of fuser.masks, not a {type(self.attention).__name__}")
         if not isinstance(self.dynamic, (bool, Mapping)):
             raise TypeError(f"dynamic must be a bool or dimensions by input, not a {type(self.dynamic).__name__}")
-
+        if self.padding not in PADDING:
+            raise ValueError(f"padding must be {' or '.join(map(repr, PADDING))}, not {self.padding!r}")
         if type(self.concurrency) is not int or self.concurrency < 1:
             raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
 

@@ -36,8 +36,8 @@ class Snapshot:
     """A module at one moment.
 
     ``model`` is the name of the model's class, ``programs`` is everything compiled, in order, ``target`` what for (None
-    before the first program); ``unfused``, ``outside``, ``fallbacks`` and ``specialized`` are as in
-    :class:`fuser.OptimizedModule`.
+    before the first program); ``unfused``, ``outside``, ``fallbacks``, ``specialized`` and ``padding`` are as
+    in :class:`fuser.OptimizedModule`.
     """
 
     model: str
@@ -48,6 +48,7 @@ class Snapshot:
     fallbacks: tuple[str, ...]
     memory: Memory
     specialized: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
 
     @property
     def last(self) -> Compiled | None:

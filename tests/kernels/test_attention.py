@@ -107,7 +107,7 @@ def attend(
         batch,
         heads,
         key_heads,
-        tiles,
+        *tiles.lengths,
         1 / math.sqrt(dim) if scale is None else scale,
         [t.stride()[:3] for t in (q, k, v, out)],
         None if whole is None else whole.stride(),

@@ -22,6 +22,7 @@ from fuser.ir.operators import (
     Embedding,
     Extern,
     Gemm,
+    IntervalMask,
     MergeHeads,
     Norm,
     PatternMask,
@@ -55,6 +56,9 @@ def normal(*shape: int) -> Tensor:
 
 X, ROW, SCORES = normal(2, 5, 8), normal(8), normal(2, 4, 6, 6)
 BEYOND_ONE = [[abs(i - j) > 1 for j in range(6)] for i in range(6)]
+OUTSIDE = ~torch.tensor(
+    [[c == "x" for c in row] for row in ("xx....", "xx....", ".xxx..", "......", "....xx", "....xx")]
+)
 FORBIDDEN = torch.tensor(BEYOND_ONE)
 RUNTIME = torch.rand(2, 1, 1, 6, generator=torch.Generator().manual_seed(1)) < 0.5
 BARRED = SCORES.masked_fill(FORBIDDEN, -math.inf)
@@ -115,6 +119,11 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
+        Case(
+            IntervalMask(),
+            (SCORES, torch.tensor([0, 0, 1, 3, 4, 4]), torch.tensor([1, 1, 3, 2, 5, 5]), torch.tensor([0])),
+            lambda s, first, last, _: s.masked_fill(OUTSIDE, -math.inf),
+        ),
         Case(BooleanMask(), (SCORES, RUNTIME), lambda s, m: torch.where(m, s, -math.inf)),
         Case(AdditiveMask(), (SCORES, RUNTIME.double()), lambda s, m: s + m),
     )

@@ -1,0 +1,216 @@
+"""Calls without padding: which rows of a batch are none, and running packed programs on these alone."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuser.ir.errors import PackingError
+from fuser.ir.evaluation import evaluate
+from fuser.ir.masks import Mask
+from fuser.ir.packing import TOKENS, PackedGraph
+from fuser.kernels.documents import band, plan_intervals
+from fuser.kernels.plan import Bools
+from fuser.module.compiler import Compiled
+from fuser.module.forms import Packing
+
+_REMEMBERED = 16
+_STEP = 16
+_STEPS_AN_OCTAVE = 32
+_LOW = {dtype: torch.finfo(dtype).min / 2 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the rows of a batch are: ``rows`` (tokens,) numbers the positions of (B, S), entry by entry, that are
+    computed, a few of them twice at the end; ``keys`` are those of ``rows`` that are no padding. ``picks`` holds the
+    places in ``rows`` of certain positions of all entries, ``intervals`` first keys, last keys and plan for each
+    pattern."""
+
+    rows: Tensor
+    keys: Tensor
+    picks: tuple[Tensor, ...]
+    intervals: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    tokens: int
+
+
+def is_key(masks: Sequence[Tensor]) -> Bools:
+    """Which positions (B, S) the masks (B, S) of all attentions let through. Raises PackingError where they do not
+    agree, or weigh positions."""
+    found: list[Bools] = []
+    for mask in masks:
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+        if mask.dtype != torch.bool and not bool((allowed | (mask < _LOW[mask.dtype])).all()):
+            raise PackingError("a mask adds numbers to the scores of positions")
+        found.append(allowed.numpy())
+    if any(not np.array_equal(found[0], other) for other in found[1:]):
+        raise PackingError("attentions of the model have different padding")
+    return found[0]
+
+
+def packed_rows(keys: Bools, positions: Sequence[int], bands: Sequence[tuple[int, int]]) -> Packed:
+    """The rows of a batch whose positions ``keys`` (B, S) are no padding, and those at ``positions`` of every entry,
+    which see the keys of their entry in each of the ``bands`` around them.
+
+    Raises PackingError where a row at one of the positions is padding with keys before it, or sees none.
+    """
+    entries, length = keys.shape
+    computed = keys.copy()
+    for position in positions:
+        if keys[:, :position].any(1)[~keys[:, position]].any():
+            raise PackingError(f"the model takes position {position} of every entry, which is padding between others")
+        computed[:, position] = True
+    rows = np.flatnonzero(computed)
+    places = np.flatnonzero(keys.reshape(-1)[rows])
+    count, tokens = len(rows), rounded(len(rows))
+    entry, at = np.divmod(rows, length)
+    of_keys = rows[places]
+    bounds = np.concatenate([[0], np.cumsum(computed.sum(1)), [tokens]]).astype(np.int64)
+    rest = np.arange(count, tokens)
+    intervals = []
+    picks = tuple(np.searchsorted(rows, np.arange(entries) * length + position) for position in positions)
+    for low, high in bands:
+        begin = np.searchsorted(of_keys, entry * length + np.clip(at + low, 0, length))
+        end = np.searchsorted(of_keys, entry * length + np.clip(at + high + 1, 0, length))
+        first, last = np.append(places, count)[begin], np.insert(places, 0, -1)[end]
+        if any((last < first)[pick].any() for pick in picks):
+            raise PackingError("the model takes a row of every entry, and some entries have no token")
+        # What is computed twice is an entry of its own.
+        first, last = np.append(first, rest * 0 + count), np.append(last, rest * 0 + tokens - 1)
+        plan = plan_intervals(bounds, first, last)
+        intervals.append((*map(torch.from_numpy, (first, last)), torch.from_numpy(plan.array.copy())))
+    padded = np.append(rows, np.repeat(rows[:1], len(rest)))
+    return Packed(
+        torch.from_numpy(padded),
+        torch.from_numpy(places),
+        tuple(map(torch.from_numpy, picks)),
+        tuple(intervals),
+        tokens,
+    )
+
+
+def rounded(count: int) -> int:
+    """The number of rows of the program that serves ``count``: few numbers, so that few programs are made, and at most
+    a few percent more, or :data:`_STEP`."""
+    step = max(_STEP, (1 << max(count.bit_length() - 1, 0)) // _STEPS_AN_OCTAVE)
+    return max(-(-count // step), 1) * step
+
+
+@functools.lru_cache(maxsize=64)
+def _band_of(causal: bool, mask: Mask | None, length: int) -> tuple[int, int]:
+    """The keys around each row that constants allow at this length. Raises PackingError where they are no band."""
+    low, high = -length, 0 if causal else length
+    if mask is None:
+        return low, high
+    found = band(mask)
+    if found is None and mask.heads is None:
+        allowed = mask.dense(length, length)
+        at = allowed.nonzero()
+        reach = at[:, 1] - at[:, 0]
+        found = (int(reach.min()), int(reach.max())) if len(reach) else (length, length)
+        steps = torch.arange(length)
+        between = steps[None] - steps[:, None]
+        found = found if torch.equal((between >= found[0]) & (between <= found[1]), allowed) else None
+    if found is None:
+        raise PackingError(f"the mask {mask.name} of its attention is no band around each position")
+    return max(low, found[0]), min(high, found[1])
+
+
+def keys_of(
+    packing: Packing, sizes: Mapping[str, int], parameters: Mapping[str, Tensor], tensors: Sequence[Tensor]
+) -> Bools:
+    """Which positions of a call are no padding, computed by PyTorch. Raises PackingError as :func:`is_key` does."""
+    graph = packing.before.binder(sizes)
+    values = dict(zip(graph.inputs, tensors, strict=True))
+    for name in reversed(graph.with_sources(graph.constants)):
+        if name not in values:
+            constant = graph.constants[name]
+            sources = [values[source] for source in constant.sources]
+            values[name] = parameters[name] if constant.call is None else constant.evaluate(sources)
+    made = evaluate(graph, values)
+    return is_key([made[mask] for mask in packing.graph.masks])
+
+
+class Share:
+    """How many of the rows of some calls were padding."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.padded = 0
+        self._lock = threading.Lock()
+
+    def add(self, keys: Bools) -> None:
+        """Count a batch."""
+        with self._lock:
+            self.rows += keys.size
+            self.padded += keys.size - int(keys.sum())
+
+    def __float__(self) -> float:
+        return self.padded / self.rows if self.rows else 0.0
+
+
+def run_packed(
+    packing: Packing,
+    before: Compiled,
+    rows_of: Callable[[Mapping[str, int]], Compiled],
+    tensors: Sequence[Tensor],
+    share: Share,
+    complete: set[tuple[Any, ...]],
+) -> list[Tensor] | None:
+    """The model's outputs, zeros where they are of padding; None where there is no padding. ``before`` is the program
+    of the first part for the tensors of the call, ``rows_of`` gives that of the second for its sizes. ``complete``
+    remembers the numbers of which masks without padding of these shapes consist.
+
+    Raises PackingError where padding cannot be left out of this call.
+    """
+    graph: PackedGraph = packing.graph
+    numbers = tuple(_only_number(tensors[i]) for i in graph.mask_inputs)
+    if numbers in complete:
+        return None
+    shapes, patterns, _, length = packing.sizes(before.sizes)
+    made = before.program(tensors)
+    count = len(graph.masks)
+    keys = is_key(made[:count])
+    share.add(keys)
+    if keys.all():
+        if None not in numbers and len(complete) < _REMEMBERED:
+            complete.add(numbers)
+        return None
+    if not keys.any() and not graph.picks and None not in graph.outputs:
+        return [
+            torch.zeros(shape, dtype=graph.rows.values[v].dtype)
+            for shape, v in zip(shapes, graph.rows.outputs, strict=True)
+        ]
+    packed = packed_rows(keys, graph.picks, [_band_of(p.causal, p.mask, length) for p in patterns])
+    gathered = made[count : count + len(graph.gathered)]
+    inputs = [
+        *(axes.gather(t, packed.rows, length) for axes, t in zip(graph.gathered, gathered, strict=True)),
+        *made[count + len(graph.gathered) :],
+        *packed.picks,
+        *(tensor for interval in packed.intervals for tensor in interval),
+    ]
+    results = rows_of({**before.sizes, TOKENS: packed.tokens}).program(inputs)
+    outputs = []
+    for result, axes, shape in zip(results, graph.outputs, shapes, strict=True):
+        if axes is None:
+            outputs.append(result)
+            continue
+        whole = result.new_zeros(shape)
+        axes.scatter(result.index_select(axes.sequence, packed.keys), packed.rows[packed.keys], whole)
+        outputs.append(whole)
+    return outputs
+
+
+def _only_number(tensor: Tensor) -> Any | None:
+    """The number that all entries of a tensor are; None where they differ."""
+    if not tensor.numel():
+        return None
+    first = tensor.flatten()[0]
+    return first.item() if bool((tensor == first).all()) else None
