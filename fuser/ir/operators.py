@@ -189,6 +189,16 @@ def _substitute(value: Any, inputs: tuple[Tensor, ...]) -> Any:
     return value
 
 
+_ELEMENTWISE = frozenset(
+    {
+        *(torch.add, torch.logical_and, torch.logical_not),
+        *(torch.ops.aten.where.ScalarOther, torch.ops.aten.where.ScalarSelf, torch.ops.aten.where.Scalar),
+        *(torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten._to_copy.default),
+    }
+)
+"""Functions that PyTorch does not mark as what they are."""
+
+
 @dataclass(frozen=True)
 class _Called(Semantics):
     call: TorchCall
@@ -208,7 +218,13 @@ class _Called(Semantics):
         if target is torch.ops.aten.cat.default:
             dim: int = dict(zip(("tensors", "dim"), self.call.args, strict=False)).get("dim", 0)
             return dim % len(output) == len(output) - 1
-        return target is laid_out or (torch.Tag.pointwise in getattr(target, "tags", ()) and not self.is_random)
+        return target is laid_out or self.is_elementwise
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it is known to compute every element from those in the same place."""
+        pointwise = torch.Tag.pointwise in getattr(self.call.target, "tags", ()) and not self.is_random
+        return pointwise or self.call.target in _ELEMENTWISE
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         """Unknown, and so not counted."""
@@ -524,6 +540,9 @@ class Rotary(Semantics):
             a, b = turned.chunk(2, -1)
             partner = torch.cat((-b, a), -1)
         return (torch.cat((x[..., : self.start], turned * cos + partner * sin, x[..., end:]), -1),)
+
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        return True
 
     def _of_columns(self, table: Tensor) -> Tensor:
         return table.repeat_interleave(2, -1) if self.interleaved else torch.cat((table, table), -1)

@@ -311,10 +311,10 @@ class _Packer:
     def _mask(self, qk: Operator, value: str) -> None:
         """Let ``before`` give a mask of scores as one of keys."""
         spec = self.graph.values[value]
-        batch, head, row, key = spec.strides
+        batch, _, _, key = spec.strides
         if value in self.rows or value in self.late:
             raise PackingError(f"the mask of {qk.name} follows from rows")
-        if (head != 0 and spec.shape[1] != 1) or row != 0:
+        if not (self._repeats(value, 1) and self._repeats(value, 2)):
             raise PackingError(f"the mask of {qk.name} is not of padding alone: it differs by head, or by query")
         name = f"{value}_keys"
         if name in self.masks:
@@ -322,6 +322,22 @@ class _Packer:
         keys = TensorSpec((spec.shape[0], spec.shape[3]), spec.dtype, (batch, key), self.graph.base(value), spec.offset)
         call = TorchCall(torch.as_strided, (Ref(0), keys.shape, keys.strides, keys.offset))
         self.masks[name] = Operator(name, View(call), (self.graph.base(value),), (name,)), keys
+
+    def _repeats(self, value: str, dim: int) -> bool:
+        """Whether a value is known to be the same all along a dimension."""
+        spec = self.graph.values[value]
+        size, stride = spec.shape[dim], spec.strides[dim]
+        op = self.graph.producer.get(value)
+        if size == 1 or stride == 0:
+            return True
+        if op is not None and self.graph.is_alias(op):
+            base = self.graph.values[self.graph.base(value)]
+            same = [d for d, there in enumerate(zip(base.shape, base.strides, strict=True)) if there == (size, stride)]
+            return len(same) == 1 and self._repeats(self.graph.base(value), same[0])
+        if op is None or not isinstance(op.semantics, Extern) or not op.semantics.is_elementwise:
+            return False
+        shifts = [(v, len(self.graph.values[v].shape) - len(spec.shape)) for v in op.inputs]
+        return all(dim + shift < 0 or self._repeats(v, dim + shift) for v, shift in shifts)
 
     # ---- values
 

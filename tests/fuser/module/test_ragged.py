@@ -221,7 +221,7 @@ REFUSED = {
     "pooling with the mask": (lambda: Encoder(lambda x, mask: (x * mask[..., None]).sum(1)), "mixes the rows"),
     "softmax over positions": (lambda: Encoder(lambda x, mask: x.mT.softmax(-1)), "along the sequence"),
     "the last position": (lambda: Encoder(lambda x, mask: x[:, -1] * 1.0), "some positions"),
-    "shifted": (lambda: Encoder(lambda x, mask: x[:, 1:] + x[:, :-1]), "some positions"),
+    "reversed": (lambda: Encoder(lambda x, mask: x.flip(1)), "mixes the rows"),
     "convolution": (Convolved, "mixes the rows"),
     "a mask by query": (ByQuery, "by query"),
     "weights of positions": (Weighed, "adds numbers"),
