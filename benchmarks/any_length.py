@@ -90,6 +90,7 @@ def arms(model: nn.Module, threads: int, folder: Path) -> dict[str, Callable[[],
     """How every arm is made, which is part of its first pass."""
     found: dict[str, Callable[[], Encode]] = {
         "fuser": lambda: Masked(fuser.optimize(model)),
+        "fuser, padding skipped": lambda: Masked(fuser.optimize(model, padding="skip")),
         "eager": lambda: Masked(model),
         "torch.compile(dynamic=True)": lambda: torch.compile(Masked(model), dynamic=True),
     }

@@ -39,8 +39,8 @@ def backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend ``"fuser"``.
 
-    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search``, ``target`` and
-    ``cuda_graphs`` of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call for a shape. A
+    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search``,
+    ``target``, ``cuda_graphs`` and ``padding`` of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call for a shape. A
     graph runs as PyTorch has it, with the reason in the log, where autograd would record it (call the model under
     ``torch.no_grad()`` or ``torch.inference_mode()``), where it changes its inputs, and where capture or build fails.
 
