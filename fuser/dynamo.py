@@ -39,10 +39,11 @@ def backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend ``"fuser"``.
 
-    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search``,
-    ``target``, ``cuda_graphs`` and ``padding`` of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call for a shape. A
-    graph runs as PyTorch has it, with the reason in the log, where autograd would record it (call the model under
-    ``torch.no_grad()`` or ``torch.inference_mode()``), where it changes its inputs, and where capture or build fails.
+    ``torch.compile(model, backend="fuser", options={...})`` takes the options ``attention``, ``search``, ``target``,
+    ``cuda_graphs`` and ``padding`` of :func:`fuser.optimize`; ``mode`` is ignored. Graphs compile at their first call
+    for a shape. A graph runs as PyTorch has it, with the reason in the log, where autograd would record it (call the
+    model under ``torch.no_grad()`` or ``torch.inference_mode()``), where it changes its inputs, and where capture or
+    build fails.
 
     Raises FuserError for unknown options, and as that function does for what an option cannot be.
     """
