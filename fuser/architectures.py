@@ -233,6 +233,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             _tokens,
         ),
         "mpnet": ("MPNetModel", "MPNetConfig", _encoder_with(), _tokens),
+        "nomic-bert": ("NomicBertModel", "NomicBertConfig", _encoder_with(), _tokens),
         "roberta": ("RobertaModel", "RobertaConfig", _encoder_with(), _tokens),
         "roformer": ("RoFormerModel", "RoFormerConfig", _encoder_with(), _tokens),
         "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", _encoder_with(), _tokens),

@@ -5,14 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from fuser.ir.expression import Expression
 from fuser.ir.extents import Extents
-from fuser.ir.graph import OperatorGroup, TensorSpec
+from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.operators import Rotary
 from fuser.ir.target import Target
-from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, floating
+from fuser.kernels.base import (
+    STORAGE,
+    Access,
+    Cost,
+    DType,
+    Implementation,
+    KernelCall,
+    KernelSpec,
+    Operand,
+    floating,
+)
 
 _DIMS = 3
 """Dimensions of rows that a kernel walks."""
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """What becomes of a row of x before it is rotated: a function of it (input 0) and of constant rows of these
+    types."""
+
+    expression: Expression
+    rows: tuple[DType, ...]
 
 
 @dataclass(frozen=True)
@@ -28,11 +50,17 @@ class RotaryParameters:
     x: DType
     table: DType
     out: DType
+    norm: RowNorm | None = None
 
     @property
     def extents(self) -> str:
         """The kernel's extents in C."""
         return RotaryExtents.declaration()
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What the norm reads: x and its constant rows."""
+        return tuple(Operand(Access.MATRIX, dtype) for dtype in (self.x, *(self.norm.rows if self.norm else ())))
 
 
 @dataclass(frozen=True)
@@ -48,58 +76,113 @@ class RotaryExtents(Extents):
 
 @dataclass(frozen=True)
 class RotaryMatch:
-    """One rotation of the columns ``rotary`` says; ``rows`` has the sizes of the dimensions of rows and the strides of
-    x, cos, sin and out along them."""
+    """One rotation ``rotary`` of the value ``x``, after its ``norm`` with the constant rows ``weights``; ``rows`` has
+    the sizes of the dimensions of rows and the strides of x, cos, sin and out along them."""
 
     group: OperatorGroup
-    rotary: Rotary
+    rotary: Operator[Rotary]
+    x: str
     rows: tuple[tuple[int, int, int], ...]
+    norm: RowNorm | None
+    weights: tuple[str, ...]
 
     @property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """Of x, cos, sin and out."""
-        (op,) = self.group.operators
-        return tuple(self.group.graph.values[value] for value in (*op.inputs, op.output))
+    def tensors(self) -> tuple[str, ...]:
+        """Values in the order of the templates: x, cos, sin, out, and the rows of the norm."""
+        return (self.x, *self.rotary.inputs[1:], self.rotary.output, *self.weights)
 
     @property
     def cost(self) -> Cost:
         """Every number touched once."""
-        x, cos, sin, out = self.specs
-        return Cost(self.group.graph.flops(self.group.operators[0]), sum(s.nbytes for s in (x, cos, sin, out)))
+        graph = self.group.graph
+        flops = sum(graph.flops(op) for op in self.group.operators)
+        return Cost(flops, float(sum(graph.values[value].nbytes for value in self.tensors)))
 
     def call(self, template: str, parameters: RotaryParameters) -> KernelCall:
         """The launch of a template, whose parameters hold these."""
-        (op,) = self.group.operators
-        extents = RotaryExtents(*self.rows)
-        return KernelCall(KernelSpec("rotary", template, parameters), (*op.inputs, op.output), extents, op.outputs)
+        spec = KernelSpec("rotary", template, parameters)
+        return KernelCall(spec, self.tensors, RotaryExtents(*self.rows), self.rotary.outputs)
 
     @property
     def parameters(self) -> RotaryParameters:
-        x, cos, _, out = self.specs
-        rotary = self.rotary
-        x_type, table, stored = (STORAGE[spec.dtype] for spec in (x, cos, out))
-        paired = cos.shape[-1] < rotary.width
+        x, cos, _, out, *_ = (self.group.graph.values[value] for value in self.tensors)
+        rotary = self.rotary.semantics
         return RotaryParameters(
-            out.shape[-1], rotary.start, rotary.width, rotary.interleaved, paired, x_type, table, stored
+            columns=out.shape[-1],
+            start=rotary.start,
+            width=rotary.width,
+            interleaved=rotary.interleaved,
+            paired=cos.shape[-1] < rotary.width,
+            x=STORAGE[x.dtype],
+            table=STORAGE[cos.dtype],
+            out=STORAGE[out.dtype],
+            norm=self.norm,
         )
 
 
 @dataclass(frozen=True)
 class RotaryFamily:
-    """One rotary embedding by itself."""
+    """One rotary embedding, and the norm of the rows that it rotates."""
 
     name = "rotary"
 
     def match(self, group: OperatorGroup, target: Target) -> RotaryMatch | None:
-        """The group, where it is one rotation of rows in up to three dimensions, each with contiguous columns."""
-        if len(group.operators) != 1 or not group.of(Rotary):
+        """The group, where it is one rotation of rows in up to three dimensions, each with contiguous columns, of x or
+        of a function of its rows that nothing else reads."""
+        found, graph = group.of(Rotary), group.graph
+        if len(found) != 1 or len(group.operators) > 2 or group.outputs != found[0].outputs:
             return None
-        (op,) = group.of(Rotary)
-        x, cos, sin, _ = specs = [group.graph.values[value] for value in (*op.inputs, op.output)]
-        if any(s.dtype not in floating(target) or s.strides[-1] != 1 for s in specs) or cos.dtype != sin.dtype:
+        (op,) = found
+        x, norm, weights = op.inputs[0], None, tuple[str, ...]()
+        if len(group.operators) == 2:
+            before = _normalized(group, op, floating(target))
+            if before is None:
+                return None
+            x, norm, weights = before
+        shown = graph.values[op.inputs[0]]
+        values = [graph.values[value] for value in (x, *op.inputs[1:], op.output)]
+        if any(s.dtype not in floating(target) or s.strides[-1] != 1 for s in values):
             return None
-        rows = rows_of(x.shape[:-1], [s.shape[:-1] for s in specs], [s.strides[:-1] for s in specs])
-        return None if rows is None else RotaryMatch(group, op.semantics, rows)
+        if values[1].dtype != values[2].dtype:
+            return None
+        shapes, strides = [s.shape[:-1] for s in values], [s.strides[:-1] for s in values]
+        if norm is not None:
+            shapes[0], strides[0] = shown.shape[:-1], _along(shown.shape[:-1], values[0])
+        rows = rows_of(shown.shape[:-1], shapes, strides)
+        return None if rows is None else RotaryMatch(group, op, x, rows, norm, weights)
+
+
+def _normalized(
+    group: OperatorGroup, rotary: Operator[Rotary], storage: frozenset[torch.dtype]
+) -> tuple[str, RowNorm, tuple[str, ...]] | None:
+    """The value, the function of its rows and the constant rows that make what is rotated; None where it is made in
+    another way, or seen as other rows."""
+    graph = group.graph
+    before = group.produces(rotary.inputs[0])
+    if before is None or before.expression is None or before.expression.inputs > len(before.inputs):
+        return None
+    made, shown = graph.values[before.output], graph.values[rotary.inputs[0]]
+    x, *weights = before.inputs[: before.expression.inputs]
+    specs = [graph.values[value] for value in weights]
+    if shown.offset or _long(made.shape, made.strides) != _long(shown.shape, shown.strides):
+        return None
+    if graph.values[x].shape != made.shape or made.dtype not in storage:
+        return None
+    if any(_long(s.shape, s.strides) != [(made.shape[-1], 1)] or s.dtype not in storage for s in specs):
+        return None
+    norm = RowNorm(before.expression, tuple(STORAGE[s.dtype] for s in specs))
+    return x, norm, tuple(weights)
+
+
+def _long(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes and strides of the dimensions that have more than one index."""
+    return [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+
+
+def _along(shape: Sequence[int], spec: TensorSpec) -> tuple[int, ...]:
+    """The strides of a tensor's rows along the dimensions of ``shape``, which differs in dimensions of one index."""
+    strides = iter(_long(spec.shape[:-1], spec.strides[:-1]))
+    return tuple(0 if size == 1 else next(strides)[1] for size in shape)
 
 
 def rows_of(
@@ -126,13 +209,14 @@ def rows_of(
 
 @dataclass(frozen=True)
 class RowRotary(Implementation[RotaryMatch, RotaryParameters]):
-    """Rotary embeddings by the template of a kind of target."""
+    """Rotary embeddings by the template of a kind of target, which may take the norm before them."""
 
     template: str
+    normalizes: bool
 
     def space(self, match: RotaryMatch, target: Target) -> Sequence[RotaryParameters]:
         """One choice, since the kernel is bound by memory."""
-        return [match.parameters]
+        return [match.parameters] if match.norm is None or self.normalizes else []
 
     def cost(self, match: RotaryMatch, parameters: RotaryParameters, target: Target) -> Cost:
         return match.cost
@@ -141,4 +225,5 @@ class RowRotary(Implementation[RotaryMatch, RotaryParameters]):
         return match.call(self.template, parameters)
 
 
-CPU_ROTARY, CUDA_ROTARY = RowRotary("cpu/rotary.cpp.j2"), RowRotary("cuda/rotary.cu.j2")
+CPU_ROTARY = RowRotary("cpu/rotary.cpp.j2", normalizes=True)
+CUDA_ROTARY = RowRotary("cuda/rotary.cu.j2", normalizes=False)

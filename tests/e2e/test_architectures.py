@@ -48,6 +48,11 @@ LEFT: Mapping[str, Collection[str]] = {
 }
 """What is left to PyTorch between the first and the last kernel of an architecture, by its kind or call: nothing of
 those that are not here."""
+ROTATED = (
+    *("cohere", "eurobert", "falcon", "gemma", "gemma2", "gemma3", "gpt-neox", "gptj", "granite", "llama", "mistral"),
+    *("modernbert", "nomic-bert", "olmo", "phi", "phi3", "qwen2", "qwen3", "roformer", "stablelm", "starcoder2"),
+)
+"""Architectures whose queries and keys get rotary embeddings."""
 DETAILED = ("albert", "bart", "bert", "distilbert", "gpt2", "llama", "modernbert", "qwen3", "t5", "vit", "whisper")
 """Architectures that are called once more with all hidden states and attention weights."""
 
@@ -170,6 +175,8 @@ def test_an_architecture_called_plainly(without_kernels: None, name: str) -> Non
         agree(fast(**shorter), model(**shorter))
     assert name in ONE_SHAPE or (fast.specialized == () and fast.fallbacks == ())
     assert name in ONE_SHAPE or left(fast) <= set(LEFT.get(name, ()))
+    rotations = [reason for _, reason in fast.unfused if "takes this rotary" in reason]
+    assert len(rotations) == (2 * SCALE.layers if name in ROTATED else 0)
 
 
 @pytest.mark.parametrize("name", DETAILED)
@@ -186,6 +193,8 @@ def test_an_architecture_on_kernels_saved_and_loaded(name: str, tmp_path: Path) 
     model, call = architecture.build(SCALE), architecture.call(SCALE)
     fast = check(model, **call)
     assert fast.kernels
+    assert ("rotary" in {kernel.family for kernel in fast.kernels}) == (name in ROTATED)
+    assert not any("takes this rotary" in reason for _, reason in fast.unfused)
     fast.save(tmp_path / "model.fuser")
     agree(fuser.load(tmp_path / "model.fuser")(**call), model(**call))
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
-from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Rotary
+from fuser.ir.expression import Expression, layer_norm, rms_norm
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Norm, Ref, Rotary, TorchCall, View
 from fuser.ir.target import Isa, Target, emulated_target
 from fuser.kernels.base import KernelCall, KernelSpec
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily, RotaryMatch, rows_of
@@ -185,6 +186,78 @@ def test_rows_are_walked_as_pytorch_broadcasts_them(sizes: list[int], data: st.D
     for tensor, along in zip(tensors, strides, strict=True):
         at = sum(torch.arange(n).view([-1 if d == i else 1 for d in range(3)]) * along[i] for i, n in enumerate(walked))
         assert torch.equal(torch.as_tensor(at).expand(walked).flatten(), tensor.expand(sizes).flatten())
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A norm of heads (B, S, H, columns) in the rows of a product, whose result is rotated as (B, H, S, columns)."""
+
+    dtype: torch.dtype
+    expression: Expression
+    weights: tuple[str, ...]
+
+    def graph(self, columns: int = 20) -> OperatorGraph:
+        shape, row = (B, S, H, columns), 3 * H * columns
+        table = TensorSpec.contiguous((1, S, 1, 1, columns), torch.float32)
+        made = TensorSpec.contiguous(shape, self.dtype)
+        values = {
+            "x": TensorSpec(shape, self.dtype, (S * row, row, columns, 1)),
+            "cos": table,
+            "sin": table,
+            "norm": made,
+            "seen": TensorSpec((B, S, 1, H, columns), self.dtype, (*made.strides[:2], 7, *made.strides[2:]), "norm"),
+            "out": TensorSpec.contiguous((B, S, 1, H, columns), self.dtype),
+            **{name: TensorSpec.contiguous((columns,), self.dtype) for name in ("weight", "bias")},
+        }
+        view = View(TorchCall(torch.as_strided, (Ref(0), values["seen"].shape, values["seen"].strides, 0)))
+        operators = (
+            Operator("norm", Norm(self.expression), ("x", *self.weights), ("norm",)),
+            Operator("seen", view, ("norm",), ("seen",)),
+            Operator("rotary", Rotary(0, columns, False), ("seen", "cos", "sin"), ("out",)),
+        )
+        constants = {name: Constant(name) for name in ("weight", "bias")}
+        return OperatorGraph(operators, values, ("x", "cos", "sin"), ("out",), constants)
+
+
+NORMS = [
+    Normed(torch.float32, rms_norm(1e-6), ("weight",)),
+    Normed(torch.bfloat16, layer_norm(1e-5), ("weight", "bias")),
+    Normed(torch.float32, rms_norm(1e-6, weight=False), ()),
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=["rms", "layer", "plain"])
+def test_the_norm_of_heads_is_part_of_their_rotation(case: Normed) -> None:
+    graph, target = case.graph(), cpu_target()
+    group = graph.group(op for op in graph.compute)
+    found = FAMILY.match(group, target)
+    assert found is not None
+    call = CPU_ROTARY.call(found, *CPU_ROTARY.space(found, target), target, 2)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(graph.values[name].extent, generator=generator)
+        .to(graph.values[name].dtype)
+        .as_strided(graph.values[name].shape, graph.values[name].strides)
+        for name in (*graph.inputs, *case.weights)
+    }
+    out = torch.full(graph.values["out"].shape, torch.nan, dtype=case.dtype)
+    path = build([render(call.spec)], target, headers=header_folder(target))[call.spec.symbol]
+    values = [{**tensors, "out": out}[str(name)] for name in call.tensors]
+    assert load(path, call.spec.symbol).status(KernelArgs.pack([t.data_ptr() for t in values], call.extents, 2)) == 0
+    exact = evaluate(graph, tensors, torch.float64)["out"]
+    assert float((out.double() - exact).norm()) <= TOLERANCE[case.dtype] * 4 * float(exact.norm())
+    assert CUDA_ROTARY.space(found, emulated_target()) == []
+
+
+def test_a_norm_that_is_read_besides_is_no_part_of_a_rotation() -> None:
+    graph = dataclasses.replace(NORMS[0].graph(), outputs=("norm", "out"))
+    assert FAMILY.match(graph.group(graph.compute), cpu_target()) is None
+    # Rows that are not those that the norm has made: the first two dimensions in the other order.
+    graph = NORMS[0].graph()
+    seen = graph.values["seen"]
+    other = dataclasses.replace(seen, strides=(seen.strides[1], seen.strides[0], *seen.strides[2:]))
+    graph = dataclasses.replace(graph, values={**graph.values, "seen": other})
+    assert FAMILY.match(graph.group(graph.compute), cpu_target()) is None
 
 
 def declined(case: Case, **changed: TensorSpec) -> bool:
