@@ -87,6 +87,9 @@ class _Search:
             return number and spec.shape in (*numbers, shape) and self._lies_along(spec, shape)
         if not isinstance(op.semantics, (Pointwise, Bias, Reduction)) or spec.shape not in (*numbers, shape):
             return False
+        if isinstance(op.semantics, Reduction) and self.values[op.inputs[0]].shape != shape:
+            # What is one number already would be counted once for every column.
+            return False
         return all(
             value == row or (value in found and self._broadcasts(value, spec)) or self._is_shared(value, spec)
             for value in op.inputs

@@ -82,3 +82,14 @@ def test_norms_of_heads_read_the_product_that_holds_them(options: dict[str, Any]
             assert error <= (1e-6 if dtype is torch.float32 else 1e-2)
     assert fast.unfused == () and fast.fallbacks == ()
     assert {"gemm", "rowwise", "pointwise"} == {kernel.family for kernel in fast.kernels}
+
+
+def test_one_number_of_a_row_is_counted_once() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.mean(-1, keepdim=True).sum(-1, keepdim=True)
+
+    fast = fuser.optimize(Twice().eval(), search="model")
+    x = torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.allclose(fast(x), Twice()(x), rtol=1e-5, atol=1e-6)

@@ -177,6 +177,21 @@ def test_what_a_norm_is_made_of(run: Run, expected: dict[str, int]) -> None:
     assert kinds(raised(run)) == expected
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: x * x.mean(-1, keepdim=True).sum(-1, keepdim=True),
+        lambda m, x: x * x.mean(-1).sum(-1, keepdim=True)[..., None],
+        lambda m, x: x / x.pow(2).sum(-1, keepdim=True).norm(dim=-1, keepdim=True),
+    ],
+    ids=["of a mean", "of the means of all rows", "of a norm"],
+)
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_reduction_of_one_number_is_no_part_of_a_norm(run: Run, length: int) -> None:
+    # An expression would count the number once for every column.
+    assert kinds(raised(run, X[:, :length]))["reduction"] >= 1
+
+
 def test_what_is_used_elsewhere_is_no_part_of_a_norm() -> None:
     def run(m: Any, x: Tensor) -> Any:
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
