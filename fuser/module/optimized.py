@@ -52,7 +52,8 @@ _MUCH_PADDING = 0.1
 _AT_ONCE_IN_METHODS = 1
 """Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
 UNMASKED = "the original model knows nothing of the mask that attention= gives"
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 Key = tuple[Signature, "int | torch.device", tuple[Any, ...]]
 """A call, the number of threads or the GPU that it runs on, and what else the model's code depends on: its plain
 attributes, and PyTorch's modes if it asks for them."""

@@ -64,7 +64,7 @@ def packed_rows(keys: Bools, positions: Sequence[int], bands: Sequence[tuple[int
     entries, length = keys.shape
     computed = keys.copy()
     for position in positions:
-        if keys[:, :position].any(1)[~keys[:, position]].any():
+        if (keys[:, :position].any(1, keepdims=True) & ~keys[:, position : position + 1]).any():
             raise PackingError(f"the model takes position {position} of every entry, which is padding between others")
         computed[:, position] = True
     rows = np.flatnonzero(computed)
@@ -85,7 +85,7 @@ def packed_rows(keys: Bools, positions: Sequence[int], bands: Sequence[tuple[int
         # What is computed twice is an entry of its own.
         first, last = np.append(first, rest * 0 + count), np.append(last, rest * 0 + tokens - 1)
         plan = plan_intervals(bounds, first, last)
-        intervals.append((*map(torch.from_numpy, (first, last)), torch.from_numpy(plan.array.copy())))
+        intervals.append((torch.from_numpy(first), torch.from_numpy(last), torch.from_numpy(plan.array.copy())))
     padded = np.append(rows, np.repeat(rows[:1], len(rest)))
     return Packed(
         torch.from_numpy(padded),
