@@ -21,6 +21,10 @@ class Gated:
     dtype: torch.dtype = torch.float32
     transposed: bool = True
 
+    def __str__(self) -> str:
+        order = "nk" if self.transposed else "kn"
+        return f"{self.n}x{self.k}x{self.products}-{str(self.dtype).removeprefix('torch.')}-{order}"
+
     def graph(self, rows: int) -> OperatorGraph:
         whole = self.n * self.products
         shapes = {"x": (rows, self.k), "weight": (whole, self.k) if self.transposed else (self.k, whole)}
