@@ -183,10 +183,10 @@ class Variant:
     binder: Binder[OperatorGraph]
     assumptions: Binder[tuple[bool, ...]]
     templates: dict[Hashable, _Template] = field(default_factory=dict)
-
     counts: tuple[str, ...] | None = None
     """The sizes that the number of rows follows from; None: all."""
-    packing: Packing | PackingError | None = None
+    packing: Packing | str | None = None
+    """The graph without padding, or why there is none. (An error would keep the frames that it was raised through.)"""
 
     @classmethod
     def of(cls, graph: OperatorGraph, dtypes: frozenset[torch.dtype], counts: tuple[str, ...] | None = None) -> Variant:
@@ -207,9 +207,9 @@ class Variant:
             try:
                 self.packing = Packing(self)
             except PackingError as error:
-                self.packing = error
-        if isinstance(self.packing, PackingError):
-            raise self.packing
+                self.packing = str(error)
+        if isinstance(self.packing, str):
+            raise PackingError(self.packing)
         return self.packing
 
 
