@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +14,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fuser.attention import sparse_attention
+from fuser.attention.launch import say
 from fuser.ir.scores import SoftCap
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 aten = torch.ops.aten
-logger = logging.getLogger("fuser")
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -106,9 +105,6 @@ class _SizesError(Exception):
     """A function of scores makes tensors of all pairs, whose number is a symbol of a trace."""
 
 
-_said: set[str] = set()
-
-
 def _known(score_mod: ScoreMod, query: Tensor, key: Tensor) -> _Known | None:
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
@@ -122,10 +118,7 @@ def _known(score_mod: ScoreMod, query: Tensor, key: Tensor) -> _Known | None:
                 numbers = tuple(int(size) for size in sizes)
                 return pool.submit(_Reader(score_mod, numbers, query.device).read, gradients).result()
     except Exception as error:
-        reason = f"{getattr(score_mod, '__qualname__', score_mod)}: {error}"
-        if reason not in _said:
-            _said.add(reason)
-            logger.warning("flex_attention runs in PyTorch: no kernel knows the score_mod %.300s", reason)
+        say(f"no kernel knows the score_mod {getattr(score_mod, '__qualname__', score_mod)}: {error!s:.300}")
         return None
 
 
@@ -133,9 +126,6 @@ class _Reader:
     """Reads what a function computes from a trace of it over one pair."""
 
     def __init__(self, score_mod: ScoreMod, sizes: tuple[int, ...], device: torch.device) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        self._make = make_fx
         self._function = score_mod
         self._sizes = sizes
         self._device = device
@@ -146,10 +136,12 @@ class _Reader:
             return self._read()
 
     def _read(self) -> _Known:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         # Of one dimension: tables are then read by tensors, not by numbers.
         pair = [torch.zeros(1, dtype=torch.int, device=self._device) for _ in range(4)]
         with torch.no_grad():
-            traced = self._make(self._function)(torch.zeros(1, device=self._device), *pair)
+            traced = make_fx(self._function)(torch.zeros(1, device=self._device), *pair)
         graph = traced.graph
         self._traced = traced
         self._places = list(graph.find_nodes(op="placeholder"))
