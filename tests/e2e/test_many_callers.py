@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,15 @@ import torch
 from awkward import Model, X, assert_same, encoder, optimize
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def in_four_threads(work: Callable[[int], None]) -> None:
+    """Run ``work`` with 0 to 3, all at once."""
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
 
 
 def test_threads_call_and_compile_at_once() -> None:
@@ -35,11 +45,7 @@ def test_threads_call_and_compile_at_once() -> None:
                 except Exception as error:
                     wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    in_four_threads(work)
     assert wrong == []
     assert len(fast.programs) == 4
 
@@ -59,11 +65,7 @@ def test_calls_run_at_once_when_asked() -> None:
                 except Exception as error:
                     wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    in_four_threads(work)
     assert wrong == []
     # Weights that change reach every lane.
     model.layers[0].norm1.weight.mul_(2)
