@@ -365,15 +365,18 @@ FUSER_UNCHECKED inline void touch(const void* address, size_t bytes, Access kind
     if (pointer >= s.dynamic.begin && pointer < s.dynamic.begin + s.dynamic.bytes) {
         return touch_shared(*w, s.dynamic, pointer, bytes, kind, site);
     }
-    if (s.fixed.bytes && pointer + 64 >= s.fixed.begin && pointer < s.fixed.begin + s.fixed.bytes + 64) {
-        return touch_shared(*w, s.fixed, pointer, bytes, kind, site);
-    }
+    const auto near_fixed = [&](size_t margin) FUSER_UNCHECKED {
+        return s.fixed.bytes && pointer + margin >= s.fixed.begin && pointer < s.fixed.begin + s.fixed.bytes + margin;
+    };
+    if (near_fixed(0)) return touch_shared(*w, s.fixed, pointer, bytes, kind, site);
     if (global_arrays.empty()) return;
     const char* stack = w->stacks + w->current->index * (STACK_BYTES + GUARD_BYTES);
     if (within(pointer, bytes, stack, STACK_BYTES + GUARD_BYTES)) return;
     for (const Array& array : global_arrays) {
         if (pointer >= array.begin && pointer + bytes <= array.end) return;
     }
+    // Behind the tensors: one may lie next to the arrays, whose memory is the thread's.
+    if (near_fixed(64)) return touch_shared(*w, s.fixed, pointer, bytes, kind, site);
     if (within(pointer, bytes, library.begin, size_t(library.end - library.begin))) return;
     if (within(pointer, bytes, w->launch->arguments, w->launch->arguments_bytes)) return;
     ++w->internal;

@@ -9,10 +9,11 @@ using namespace device;
         return launch(name##_kernel, grid, block, bytes, stream, static_cast<float*>(args->tensors[0]));           \
     }
 
-// The right kernel that the next one breaks: each thread reads what its neighbour wrote.
+// The right kernel that the next one breaks: each block reverses 64 elements of its own.
 __global__ void with_barrier_kernel(float* out) {
     __shared__ float tile[64];
     const int t = threadIdx.x;
+    out += 64 * blockIdx.x;
     tile[t] = out[t];
     __syncthreads();
     out[t] = tile[63 - t];

@@ -481,7 +481,10 @@ def test_damage_that_no_checksum_shows_is_one_error_that_names_the_file(path: Pa
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
 @given(st.data())
-def test_whatever_happens_to_a_file_is_one_error(path: Path, data: st.DataObject) -> None:
+def test_whatever_happens_to_a_file_is_one_error(
+    optimized: fuser.OptimizedModule, path: Path, data: st.DataObject
+) -> None:
+    """Or nothing has happened: a blank of safetensors' padding, say, means as much as another."""
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     at = data.draw(st.integers(0, header) | st.integers(0, len(content) - 1))
@@ -494,8 +497,12 @@ def test_whatever_happens_to_a_file_is_one_error(path: Path, data: st.DataObject
     }[kind]
     damaged = path.with_name("damaged.fuser")
     damaged.write_bytes(new)
-    with pytest.raises(FuserError, match=r"damaged\.fuser"):
-        fuser.load(damaged)
+    try:
+        loaded = fuser.load(damaged)
+    except FuserError as error:
+        assert "damaged.fuser" in str(error)
+    else:
+        assert kind == "flip" and torch.equal(loaded(X), optimized(X))
 
 
 def test_saving_nothing() -> None:
