@@ -92,6 +92,8 @@ def _read(parts: Any, path: Path, trust: Trust) -> Content:
     manifest = codec.load(text)
     if not isinstance(manifest, Manifest):
         raise TypeError("it has no manifest")
+    if metadata["fuser.version"] != manifest.fuser:
+        raise ValueError("it does not say which version wrote it")
     _require_machine(manifest, path)
     if set(manifest.parts) != set(parts.keys()):
         raise ValueError("it does not hold what its manifest lists")

@@ -100,8 +100,11 @@ def write_file(path: Path, parts: Mapping[str, Tensor], manifest: bytes) -> None
 
 
 def checksum(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a contiguous tensor."""
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"").hexdigest()
+    """SHA-256 of the type, shape and bytes of a contiguous tensor."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    if tensor.numel():
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _bytes(content: bytes) -> Tensor:
