@@ -18,6 +18,7 @@ _EXPORTS = {
     "sparse_attention": ("fuser.attention", "sparse_attention"),
     "varlen_attention": ("fuser.attention", "varlen_attention"),
     "flex_attention": ("fuser.attention.flex", "flex_attention"),
+    "Int8": ("fuser.module.quantizing", "Int8"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),

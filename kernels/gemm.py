@@ -20,7 +20,7 @@ from torch import Tensor
 from fuser.ir.expression import Expression, Op
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup
-from fuser.ir.operators import Gemm
+from fuser.ir.operators import Gemm, Product
 from fuser.ir.size import maximum, minimum
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import (
@@ -116,9 +116,14 @@ class GemmParameters:
         return -(-self.n // self.nr)
 
     @property
+    def width(self) -> int:
+        """Elements along K that one step multiplies: those of a 32-bit word."""
+        return 2 if self.pairs else 1
+
+    @property
     def steps(self) -> int:
         """32-bit words along K, and registers of W read for each of them: steps of the inner loop."""
-        return -(-self.k // 2) if self.pairs else self.k
+        return -(-self.k // self.width)
 
     @property
     def pitch(self) -> int:
@@ -145,7 +150,17 @@ class GemmParameters:
         tiles = threads * self.mc
         if self.reduces:
             tiles = maximum([tiles, minimum([rows, self.shared])])
-        return 4 * (threads * self.mc * self.pitch + tiles * self.tile_pitch)
+        return 4 * (threads * (self.mc * self.pitch + self.scale_words) + tiles * self.tile_pitch)
+
+    @property
+    def integer(self) -> bool:
+        """Whether integers are multiplied, with scales of rows and columns (:mod:`fuser.kernels.gemm_int8`)."""
+        return False
+
+    @property
+    def scale_words(self) -> int:
+        """Words of scratch for the scales of the rows that a thread works on at a time, and their inverses."""
+        return -(-2 * self.mc // _LINE) * _LINE if self.integer else 0
 
 
 @dataclass(frozen=True)
@@ -164,16 +179,16 @@ def _odd_lines(floats: int) -> int:
     return _LINE * (-(-floats // _LINE) | 1)
 
 
-def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None, pairs: bool = False) -> Tensor:
+def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None, width: int = 1) -> Tensor:
     """The weight of a linear layer in the microkernel's layout.
 
     ``weight`` is (N, K) when ``transposed`` (as in ``torch.nn.Linear``), else (K, N). Returns a contiguous tensor of
-    ``dtype`` (default: the weight's): (ceil(N / nr), K, nr), or with ``pairs`` (ceil(N / nr), ceil(K / 2), nr, 2), zero
-    beyond N and K.
+    ``dtype`` (default: the weight's): (ceil(N / nr), ceil(K / width), nr, width), without the last dimension for a
+    ``width`` of one; zero beyond N and K.
     """
     columns = weight if transposed else weight.t()
     n, k = columns.shape
-    panels, step = -(-n // nr), 2 if pairs else 1
+    panels, step = -(-n // nr), width
     packed = torch.zeros(panels, -(-k // step), nr, step, dtype=weight.dtype if dtype is None else dtype.torch)
     # Whole panels and the last one, whole steps and the last one: four rectangles, each copied once.
     for rows in (slice(0, n - n % nr), slice(n - n % nr, n)):
@@ -181,17 +196,17 @@ def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None =
             part = columns[rows, depth]
             if part.numel() == 0:
                 continue
-            width, pair = min(nr, part.shape[0]), min(step, part.shape[1])
+            panel, word = min(nr, part.shape[0]), min(step, part.shape[1])
             into = packed[rows.start // nr : -(-rows.stop // nr), depth.start // step : -(-depth.stop // step)]
-            into[:, :, :width, :pair] = part.reshape(into.shape[0], width, into.shape[1], pair).permute(0, 2, 1, 3)
-    return packed if pairs else packed.squeeze(-1)
+            into[:, :, :panel, :word] = part.reshape(into.shape[0], panel, into.shape[1], word).permute(0, 2, 1, 3)
+    return packed.squeeze(-1) if width == 1 else packed
 
 
 def unpack(packed: Tensor, n: int, k: int, transposed: bool = True) -> Tensor:
     """The inverse of :func:`pack`: the (N, K) weight, or (K, N) when not ``transposed``."""
-    paired = packed if packed.dim() == 4 else packed.unsqueeze(-1)
-    panels, steps, nr, step = paired.shape
-    columns = paired.permute(0, 2, 1, 3).reshape(panels * nr, steps * step)[:n, :k]
+    words = packed if packed.dim() == 4 else packed.unsqueeze(-1)
+    panels, steps, nr, step = words.shape
+    columns = words.permute(0, 2, 1, 3).reshape(panels * nr, steps * step)[:n, :k]
     return (columns if transposed else columns.t()).contiguous()
 
 
@@ -206,7 +221,7 @@ class PanelLayout(Layout):
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         (weight,) = tensors
-        return (pack(weight, self.nr, self.transposed, self.dtype, self.pairs),)
+        return (pack(weight, self.nr, self.transposed, self.dtype, 2 if self.pairs else 1),)
 
 
 @dataclass(frozen=True)
@@ -278,7 +293,7 @@ class GemmMatch:
     """
 
     group: OperatorGroup
-    gemm: Operator[Gemm]
+    gemm: Operator[Product]
     program: RowProgram
     n: int
     k: int
@@ -301,21 +316,22 @@ class GemmMatch:
 
 @dataclass(frozen=True)
 class GemmFamily:
-    """One GEMM with a constant weight, and the elementwise operators and norms that read its result."""
+    """One GEMM of a ``kind`` with a constant weight, and the elementwise operators and norms that read its result."""
 
-    name = "gemm"
+    name: str = "gemm"
+    kind: type[Product] = Gemm
 
     def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
         """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
         graph = group.graph
-        gemms = group.of(Gemm)
-        others = [op for op in group.operators if not isinstance(op.semantics, Gemm)]
+        gemms = group.of(self.kind)
+        others = [op for op in group.operators if op not in gemms]
         if len(gemms) != 1 or any(op.expression is None for op in others):
             return None
         (gemm,) = gemms
-        if len(gemm.inputs) != 2 or gemm.inputs[1] not in graph.constants or group.produces(gemm.inputs[0]):
+        if any(v not in graph.constants for v in gemm.inputs[1:]) or group.produces(gemm.inputs[0]):
             return None
-        a, weight, out = (graph.values[v] for v in (*gemm.inputs, gemm.output))
+        a, weight, out = (graph.values[v] for v in (*gemm.inputs[:2], gemm.output))
         stride = row_stride(a)
         if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= floating(target):
             return None
@@ -331,7 +347,7 @@ class GemmFamily:
         return GemmMatch(group, gemm, program, n // len(seeds), k, stride, len(seeds))
 
 
-def _parts(group: OperatorGroup, gemm: Operator[Gemm]) -> tuple[str, ...]:
+def _parts(group: OperatorGroup, gemm: Operator[Product]) -> tuple[str, ...]:
     """The views in which a group reads a product, if these are equal parts of its columns, in order; else nothing."""
     graph = group.graph
     out = graph.values[gemm.output]
@@ -372,14 +388,14 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
                 products=match.products,
             )
 
-        tiles = _tiles(match.n, target)
+        tiles = register_tiles(match.n, target)
         choices = [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
         return [*dict.fromkeys(choices)]
 
     def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
         """Roofline of the padded product, its epilogue, and every tensor touched once; 95 % of the peak and more was
         measured on BERT's shapes."""
-        return _cost(match, target, nr=parameters.nr, share=0.95, passes=1, launches=1)
+        return product_cost(match, target, nr=parameters.nr, share=0.95, passes=1, launches=1)
 
     def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
@@ -415,7 +431,7 @@ class OneDnnGemm(Implementation[GemmMatch, LibraryParameters]):
 
     def cost(self, match: GemmMatch, parameters: LibraryParameters, target: Target) -> Cost:
         """As our template's, a little slower (measured on BERT's shapes), and the result is copied to its place."""
-        return _cost(match, target, nr=target.vector_lanes, share=0.85, passes=2, launches=3)
+        return product_cost(match, target, nr=target.vector_lanes, share=0.85, passes=2, launches=3)
 
     def call(self, match: GemmMatch, parameters: LibraryParameters, target: Target, threads: int) -> LibraryCall:
         run = PrepackedLinear(parameters.bias, match.transposed)
@@ -423,28 +439,42 @@ class OneDnnGemm(Implementation[GemmMatch, LibraryParameters]):
         return LibraryCall("onednn_linear", run, (match.a, match.weight, *bounds), match.program.outputs)
 
 
-def _cost(match: GemmMatch, target: Target, *, nr: int, share: float, passes: int, launches: int) -> Cost:
+def product_cost(
+    match: GemmMatch,
+    target: Target,
+    *,
+    nr: int,
+    share: float,
+    passes: int,
+    launches: int,
+    multiplied: torch.dtype | None = None,
+) -> Cost:
     """The roofline of a product in tiles of ``nr`` columns at a ``share`` of the peak, whose epilogue goes through
-    memory so many times."""
+    memory so many times. ``multiplied`` is the dtype in which elements are multiplied and weights are stored, if it is
+    another than theirs."""
     program, values = match.program, match.group.graph.values
     padded = -(-match.n // nr) * nr * match.products
     flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
     # Below eight independent accumulators the latency of a multiply-add shows.
     efficiency = share * min(1.0, max(program.rows, 1) * (nr // target.vector_lanes) / 8)
-    dtype = values[match.a].dtype
-    if values[match.weight].dtype == dtype:
+    dtype, stored = values[match.a].dtype, values[match.weight].dtype
+    if multiplied is not None:
+        dtype = stored = multiplied
+    if stored == dtype:
         efficiency *= target.rate(dtype) / target.peak_flops
-    moved = values[match.a].nbytes + padded * match.k * values[match.weight].dtype.itemsize
+    moved = values[match.a].nbytes + padded * match.k * stored.itemsize
     moved += program.bytes(match.group.graph) * passes
     return Cost(flops, float(moved), launches=launches, efficiency=efficiency)
 
 
-def _tiles(n: int, target: Target) -> list[tuple[int, int]]:
-    """Register tiles (rows, vectors), those with the fewest padded columns first."""
+def register_tiles(
+    n: int, target: Target, tiles: Sequence[tuple[int, int]] | None = None
+) -> list[tuple[int, int]]:
+    """Register tiles (rows, vectors), those with the fewest padded columns first: of ``tiles``, by default those of the
+    instruction set."""
     lanes = target.vector_lanes
-    tiles = {(rows, min(vectors, -(-n // lanes))) for rows, vectors in _TILES[Isa(target.arch)]}
-    order = [(r, min(v, -(-n // lanes))) for r, v in _TILES[Isa(target.arch)]]
-    return sorted(tiles, key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
+    order = [(r, min(v, -(-n // lanes))) for r, v in tiles or _TILES[Isa(target.arch)]]
+    return sorted(set(order), key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
 
 
 def _multiplies_pairs(a_dtype: DType, w_dtype: DType, target: Target) -> bool:
@@ -469,11 +499,43 @@ def parameters(
 ) -> GemmParameters:
     """Parameters with blocks that fit the caches of ``target``; the register tile (``mr`` rows, ``vectors`` vectors)
     defaults to its best."""
-    best = _tiles(n, target)[0]
+    best = register_tiles(n, target)[0]
     mr = best[0] if mr is None else mr
     nr = (best[1] if vectors is None else vectors) * target.vector_lanes
     pairs = _multiplies_pairs(a_dtype, w_dtype, target)
-    steps = -(-k // 2) if pairs else k
+    blocks = blocking(n, k, 2 if pairs else 1, mr, nr, depth, products, epilogue, target)
+    plain = GemmParameters(
+        n=n,
+        k=k,
+        a_dtype=a_dtype,
+        w_dtype=w_dtype,
+        epilogue=epilogue,
+        operands=tuple(operands),
+        out_dtypes=tuple(out_dtypes),
+        mr=mr,
+        nr=nr,
+        mc=blocks.mc,
+        kc=blocks.kc,
+        chunk=blocks.chunk,
+        pairs=pairs,
+    )
+    return plain if products == 1 else GatedGemmParameters(**vars(plain), parts=products)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows, steps of a pass and steps of packed rows that fit the caches (see :class:`GemmParameters`)."""
+
+    mc: int
+    kc: int
+    chunk: int
+
+
+def blocking(
+    n: int, k: int, width: int, mr: int, nr: int, depth: int, products: int, epilogue: Expression, target: Target
+) -> Blocks:
+    """Blocks of a product whose steps are ``width`` elements along K, for passes of about ``depth`` steps."""
+    steps = -(-k // width)
     # A panel of W for one pass takes an eighth of L2, the packed rows of A and their accumulators up to a half each.
     l2 = target.cache_bytes[1] // 4
     passes = max(-(-steps // max(min(depth, l2 // 8 // nr), 64)), 1)
@@ -485,20 +547,4 @@ def parameters(
     chunked = min(l2 // 2 // all_columns, _MAX_BLOCK)
     by_chunks = 2 * chunked > 3 * whole
     mc = max(min(chunked if by_chunks else whole, _MAX_BLOCK) // mr, 1) * mr
-    chunk = max(l2 // 4 // mc // kc, 1) * kc if by_chunks else max(steps, 1)
-    plain = GemmParameters(
-        n=n,
-        k=k,
-        a_dtype=a_dtype,
-        w_dtype=w_dtype,
-        epilogue=epilogue,
-        operands=tuple(operands),
-        out_dtypes=tuple(out_dtypes),
-        mr=mr,
-        nr=nr,
-        mc=mc,
-        kc=kc,
-        chunk=chunk,
-        pairs=pairs,
-    )
-    return plain if products == 1 else GatedGemmParameters(**vars(plain), parts=products)
+    return Blocks(mc, kc, max(l2 // 4 // mc // kc, 1) * kc if by_chunks else max(steps, 1))

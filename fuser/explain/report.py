@@ -74,6 +74,7 @@ class Report:
     fallbacks: tuple[str, ...]
     specialized: tuple[str, ...]
     padding: tuple[str, ...]
+    precision: tuple[str, ...]
     memory: Memory
     stages: Mapping[str, float]
 
@@ -105,6 +106,7 @@ def collect(snapshot: Snapshot) -> Report:
         fallbacks=snapshot.fallbacks,
         specialized=snapshot.specialized,
         padding=snapshot.padding,
+        precision=snapshot.precision,
         memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )
@@ -194,6 +196,7 @@ def render_text(found: Report) -> str:
     lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
     lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
     lines += [f"padding: {line}" for line in found.padding]
+    lines += [f"precision: {line}" for line in found.precision]
     memory = found.memory
     lines += [
         "",

@@ -37,6 +37,14 @@ class Evaluation:
         with torch.no_grad():
             self[value].copy_(tensor)
 
+    def __contains__(self, value: str) -> bool:
+        """Whether there is memory for a value or its base."""
+        return self.graph.base(value) in self._storages
+
+    def forget(self, value: str) -> None:
+        """Give back the memory of a value and of all that are views of it."""
+        self._storages.pop(self.graph.base(value), None)
+
     def run(self, operators: Iterable[Operator]) -> None:
         """Compute ``operators``, in this order, from values that are there."""
         with torch.no_grad():

@@ -16,6 +16,7 @@ from typing_extensions import TypeVar
 
 from fuser.ir.expression import Expression
 from fuser.ir.operators import Extern, Semantics, TorchCall, View, canonical
+from fuser.ir.quantization import Fixed
 from fuser.ir.size import Size
 
 
@@ -198,7 +199,7 @@ class OperatorGraph:
         """How a constant is derived, and from constants of which shapes and dtypes, whatever their names: kernels may
         ask for the sources in its place."""
         found = self.constants[constant]
-        if found.call is None:
+        if found.call is None or isinstance(found.call.target, Fixed):
             return "constant"
         sources = (f"{self.provenance(s)}:{_layout(self.values[s])}" for s in found.sources)
         return f"{canonical(found.call)}({','.join(sources)})"

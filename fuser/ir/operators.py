@@ -21,6 +21,7 @@ from torch import Tensor
 from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.masks import Mask
+from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
 
 Shape = tuple[int, ...]
@@ -281,20 +282,12 @@ class MergeHeads(View):
 # ---- products
 
 
-@kind("gemm")
-@dataclass(frozen=True)
-class Gemm(Semantics):
-    """x · W for x (…, K) and a constant W: (N, K) if ``transposed``, else (K, N)."""
+class Product(Semantics):
+    """Rows times a constant matrix: x (…, K) and W, (N, K) if ``transposed``, else (K, N)."""
 
     transposed: bool
 
     is_linear = True
-
-    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, weight = inputs
-        # A weight may be kept narrower than what it is multiplied with.
-        weight = weight.to(x.dtype)
-        return (x @ (weight.mT if self.transposed else weight),)
 
     def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
         return True
@@ -304,6 +297,38 @@ class Gemm(Semantics):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"{inputs[0][-1]} → {output[-1]}"
+
+
+@kind("gemm")
+@dataclass(frozen=True)
+class Gemm(Product):
+    """x · W for x (…, K) and a constant W: (N, K) if ``transposed``, else (K, N)."""
+
+    transposed: bool
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight = inputs
+        # A weight may be kept narrower than what it is multiplied with.
+        weight = weight.to(x.dtype)
+        return (x @ (weight.mT if self.transposed else weight),)
+
+
+@kind("int8_gemm")
+@dataclass(frozen=True)
+class Int8Gemm(Product):
+    """x · W as :class:`Gemm`, multiplied in int8: :func:`~fuser.ir.quantization.quantize_rows` of x and of the columns
+    of W, their products summed exactly, and scaled back. An optional third input (K,) are factors that x is multiplied
+    and W divided by before (SmoothQuant, Xiao et al., arXiv:2211.10438, equation 3)."""
+
+    transposed: bool
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight, *factors = inputs
+        columns = weight if self.transposed else weight.mT
+        rows, row_scales = quantize_rows(x, *factors)
+        weights, scales = quantize_rows(columns, *(1 / f for f in factors))
+        sums = exact_products(rows, weights)
+        return ((sums * (row_scales * scales.mT)).to(x.dtype),)
 
 
 @kind("qk")

@@ -27,9 +27,9 @@ from fuser.ir.operators import (
     ChangeScores,
     Embedding,
     Extern,
-    Gemm,
     IntervalMask,
     PatternMask,
+    Product,
     Ref,
     Scale,
     Softmax,
@@ -174,7 +174,7 @@ class _Packer:
 
     def _starts(self, op: Operator) -> bool:
         """Whether it is where rows begin: an operator of weight, on a value that has them."""
-        at = {Embedding: 1, Gemm: 0}.get(type(op.semantics))
+        at = 1 if isinstance(op.semantics, Embedding) else 0 if isinstance(op.semantics, Product) else None
         return at is not None and op.inputs[at] not in self.late and self._axes(op.inputs[at]) is not None
 
     def _row_wise(self, op: Operator) -> None:
@@ -189,7 +189,7 @@ class _Packer:
             raise PackingError(f"{_called(op)} goes along the sequence")
         inputs = []
         for i, value in enumerate(op.inputs):
-            if i in op.semantics.gathers or (isinstance(op.semantics, Gemm) and i == 1):
+            if i in op.semantics.gathers or (isinstance(op.semantics, Product) and i > 0):
                 if value in self.rows:
                     raise PackingError(f"{_called(op)} looks up rows of the sequence")
                 inputs.append(value)

@@ -27,6 +27,7 @@ from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module.options import Options
+from fuser.module.quantizing import Quantizer
 from fuser.module.recompute import Routes
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
@@ -130,6 +131,7 @@ def compile_call(
     cache: KernelCache | None = None,
     states: States | None = None,
     captured: Captured | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Compiled:
     """Compile ``model`` for the shapes of ``call``.
 
@@ -152,6 +154,8 @@ def compile_call(
     store.register(captured.parameters)
     lap("capture")
     graph = raise_graph(captured, attention, floating(target))
+    if quantizer is not None:
+        graph = quantizer.apply(graph, captured.parameters, target)
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")

@@ -37,6 +37,7 @@ from fuser.module.compiler import (
     unfused_share,
 )
 from fuser.module.options import Options
+from fuser.module.quantizing import Quantizer
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
@@ -243,11 +244,19 @@ class Form:
     such as masks decide otherwise. Raises CaptureError when the model cannot be captured so.
     """
 
-    def __init__(self, model: nn.Module, call: FlatCall, store: WeightStore, options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: FlatCall,
+        store: WeightStore,
+        options: Options,
+        quantizer: Quantizer | None = None,
+    ) -> None:
         start = time.perf_counter()
         self.captured: Captured = capture(model, call, dynamic_dimensions(model, call, options.dynamic))
         self._seconds = {"capture": time.perf_counter() - start}
         self.options = options
+        self._quantizer = quantizer
         self.device = device_of(call)
         self._output: Binder[OutputSpec] = Binder(self.captured.output)
         self._variants: list[Variant] = []
@@ -378,6 +387,8 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
+        if self._quantizer is not None:
+            graph = self._quantizer.apply(graph, self.captured.parameters, target)
         variant = Variant.of(graph, dtypes)
         self._variants.append(variant)
         return variant

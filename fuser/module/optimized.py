@@ -21,10 +21,12 @@ from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PackingError, PlanError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
+from fuser.kernels.base import floating
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
 from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.forms import Form, Forms, Packing, Variant, form_key
@@ -33,6 +35,7 @@ from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
+from fuser.module.quantizing import Int8, Quantizer
 from fuser.module.ragged import Share, keys_of, run_packed
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, SavedCall, Snapshot
@@ -119,6 +122,7 @@ class OptimizedModule(nn.Module):
         self._states: dict[torch.device, States] = {}
         self._forms = Forms()
         self._masks = KnownMasks()
+        self._quantizer = None if options.quantize is None else Quantizer(model, options.quantize)
         self._packed: ProgramCache[Key, _Packed] = ProgramCache(_PROGRAMS)
         self._padded = Share()
         self._told_of_padding = False
@@ -206,6 +210,7 @@ class OptimizedModule(nn.Module):
                     raise PackingError("rows are packed for programs on CPUs alone")
                 if torch.get_default_device() != CPU:
                     raise PackingError(f"PyTorch's default device is {torch.get_default_device()}")
+                self._calibrate(call, key, device)
                 with _as_reason():
                     form = self._form(call, key, device)
                     if form.captured.asks_modes and not self._asks_modes:
@@ -232,7 +237,7 @@ class OptimizedModule(nn.Module):
                 return form
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
             made = run_after_fork(
-                self._forms.capture, name, lambda: Form(self._model, call, self._store, self._options)
+                self._forms.capture, name, lambda: Form(self._model, call, self._store, self._options, self._quantizer)
             )
         if made is None:
             raise PackingError("; ".join(("the model is not captured for all sizes", *self._forms.reasons)))
@@ -364,6 +369,7 @@ class OptimizedModule(nn.Module):
                     return self._keep(compiled, call, key)
             if not wanted and not self._admits(call, key, form):
                 return None
+            self._calibrate(call, key, device)
             start = self._seconds()
             try:
                 compiled = run_after_fork(self._compile, call, key, device)
@@ -407,7 +413,12 @@ class OptimizedModule(nn.Module):
                         return None
                     states = self._states.setdefault(device, States(arena_of(device, self._options.concurrency)))
                     make = functools.partial(
-                        compile_call, options=self._options, tuner=self._tuner, states=states, captured=told
+                        compile_call,
+                        options=self._options,
+                        tuner=self._tuner,
+                        states=states,
+                        captured=told,
+                        quantizer=self._quantizer,
                     )
                     compiled = run_after_fork(make, self._model, call, self._store, target, threads)
             except FuserError as error:
@@ -465,7 +476,7 @@ class OptimizedModule(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
             if not capturing:
                 return next((program for form in forms if (program := compiled(form)) is not None), None)
-            form = self._forms.capture(name, lambda: Form(self._model, call, self._store, self._options))
+            form = self._forms.capture(name, lambda: Form(self._model, call, self._store, self._options, self._quantizer))
             return None if form is None else compiled(form)
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:
@@ -490,6 +501,33 @@ class OptimizedModule(nn.Module):
             oldest=self._programs.oldest,
             at_once=_AT_ONCE_IN_METHODS if within else AT_ONCE,
         )
+
+    def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> None:
+        """Decide which layers are quantized, by the inputs that were given for it, or else by a call."""
+        quantizer = self._quantizer
+        if quantizer is None or quantizer.settled:
+            return
+        target, _ = self._placed(key, device)
+        if target.kind != "cpu":
+            quantizer.settled = True
+            logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
+            return
+        calls = [acceptable(self._model, *given, self._options.target) for given in quantizer.options.arguments()]
+        for given, reason in calls or [(call, "")]:
+            if given is None:
+                raise FuserError(f"a calibration input cannot be used: {reason}")
+            with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+                try:
+                    captured = run_after_fork(capture, self._model, given)
+                    attention = None if self._options.attention is None else self._options.attention.current()
+                    graph = raise_graph(captured, attention, floating(target))
+                    quantizer.observe(graph, captured.parameters, given.tensors)
+                except CaptureError as error:
+                    if calls:
+                        raise FuserError(f"the model cannot be calibrated: {error}") from error
+                    # What cannot be captured runs as it is, and says so.
+                    return
+        quantizer.settle(target)
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         bound = self._for_sizes(call, key, device, capturing=True)
@@ -518,6 +556,7 @@ class OptimizedModule(nn.Module):
                 tuner=self._tuner,
                 states=self._states.setdefault(device, States(arena_of(device, self._options.concurrency))),
                 captured=None if like is None else like.captured,
+                quantizer=self._quantizer,
             )
         self._check_masked(compiled.graph)
         return compiled
@@ -599,6 +638,8 @@ class OptimizedModule(nn.Module):
             self._packed.clear()
             self._forms.clear()
             self._masks = KnownMasks()
+            if self._options.quantize is not None:
+                self._quantizer = Quantizer(self._model, self._options.quantize)
             self._policy = CompilationPolicy()
             self._store = WeightStore(self._model)
 
@@ -684,6 +725,7 @@ class OptimizedModule(nn.Module):
             fallbacks=tuple(self.fallbacks),
             specialized=tuple(self.specialized),
             padding=tuple(self.padding),
+            precision=() if self._quantizer is None else self._quantizer.lines,
             memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
         )
 
@@ -844,7 +886,7 @@ def optimize(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     attention: Mask | None = None,
-    quantize: Any = None,
+    quantize: Int8 | None = None,
     search: str | int = "cached",
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
@@ -860,7 +902,8 @@ def optimize(
             first call compiles.
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
-        quantize: reserved for dynamic quantization of attention; must be None.
+        quantize: ``fuser.Int8(...)`` runs linear layers in int8 on CPUs, as many as keep the model's outputs what they
+            are to a bound; the report lists them.
         search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
@@ -885,8 +928,6 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuser.optimize takes an nn.Module, not a {type(model).__name__}")
-    if quantize is not None:
-        raise NotImplementedError("quantized attention is not part of this release; leave quantize=None")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("fuser.optimize takes models before TorchScript: pass what torch.jit.script or trace was given")
     if type(model).__module__.startswith("torch._dynamo"):
@@ -902,6 +943,7 @@ def optimize(
         dynamic=dynamic,
         concurrency=concurrency,
         padding=padding,
+        quantize=quantize,
     )
     optimized = OptimizedModule(model, options)
     if example_inputs is None:

@@ -11,6 +11,7 @@ from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.target import Target
+from fuser.module.quantizing import Int8
 from fuser.runtime.targets import named_target
 
 PADDING = ("keep", "skip")
@@ -32,6 +33,7 @@ class Options:
     dynamic: bool | Mapping[str, Collection[int]] = True
     concurrency: int = 1
     padding: str = "keep"
+    quantize: Int8 | None = None
 
     def __post_init__(self) -> None:
         if is_block_mask(self.attention):
@@ -42,6 +44,8 @@ class Options:
             raise TypeError(f"dynamic must be a bool or dimensions by input, not a {type(self.dynamic).__name__}")
         if self.padding not in PADDING:
             raise ValueError(f"padding must be {' or '.join(map(repr, PADDING))}, not {self.padding!r}")
+        if self.quantize is not None and not isinstance(self.quantize, Int8):
+            raise TypeError(f"quantize must be fuser.Int8(...), not a {type(self.quantize).__name__}")
         if type(self.concurrency) is not int or self.concurrency < 1:
             raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
 

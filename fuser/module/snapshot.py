@@ -37,7 +37,7 @@ class Snapshot:
 
     ``model`` is the name of the model's class, ``programs`` is everything compiled, in order, ``target`` what for (None
     before the first program); ``unfused``, ``outside``, ``fallbacks``, ``specialized`` and ``padding`` are as
-    in :class:`fuser.OptimizedModule`.
+    in :class:`fuser.OptimizedModule`, ``precision`` says which layers are quantized.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Snapshot:
     memory: Memory
     specialized: tuple[str, ...] = ()
     padding: tuple[str, ...] = ()
+    precision: tuple[str, ...] = ()
 
     @property
     def last(self) -> Compiled | None:

@@ -16,6 +16,7 @@ constexpr int64_t kLanes = FUSER_VECTOR_BYTES / 4;
 typedef float vf __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 typedef float vfu __attribute__((vector_size(FUSER_VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t viu __attribute__((vector_size(FUSER_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(FUSER_VECTOR_BYTES / 2)));
 typedef uint32_t vu __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 
@@ -42,11 +43,8 @@ FUSER_INLINE void from_float(bf16* p, float x) {
 FUSER_INLINE vf set1(float x) { return x - vf{}; }
 
 FUSER_INLINE vi set1(int32_t x) { return vi{} + x; }
-FUSER_INLINE vi load(const int32_t* p) {
-  vi v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
+FUSER_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
+FUSER_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
 
@@ -142,6 +140,74 @@ FUSER_INLINE float reduce_max(vf v) {
   for (int64_t w = kLanes / 2; w > 0; w /= 2)
     for (int64_t i = 0; i < w; ++i) t[i] = t[i] != t[i] || t[i] > t[i + w] ? t[i] : t[i + w];
   return t[0];
+}
+
+// Sums of integers wrap around, so that what is off by a constant can be put right afterwards.
+FUSER_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
+FUSER_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+// The nearest integers, halves to even.
+FUSER_INLINE vi to_int(vf x) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return (vi)_mm256_cvtps_epi32((__m256)x);
+#else
+  vi r;
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = x[i] != x[i] ? 0 : int32_t(std::nearbyint(x[i]));
+  return r;
+#endif
+}
+
+// Two int8 numbers for every lane, as int16.
+FUSER_INLINE vi load_pairs(const int16_t* p) {
+#if defined(__AVX512BW__) && FUSER_VECTOR_BYTES == 64
+  return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  int8_t from[2 * kLanes];
+  int16_t to[2 * kLanes];
+  std::memcpy(from, p, sizeof(from));
+  for (int64_t i = 0; i < 2 * kLanes; ++i) to[i] = from[i];
+  vi v;
+  std::memcpy(&v, to, sizeof(v));
+  return v;
+#endif
+}
+// sum + the scalar product of the two int16 numbers in every lane of a and b, whose magnitudes are those of int8.
+FUSER_INLINE vi dot_pairs(vi sum, vi a, vi b) {
+#if defined(__AVX512BW__) && FUSER_VECTOR_BYTES == 64
+  // Said in place: GCC gives sums of the inner loop a second register each, and then stores them.
+  const vi products = (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(products));
+  return sum;
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  const vi products = (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+  return sum;
+#else
+  int16_t x[2 * kLanes], y[2 * kLanes];
+  std::memcpy(x, &a, sizeof(x));
+  std::memcpy(y, &b, sizeof(y));
+  for (int64_t i = 0; i < kLanes; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+#endif
+}
+// sum + the scalar product of the four uint8 numbers in every lane of a and the four int8 numbers in that of b.
+FUSER_INLINE vi dot_quads(vi sum, vi a, vi b) {
+#if defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && FUSER_VECTOR_BYTES == 32
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+  uint8_t x[4 * kLanes];
+  int8_t y[4 * kLanes];
+  std::memcpy(x, &a, sizeof(x));
+  std::memcpy(y, &b, sizeof(y));
+  vi products = {};
+  for (int64_t i = 0; i < 4 * kLanes; ++i) products[i / 4] += int32_t(x[i]) * y[i];
+  return add(sum, products);
+#endif
 }
 
 #if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64

@@ -1,0 +1,62 @@
+"""Numbers in few bits: what kernels of every target make of rows, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MOST = 127
+"""The largest magnitude of a symmetric int8 number."""
+TINY = 2.0**-100
+"""Rows whose largest magnitude is not above are zero, so that inverses of scales are finite."""
+_EXACT = 2**24 // MOST**2
+MAX_TERMS = 131_072
+"""Products of two int8 numbers whose sum always fits into int32: 2**31 / 127**2 and a little less."""
+
+
+def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (…, K) as int8 with a scale each: integers (…, K) in [-127, 127], float32 scales (…, 1).
+
+    Symmetric and found at run time: the scale is the row's largest magnitude over 127, and elements are rounded to the
+    nearest integer, halves to even. Everything is computed in fp32. ``factors`` (K,) multiply the row before. A row with
+    NaN or an infinity has the scale NaN; one of zeros (or below 2**-100) the scale zero.
+    """
+    x = x.float() if factors is None else x.float() * factors.float()
+    if x.shape[-1] == 0:
+        return x.to(torch.int8), x.new_zeros((*x.shape[:-1], 1))
+    most = x.abs().amax(-1, keepdim=True)
+    finite = most < torch.inf
+    scales = torch.where(most > TINY, most / MOST, 0.0)
+    # A number over a tensor would be the rounded reciprocal times the number.
+    inverses = torch.where(finite & (most > TINY), torch.full_like(most, MOST) / most, 0.0)
+    integers = torch.where(finite, x * inverses, 0.0).round().to(torch.int8)
+    return integers, torch.where(finite, scales, torch.nan)
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """a · bᵀ for int8 (…, M, K) and (N, K), summed exactly and rounded once to fp32, as kernels do."""
+    # Sums of so many products are integers below 2**24, which fp32 holds, in whatever order they are added.
+    parts = [(a[..., k : k + _EXACT].float() @ b[:, k : k + _EXACT].float().mT) for k in range(0, a.shape[-1], _EXACT)]
+    if len(parts) <= 1:
+        return parts[0] if parts else torch.zeros(*a.shape[:-1], len(b))
+    return sum(part.double() for part in parts).float()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A function without arguments whose result is a tensor that was made when a model was optimized; equal by its
+    contents."""
+
+    content: str
+    tensor: Tensor = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Fixed:
+        """The function for a contiguous tensor."""
+        return cls(hashlib.sha256(tensor.numpy().tobytes()).hexdigest(), tensor)
+
+    def __call__(self) -> Tensor:
+        return self.tensor

@@ -1,0 +1,326 @@
+"""Which linear layers of a model run in int8: chosen by patterns, and by what it does to the model's own outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuser.ir.evaluation import Evaluation
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
+from fuser.ir.operators import Gemm, Int8Gemm, TorchCall
+from fuser.ir.quantization import MAX_TERMS, Fixed
+from fuser.ir.target import Target
+
+_SMALLEST = 32
+"""Columns and rows of weights from which on a layer is worth it: smaller ones are heads, cheap and close to the result."""
+_SAMPLED = 128
+"""Rows of a layer's input that its error is estimated on."""
+_BETTER = 0.9
+"""Of the error without smoothing, what smoothing has to fall below to be worth its product a number."""
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8 on CPUs.
+
+    Weights have a scale for each output, rows of activations one that is found at run time; sums are exact, and bias,
+    activation, residual and norm are computed in fp32 behind them. Before the first program is made, the layers are
+    tried on calibration inputs, whose outputs decide: with the layers in int8, the mean cosine between rows of the
+    model's outputs and those without quantization must be ``quality`` or more, or the layers with the largest errors
+    stay as they are until it is. The report lists every layer.
+
+    Args:
+        calibrate: inputs of a few calls of the model: for each a tensor, a tuple of positional or a mapping of keyword
+            arguments. Without them the first call is the calibration.
+        quality: the least mean cosine, in (0, 1]; 0 quantizes without a look at outputs, and needs no calibration.
+        smooth: whether factors for the columns of activations move to the weights where that makes errors smaller
+            (SmoothQuant with α = 0.5, Xiao et al., arXiv:2211.10438, equation 4); needs calibration.
+        include: patterns (as in ``fnmatch``) of the names of modules that may be quantized.
+        exclude: patterns of those that may not be; a product of several layers at once is excluded with any of them.
+
+    Raises ValueError for a ``quality`` out of range and for calibration inputs that are none, TypeError for patterns
+    that are no strings.
+    """
+
+    calibrate: Sequence[Any] | None = None
+    quality: float = 0.999
+    smooth: bool = True
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quality <= 1:
+            raise ValueError(f"quality is a cosine between 0 and 1, not {self.quality!r}")
+        if self.calibrate is not None:
+            given = self.calibrate
+            if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Sequence):
+                raise ValueError(
+                    "calibrate is a list of inputs: for each call a tensor, a tuple of arguments or a mapping of names"
+                )
+            if not given:
+                raise ValueError("calibrate holds no inputs; leave it out to calibrate on the first call")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"{name} takes patterns of module names, not {patterns!r}")
+            object.__setattr__(self, name, patterns)
+
+    def arguments(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Positional and keyword arguments of every calibration call."""
+        for given in self.calibrate or ():
+            if isinstance(given, Mapping):
+                yield (), dict(given)
+            else:
+                yield (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
+
+
+@dataclass
+class Layer:
+    """One product with constant weights: the modules that it is made of, and what was decided."""
+
+    modules: tuple[str, ...]
+    quantized: bool = True
+    error: float = math.nan
+    """Relative error of its result in int8, on calibration inputs."""
+    factors: Tensor | None = None
+    reason: str = ""
+    most: Tensor | None = field(default=None, repr=False)
+    sample: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self.quantized else "kept"
+
+    def __str__(self) -> str:
+        words = [f"{', '.join(self.modules)}: {self.precision}"]
+        if not math.isnan(self.error):
+            words.append(f"error {self.error:.1e}")
+        if self.quantized and self.factors is not None:
+            words.append("smoothed")
+        return ", ".join([*words, self.reason] if self.reason else words)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A calibration call: the graph without quantization, what it reads, and what it gives."""
+
+    graph: OperatorGraph
+    parameters: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+class Quantizer:
+    """What is decided for the layers of one model, whatever the shapes of its calls."""
+
+    def __init__(self, model: nn.Module, options: Int8) -> None:
+        self.options = options
+        self._modules = {id(p): name.rpartition(".")[0] or name for name, p in model.named_parameters()}
+        self._layers: dict[tuple[int, ...], Layer] = {}
+        self._calls: list[_Call] = []
+        self.cosine = math.nan
+        """The mean cosine of outputs with and without quantization, on calibration inputs."""
+        self.settled = options.quality == 0 and not (options.smooth and options.calibrate)
+        """Whether there is nothing left to decide."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return tuple(self._layers.values())
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What the report says."""
+        cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
+        return (*cosine, *map(str, self.layers))
+
+    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+        """``graph`` with the chosen layers in int8."""
+        if target.kind != "cpu":
+            return graph
+        operators, values, constants = [], dict(graph.values), dict(graph.constants)
+        for op in graph.operators:
+            layer = self._layer(graph, op, parameters)
+            if layer is None or not layer.quantized:
+                operators.append(op)
+                continue
+            inputs = op.inputs
+            if layer.factors is not None:
+                name = f"{op.inputs[1]}_factors"
+                values[name] = TensorSpec.contiguous(layer.factors.shape, torch.float32)
+                constants[name] = Constant(name, (), TorchCall(Fixed.of(layer.factors)))
+                inputs = (*inputs, name)
+            semantics = op.semantics
+            assert isinstance(semantics, Gemm)
+            operators.append(dataclasses.replace(op, semantics=Int8Gemm(semantics.transposed), inputs=inputs))
+        return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+
+    def _layer(self, graph: OperatorGraph, op: Operator, parameters: Mapping[str, Tensor]) -> Layer | None:
+        """What is decided for a product, by the tensors that its weight is made of; None for other operators."""
+        if not is_kind(op, Gemm) or op.inputs[1] not in graph.constants:
+            return None
+        weight = op.inputs[1]
+        leaves = [v for v in graph.with_sources([weight]) if graph.constants[v].call is None]
+        key = tuple(id(parameters[leaf]) for leaf in leaves)
+        if key not in self._layers:
+            modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
+            self._layers[key] = Layer(modules, not (reason := self._refused(modules, graph.values[weight])), reason=reason)
+        return self._layers[key]
+
+    def _refused(self, modules: Sequence[str], weight: TensorSpec) -> str:
+        """Why a layer is kept whatever its error; empty if it is not."""
+        if any(not _matches(name, self.options.include) for name in modules):
+            return "not among include="
+        if any(_matches(name, self.options.exclude) for name in modules):
+            return "among exclude="
+        if "" in modules:
+            return "its weight is no parameter of a module"
+        if min(weight.shape) < _SMALLEST:
+            return f"smaller than {_SMALLEST}"
+        return f"longer than {MAX_TERMS}" if max(weight.shape) > MAX_TERMS else ""
+
+    # ---- calibration
+
+    def observe(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> None:
+        """Run a calibration call without quantization, and remember what the layers got and the model gave."""
+        values = dict(zip(graph.inputs, tensors, strict=True))
+
+        def look(op: Operator, x: Tensor) -> None:
+            layer = self._layer(graph, op, parameters)
+            if layer is None or not layer.quantized:
+                return
+            rows = x.reshape(-1, x.shape[-1]).float()
+            most = rows.abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[-1])
+            layer.most = most if layer.most is None else torch.maximum(layer.most, most)
+            step = max(len(rows) // _SAMPLED, 1)
+            known = [] if layer.sample is None else [layer.sample[: _SAMPLED // 2]]
+            layer.sample = torch.cat([*known, rows[::step]])[:_SAMPLED]
+
+        outputs = _run(graph, parameters, values, look)
+        self._calls.append(_Call(graph, parameters, {v: t.clone() for v, t in values.items()}, outputs))
+
+    def settle(self, target: Target) -> None:
+        """Decide by what was observed."""
+        self.settled = True
+        weights: dict[int, Tensor] = {}
+        for call in self._calls:
+            for op in call.graph.operators:
+                layer = self._layer(call.graph, op, call.parameters)
+                if layer is not None and layer.quantized and id(layer) not in weights and layer.sample is not None:
+                    weight = _value(call.graph, op.inputs[1], call.parameters).float()
+                    weights[id(layer)] = weight if op.semantics.transposed else weight.mT  # type: ignore[attr-defined]
+        for layer in self.layers:
+            if id(layer) in weights and layer.sample is not None and layer.most is not None:
+                self._estimate(layer, weights[id(layer)])
+            layer.sample = layer.most = None
+        self._keep_quality(target)
+        self._calls.clear()
+
+    def _estimate(self, layer: Layer, weight: Tensor) -> None:
+        """The error of a layer (N, K) on its sample, smoothed where that is better."""
+        assert layer.sample is not None and layer.most is not None
+        exact = layer.sample @ weight.mT
+        size = exact.norm()
+        if not bool(size.isfinite()):
+            layer.quantized, layer.reason = False, "its inputs are not finite"
+            return
+        layer.error = float((_int8(layer.sample, weight) - exact).norm() / size.clamp_min(1e-30))
+        if not self.options.smooth:
+            return
+        most_of_weights = weight.abs().amax(0)
+        used = (layer.most > 0) & (most_of_weights > 0)
+        factors = torch.where(used, (most_of_weights / layer.most.clamp_min(1e-30)).sqrt(), 1.0)
+        # Around one, so that products stay in the range of numbers that they had.
+        factors = (factors / factors.log().mean().exp()).contiguous()
+        error = float((_int8(layer.sample, weight, factors) - exact).norm() / size.clamp_min(1e-30))
+        if error < _BETTER * layer.error:
+            layer.error, layer.factors = error, factors
+
+    def _keep_quality(self, target: Target) -> None:
+        """Keep as many of the layers with the largest errors as the outputs ask for."""
+        wanted = self.options.quality
+        order = sorted((x for x in self.layers if x.quantized and not math.isnan(x.error)), key=lambda x: -x.error)
+
+        def cosine(kept: int) -> float:
+            for number, layer in enumerate(order):
+                layer.quantized = number >= kept
+            return self._cosine(target)
+
+        if not self._calls or wanted == 0:
+            return
+        self.cosine = cosine(0)
+        low, high = 0, len(order)
+        if self.cosine < wanted:
+            # Fewest that are enough; with all of them the outputs are what they were.
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if cosine(middle) >= wanted else (middle, high)
+            self.cosine = cosine(high)
+            for layer in order[:high]:
+                layer.reason = f"outputs would fall below a cosine of {wanted:g}"
+
+    def _cosine(self, target: Target) -> float:
+        total, count = 0.0, 0
+        for call in self._calls:
+            graph = self.apply(call.graph, call.parameters, target)
+            outputs = _run(graph, call.parameters, call.values)
+            for got, exact in zip(outputs, call.outputs, strict=True):
+                if not exact.is_floating_point() or exact.numel() == 0 or exact.dim() == 0:
+                    continue
+                rows = torch.nn.functional.cosine_similarity(got.double(), exact.double(), dim=-1, eps=1e-30)
+                seen = (exact != 0).any(-1) & exact.isfinite().all(-1)
+                total, count = total + float(rows[seen].sum()), count + int(seen.sum())
+        return total / count if count else 1.0
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _int8(rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+    return Int8Gemm(True).evaluate(rows, weight, *factors)[0]
+
+
+def _value(graph: OperatorGraph, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    constant = graph.constants[name]
+    if constant.call is None:
+        return parameters[name].detach()
+    return constant.evaluate([_value(graph, source, parameters) for source in constant.sources])
+
+
+def _run(
+    graph: OperatorGraph,
+    parameters: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    look: Any = None,
+) -> tuple[Tensor, ...]:
+    """The outputs of a graph by PyTorch; ``look(op, x)`` sees every product with the rows that it gets."""
+    evaluation = Evaluation(graph)
+    last: dict[str, int] = {}
+    for position, op in enumerate(graph.operators):
+        last.update((graph.base(value), position) for value in (*op.inputs, *op.outputs))
+    lasting = {graph.base(value) for value in (*graph.outputs, *graph.states)}
+    for value, tensor in values.items():
+        evaluation[value] = tensor
+    for position, op in enumerate(graph.operators):
+        for value in op.inputs:
+            if value in graph.constants and value not in evaluation:
+                evaluation[value] = _value(graph, value, parameters)
+        if look is not None and is_kind(op, Gemm):
+            look(op, evaluation[op.inputs[0]])
+        evaluation.run([op])
+        for value in (*op.inputs, *op.outputs):
+            if last[graph.base(value)] == position and graph.base(value) not in lasting:
+                evaluation.forget(value)
+    for value in graph.outputs:
+        if value in graph.constants and value not in evaluation:
+            evaluation[value] = _value(graph, value, parameters)
+    return tuple(evaluation[value].clone() for value in graph.outputs)
+

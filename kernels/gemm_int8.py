@@ -1,0 +1,140 @@
+"""Products in int8: rows of activations rounded as they are packed, weights rounded once.
+
+The epilogue, the register tile and the blocks are those of :mod:`fuser.kernels.gemm`. A step of the inner loop multiplies
+as many elements as an instruction of the target sums into 32 bits: four where it has the dot products of VNNI, whose
+first factors are unsigned, so that 128 is added to activations and the sums of the weights' columns are taken off again;
+else two, widened to 16 bits. Both sum exactly, so that all targets give the same numbers, which are those of
+:class:`fuser.ir.operators.Int8Gemm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuser.ir.operators import Int8Gemm
+from fuser.ir.quantization import MAX_TERMS, quantize_rows
+from fuser.ir.target import Isa, Target
+from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
+from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, blocking, pack, product_cost, register_tiles
+
+INT8_FAMILY = GemmFamily("int8_gemm", Int8Gemm)
+_OFFSET = 128
+_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+_DEPTHS = (512, 256)
+_PAIR_TILES = ((6, 2), (5, 2))
+
+
+@dataclass(frozen=True)
+class Int8GemmParameters(GemmParameters):
+    """As :class:`GemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
+    ``quads``, else two. With ``factors``, elements of A are multiplied by those of a (K,) tensor before they are
+    rounded. ``parts`` weights are multiplied as in :class:`~fuser.kernels.gemm.GatedGemmParameters`."""
+
+    quads: bool = False
+    factors: bool = False
+    parts: int = 1
+
+    @property
+    def width(self) -> int:
+        return 4 if self.quads else 2
+
+    @property
+    def products(self) -> int:
+        return self.parts
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Int8Layout(Layout):
+    """A weight, and the factors of its K rows if it has some, as int8 panels for steps of ``width`` elements, with the
+    scale of every column and what its sum has to be changed by where 128 is added to A: (panels, parts, steps, nr, width) int8,
+    (panels, parts, nr) float32 and int32."""
+
+    nr: int
+    transposed: bool
+    width: int
+    parts: int = 1
+
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weight, *factors = tensors
+        found = []
+        for part in weight.chunk(self.parts, 0 if self.transposed else 1):
+            integers, scales = quantize_rows(part if self.transposed else part.t(), *(1 / f for f in factors))
+            offsets = integers.sum(-1, keepdim=True, dtype=torch.int32) * -_OFFSET
+            columns = [pack(x, self.nr).flatten(1) for x in (scales, offsets if self.width == 4 else 0 * offsets)]
+            found.append((pack(integers, self.nr, width=self.width), *columns))
+        return tuple(torch.stack(parts, 1) for parts in zip(*found, strict=True))
+
+
+class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
+    """Our template on CPUs."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
+        """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
+        if not 0 < match.k <= MAX_TERMS:
+            return []
+        tiles = _tiles(match.n, target)
+        choices = [(tile, _DEPTHS[0]) for tile in tiles] + [(tiles[0], _DEPTHS[1])]
+        return [*dict.fromkeys(int8_parameters(match, target, *choice) for choice in choices)]
+
+    def cost(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target) -> Cost:
+        """Roofline of the padded product with weights of one byte, its epilogue, and every tensor touched once."""
+        return product_cost(match, target, nr=parameters.nr, share=0.8, passes=1, launches=1, multiplied=torch.int8)
+
+    def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
+        program, (_, weight, *factors) = match.program, match.gemm.inputs
+        layout = Int8Layout(parameters.nr, match.transposed, parameters.width, match.products)
+        packed = (Packed((weight, *factors), layout, i) for i in range(3))
+        return KernelCall(
+            KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters),
+            (match.a, *packed, *factors, *program.tensors),
+            GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
+            program.outputs,
+            parameters.workspace_bytes(program.rows, threads),
+        )
+
+
+def int8_parameters(match: GemmMatch, target: Target, tile: tuple[int, int], depth: int) -> Int8GemmParameters:
+    """Parameters with blocks that fit the caches, for a register ``tile`` of rows and vectors."""
+    program, values = match.program, match.group.graph.values
+    mr, nr = tile[0], tile[1] * target.vector_lanes
+    quads = _has_quads(target)
+    blocks = blocking(
+        match.n, match.k, 4 if quads else 2, mr, nr, depth, match.products, program.expression, target
+    )
+    return Int8GemmParameters(
+        n=match.n,
+        k=match.k,
+        a_dtype=STORAGE[values[match.a].dtype],
+        w_dtype=DType.I8,
+        epilogue=program.expression,
+        operands=program.operands,
+        out_dtypes=program.output_dtypes,
+        mr=mr,
+        nr=nr,
+        mc=blocks.mc,
+        kc=blocks.kc,
+        chunk=blocks.chunk,
+        quads=quads,
+        factors=len(match.gemm.inputs) > 2,
+        parts=match.products,
+    )
+
+
+def _has_quads(target: Target) -> bool:
+    """Whether four products at a time are summed; the portable vectors do it in any width, so they take what is less
+    memory traffic."""
+    return bool(_VNNI & target.features) or Isa(target.arch) in (Isa.PORTABLE, Isa.NEON)
+
+
+def _tiles(n: int, target: Target) -> list[tuple[int, int]]:
+    """Register tiles (rows, vectors). Without dot products one more register holds the products of pairs."""
+    pairs = Isa(target.arch) is Isa.AVX2 and not _has_quads(target)
+    return register_tiles(n, target, _PAIR_TILES if pairs else None)

@@ -1,0 +1,265 @@
+"""Products in int8 against :class:`fuser.ir.operators.Int8Gemm`, bit for bit, on every instruction set at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from gated import Gated
+from torch import Tensor
+
+from fuser.codegen.render import header_folder, render
+from fuser.ir.errors import ToolchainError
+from fuser.ir.evaluation import evaluate
+from fuser.ir.expression import Op, layer_norm, unary
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
+from fuser.ir.operators import Activation, Bias, Int8Gemm, Norm, Residual
+from fuser.ir.quantization import MAX_TERMS
+from fuser.ir.target import Isa, Target
+from fuser.kernels.base import KernelSpec, Packed, materialized
+from fuser.kernels.gemm import GemmMatch
+from fuser.kernels.gemm_int8 import INT8_FAMILY, CpuInt8Gemm, Int8GemmParameters, Int8Layout
+from fuser.runtime.abi import KernelArgs
+from fuser.runtime.build import build
+from fuser.runtime.cache import KernelCache
+from fuser.runtime.compilers import find_toolchain
+from fuser.runtime.cpuinfo import cpu_flags, detect_isa
+from fuser.runtime.library import load
+
+NATIVE = detect_isa()
+FEATURES = {Isa.AVX512: "avx512_vnni", Isa.AVX2: "avx_vnni"}
+HERE = [(NATIVE, frozenset[str]())]
+if FEATURES.get(NATIVE) in cpu_flags():
+    HERE.append((NATIVE, frozenset({FEATURES[NATIVE]})))
+MACHINES = [*HERE, (Isa.PORTABLE, frozenset[str]())]
+
+
+def target(isa: Isa = NATIVE, features: frozenset[str] = frozenset()) -> Target:
+    return Target("cpu", isa.value, features, 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 1e-6)
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    k: int
+    chain: str = "bias"
+    factors: bool = False
+    dtype: torch.dtype = torch.float32
+    transposed: bool = True
+    chunked: bool = False
+
+    def graph(self, rows: int) -> OperatorGraph:
+        weight = (self.n, self.k) if self.transposed else (self.k, self.n)
+        shapes: dict[str, tuple[int, ...]] = {"x": (rows, self.k), "weight": weight, "residual": (rows, self.n)}
+        shapes |= dict.fromkeys(("bias", "gamma", "beta"), (self.n,))
+        shapes |= dict.fromkeys(("product", "biased", "active", "total", "normal"), (rows, self.n))
+        values = {name: TensorSpec.contiguous(shape, self.dtype) for name, shape in shapes.items()}
+        values["factors"] = TensorSpec.contiguous((self.k,), torch.float32)
+        inputs = ("x", "weight", *(["factors"] if self.factors else []))
+        steps = {
+            "none": [],
+            "bias": [Operator("bias", Bias(), ("product", "bias"), ("biased",))],
+            "norm": [
+                Operator("gelu", Activation(unary(Op.GELU)), ("product",), ("active",)),
+                Operator("add", Residual(), ("active", "residual"), ("total",)),
+                Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",)),
+            ],
+        }[self.chain]
+        chain = (Operator("dense", Int8Gemm(self.transposed), inputs, ("product",)), *steps)
+        constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
+        return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+
+
+CASES = [
+    Case(5, 2),
+    Case(7, 3, "none"),
+    Case(33, 70, factors=True),
+    Case(50, 64, transposed=False),
+    Case(50, 131, "norm", factors=True),
+    Case(100, 257, "norm"),
+    Case(70, 1100, chunked=True, factors=True),
+    Case(40, 99, "none", dtype=torch.bfloat16),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
+    return KernelCache(tmp_path_factory.mktemp("kernels"))
+
+
+def values_of(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    names = (*graph.inputs, *graph.constants)
+    found = {v: torch.randn(graph.values[v].shape, generator=g).to(graph.values[v].dtype) for v in names}
+    if "factors" in found:
+        found["factors"] = found["factors"].abs() + 0.3
+    return found
+
+
+def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
+    match = INT8_FAMILY.match(graph.group(graph.compute), machine)
+    assert match is not None
+    return match
+
+
+def run(
+    graph: OperatorGraph,
+    values: Mapping[str, Tensor],
+    machine: Target,
+    parameters: Int8GemmParameters,
+    library: Path,
+    threads: int,
+) -> dict[str, Tensor]:
+    call = CpuInt8Gemm().call(match_of(graph, machine), parameters, machine, threads)
+    results = {v: torch.full(graph.values[v].shape, torch.nan, dtype=graph.values[v].dtype) for v in graph.outputs}
+    tensors = materialized(call.tensors, {**values, **results})
+    workspace = torch.full((call.workspace_bytes // 4 + 16,), torch.nan)
+    kernel = load(library, call.spec.symbol)
+    kernel(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, threads, workspace.data_ptr()))
+    return results
+
+
+def choices_of(case: Case, machine: Target) -> list[Int8GemmParameters]:
+    """The default, and where K is long all parameters, with small blocks, so that few rows are several of them."""
+    choices = [
+        dataclasses.replace(c, mc=2 * c.mr, serial_below=0, **({"kc": 64, "chunk": 128} if case.chunked else {}))
+        for c in CpuInt8Gemm().space(match_of(case.graph(1), machine), machine)
+    ]
+    return choices if case.chunked else choices[:1]
+
+
+def built(choices: Sequence[Int8GemmParameters], machine: Target, cache: KernelCache) -> list[Path]:
+    sources = [render(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", c)) for c in choices]
+    paths = build(sources, machine, headers=header_folder(machine), cache=cache)
+    return [paths[source.symbol] for source in sources]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: "-".join((m[0].value, *m[1])))
+def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[str]], cache: KernelCache) -> None:
+    """Integers and their scales are equal on all instruction sets, so the products are; only what an epilogue computes
+    in another order may round differently."""
+    aim = target(*machine)
+    choices = [(case, c) for case in CASES for c in choices_of(case, aim)]
+    for (case, parameters), library in zip(choices, built([c for _, c in choices], aim, cache), strict=True):
+        assert case.chunked == (parameters.chunk < parameters.steps)
+        for rows in (1, 2, 2 * parameters.mr + 1, 61):
+            graph = case.graph(rows)
+            values = values_of(graph, rows)
+            (want,) = evaluate(graph, values).values()
+            (got,), *others = (
+                [*run(graph, values, aim, parameters, library, threads).values()] for threads in (1, 2, 3)
+            )
+            assert all(torch.equal(got, other) for (other,) in others)
+            if case.chain == "norm":
+                torch.testing.assert_close(got, want, rtol=2.0**-20, atol=2.0**-18)
+            else:
+                assert torch.equal(got, want), (case, parameters, rows)
+
+
+def test_rows_that_have_no_scale(cache: KernelCache) -> None:
+    """NaN and infinities make their rows NaN and no others; zeros, tiny and huge numbers are what they are."""
+    case = Case(40, 70, "none")
+    graph = case.graph(8)
+    values = values_of(graph)
+    x = values["x"]
+    x[1, 5], x[2, 69], x[3, 0] = torch.nan, torch.inf, -torch.inf
+    x[4], x[5], x[6, 3], x[7] = 0, 1e-35, 1e4, 1e30
+    values["weight"][3] = 0
+    for isa, features in MACHINES:
+        aim = target(isa, features)
+        (parameters,) = choices_of(case, aim)
+        (library,) = built([parameters], aim, cache)
+        (got,) = run(graph, values, aim, parameters, library, 2).values()
+        assert bool(got[1:4].isnan().all()) and bool(got[[0, 4, 5, 6, 7]].isfinite().all())
+        assert not got[4:6].any() and not got[[0, 6, 7], 3].any()
+        (want,) = evaluate(graph, values).values()
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+def test_products_that_meet_in_the_epilogue(cache: KernelCache) -> None:
+    case = Gated(41, 70, transposed=False)
+
+    def quantized(rows: int) -> OperatorGraph:
+        graph = case.graph(rows)
+        operators = [
+            dataclasses.replace(op, semantics=Int8Gemm(False)) if op.kind == "gemm" else op
+            for op in graph.operators
+        ]
+        return dataclasses.replace(graph, operators=tuple(operators))
+
+    for isa, features in MACHINES:
+        aim = target(isa, features)
+        parameters = CpuInt8Gemm().space(match_of(quantized(1), aim), aim)[0]
+        assert parameters.products == 2
+        (library,) = built([parameters], aim, cache)
+        graph = quantized(19)
+        values = values_of(graph)
+        (want,) = evaluate(graph, values).values()
+        (got,) = run(graph, values, aim, parameters, library, 2).values()
+        # A product of two numbers behind an exponential of one of them.
+        torch.testing.assert_close(got, want, rtol=2.0**-20, atol=2.0**-20)
+
+
+@pytest.mark.parametrize(
+    ("isa", "features", "instruction", "most"),
+    [
+        (Isa.AVX512, ["avx512_vnni"], "vpdpbusd", "zmm"),
+        (Isa.AVX512, [], "vpmaddwd", "zmm"),
+        (Isa.AVX2, ["avx_vnni"], "vpdpbusd", "ymm"),
+        (Isa.AVX2, [], "vpmaddwd", "ymm"),
+    ],
+)
+def test_inner_loops_keep_their_sums_in_registers(
+    isa: Isa, features: Sequence[str], instruction: str, most: str, tmp_path: Path
+) -> None:
+    """Of instruction sets that this machine lacks, too: what the compiler makes of the widest register tile."""
+    aim = target(isa, frozenset(features))
+    graph = Case(96, 256).graph(64)
+    parameters = CpuInt8Gemm().space(match_of(graph, aim), aim)[0]
+    source = tmp_path / "kernel.cpp"
+    source.write_text(render(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters)).text)
+    try:
+        tools = find_toolchain(aim)
+        command = [*tools.command, *tools.compile_flags, "-I", str(header_folder(aim)), "-S", "-o", "-", str(source)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (subprocess.CalledProcessError, ToolchainError) as error:
+        pytest.skip(f"this compiler knows no {' '.join(features)}: {error}")
+    function = re.search(rf"multiplyILi{parameters.mr}E\S*:\n(.*?)\n\s*ret", text, re.S)
+    assert function is not None
+    blocks = re.split(r"\n\.L\w+:", function[1])
+    inner = max(blocks, key=lambda block: block.count(instruction))
+    assert inner.count(instruction) == parameters.mr * parameters.nr // aim.vector_lanes and most in inner
+    assert "rsp" not in inner and "rbp" not in inner
+
+
+def test_layout_holds_integers_scales_and_what_128_adds() -> None:
+    weight = torch.randn(19, 10)
+    layout = Int8Layout(8, True, 4)
+    integers, scales, offsets = layout.pack(weight)
+    assert integers.shape == (3, 1, 3, 8, 4) and scales.shape == offsets.shape == (3, 1, 8)
+    rows = integers.permute(0, 1, 3, 2, 4).reshape(24, 12)[:19, :10]
+    assert torch.equal(-128 * rows.sum(-1, dtype=torch.int32), offsets.flatten()[:19])
+    torch.testing.assert_close(rows * scales.flatten()[:19, None], weight, atol=float(scales.max()), rtol=0)
+    assert not offsets.flatten()[19:].any() and not Int8Layout(8, True, 2).pack(weight)[2].any()
+
+
+def test_sums_that_may_not_fit_are_refused() -> None:
+    for k, fits in ((MAX_TERMS, True), (MAX_TERMS + 1, False), (0, False)):
+        graph = Case(32, k, "none").graph(1)
+        assert bool(CpuInt8Gemm().space(match_of(graph, target()), target())) == fits
+    assert MAX_TERMS * 127**2 < 2**31
+
+
+def test_weights_are_a_quarter() -> None:
+    graph = Case(768, 768).graph(4)
+    call = CpuInt8Gemm().call(match_of(graph, target()), CpuInt8Gemm().space(match_of(graph, target()), target())[0], target(), 2)
+    packed = [ref for ref in call.tensors if isinstance(ref, Packed)]
+    values = values_of(graph)
+    size = sum(t.nbytes for t in materialized(packed, values))
+    assert size <= 1.02 * values["weight"].nbytes / 4
