@@ -8,7 +8,7 @@ from fuser.kernels.base import Table
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
-from fuser.kernels.gemm_int8 import INT8_FAMILY, CpuInt8Gemm
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
 from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
@@ -19,7 +19,7 @@ IMPLEMENTATIONS: Table = {
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
-    (INT8_FAMILY, "cpu"): (CpuInt8Gemm(),),
+    (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
     (MlpFamily(), "cuda"): (CudaMlp(),),
     (RotaryFamily(), "cpu"): (CPU_ROTARY,),
     (RotaryFamily(), "cuda"): (CUDA_ROTARY,),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -316,10 +316,10 @@ class GemmMatch:
 
 @dataclass(frozen=True)
 class GemmFamily:
-    """One GEMM of a ``kind`` with a constant weight, and the elementwise operators and norms that read its result."""
+    """One GEMM with a constant weight, and the elementwise operators and norms that read its result."""
 
-    name: str = "gemm"
-    kind: type[Product] = Gemm
+    name = "gemm"
+    kind: ClassVar[type[Product]] = Gemm
 
     def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
         """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
@@ -467,9 +467,7 @@ def product_cost(
     return Cost(flops, float(moved), launches=launches, efficiency=efficiency)
 
 
-def register_tiles(
-    n: int, target: Target, tiles: Sequence[tuple[int, int]] | None = None
-) -> list[tuple[int, int]]:
+def register_tiles(n: int, target: Target, tiles: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
     """Register tiles (rows, vectors), those with the fewest padded columns first: of ``tiles``, by default those of the
     instruction set."""
     lanes = target.vector_lanes

@@ -1,10 +1,10 @@
 """Products in int8: rows of activations rounded as they are packed, weights rounded once.
 
-The epilogue, the register tile and the blocks are those of :mod:`fuser.kernels.gemm`. A step of the inner loop multiplies
-as many elements as an instruction of the target sums into 32 bits: four where it has the dot products of VNNI, whose
-first factors are unsigned, so that 128 is added to activations and the sums of the weights' columns are taken off again;
-else two, widened to 16 bits. Both sum exactly, so that all targets give the same numbers, which are those of
-:class:`fuser.ir.operators.Int8Gemm`.
+The epilogue, the register tile and the blocks are those of :mod:`fuser.kernels.gemm`. A step of the inner loop
+multiplies as many elements as an instruction of the target sums into 32 bits: four where it has the dot products of
+VNNI, whose first factors are unsigned, so that 128 is added to activations and the sums of the weights' columns are
+taken off again; else two, widened to 16 bits. Both sum exactly, so that all targets give the same numbers, which are
+those of :class:`fuser.ir.operators.Int8Gemm`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,29 @@ from fuser.ir.operators import Int8Gemm
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
-from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, blocking, pack, product_cost, register_tiles
+from fuser.kernels.gemm import (
+    GemmExtents,
+    GemmFamily,
+    GemmMatch,
+    GemmParameters,
+    blocking,
+    pack,
+    product_cost,
+    register_tiles,
+)
 
-INT8_FAMILY = GemmFamily("int8_gemm", Int8Gemm)
 _OFFSET = 128
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 _DEPTHS = (512, 256)
 _PAIR_TILES = ((6, 2), (5, 2))
+
+
+@dataclass(frozen=True)
+class Int8GemmFamily(GemmFamily):
+    """As :class:`GemmFamily`, for products in int8."""
+
+    name = "int8_gemm"
+    kind = Int8Gemm
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Int8GemmParameters(GemmParameters):
 @dataclass(frozen=True)
 class Int8Layout(Layout):
     """A weight, and the factors of its K rows if it has some, as int8 panels for steps of ``width`` elements, with the
-    scale of every column and what its sum has to be changed by where 128 is added to A: (panels, parts, steps, nr, width) int8,
-    (panels, parts, nr) float32 and int32."""
+    scale of every column and what its sum has to be changed by where 128 is added to A: (panels, parts, steps, nr,
+    width) int8, (panels, parts, nr) float32 and int32."""
 
     nr: int
     transposed: bool
@@ -106,9 +122,7 @@ def int8_parameters(match: GemmMatch, target: Target, tile: tuple[int, int], dep
     program, values = match.program, match.group.graph.values
     mr, nr = tile[0], tile[1] * target.vector_lanes
     quads = _has_quads(target)
-    blocks = blocking(
-        match.n, match.k, 4 if quads else 2, mr, nr, depth, match.products, program.expression, target
-    )
+    blocks = blocking(match.n, match.k, 4 if quads else 2, mr, nr, depth, match.products, program.expression, target)
     return Int8GemmParameters(
         n=match.n,
         k=match.k,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     """Rows (…, K) as int8 with a scale each: integers (…, K) in [-127, 127], float32 scales (…, 1).
 
     Symmetric and found at run time: the scale is the row's largest magnitude over 127, and elements are rounded to the
-    nearest integer, halves to even. Everything is computed in fp32. ``factors`` (K,) multiply the row before. A row with
-    NaN or an infinity has the scale NaN; one of zeros (or below 2**-100) the scale zero.
+    nearest integer, halves to even. Everything is computed in fp32. ``factors`` (K,) multiply the row before. A row
+    with NaN or an infinity has the scale NaN; one of zeros (or below 2**-100) the scale zero.
     """
     x = x.float() if factors is None else x.float() * factors.float()
     if x.shape[-1] == 0:
@@ -45,18 +44,22 @@ def exact_products(a: Tensor, b: Tensor) -> Tensor:
     return sum(part.double() for part in parts).float()  # type: ignore[union-attr]
 
 
-@dataclass(frozen=True)
 class Fixed:
-    """A function without arguments whose result is a tensor that was made when a model was optimized; equal by its
-    contents."""
+    """A function without arguments whose result is a contiguous tensor on the CPU, made when a model was optimized.
+    Equal by its contents."""
 
-    content: str
-    tensor: Tensor = field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Fixed:
-        """The function for a contiguous tensor."""
-        return cls(hashlib.sha256(tensor.numpy().tobytes()).hexdigest(), tensor)
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._content = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
     def __call__(self) -> Tensor:
         return self.tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fixed) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __repr__(self) -> str:
+        return f"Fixed({self._content})"

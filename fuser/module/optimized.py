@@ -476,7 +476,9 @@ class OptimizedModule(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
             if not capturing:
                 return next((program for form in forms if (program := compiled(form)) is not None), None)
-            form = self._forms.capture(name, lambda: Form(self._model, call, self._store, self._options, self._quantizer))
+            form = self._forms.capture(
+                name, lambda: Form(self._model, call, self._store, self._options, self._quantizer)
+            )
             return None if form is None else compiled(form)
 
     def _settled(self, call: FlatCall, key: Key) -> Compiled | None:

@@ -19,7 +19,7 @@ from fuser.ir.quantization import MAX_TERMS, Fixed
 from fuser.ir.target import Target
 
 _SMALLEST = 32
-"""Columns and rows of weights from which on a layer is worth it: smaller ones are heads, cheap and close to the result."""
+"""Columns and rows of weights from which on a layer is worth it: smaller ones are heads, cheap and near the result."""
 _SAMPLED = 128
 """Rows of a layer's input that its error is estimated on."""
 _BETTER = 0.9
@@ -155,7 +155,7 @@ class Quantizer:
             if layer.factors is not None:
                 name = f"{op.inputs[1]}_factors"
                 values[name] = TensorSpec.contiguous(layer.factors.shape, torch.float32)
-                constants[name] = Constant(name, (), TorchCall(Fixed.of(layer.factors)))
+                constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors)))
                 inputs = (*inputs, name)
             semantics = op.semantics
             assert isinstance(semantics, Gemm)
@@ -171,7 +171,9 @@ class Quantizer:
         key = tuple(id(parameters[leaf]) for leaf in leaves)
         if key not in self._layers:
             modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
-            self._layers[key] = Layer(modules, not (reason := self._refused(modules, graph.values[weight])), reason=reason)
+            self._layers[key] = Layer(
+                modules, not (reason := self._refused(modules, graph.values[weight])), reason=reason
+            )
         return self._layers[key]
 
     def _refused(self, modules: Sequence[str], weight: TensorSpec) -> str:
@@ -323,4 +325,3 @@ def _run(
         if value in graph.constants and value not in evaluation:
             evaluation[value] = _value(graph, value, parameters)
     return tuple(evaluation[value].clone() for value in graph.outputs)
-

@@ -213,7 +213,7 @@ class Problem:
     def run(self, case: Case, kernel: Kernel, threads: int, gap: int = 0) -> tuple[Tensor, ...]:
         """The kernel's outputs, with ``gap`` untouched columns between their rows; all scratch starts as NaN."""
         p, m = case.parameters, len(self.a)
-        packed = pack(self.weight, p.nr, pairs=p.pairs)
+        packed = pack(self.weight, p.nr, width=p.width)
         stores = [torch.full((m, case.n + gap), float("nan"), dtype=d.torch) for d in p.out_dtypes]
         workspace = torch.full((p.workspace_bytes(m, threads) // 4 + 16,), float("nan"))
         aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
@@ -303,7 +303,7 @@ def test_nan_and_infinity_reach_their_rows_only(kernels: Callable[[Case], Kernel
 def test_packing_round_trip(n: int, k: int, nr: int, transposed: bool, half: bool, pairs: bool) -> None:
     weight = torch.randn(n, k).to(torch.bfloat16 if half else torch.float32)
     weight = weight if transposed else weight.t().contiguous()
-    packed = pack(weight, nr, transposed, pairs=pairs)
+    packed = pack(weight, nr, transposed, width=2 if pairs else 1)
     assert packed.is_contiguous()
     assert torch.equal(unpack(packed, n, k, transposed), weight)
     # Where element (n, k) of the layer lies, and nothing else is there.

@@ -24,7 +24,7 @@ from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
 from fuser.kernels.gemm import GemmMatch
-from fuser.kernels.gemm_int8 import INT8_FAMILY, CpuInt8Gemm, Int8GemmParameters, Int8Layout
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily, Int8GemmParameters, Int8Layout
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
@@ -103,7 +103,7 @@ def values_of(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
-    match = INT8_FAMILY.match(graph.group(graph.compute), machine)
+    match = Int8GemmFamily().match(graph.group(graph.compute), machine)
     assert match is not None
     return match
 
@@ -188,8 +188,7 @@ def test_products_that_meet_in_the_epilogue(cache: KernelCache) -> None:
     def quantized(rows: int) -> OperatorGraph:
         graph = case.graph(rows)
         operators = [
-            dataclasses.replace(op, semantics=Int8Gemm(False)) if op.kind == "gemm" else op
-            for op in graph.operators
+            dataclasses.replace(op, semantics=Int8Gemm(False)) if op.kind == "gemm" else op for op in graph.operators
         ]
         return dataclasses.replace(graph, operators=tuple(operators))
 
@@ -257,8 +256,9 @@ def test_sums_that_may_not_fit_are_refused() -> None:
 
 
 def test_weights_are_a_quarter() -> None:
-    graph = Case(768, 768).graph(4)
-    call = CpuInt8Gemm().call(match_of(graph, target()), CpuInt8Gemm().space(match_of(graph, target()), target())[0], target(), 2)
+    graph, ways = Case(768, 768).graph(4), CpuInt8Gemm()
+    match = match_of(graph, target())
+    call = ways.call(match, ways.space(match, target())[0], target(), 2)
     packed = [ref for ref in call.tensors if isinstance(ref, Packed)]
     values = values_of(graph)
     size = sum(t.nbytes for t in materialized(packed, values))

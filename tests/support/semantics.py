@@ -22,6 +22,7 @@ from fuser.ir.operators import (
     Embedding,
     Extern,
     Gemm,
+    Int8Gemm,
     IntervalMask,
     MergeHeads,
     Norm,
@@ -70,6 +71,12 @@ def _softmax(x: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
+def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    scales = [t.float().abs().amax(-1, keepdim=True) / 127 for t in (x, weight)]
+    a, b = (torch.round(t.float() / scale).double() for t, scale in zip((x, weight), scales, strict=True))
+    return (torch.einsum("bsk,nk->bsn", a, b).float() * (scales[0] * scales[1].mT)).to(x.dtype)
+
+
 def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
     return centred / (centred.square().sum(-1, keepdim=True) / x.shape[-1] + 1e-5).sqrt() * weight + bias
@@ -97,6 +104,7 @@ CASES: Mapping[type[Semantics], Case] = {
             lambda x: x.reshape(2, 4, 24),
         ),
         Case(Gemm(transposed=True), (X, normal(7, 8)), lambda x, w: torch.einsum("bsk,nk->bsn", x, w)),
+        Case(Int8Gemm(transposed=True), (X, normal(7, 8)), _int8_product),
         Case(
             QK(),
             (normal(2, 4, 6, 8), normal(2, 2, 5, 8)),

@@ -64,6 +64,6 @@ def test_an_outlier_is_evened_out_by_factors(transposed: bool) -> None:
 
 
 def test_fixed_tensors_are_equal_by_content() -> None:
-    one, same, other = (Fixed.of(torch.tensor(x)) for x in ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0]))
+    one, same, other = (Fixed(torch.tensor(x)) for x in ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0]))
     assert one == same and hash(one) == hash(same) and one != other
     assert torch.equal(one(), torch.tensor([1.0, 2.0]))

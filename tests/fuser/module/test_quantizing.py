@@ -1,0 +1,251 @@
+"""`optimize(quantize=fuser.Int8())`: which layers it takes, what becomes of the outputs, and how it says so."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import fuser
+from fuser.ir.quantization import quantize_rows
+
+
+class Encoder(nn.Module):
+    """Two blocks with a norm behind each, and a small head."""
+
+    def __init__(self, dim: int = 64) -> None:
+        super().__init__()
+        self.first, self.second = Block(dim), Block(dim)
+        self.head = nn.Linear(dim, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.second(self.first(x))
+        return hidden, self.head(hidden.mean(1))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+def encoder(seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder().eval()
+
+
+def rows(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def int8_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer on rounded numbers, in float64."""
+    (a, s), (w, t) = quantize_rows(x), quantize_rows(layer.weight)
+    return (a.double() @ w.double().mT) * (s.double() * t.double().mT) + layer.bias.double()
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean())
+
+
+def kinds(fast: fuser.OptimizedModule) -> list[str]:
+    return [op.kind for op in fast.programs[-1].graph.operators if op.kind in ("gemm", "int8_gemm")]
+
+
+def optimized(model: nn.Module, **options: Any) -> fuser.OptimizedModule:
+    return fuser.optimize(model, quantize=fuser.Int8(**options), search="model")
+
+
+def test_layers_run_on_rounded_numbers() -> None:
+    model, x = encoder(), rows(2, 9)
+    fast = optimized(model, smooth=False)
+    with torch.no_grad():
+        want = x
+        for block in (model.first, model.second):
+            inner = nn.functional.gelu(int8_linear(want.float(), block.up))
+            want = nn.functional.layer_norm(
+                want.double() + int8_linear(inner.float(), block.down),
+                (64,),
+                block.norm.weight.double(),
+                block.norm.bias.double(),
+            )
+        hidden, _ = fast(x)
+        exact, _ = model(x)
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"]
+    # An element in a hundred lies where fp32 and float64 round to neighbouring integers.
+    torch.testing.assert_close(hidden.double(), want, atol=2e-3, rtol=0)
+    assert 1 - 1e-3 < cosine(hidden, exact) < 1 - 1e-6
+    assert float((hidden - want).norm()) < 0.1 * float((hidden - exact).norm())
+
+
+def test_the_report_lists_layers_with_errors_and_reasons() -> None:
+    fast = optimized(encoder(), exclude="second.*")
+    fast(rows(2, 9))
+    lines = [line for line in fast.report().splitlines() if line.startswith("precision: ")]
+    assert lines[0].startswith("precision: cosine to the unquantized outputs 0.999")
+    assert [line.split(",")[0].removeprefix("precision: ") for line in lines[1:]] == [
+        "first.up: int8",
+        "first.down: int8",
+        "second.up: kept",
+        "second.down: kept",
+        "head: kept",
+    ]
+    errors = [float(re.search(r"error (\S+?)(,|$)", line)[1]) for line in lines[1:3]]  # type: ignore[index]
+    # A hundredth is what steps of 1/127 of a row's largest element make of normal numbers.
+    assert all(3e-3 < error < 3e-2 for error in errors)
+    assert lines[3].endswith("among exclude=") and lines[5].endswith("smaller than 32")
+    assert kinds(fast) == ["int8_gemm"] * 2 + ["gemm"] * 3
+
+
+def test_only_what_is_included() -> None:
+    fast = optimized(encoder(), include=("*.up",), quality=0)
+    fast(rows(1, 5))
+    assert kinds(fast) == ["int8_gemm", "gemm", "int8_gemm", "gemm", "gemm"]
+
+
+def test_one_program_for_all_lengths_and_smoothing_in_all() -> None:
+    model = encoder()
+    with torch.no_grad():
+        # One channel is a hundred times the others, as in trained models.
+        model.first.up.weight[:, 5] /= 100
+    fast = optimized(model, calibrate=[rows(2, 30) * _spike()])
+    for shape in ((2, 9), (5, 17), (3, 30)):
+        x = rows(*shape, seed=sum(shape)) * _spike()
+        with torch.no_grad():
+            assert cosine(fast(x)[0], model(x)[0]) > 0.9995
+    assert any(layer.factors is not None for layer in fast._quantizer.layers)  # type: ignore[union-attr]
+    assert not fast.specialized and len({id(p.captured) for p in fast.programs}) == 1
+
+
+def _spike() -> Tensor:
+    return torch.ones(64).index_fill(0, torch.tensor([5]), 100.0)
+
+
+def test_layers_that_would_spoil_the_outputs_are_kept() -> None:
+    class Narrow(nn.Module):
+        """A product whose result is what is left of two large numbers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.bad = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+            with torch.no_grad():
+                self.bad.weight[:, 1:].mul_(1e-3)
+                self.bad.weight[:, 0] = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bad(self.good(x))
+            return y - y.mean(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    model, x = Narrow().eval(), rows(4, 9)
+    fast = optimized(model, smooth=False)
+    with torch.no_grad():
+        assert cosine(fast(x), model(x)) >= 0.999
+    kept = [layer for layer in fast._quantizer.layers if not layer.quantized]  # type: ignore[union-attr]
+    assert [layer.modules for layer in kept][-1] == ("bad",)
+    assert all(layer.reason == "outputs would fall below a cosine of 0.999" for layer in kept)
+    loose = optimized(model, smooth=False, quality=0)
+    with torch.no_grad():
+        assert cosine(loose(x), model(x)) < 0.9
+    assert kinds(loose) == ["int8_gemm"] * 2
+
+
+def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
+    torch.manual_seed(0)
+    model = encoder()
+    fast = optimized(model, calibrate=[rows(1, 8), (rows(2, 4),), {"x": rows(1, 3)}])
+    # Whose outputs would keep every layer.
+    fast(torch.full((1, 5, 64), torch.nan))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"]
+    with torch.no_grad():
+        assert cosine(fast(rows(1, 5))[0], model(rows(1, 5))[0]) > 0.999
+
+
+def test_new_weights_are_rounded_anew_and_the_model_is_its_own() -> None:
+    model, x = encoder(), rows(2, 7)
+    before = copy.deepcopy(model.state_dict())
+    fast = optimized(model)
+    fast(x)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    with torch.no_grad():
+        model.first.up.weight.mul_(-1)
+        fresh = optimized(copy.deepcopy(model))
+        torch.testing.assert_close(fast(x)[0], fresh(x)[0], atol=0.03, rtol=0)
+        assert cosine(fast(x)[0], model(x)[0]) > 0.999
+
+
+def test_a_saved_file_holds_int8_programs(tmp_path: Path) -> None:
+    fast, x = optimized(encoder(), calibrate=[rows(2, 9) * _spike()]), rows(2, 9) * _spike()
+    want = fast(x)
+    fast.save(tmp_path / "encoder.fuser")
+    for trust in ("kernels", "data"):
+        got = fuser.load(tmp_path / "encoder.fuser", trust=trust)(x)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_bert_with_padding_left_out() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=100
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor([20, 7, 3])[:, None]).long()
+    fast = fuser.optimize(model, quantize=fuser.Int8(), padding="skip", search="model")
+    with torch.no_grad():
+        got, want = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (fast, model))
+    assert cosine(got[mask.bool()], want[mask.bool()]) > 0.999 and not got[~mask.bool()].any()
+    assert "int8_gemm" in {op.kind for p in fast.programs for op in p.graph.operators}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quality": 1.5}, "between 0 and 1"),
+        ({"quality": float("nan")}, "between 0 and 1"),
+        ({"calibrate": []}, "holds no inputs"),
+        ({"calibrate": torch.zeros(3)}, "list of inputs"),
+        ({"calibrate": "text"}, "list of inputs"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fuser.Int8(**options)
+
+
+def test_what_is_no_quantization_and_inputs_that_do_not_fit() -> None:
+    with pytest.raises(TypeError, match=r"fuser\.Int8"):
+        fuser.optimize(encoder(), quantize="int8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="patterns"):
+        fuser.Int8(exclude=(3,))  # type: ignore[arg-type]
+    with pytest.raises(fuser.FuserError, match="calibrat"):
+        optimized(encoder(), calibrate=[torch.zeros(2, 3, 65)])(rows(1, 4))
+
+
+def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None:
+    model, x = encoder(), rows(2, 9)
+    x[1, 4, 3] = torch.nan
+    fast = optimized(model, quality=0)
+    hidden, _ = fast(x)
+    with torch.no_grad():
+        exact = model(x)[0]
+    assert torch.equal(hidden.isnan().any(-1), exact.isnan().any(-1))
+
+
+def test_on_a_gpu_nothing_is_rounded(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = encoder(), rows(1, 4)
+    with caplog.at_level(logging.WARNING, "fuser"):
+        fast = fuser.optimize(model, quantize=fuser.Int8(), search="model", target="cuda:emulated")
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
+    assert "CPUs alone" in caplog.text
