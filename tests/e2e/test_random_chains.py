@@ -20,7 +20,7 @@ NODES = st.sampled_from(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(NODES, min_size=1, max_size=7))
 def test_random_chains(nodes: list[str]) -> None:
     def run(m: Any, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from fuser.kernels.gemm import (
 from fuser.kernels.operands import OperandExtents
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
-from fuser.runtime.cache import KernelCache
+from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cpuinfo import cpu_flags, detect_isa
 from fuser.runtime.library import Kernel, load
 
@@ -166,8 +166,8 @@ def _spec(parameters: GemmParameters) -> KernelSpec:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
-    return KernelCache(tmp_path_factory.mktemp("kernels"))
+def cache() -> KernelCache:
+    return default_cache()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily, Int8GemmParameters, Int8Layout
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
-from fuser.runtime.cache import KernelCache
+from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.compilers import find_toolchain
 from fuser.runtime.cpuinfo import cpu_flags, detect_isa
 from fuser.runtime.library import load
@@ -89,8 +89,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
-    return KernelCache(tmp_path_factory.mktemp("kernels"))
+def cache() -> KernelCache:
+    return default_cache()
 
 
 def values_of(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
