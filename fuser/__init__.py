@@ -19,6 +19,8 @@ _EXPORTS = {
     "varlen_attention": ("fuser.attention", "varlen_attention"),
     "flex_attention": ("fuser.attention.flex", "flex_attention"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
+    "DEQ": ("fuser.ir.prediction", "DEQ"),
+    "Sanger": ("fuser.ir.prediction", "Sanger"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
     "cqs": ("fuser.cqs", None),
