@@ -20,6 +20,8 @@ _EXPORTS = {
     "flex_attention": ("fuser.attention.flex", "flex_attention"),
     "Int8": ("fuser.module.quantizing", "Int8"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
+    "DEQ": ("fuser.ir.prediction", "DEQ"),
+    "Sanger": ("fuser.ir.prediction", "Sanger"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
     "cqs": ("fuser.cqs", None),

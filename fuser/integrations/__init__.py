@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fuser.integrations import transformers
+from fuser.integrations import sentence_transformers, transformers
 
-__all__ = ["transformers"]
+__all__ = ["sentence_transformers", "transformers"]

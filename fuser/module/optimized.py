@@ -22,6 +22,7 @@ from fuser.frontend import traces
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.frontend.graphs import raise_graph
+from fuser.integrations import sentence_transformers
 from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PackingError, PlanError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
@@ -895,8 +896,11 @@ def optimize(
     dynamic: bool | Mapping[str, Collection[int]] = True,
     concurrency: int = 1,
     padding: str = "keep",
-) -> OptimizedModule:
+) -> OptimizedModule | Any:
     """Make ``model`` run fused kernels.
+
+    Models of sentence-transformers come back as models of their class (see
+    :func:`fuser.integrations.sentence_transformers.serve`), all others as an :class:`OptimizedModule`.
 
     Args:
         model: any ``nn.Module``; left as it is, apart from where its weights lie in memory.
@@ -919,7 +923,7 @@ def optimize(
         padding: ``"keep"`` computes what the model does for positions that a padding mask leaves out, ``"skip"``
             computes the others alone, packed one behind the other, and gives zeros there. Calls whose padding has an
             influence on other outputs, or that cannot be looked through, run as with ``"keep"``; the report says why.
-            On CPUs, without gradients.
+            On CPUs, without gradients. Models of sentence-transformers that pool without padding skip it by themselves.
 
     Raises:
         TypeError: arguments of the wrong type, and models that TorchScript has compiled.
@@ -947,15 +951,23 @@ def optimize(
         padding=padding,
         quantize=quantize,
     )
-    optimized = OptimizedModule(model, options)
     if example_inputs is None:
-        return optimized
-    if isinstance(example_inputs, Mapping):
+        args, kwargs = None, {}
+    elif isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
+    if sentence_transformers.is_served(model):
+        served = sentence_transformers.serve(model, options, OptimizedModule)
+        if args is not None:
+            with torch.inference_mode():
+                served(*args, **kwargs)
+        return served
+    optimized = OptimizedModule(model, options)
+    if args is None:
+        return optimized
     call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
         optimized._check_unmasked(reason)

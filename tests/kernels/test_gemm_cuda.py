@@ -626,8 +626,8 @@ def test_registers_fit(arch: str, product: str) -> None:
 def test_no_tile_spills(
     arch: str, product: str, compile_cuda: Callable[[KernelSpec, str], tuple[Resources, ...]]
 ) -> None:
-    """The tiles with the most sums a thread, with epilogues of their own and in another kernel: on one architecture with
-    shallow pipelines, on the other with deep ones; ``benchmarks/gpu_kernels.py`` compiles them all."""
+    """The tiles with the most sums a thread, with epilogues of their own and in another kernel: with shallow pipelines
+    on one architecture, with deep ones on the other; ``benchmarks/gpu_kernels.py`` compiles them all."""
     dtype, tensor_cores = PRODUCTS[product]
     tiles = [t for t in gemm_cuda.legal_tiles(768, 3072, dtype, tensor_cores, cuda_target(arch)) if t.split <= 2]
     by_shape: dict[tuple[int, ...], list[Tile]] = {}
