@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import time
 from pathlib import Path
@@ -15,6 +16,13 @@ from fuser.cli.output import Json, console, print_json, table
 if TYPE_CHECKING:
     from fuser.demo import Batch, Encoder, Timing
     from fuser.module.optimized import OptimizedModule
+
+
+class Padding(str, enum.Enum):
+    """What fuser does with rows of padding."""
+
+    KEEP = "keep"
+    SKIP = "skip"
 
 
 def demo(
@@ -36,6 +44,9 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report and the pictures.", file_okay=False)] = Path("out"),
     batch: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 16,
+    padding: Annotated[
+        Padding, typer.Option(help="keep: compute padded positions too, as eager does; skip: leave them out.")
+    ] = Padding.KEEP,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for the comparison of speed.")] = 15.0,
     torch_compile: Annotated[
         bool, typer.Option("--torch-compile/--no-torch-compile", help="Compare with torch.compile too.")
@@ -74,7 +85,7 @@ def demo(
     say.line(f"{theirs.shape[0]} embeddings of {theirs.shape[1]} numbers in {time.perf_counter() - start:.2f} s")
 
     say.step("compile with fuser.optimize and embed the text again")
-    optimized = fuser.optimize(encoder.model)
+    optimized = fuser.optimize(encoder.model, padding=padding.value)
     fused = parts.encode_with(optimized)
     start = time.perf_counter()
     ours = parts.embed(encoder, fused, batches)

@@ -439,8 +439,9 @@ class OptimizedModule(nn.Module):
         return compiled
 
     def _count_padding(self, form: Form, compiled: Compiled, target: Target, call: FlatCall) -> None:
-        """Look how much of a call with a new program is padding that could be left out."""
-        if self._options.padding != "keep" or target.kind != "cpu":
+        """Look how much of a call with a new program is padding that could be left out; not at every one, since that
+        takes about as long as binding it."""
+        if self._options.padding != "keep" or target.kind != "cpu" or not self._padded.is_due():
             return
         try:
             packing = form.packing(compiled.sizes, target)
@@ -449,7 +450,7 @@ class OptimizedModule(nn.Module):
             return
         if float(self._padded) >= _MUCH_PADDING and not self._told_of_padding:
             self._told_of_padding = True
-            logger.info("%s", self.padding[0])
+            logger.info("%s", self._padding[0])
 
     def _forms_of(self, call: FlatCall, key: Key) -> tuple[Hashable, list[Form]]:
         """What calls that differ in sizes alone have in common, and what has been captured for all of them."""
@@ -688,17 +689,6 @@ class OptimizedModule(nn.Module):
         shape binds the sizes of what has been captured once."""
         return self._forms.reasons
 
-    @property
-    def padding(self) -> Sequence[str]:
-        """How much of the rows of calls was padding, if any was seen: of all calls with ``padding="skip"``, and why it
-        was computed where it had to be, else of those that were compiled."""
-        share = float(self._padded)
-        if self._options.padding == "keep":
-            what = f'{share:.0%} of the rows were padding; fuser.optimize(model, padding="skip") leaves them out'
-        else:
-            what = f"{share:.0%} of the rows were padding"
-        return (*((what,) if share else ()), *(f"was computed: {reason}" for reason in self._kept))
-
     def report(self, path: str | Path | None = None) -> str:
         """What was fused, with which kernels, and what was not and why, as text; with ``path`` also as HTML."""
         from fuser.explain.report import report
@@ -727,10 +717,21 @@ class OptimizedModule(nn.Module):
             outside=tuple(self.outside),
             fallbacks=tuple(self.fallbacks),
             specialized=tuple(self.specialized),
-            padding=tuple(self.padding),
+            padding=self._padding,
             precision=() if self._quantizer is None else self._quantizer.lines,
             memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
         )
+
+    @property
+    def _padding(self) -> tuple[str, ...]:
+        """How much of the rows of calls was padding, if any was seen: of all calls with ``padding="skip"``, and why it
+        was computed where it had to be, else of some of those that were compiled."""
+        share = float(self._padded)
+        if self._options.padding == "keep":
+            what = f'{share:.0%} of the rows were padding; fuser.optimize(model, padding="skip") leaves them out'
+        else:
+            what = f"{share:.0%} of the rows were padding"
+        return (*((what,) if share else ()), *(f"was computed: {reason}" for reason in self._kept))
 
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now."""

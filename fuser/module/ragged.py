@@ -22,6 +22,8 @@ from fuser.module.compiler import Compiled
 from fuser.module.forms import Packing
 
 _REMEMBERED = 16
+_COUNTED = 8
+"""Batches that are counted before that becomes rare."""
 _STEP = 16
 _STEPS_AN_OCTAVE = 32
 _LOW = {dtype: torch.finfo(dtype).min / 2 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -144,7 +146,15 @@ class Share:
     def __init__(self) -> None:
         self.rows = 0
         self.padded = 0
+        self._asked = 0
         self._lock = threading.Lock()
+
+    def is_due(self) -> bool:
+        """Whether a batch is to be counted where counting takes time: the first ones, then one of so many as there
+        were."""
+        with self._lock:
+            self._asked += 1
+            return self._asked & (self._asked - 1) == 0 or self._asked <= _COUNTED
 
     def add(self, keys: Bools) -> None:
         """Count a batch."""

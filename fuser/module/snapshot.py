@@ -36,8 +36,9 @@ class Snapshot:
     """A module at one moment.
 
     ``model`` is the name of the model's class, ``programs`` is everything compiled, in order, ``target`` what for (None
-    before the first program); ``unfused``, ``outside``, ``fallbacks``, ``specialized`` and ``padding`` are as
-    in :class:`fuser.OptimizedModule`, ``precision`` says which layers are quantized.
+    before the first program); ``unfused``, ``outside``, ``fallbacks`` and ``specialized`` are as in
+    :class:`fuser.OptimizedModule`; ``padding`` says how much of the rows was padding, and why it was computed where it
+    should not have been, ``precision`` which layers are quantized.
     """
 
     model: str

@@ -193,6 +193,9 @@ def test_the_whole_demo(
     assert any(path.suffix == ".svg" for path in out.iterdir())
     assert all(Path(path).is_file() for path in found["files"])
 
-    printed = run()
-    for expected in ("7. write the report", "smallest cosine", TEXT[2], "eager", "0 operators of the blocks unfused"):
+    assert "leaves them out" in (out / "report.html").read_text()
+    printed = run("--padding", "skip")
+    report = (out / "report.html").read_text()
+    assert "of the rows were padding" in report and "leaves them out" not in report
+    for expected in ("7. write the report", "smallest cosine", TEXT[2], "eager", "operators of the blocks unfused"):
         assert expected in printed

@@ -20,7 +20,7 @@ import fuser
 from fuser import masks
 from fuser.ir.errors import FuserError, IndexRangeError, PackingError
 from fuser.kernels.plan import AttentionPlan
-from fuser.module.ragged import packed_rows, rounded
+from fuser.module.ragged import Share, packed_rows, rounded
 
 WIDTH, HEADS, WORDS = 32, 2, 50
 TOLERANCE = 1e-5
@@ -149,7 +149,8 @@ def test_rows_of_tokens_have_the_models_numbers_and_others_are_zero(kind: Callab
     fast, model = made(kind(), padding="skip")
     for i, spelling in enumerate(("right", "left", "holes", "empty", "all", "right")):
         check(fast, model, *padded(spelling, 3 - i // 5, 20 + i, i))
-    assert not any("computed" in line for line in fast.padding) and "rows were padding" in fast.padding[0]
+    (said,) = fast.snapshot().padding
+    assert "rows were padding" in said
     assert fast.fallbacks == () and fast.specialized == () and fast.unfused == ()
     assert len(list(fast._forms)) == 1
 
@@ -158,7 +159,7 @@ def test_a_batch_of_one_is_packed_too() -> None:
     fast, model = made(Encoder(), padding="skip")
     for spelling in ("right", "left", "holes"):
         check(fast, model, *padded(spelling, 1, 24))
-    assert not any("computed" in line for line in fast.padding)
+    assert not any("computed" in line for line in fast.snapshot().padding)
 
 
 def test_nothing_is_packed_where_nothing_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,8 @@ def test_rows_at_one_position_are_exact_even_if_they_are_padding(end: str) -> No
     for ids, mask in (padded("right", seed=1), padded("left", seed=1)):
         with torch.inference_mode():
             torch.testing.assert_close(fast(ids, mask).double(), exact(ids, mask), rtol=0, atol=1e-5)
-    assert "rows were padding" in fast.padding[0] and len(fast.padding) == (1 if end == "first" else 2)
+    said = fast.snapshot().padding
+    assert "rows were padding" in said[0] and len(said) == (1 if end == "first" else 2)
 
 
 class Convolved(Encoder):
@@ -238,8 +240,8 @@ def test_padding_with_an_influence_is_computed_and_the_report_says_why(name: str
     with torch.inference_mode():
         got, expected = fast(ids, mask), model(ids, mask)
     torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=0, atol=1e-4)
-    assert any("was computed" in line and reason in line for line in fast.padding), fast.padding
-    assert f"padding: {fast.padding[-1]}" in fast.report()
+    assert any("was computed" in line and reason in line for line in fast.snapshot().padding), fast.snapshot().padding
+    assert f"padding: {fast.snapshot().padding[-1]}" in fast.report()
 
 
 def test_calls_that_want_gradients_compute_padding() -> None:
@@ -247,7 +249,7 @@ def test_calls_that_want_gradients_compute_padding() -> None:
     ids, mask = padded("right")
     torch.testing.assert_close(fast(ids, mask), model(ids, mask), rtol=0, atol=1e-5)
     fast(ids, mask).sum().backward()
-    assert model.out.weight.grad is not None and "gradients" in fast.padding[-1]
+    assert model.out.weight.grad is not None and "gradients" in fast.snapshot().padding[-1]
 
 
 def test_new_weights_are_followed() -> None:
@@ -260,7 +262,7 @@ def test_new_weights_are_followed() -> None:
     check(fast, model, ids, mask)
     model.load_state_dict(Encoder().state_dict())
     check(fast, model, ids, mask)
-    assert not any("computed" in line for line in fast.padding)
+    assert not any("computed" in line for line in fast.snapshot().padding)
 
 
 def test_an_index_outside_its_table_is_an_error_of_the_call() -> None:
@@ -277,7 +279,7 @@ def test_a_mask_for_attention_meets_the_one_of_padding() -> None:
     kept, _ = made(model, attention=masks.SlidingWindow(2, 1))
     with torch.inference_mode():
         torch.testing.assert_close(fast(ids, mask), kept(ids, mask) * mask[..., None], rtol=0, atol=1e-6)
-    assert len(fast.padding) == 1
+    assert len(fast.snapshot().padding) == 1
 
 
 def test_kept_padding_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -285,11 +287,25 @@ def test_kept_padding_is_counted_and_said_once(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, "fuser"):
         for length in (20, 21):
             check(fast, model, *padded("right", 3, length), zeros=False)
-    (line,) = fast.padding
+    (line,) = fast.snapshot().padding
     counted = torch.cat([padded("right", 3, n)[1].flatten() for n in (20, 21)])
     assert line.startswith(f"{1 - counted.float().mean():.0%} of the rows") and 'padding="skip"' in line
     assert sum("of the rows were padding" in record.message for record in caplog.records) == 1
     assert f"padding: {line}" in fast.report()
+
+
+def test_padding_is_an_attribute_of_the_model_if_it_has_one() -> None:
+    fast, model = made(Encoder())
+    with pytest.raises(AttributeError):
+        _ = fast.padding
+    model.padding = "same"
+    assert fast.padding == "same"
+
+
+def test_few_of_many_lengths_are_counted() -> None:
+    share = Share()
+    due = [i for i in range(1, 101) if share.is_due()]
+    assert due == [*range(1, 9), 16, 32, 64]
 
 
 def test_a_copy_keeps_the_option_and_files_refuse_it(tmp_path: Path) -> None:
