@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -52,6 +52,9 @@ class AttentionParameters:
     key_block: int = 96
     rule: ScoreRule | None = None
 
+    predicts: ClassVar[bool] = False
+    """Whether scores are predicted with few bits before some are computed in full."""
+
     @property
     def spec(self) -> KernelSpec:
         return KernelSpec("attention", TEMPLATE, self)
@@ -60,6 +63,11 @@ class AttentionParameters:
     def extents(self) -> str:
         """The kernel's extents in C."""
         return AttentionExtents.declaration()
+
+    @property
+    def extents_type(self) -> str:
+        """The struct of the extents in C."""
+        return AttentionExtents.__name__
 
     @property
     def few_rows(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fuser.attention.varlen import varlen_attention
 from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Dense, Mask, PerBatch
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def sparse_attention(
     *,
     bias: Tensor | None = None,
     score: ScoreRule | None = None,
+    quantize: Prediction | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -53,6 +55,9 @@ def sparse_attention(
         bias: what is added to the scores, floating and broadcastable to (B, H, Sq, Sk), such as relative positions. It
             has gradients.
         score: what becomes of scaled scores before the mask is applied or added, such as ``fuser.SoftCap(50.0)``.
+        quantize: ``fuser.DEQ(...)``, scores of few bits where they matter little, or ``fuser.Sanger(...)``, which
+            leaves those out. Pairs that the mask forbids do not exist: they set no maximum. The backward pass takes
+            decisions as constants and codes as if they were not rounded.
         scale: default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
 
@@ -68,20 +73,22 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices of q, k and v do not fit each other.
         MaskError: the mask does not fit them.
-        ScoreError: ``score`` is no rule of ours.
+        ScoreError: ``score`` is no rule of ours, or ``quantize`` no specification.
     """
     if score is not None and not isinstance(score, ScoreRule):
         raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
+    if quantize is not None and not isinstance(quantize, Prediction):
+        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, got {type(quantize).__name__}")
     if mask is not None and not isinstance(mask, (Mask, PerBatch, Tensor)):
         if not is_block_mask(mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")
         mask = from_block_mask(mask)
     if isinstance(mask, PerBatch):
-        return _by_entries(q, k, v, mask, bias, score, scale, return_lse)
+        return _by_entries(q, k, v, mask, bias, score, quantize, scale, return_lse)
     pattern, runtime = (None, _biased(mask, bias)) if isinstance(mask, Tensor) else (mask, _biased(None, bias))
     if not return_lse:
-        return attend(q, k, v, pattern, runtime, rule=score, scale=scale)
-    operands = _operands(q, k, v, pattern, runtime, score, False, 0, scale)
+        return attend(q, k, v, pattern, runtime, rule=score, quantize=quantize, scale=scale)
+    operands = _operands(q, k, v, pattern, runtime, score, quantize, False, 0, scale)
     return (
         _differentiated(*operands) if is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
     )
@@ -94,6 +101,7 @@ def _by_entries(
     mask: PerBatch,
     bias: Tensor | None,
     score: ScoreRule | None,
+    quantize: Prediction | None,
     scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -107,7 +115,8 @@ def _by_entries(
         stop = start + len(list(same))
         one = q[start:stop], k[start:stop], v[start:stop]
         added = bias[start:stop] if bias is not None and bias.ndim == 4 and bias.shape[0] > 1 else bias
-        part = sparse_attention(*one, entry, bias=added, score=score, scale=scale, return_lse=return_lse)
+        options: Any = {"score": score, "quantize": quantize, "scale": scale, "return_lse": return_lse}
+        part = sparse_attention(*one, entry, bias=added, **options)
         parts.append((part,) if isinstance(part, Tensor) else part)
         start = stop
     outs, *sums = zip(*parts, strict=True)
@@ -140,13 +149,14 @@ def attend(
     causal: bool = False,
     offset: int = 0,
     rule: ScoreRule | None = None,
+    quantize: Prediction | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding.
 
     Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
     """
-    operands = _operands(q, k, v, pattern, runtime, rule, causal, offset, scale)
+    operands = _operands(q, k, v, pattern, runtime, rule, quantize, causal, offset, scale)
     if is_forward_differentiated():
         return _differentiated(*operands)[0]
     result: Tensor = torch.ops.fuser.sparse_attention(*operands)
@@ -169,6 +179,7 @@ def _operands(
     pattern: Mask | None,
     runtime: Tensor | None,
     rule: ScoreRule | None,
+    quantize: Prediction | None,
     causal: bool,
     offset: int,
     scale: float | None,
@@ -177,10 +188,10 @@ def _operands(
     check_operands(q, k, v)
     if runtime is not None:
         runtime = check_runtime(runtime, q, k)
-    if pattern is None and rule is None:
+    if pattern is None and rule is None and quantize is None:
         key = CAUSAL if causal else DENSE
     else:
-        what = _EVERYTHING if pattern is None else pattern, rule, causal, offset
+        what = _EVERYTHING if pattern is None else pattern, rule, quantize, causal, offset
         # Lengths are not asked for where they do not matter, since they may be symbols of a trace.
         key = key_of(*what) or key_of(*what, q.shape[2], k.shape[2])
     return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)

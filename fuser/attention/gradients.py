@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuser.attention.operators import TAGS
-from fuser.attention.reference import probabilities_of, products_of, scores_of, weighted_sum, widened
+from fuser.attention.reference import chosen_of, probabilities_of, weighted_sum, widened
 from fuser.attention.registry import spec_of
 from fuser.ir.attention import AttentionSpec
 
@@ -47,8 +47,7 @@ def gradients_of(
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    products = products_of(q, k, scale)
-    scores = scores_of(products, spec, runtime)
+    products, scores, full = chosen_of(q, k, spec, runtime, scale)
     p, _ = probabilities_of(scores)
     forbidden = torch.isneginf(scores)
     group = q.shape[1] // max(k.shape[1], 1)
@@ -64,9 +63,17 @@ def gradients_of(
     db = None if runtime is None or not bias else ds.sum_to_size(runtime.shape).to(runtime.dtype)
     if spec.rule is not None:
         ds = (ds * spec.rule.derivative.evaluate(products)[0]).masked_fill(forbidden, 0.0)
-    dq = (weighted_sum(ds, widened(k, group, p.dtype), forbidden) * scale).to(q.dtype)
-    dk, dv = narrow(ds.mT @ (q.to(p.dtype) * scale)), narrow(p.mT @ grad)
-    return dq, dk, dv, q.new_empty(0) if db is None else db
+    keys, dv = widened(k, group, p.dtype), narrow(p.mT @ grad)
+    if spec.quantize is None or full is None:
+        dq, dk = weighted_sum(ds, keys, forbidden), ds.mT @ (q.to(p.dtype) * scale)
+    else:
+        # Scores that were not computed in full have the gradient of products of the rows that their codes stand for.
+        high = ds.masked_fill(~full, 0.0)
+        low = ds - high
+        (q_codes, q_step), (k_codes, k_step) = spec.quantize.codes(q.to(p.dtype), 0), spec.quantize.codes(keys, 1)
+        dq = weighted_sum(high, keys, ~full) + weighted_sum(low, k_codes * k_step, forbidden | full)
+        dk = (high.mT @ q.to(p.dtype) + low.mT @ (q_codes * q_step)) * scale
+    return (dq * scale).to(q.dtype), narrow(dk), dv, q.new_empty(0) if db is None else db
 
 
 @torch.library.register_fake("fuser::sparse_attention_backward")  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fuser.codegen.launch import launch
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import TensorSpec
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
@@ -23,6 +24,7 @@ from fuser.kernels.attention import (
     keep_plans,
 )
 from fuser.kernels.attention_cuda import CudaAttentionParameters
+from fuser.kernels.attention_predicted import PredictedAttention, PredictedKernel
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
@@ -37,8 +39,8 @@ class NoKernelError(Exception):
     """Why no kernel can take these tensors."""
 
 
-def target_for(q: Tensor, v: Tensor, runtime: Tensor | None) -> Target:
-    """The target of the tensors' device. Raises NoKernelError if it has no kernel for them."""
+def target_for(q: Tensor, v: Tensor, runtime: Tensor | None, quantize: Prediction | None = None) -> Target:
+    """The target of the tensors' device. Raises NoKernelError if it has no kernel for them, or for ``quantize``."""
     if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
         raise NoKernelError(f"there is no kernel for {q.device.type} tensors")
     try:
@@ -58,6 +60,11 @@ def target_for(q: Tensor, v: Tensor, runtime: Tensor | None) -> Target:
         raise NoKernelError(
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
         )
+    if quantize is not None:
+        if target.kind != "cpu":
+            raise NoKernelError("quantize= has kernels for CPUs only")
+        if quantize.unmasked_maximum and runtime is not None and runtime.dtype != torch.bool:
+            raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
 
 
@@ -86,9 +93,10 @@ def run_plan(
     lse: Tensor | None,
     target: Target | None = None,
     rule: ScoreRule | None = None,
+    quantize: Prediction | None = None,
 ) -> None:
-    """Run the kernel for ``plan`` and the score ``rule`` on checked tensors, into ``out`` and, where it is given,
-    ``lse``.
+    """Run the kernel for ``plan``, the score ``rule`` and ``quantize`` on checked tensors, into ``out`` and, where it
+    is given, ``lse``.
 
     ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
     BuildError, ToolchainError or CacheError when there is no kernel.
@@ -103,19 +111,26 @@ def run_plan(
     operands = Operands(**{n: TensorSpec(t.shape, t.dtype, t.stride()) for n, t in (reads | writes).items()})
     if lse is not None:
         writes["lse"] = lse
-    parameters = _parameters(operands, lse is not None, rule, plan, target)
+    parameters = _parameters(operands, lse is not None, rule, quantize, plan, target)
     threads = target.cores if target.kind == "cuda" else threads_now()
     call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
     launch(call, reads | writes, target, threads)
 
 
 def _parameters(
-    operands: Operands, lse: bool, rule: ScoreRule | None, plan: AttentionPlan, target: Target
+    operands: Operands,
+    lse: bool,
+    rule: ScoreRule | None,
+    quantize: Prediction | None,
+    plan: AttentionPlan,
+    target: Target,
 ) -> PlanParameters:
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
         return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
+    if quantize is not None:
+        return PredictedAttention(PredictedKernel(*kernel, rule=rule, form=quantize.form), quantize)
     return AttentionParameters(*kernel, rule=rule)
 
 

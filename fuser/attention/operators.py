@@ -73,9 +73,9 @@ def _run(
     if k.shape[2] == 0:
         return out.zero_(), sums.fill_(-math.inf)
     try:
-        target = target_for(q, v, runtime)
+        target = target_for(q, v, runtime, spec.quantize)
         plan = cached_plan(spec.mask, q_len, k.shape[2], target)
-        run_plan(q, k, v, plan, runtime, scale, out, sums if lse else None, target, spec.rule)
+        run_plan(q, k, v, plan, runtime, scale, out, sums if lse else None, target, spec.rule, spec.quantize)
         return out, sums
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
         say(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def reference(
 
     16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
     """
-    scores = scores_of(products_of(q, k, scale), spec, runtime)
+    scores = chosen_of(q, k, spec, runtime, scale).scores
     probabilities, lse = probabilities_of(scores)
     values = widened(v, q.shape[1] // k.shape[1], scores.dtype)
     return weighted_sum(probabilities, values, torch.isneginf(scores)).to(q.dtype), lse
@@ -50,6 +51,32 @@ def products_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Scaled scores (B, H, Sq, Sk), which nothing has changed yet."""
     dtype = arithmetic_dtype(q)
     return (q.to(dtype) * scale) @ widened(k, q.shape[1] // max(k.shape[1], 1), dtype).mT
+
+
+class Chosen(NamedTuple):
+    """Scores (B, H, Sq, Sk), what they are made of, and, with quantization, which of them are computed in full."""
+
+    products: Tensor
+    scores: Tensor
+    full: Tensor | None = None
+
+
+def chosen_of(q: Tensor, k: Tensor, spec: AttentionSpec, runtime: Tensor | None, scale: float) -> Chosen:
+    """The scores that ``spec`` makes; -inf for pairs that are not allowed, or are left out."""
+    products = products_of(q, k, scale)
+    how = spec.quantize
+    if how is None:
+        return Chosen(products, scores_of(products, spec, runtime))
+    predicted = how.predicted(q.to(products.dtype), widened(k, q.shape[1] // max(k.shape[1], 1), products.dtype), scale)
+    full = how.chosen(scores_of(predicted, spec, _seen(runtime) if how.unmasked_maximum else runtime))
+    products = how.mixed(products, predicted, full)
+    scores = scores_of(products, spec, runtime)
+    return Chosen(products, scores.masked_fill(~full, -math.inf) if how.prunes else scores, full)
+
+
+def _seen(runtime: Tensor | None) -> Tensor | None:
+    """Which pairs a mask given at run time allows, without what it adds to their scores."""
+    return runtime if runtime is None or runtime.dtype == torch.bool else ~torch.isneginf(runtime)
 
 
 def scores_of(products: Tensor, spec: AttentionSpec, runtime: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 from fuser.runtime.locks import ForkSafeLock
 
@@ -31,18 +32,25 @@ _registered: dict[str, AttentionSpec] = {}
 _known: weakref.WeakKeyDictionary[Mask, dict[Any, str]] = weakref.WeakKeyDictionary()
 # A mask that somebody holds can be found, however many others are used between its key and the operator. Masks of
 # different functions have one key while their entries are equal.
-_alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, int], Mask] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, Prediction | None, int], Mask] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def register_mask(
-    mask: Mask, q_len: int | None = None, kv_len: int | None = None, *, score: ScoreRule | None = None
+    mask: Mask,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    score: ScoreRule | None = None,
+    quantize: Prediction | None = None,
 ) -> str:
-    """Make ``mask``, with a score rule or without, known to this process for good and return its key.
+    """Make ``mask``, with a score rule and quantization or without, known to this process for good; return its key.
 
     Call it before running a graph that another process has exported with this mask. ``q_len`` and ``kv_len`` are
     needed for masks that contain functions (``from_mask_mod``), whose keys hold for one pair of lengths.
     """
-    key = enter(AttentionSpec(mask, score), q_len, kv_len)
+    key = enter(AttentionSpec(mask, score, quantize), q_len, kv_len)
     adopt(key, spec_of(key))
     return key
 
@@ -65,7 +73,7 @@ def specs_of(key: str) -> list[AttentionSpec]:
         if key in _pinned:
             _pinned.move_to_end(key)
         if not known or any(spec.mask.has_functions for spec in known):
-            known += [AttentionSpec(mask, rule) for (name, rule, _), mask in _alive.items() if name == key]
+            known += [AttentionSpec(mask, rule, how) for (name, rule, how, _), mask in _alive.items() if name == key]
     return list(dict.fromkeys(known))
 
 
@@ -102,7 +110,7 @@ def enter(spec: AttentionSpec, q_len: int | None, kv_len: int | None, *, any_len
                     name = keys[lengths] = pool.submit(mask.fingerprint, *lengths).result()
     key = spec.named(name)
     with _lock:
-        _alive[key, spec.rule, id(mask)] = mask
+        _alive[key, spec.rule, spec.quantize, id(mask)] = mask
         _keep(_recent, key, spec, _RECENT)
     return key
 
@@ -125,12 +133,13 @@ def _keep(table: collections.OrderedDict[str, AttentionSpec], key: str, spec: At
 def key_of(
     mask: Mask,
     rule: ScoreRule | None,
+    quantize: Prediction | None,
     causal: bool,
     offset: int,
     q_len: int | None = None,
     kv_len: int | None = None,
 ) -> str:
-    """The key of a mask and a rule, a constant of whatever graph is traced; empty if it depends on lengths that are not
+    """The key of a specification, a constant of whatever graph is traced; empty if it depends on lengths that are not
     given.
 
     Queries are rows ``offset`` and on of the mask; with ``causal``, query i sees keys up to i only (counted from 0).
@@ -138,7 +147,7 @@ def key_of(
     try:
         mask = mask.current()
         mask = mask.shift(offset) if offset else mask
-        return enter(AttentionSpec(mask & Causal() if causal else mask, rule), q_len, kv_len)
+        return enter(AttentionSpec(mask & Causal() if causal else mask, rule, quantize), q_len, kv_len)
     except MaskError:
         if q_len is not None:
             raise

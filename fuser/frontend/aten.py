@@ -380,6 +380,9 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
     spec = spec_of(key)
+    if spec.quantize is not None:
+        # What is predicted for one score decides about others, which the operators of the graph do not say.
+        return None
     if not any(isinstance(length, Size) for length in (q.shape[2], k.shape[2])):
         # Else the plan is made, and the mask checked, when the lengths are known.
         spec.mask.validate(q.shape[2], k.shape[2])

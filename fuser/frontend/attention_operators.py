@@ -23,7 +23,7 @@ _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.defau
 # What has scores that are never seen.
 _WHOLE = frozenset(
     {aten.scaled_dot_product_attention.default, aten._native_multi_head_attention.default}
-    | {aten._transformer_encoder_layer_fwd.default}
+    | {aten._transformer_encoder_layer_fwd.default, torch.ops.fuser.sparse_attention.default}
 )
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from fuser.ir.masks import Mask
 from fuser.ir.masks.columns import digest
 from fuser.ir.operators import canonical
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """``mask`` says which pairs of queries and keys count, ``rule`` what becomes of their scaled scores."""
+    """``mask`` says which pairs of queries and keys count, ``rule`` what becomes of their scaled scores, ``quantize``
+    which scores are computed with few bits."""
 
     mask: Mask
     rule: ScoreRule | None = None
+    quantize: Prediction | None = None
 
     def current(self) -> AttentionSpec:
         """The same of :meth:`Mask.current`."""
@@ -23,8 +27,11 @@ class AttentionSpec:
 
     def of(self, mask: Mask) -> AttentionSpec:
         """The same of another mask."""
-        return self if mask is self.mask else AttentionSpec(mask, self.rule)
+        return self if mask is self.mask else dataclasses.replace(self, mask=mask)
 
     def named(self, mask: str) -> str:
         """The name of this among all specifications, where ``mask`` is that of its mask: the same in every process."""
-        return mask if self.rule is None else digest(["fuser.attention", 1, mask, canonical(self.rule)])
+        if self.rule is None and self.quantize is None:
+            return mask
+        quantize = [] if self.quantize is None else [canonical(self.quantize)]
+        return digest(["fuser.attention", 1, mask, canonical(self.rule), *quantize])

@@ -100,8 +100,9 @@ class Prediction(ABC):
         unmasked_maximum: scores are compared before softmax without what is added to them, as the authors' software
             does, so that padding can set the maximum. By default, padding cannot.
 
-    A row of zeros, or one below 2^-100, has codes of zero. A row that holds infinity or NaN has scores that are NaN, so
-    rows that may see it give NaN. All arithmetic but that of codes is in fp32, or in float64 for float64 tensors.
+    A row of zeros, or one below 2^-100, has codes of zero. A row that holds infinity or NaN, or whose length no fp32
+    number holds, predicts nothing: its scores are computed in full, and do what they do in exact attention. All
+    arithmetic but that of codes is in fp32, or in float64 for float64 tensors.
 
     Raises ScoreError for fields that are not of these values.
     """
@@ -195,7 +196,7 @@ class Prediction(ABC):
             rule = dict(given[cls._section])
         else:
             bits, normalize, rule = 4, "inner_product", given
-        fields = {_KEYS.get(key, key): value for key, value in rule.items()}
+        fields: dict[str, Any] = {_KEYS.get(str(key), str(key)): value for key, value in rule.items()}
         if unknown := sorted(fields.keys() - {"method", "threshold", "granularity", "before_softmax"}):
             raise ScoreError(f"{cls._section} has no key {', '.join(unknown)}")
         method = str(fields.pop("method", None)).replace("probablity", "probability")
@@ -274,9 +275,10 @@ class Prediction(ABC):
                     f"a step of calibration needs finite rows, not all zero; their largest element is {top}"
                 )
             found.append(top)
-        before = self.thresholds or tuple(found)
-        after = tuple(t - (1.0 - EMA_DECAY) * (t - top) for t, top in zip(before, found, strict=True))
-        return dataclasses.replace(self, thresholds=after)
+        of_q, of_k = found
+        if self.thresholds is not None:
+            of_q, of_k = (t - (1.0 - EMA_DECAY) * (t - top) for t, top in zip(self.thresholds, found, strict=True))
+        return dataclasses.replace(self, thresholds=(of_q, of_k))
 
     def _sizes(self, x: Tensor) -> Tensor:
         """What rows (…, S, D) are divided by: (…, S, 1); one where a row is as small as zero."""
@@ -323,7 +325,7 @@ class Prediction(ABC):
 
     def chosen(self, scores: Tensor) -> Tensor:
         """Which of the predicted scores (B, H, Sq, Sk) are to be computed in full: bool. Those at -inf may not be seen,
-        and are not; nor are those that are NaN."""
+        and are not; those that are NaN are."""
         scores = scores.detach()
         top = scores.masked_fill(scores.isnan(), -math.inf).amax(-1, keepdim=True)
         over = {"seq": (), "head": (-2,), "batch": (-3, -2)}[self.granularity]
@@ -338,13 +340,14 @@ class Prediction(ABC):
                 peaks = (top - sums).masked_fill(~(sums > -math.inf), -math.inf)
                 limit = limit + peaks.amax(over, keepdim=True)
         if self.is_inverse:
-            return (scores <= limit) & (scores > -math.inf)
+            return ~(scores > limit) & ~torch.isneginf(scores)
         empty = ~(top > limit)
         if self.empty_row == "argmax":
-            limit = torch.where(empty, torch.nextafter(top, torch.full_like(top, -math.inf)), limit)
+            below = torch.nextafter(top, torch.full_like(top, -math.inf)).masked_fill(top == 0, -SMALLEST)
+            limit = torch.where(empty, below, limit)
         elif self.empty_row == "dense":
             limit = limit.masked_fill(empty, -math.inf)
-        return scores > limit
+        return ~(scores <= limit) & ~torch.isneginf(scores)
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, *, additive_mask: Tensor | None = None, scale: float | None = None

@@ -321,6 +321,19 @@ FUSER_INLINE bool any(vi mask) {
 #endif
 }
 
+// One bit for every lane of a comparison that is set.
+FUSER_INLINE uint64_t to_bits(vi mask) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return uint64_t(uint32_t(_mm256_movemask_ps((__m256)mask)));
+#else
+  uint64_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= uint64_t(mask[i] != 0) << i;
+  return r;
+#endif
+}
+
 // One bit for every byte that is not zero; 0 < n <= 64, no other byte is touched.
 FUSER_INLINE uint64_t load_bits(const uint8_t* p, int64_t n) {
 #if defined(__AVX512BW__)

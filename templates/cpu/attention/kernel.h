@@ -114,7 +114,7 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
       });
     }
     if constexpr (kExact) values_exact(w, n, block.range, first);
-    masked |= block.masked || C::kBias;
+    masked |= block.masked || C::kBias || Scores::kPrunes;
     first = false;
   }
   if (first) std::memset(w.o, 0, DV * pitch * sizeof(float));
@@ -157,22 +157,15 @@ static inline void wait_until(const std::atomic<int64_t>& counter, int64_t count
     if (spins > 1000) sched_yield();
 }
 
-// tensors: q, k, v, mask (if kMask), plan (plan.h), out, lse (if kLse)
-// extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is contiguous (batch,
-//   heads, queries).
-// workspace (64-byte aligned, see workspace_bytes): a 64-bit counter for every (batch, head, phase), then for every head
-//   in flight the partial results, maxima and sums of its slots; unused when the plan has one phase.
-// A row without a key gives zeros and -inf. Returns 1 when the plan is not for these lengths and heads.
-template <class C>
-FUSER_INLINE int run(const FuserArgs* args) {
+// Calls f(t, g, w, i, index) for every group g, number i of the plan, of every head t, which is number `index`, with the
+// scratch w of a thread.
+template <class C, class F>
+FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f) {
   using Element = typename C::Element;
   using MaskElement = typename C::MaskElement;
   const auto& e = *static_cast<const typename C::Extents*>(args->extents);
   const int64_t batch = e.batch, heads = e.heads, in_flight = e.in_flight;
   void* const* const after_mask = args->tensors + (C::kMask ? 4 : 3);
-  const Plan plan(static_cast<const int64_t*>(after_mask[0]));
-  if (plan.format != kPlanFormat || plan.q_len != e.q_len || plan.kv_len != e.kv_len) return 1;
-  if (plan.heads != 0 && plan.heads != heads) return 1;
   const int64_t items = (plan.heads ? batch : batch * heads) * plan.groups;
   std::atomic<int64_t> next{0};
   auto* done = static_cast<std::atomic<int64_t>*>(args->workspace);
@@ -216,12 +209,33 @@ FUSER_INLINE int run(const FuserArgs* args) {
       t.mask_row = e.mask.row, t.mask_key = e.mask.key;
       t.scale = float(e.scale);
       const Group g(plan, i);
-      // Groups are taken in turn, so this thread is likely to get the one that is as many on as there are threads.
-      look_ahead(plan, t, g, i, i + args->threads, w.ahead);
-      if (!attend<false>(t, g, w)) attend<true>(t, g, w);
+      f(t, g, w, i, index);
       if (plan.phases > 1) done[index * plan.phases + phase].fetch_add(1, std::memory_order_release);
     }
   }
+}
+
+// tensors: q, k, v, mask (if kMask), plan (plan.h), out, lse (if kLse)
+// extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is contiguous (batch,
+//   heads, queries).
+// workspace (64-byte aligned, see workspace_bytes): a 64-bit counter for every (batch, head, phase), then for every head
+//   in flight the partial results, maxima and sums of its slots; unused when the plan has one phase. After it, what the
+//   score policy needs.
+// A row without a key gives zeros and -inf. Returns 1 when the plan is not for these lengths and heads.
+template <class C>
+FUSER_INLINE int run(const FuserArgs* args) {
+  using Scores = typename C::Scores;
+  const auto& e = *static_cast<const typename C::Extents*>(args->extents);
+  const Plan plan(static_cast<const int64_t*>(args->tensors[C::kMask ? 4 : 3]));
+  if (plan.format != kPlanFormat || plan.q_len != e.q_len || plan.kv_len != e.kv_len) return 1;
+  if (plan.heads != 0 && plan.heads != e.heads) return 1;
+  if constexpr (Scores::kSurveys) Scores::survey(args, plan);
+  each_group<C>(args, plan, [&](Head<C>& t, const Group& g, Scratch<C>& w, int64_t i, int64_t index) {
+    if constexpr (Scores::kSurveys) Scores::open(args, t, index);
+    // Groups are taken in turn, so this thread is likely to get the one that is as many on as there are threads.
+    look_ahead(plan, t, g, i, i + args->threads, w.ahead);
+    if (!attend<false>(t, g, w)) attend<true>(t, g, w);
+  });
   return 0;
 }
 

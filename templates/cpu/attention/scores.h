@@ -8,6 +8,8 @@
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
 //   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
+// It has what it keeps of a head and of a thread in OfHead and OfThread. A policy that leaves out scores by w.lanes says
+// so by kPrunes; one that must see all scores before the first is used, by kSurveys (predicted.h).
 #pragma once
 #include "attention/scratch.h"
 
@@ -75,7 +77,9 @@ FUSER_INLINE void announce_rows(const Scratch<C>& w, int64_t j, int64_t n) {
 template <class C>
 struct Products {
   static constexpr int64_t D = C::kHeadDim;
-  static constexpr bool kChanges = C::kBias || kRule<C>;
+  static constexpr bool kChanges = C::kBias || kRule<C>, kPrunes = false, kSurveys = false;
+  struct OfHead {};
+  struct OfThread {};
 
   // Rows lie in lanes; few of them one after another.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {

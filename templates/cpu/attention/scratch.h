@@ -49,6 +49,7 @@ struct Head {
   float *lse, *state, *state_top, *state_sum;
   int64_t q_row, k_row, v_row, out_row, mask_row, mask_key;
   float scale;
+  typename C::Scores::OfHead scores;
 };
 
 // Rows to bring into L2 while tiles are at work, `pace` of them with each, so that memory is read evenly.
@@ -78,6 +79,7 @@ struct alignas(64) Scratch {
   uint64_t lanes[kBlock + kGroup];
   int32_t key[kBlock + kGroup];
   Ahead<C> ahead;
+  typename C::Scores::OfThread scores;
   int64_t pitch;  // floats from one key, or one element of a row, to the next: the lanes of all vectors in use
 };
 

@@ -261,17 +261,17 @@ def test_constant_rows_zeros_and_outliers_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("calibration", ["row", "dynamic"])
-def test_poison_stays_in_rows_that_may_see_it(calibration: str, poison: float) -> None:
+@pytest.mark.parametrize("spec", [DEQ(calibration="dynamic"), Sanger()])
+def test_poison_does_what_it_does_in_exact_attention(spec: Prediction, poison: float) -> None:
     q, k, v = inputs(1, 2, 5, 8)
     mask = torch.zeros(5, 5)
     mask[:3, 4] = -math.inf
-    spec = DEQ(calibration=calibration)
     clean = spec.reference(q, k[:, :, :4], v[:, :, :4])[0][:, :, :3]
     k[:, :, 4, 2] = poison
-    out, _ = spec.reference(q, k, v, additive_mask=mask)
-    assert out[:, :, 3:].isnan().all()
+    out, chosen = spec.reference(q, k, v, additive_mask=mask)
+    assert chosen[:, :, 3:, 4].all()
     torch.testing.assert_close(out[:, :, :3], clean)
+    assert torch.equal(out[:, :, 3:].isnan(), dense(q, k, v)[:, :, 3:].isnan())
 
 
 def test_gradients_pass_codes_as_if_they_were_not_rounded() -> None:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from fuser import masks
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Ref, TorchCall
+from fuser.ir.prediction import DEQ, Prediction, Sanger
 from fuser.ir.scheme import Scheme
 from fuser.ir.scores import ScoreRule, SoftCap
 from fuser.ir.size import Name, Size
@@ -94,6 +95,9 @@ CALLS = st.sampled_from(
         PrepackedLinear(True, False),
     ]
 )
+PREDICTIONS = st.sampled_from(
+    [DEQ(), DEQ.from_config("adamax_nb80"), Sanger(calibration="static", thresholds=(0.5, 0.5))]
+)
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     Any: PLAIN,
     int: st.integers(-3, 64),
@@ -107,6 +111,9 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     np.ndarray: st.lists(st.integers(0, 9), max_size=3).map(lambda x: np.array(x, np.int32)),
     collections.abc.Callable: CALLS,
     ScoreRule: st.just(SoftCap(30.0)),
+    Prediction: PREDICTIONS,
+    DEQ: PREDICTIONS.filter(lambda p: isinstance(p, DEQ)),
+    Sanger: PREDICTIONS.filter(lambda p: isinstance(p, Sanger)),
     Layout: st.sampled_from([PanelLayout(8, True, DType.F32, False), RowLayout(False, DType.BF16)]),
     Outline: st.sampled_from([outline_of((torch.ones(1), "text", {"a": None})), outline_of(torch.ones(1))]),
 }
@@ -154,7 +161,7 @@ def test_every_type_comes_back_as_it_was(cls: type) -> None:
         return
 
     @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(_strategy(cls))
+    @given(_of(cls))
     def check(value: Any) -> None:
         text = codec.dump(value)
         back = codec.load(text)

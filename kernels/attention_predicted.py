@@ -1,0 +1,100 @@
+"""Attention by a plan whose scores are predicted with few bits: :mod:`fuser.ir.prediction` on CPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fuser.ir.errors import ScoreError
+from fuser.ir.prediction import EmptyRow, Form, Prediction
+from fuser.ir.target import Target
+from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launch, Operands
+from fuser.kernels.base import KernelSpec
+from fuser.kernels.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class PredictedExtents(AttentionExtents):
+    """``workspace`` bytes of scratch memory lie before what predictions need; the numbers are those of
+    :class:`Prediction`, thresholds 1 where there are none."""
+
+    workspace: int
+    limit: float
+    q_threshold: float
+    k_threshold: float
+
+
+@dataclass(frozen=True)
+class PredictedKernel(AttentionParameters):
+    """The parameters of one kernel: equal for all thresholds."""
+
+    form: Form = dataclasses.field(kw_only=True)
+
+    predicts: ClassVar[bool] = True
+
+    @property
+    def extents(self) -> str:
+        return PredictedExtents.declaration()
+
+    @property
+    def extents_type(self) -> str:
+        return PredictedExtents.__name__
+
+    @property
+    def few_rows(self) -> int:
+        """Rows lie in lanes, however few they are."""
+        return 0
+
+    @property
+    def constants(self) -> Mapping[str, int | bool]:
+        """What the configuration says of the form, by its names in C++."""
+        form = self.form
+        return {
+            "kBits": form.bits,
+            "kPerRow": form.per_row,
+            "kDynamic": form.dynamic,
+            "kNormalize": form.normalize,
+            "kSums": form.needs_sums,
+            "kProbability": form.probability,
+            "kBefore": form.before_softmax,
+            "kOverRows": form.over_rows,
+            "kOverHeads": form.over_heads,
+            "kInverse": form.inverse,
+            "kPrune": form.prune,
+            "kBestOfEmpty": form.empty_row is EmptyRow.ARGMAX,
+            "kAllOfEmpty": form.empty_row is EmptyRow.DENSE,
+        }
+
+
+@dataclass(frozen=True)
+class PredictedAttention:
+    """A kernel and the numbers that one specification gives it."""
+
+    kernel: PredictedKernel
+    quantize: Prediction
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.kernel.spec
+
+    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        """Raises ScoreError for averages that no step of calibration has begun."""
+        made = self.kernel.launch(plan, operands, scale, target, threads)
+        batch, heads, key_heads = operands.heads
+        q_len, kv_len = plan.lengths
+        # A line of memory with the factor of codes; two numbers for each row of q; two and its codes for each of k.
+        words = 16 + 2 * batch * heads * q_len + batch * key_heads * kv_len * (2 + -(-self.kernel.head_dim // 4))
+        if self.quantize.calibration == "ema" and self.quantize.thresholds is None:
+            raise ScoreError("ema calibration has no thresholds yet; take what calibrated(q, k) returns")
+        q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
+        known = {f.name: getattr(made.extents, f.name) for f in dataclasses.fields(AttentionExtents)}
+        extents = PredictedExtents(
+            **known,
+            workspace=made.workspace_bytes,
+            limit=self.quantize.limit,
+            q_threshold=q_threshold,
+            k_threshold=k_threshold,
+        )
+        return dataclasses.replace(made, extents=extents, workspace_bytes=made.workspace_bytes + 4 * words)

@@ -1,0 +1,67 @@
+// Products of rows of small whole numbers, four of them in each 32-bit lane: bytes of `a` times those of `b`, summed.
+//
+// CodeProducts<Bits> is for numbers from -L to L, L = 2^(Bits - 1) - 1. Bytes of a hold them plus kOffset, those of b as
+// they are. No sum of up to 64 steps, that is of 256 numbers, overflows or saturates:
+//   VNNI     64 * 4 * 255 * 127 < 2^31
+//   AVX2, AVX-512 up to 4 bits    a pair is at most 2 * 15 * 7, so 64 of them stay below 2^15
+//   otherwise 16-bit or 32-bit products in 32-bit sums
+#pragma once
+#include "simd.h"
+
+namespace attention {
+using namespace simd;
+
+#if defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
+#define FUSER_DOT_BYTES(sum, a, b) (vi) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#elif defined(__AVXVNNI__) && FUSER_VECTOR_BYTES == 32
+#define FUSER_DOT_BYTES(sum, a, b) (vi) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(a), (__m256i)(b))
+#endif
+#if defined(__AVX512BW__) && FUSER_VECTOR_BYTES == 64
+#define FUSER_X86(name, ...) (vi) _mm512_##name(__VA_ARGS__)
+#define FUSER_X86_VECTOR __m512i
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+#define FUSER_X86(name, ...) (vi) _mm256_##name(__VA_ARGS__)
+#define FUSER_X86_VECTOR __m256i
+#endif
+
+#if defined(FUSER_DOT_BYTES)
+template <int Bits>
+struct CodeProducts {
+  static constexpr int32_t kOffset = 1 << (Bits - 1);
+  FUSER_INLINE vi add(vi sum, vi a, vi b) { return FUSER_DOT_BYTES(sum, a, b); }
+  FUSER_INLINE vi total(vi sum) { return sum; }
+};
+#elif defined(FUSER_X86)
+template <int Bits, bool kNarrow = (Bits <= 4)>
+struct CodeProducts {
+  using X = FUSER_X86_VECTOR;
+  static constexpr int32_t kOffset = 1 << (Bits - 1);
+  FUSER_INLINE vi add(vi sum, vi a, vi b) { return FUSER_X86(add_epi16, (X)sum, (X)FUSER_X86(maddubs_epi16, (X)a, (X)b)); }
+  FUSER_INLINE vi total(vi sum) { return FUSER_X86(madd_epi16, (X)sum, (X)set1(int32_t(0x00010001))); }
+};
+// Even and odd bytes as 16-bit numbers.
+template <int Bits>
+struct CodeProducts<Bits, false> {
+  using X = FUSER_X86_VECTOR;
+  static constexpr int32_t kOffset = 0;
+  FUSER_INLINE vi even(vi x) { return FUSER_X86(srai_epi16, (X)FUSER_X86(slli_epi16, (X)x, 8), 8); }
+  FUSER_INLINE vi odd(vi x) { return FUSER_X86(srai_epi16, (X)x, 8); }
+  FUSER_INLINE vi add(vi sum, vi a, vi b) {
+    return sum + FUSER_X86(madd_epi16, (X)even(a), (X)even(b)) + FUSER_X86(madd_epi16, (X)odd(a), (X)odd(b));
+  }
+  FUSER_INLINE vi total(vi sum) { return sum; }
+};
+#else
+template <int Bits>
+struct CodeProducts {
+  static constexpr int32_t kOffset = 0;
+  FUSER_INLINE vi add(vi sum, vi a, vi b) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 32; i += 8) sum += ((vi)((vu)a << i) >> 24) * ((vi)((vu)b << i) >> 24);
+    return sum;
+  }
+  FUSER_INLINE vi total(vi sum) { return sum; }
+};
+#endif
+
+}  // namespace attention

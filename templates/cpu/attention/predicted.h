@@ -1,0 +1,358 @@
+// Scores predicted with few bits, some of which are computed in full: fuser/ir/prediction.py says what, in PyTorch.
+//
+// Rows of k become codes (whole numbers) once, rows of q whenever a group is at work. A first walk over the plan leaves
+// for every row the largest predicted score, and the sum of weights where limits need it. These become limits, and the
+// second walk computes in full what is above them. Codes, predicted scores and limits that follow from maxima have the
+// bits of the PyTorch code.
+//
+// The configuration adds:
+//   kBits                                width of codes
+//   kPerRow, kDynamic, kNormalize        where the largest code stands: see Prediction.calibration
+//   kSums                                whether limits follow from sums of weights, too
+//   kProbability, kBefore                what is compared
+//   kOverRows, kOverHeads                what a maximum is of, beyond a row
+//   kInverse                             whether scores are computed in full that are not above their limit
+//   kPrune                               whether all others are left out
+//   kBestOfEmpty, kAllOfEmpty            what is computed in full of a row that has nothing above its limit
+// and the extents `workspace` (bytes before what lies here), `limit` and `q_threshold`, `k_threshold`.
+#pragma once
+#include <cmath>
+
+#include "abi.h"
+#include "attention/block.h"
+#include "attention/codes.h"
+#include "attention/scores.h"
+#include "attention/softmax.h"
+
+namespace attention {
+
+template <class C, class F>
+FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f);
+
+constexpr float kSmallest = 0x1p-100f;  // rows below it are zero
+
+// s[j][lane] = codes of a row in lanes times those of key j, times the steps of both; `top` keeps the largest.
+template <int Bits, int64_t Words, int RV, int RK>
+FUSER_INLINE void predicted_tile(const int32_t* q, const float* q_step, const int32_t* const* k_row,
+                                 const float* k_step, const int32_t* k_start, int64_t pitch, float* s, vf* top) {
+  using Products = CodeProducts<Bits>;
+  vi acc[RK][RV] = {};
+  const int32_t* k[RK];
+#pragma GCC unroll 8
+  for (int j = 0; j < RK; ++j) k[j] = k_row[j];
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < Words; ++i, q += pitch) {
+    vi x[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) x[v] = load(q + v * L);
+#pragma GCC unroll 8
+    for (int j = 0; j < RK; ++j)
+#pragma GCC unroll 8
+      for (int v = 0; v < RV; ++v) acc[j][v] = Products::add(acc[j][v], x[v], set1(k[j][i]));
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < RK; ++j, s += pitch)
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) {
+      const vi sum = Products::total(acc[j][v]) + k_start[j];
+      const vf x = __builtin_convertvector(sum, vf) * (load(q_step + v * L) * k_step[j]);
+      store(s + v * L, x), top[v] = max_fast(x, top[v]);
+    }
+}
+
+template <class C>
+struct Predicted : Products<C> {
+  using Base = Products<C>;
+  using Element = typename C::Element;
+  using Codes = CodeProducts<C::kBits>;
+  static constexpr int64_t D = C::kHeadDim, kWords = (D + 3) / 4;
+  static_assert(kWords <= 64);
+  static constexpr int32_t kLargest = (1 << (C::kBits - 1)) - 1;
+  static constexpr bool kChanges = Base::kChanges || C::kPrune, kPrunes = C::kPrune, kSurveys = true;
+
+  // Rows of one head: codes of k, their steps, and what their products start with; largest score and sum of weights of
+  // rows of q, where the first becomes the limit.
+  struct OfHead {
+    const int32_t *code, *start;
+    const float* step;
+    float *top, *sum;
+    float factor;
+  };
+  struct OfThread {
+    int32_t q[kWords * kGroup];
+    float q_step[kGroup], limit[kGroup];
+    const int32_t* code[C::kKeyBlock + kRepeated];
+    int32_t start[C::kKeyBlock + kRepeated];
+    float step[C::kKeyBlock + kRepeated];
+    float full[kMostKeys * kGroup];
+    int32_t chosen[C::kKeyBlock + kMostKeys];
+    uint64_t bits[C::kKeyBlock + kMostKeys];
+    const Element* k;
+    int64_t k_row;
+    bool row_bias;
+  };
+
+  // What lies in the workspace, in this order: see PredictedKernel.launch.
+  struct Shared {
+    float *factor, *top, *sum, *step;
+    int32_t *start, *code;
+
+    explicit Shared(const FuserArgs* args) {
+      const auto& e = extents(args);
+      const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
+      factor = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
+      top = factor + 16, sum = top + rows, step = sum + rows;
+      start = reinterpret_cast<int32_t*>(step + keys), code = start + keys;
+    }
+  };
+
+  static const typename C::Extents& extents(const FuserArgs* args) {
+    return *static_cast<const typename C::Extents*>(args->extents);
+  }
+
+  // What the elements of a row are divided by before they meet thresholds, NaN where it predicts nothing, 0 for zeros.
+  static float size_of(const float* row) {
+    float top = 0.0f, poison = 0.0f;
+    for (int64_t d = 0; d < D; ++d) {
+      const float a = std::fabs(row[d]);
+      top = a > top ? a : top;
+      poison += row[d] * 0.0f;
+    }
+    if (poison != 0.0f) return __builtin_nanf("");
+    if (top < kSmallest) return 0.0f;
+    if constexpr (C::kPerRow) return top;
+    if constexpr (!C::kNormalize) return 1.0f;
+    double squares = 0.0;
+    for (int64_t d = 0; d < D; ++d) squares += double(row[d]) * double(row[d]);
+    const float size = float(std::sqrt(squares));
+    return size < kInf ? size : __builtin_nanf("");
+  }
+
+  // Codes of a row, and its step.
+  static float quantize(const Element* row, float factor, int8_t* code) {
+    float copy[D];
+    const float* x = fp32_row(row, copy, D);
+    const float size = size_of(x);
+    if (!(size > 0.0f)) {
+      std::memset(code, 0, 4 * kWords);
+      return size;
+    }
+    for (int64_t d = D; d < 4 * kWords; ++d) code[d] = 0;
+    for (int64_t d = 0; d < D; d += L) {
+      const int64_t n = D - d < L ? D - d : L;
+      const vf exact = (n == L ? load(x + d) : load_n(x + d, n)) / size * factor;
+      const vf whole = max_fast(set1(float(-kLargest)), min_fast(set1(float(kLargest)), round_even(exact)));
+      const vi codes = __builtin_convertvector(whole, vi);
+      for (int64_t i = 0; i < n; ++i) code[d + i] = int8_t(codes[i]);
+    }
+    return size / factor;
+  }
+
+  // The largest element of all rows of a tensor, each divided by its size.
+  template <class Strides>
+  static float largest(const void* tensor, const Strides& s, int64_t batch, int64_t heads, int64_t rows, int threads) {
+    float top = 0.0f;
+#pragma omp parallel for num_threads(threads) reduction(max : top)
+    for (int64_t i = 0; i < batch * heads * rows; ++i) {
+      float copy[D];
+      const Element* row = static_cast<const Element*>(tensor) + i / rows / heads * s.batch + i / rows % heads * s.head;
+      const float* x = fp32_row(row + i % rows * s.row, copy, D);
+      const float size = size_of(x);
+      for (int64_t d = 0; size > 0.0f && d < D; ++d) {
+        const float a = std::fabs(x[d] / size);
+        top = a > top ? a : top;
+      }
+    }
+    return top < kSmallest ? 1.0f : top;
+  }
+
+  static void open(const FuserArgs* args, Head<C>& t, int64_t index) {
+    const auto& e = extents(args);
+    const Shared all(args);
+    const int64_t at = (index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads)) * e.kv_len;
+    t.scores = {all.code + at * kWords,       all.start + at,           all.step + at,
+                all.top + index * e.q_len,    all.sum + index * e.q_len, all.factor[0]};
+  }
+
+  static void survey(const FuserArgs* args, const Plan& plan) {
+    const auto& e = extents(args);
+    const Shared all(args);
+    const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
+    float q_factor = kLargest, k_factor = kLargest;
+    if constexpr (C::kDynamic) {
+      q_factor /= largest(args->tensors[0], e.q, e.batch, e.heads, e.q_len, args->threads);
+      k_factor /= largest(args->tensors[1], e.k, e.batch, e.key_heads, e.kv_len, args->threads);
+    } else if constexpr (!C::kPerRow) {
+      q_factor /= float(e.q_threshold), k_factor /= float(e.k_threshold);
+    }
+    all.factor[0] = q_factor;
+#pragma omp parallel for num_threads(args->threads)
+    for (int64_t i = 0; i < keys; ++i) {
+      const Element* row = static_cast<const Element*>(args->tensors[1]) + i / e.kv_len / e.key_heads * e.k.batch +
+                           i / e.kv_len % e.key_heads * e.k.head + i % e.kv_len * e.k.row;
+      auto* const code = reinterpret_cast<int8_t*>(all.code + i * kWords);
+      all.step[i] = quantize(row, k_factor, code);
+      int32_t sum = 0;
+      for (int64_t d = 0; d < D; ++d) sum += code[d];
+      all.start[i] = -Codes::kOffset * sum;
+    }
+    for (int64_t i = 0; i < rows; ++i) all.top[i] = -kInf, all.sum[i] = 0.0f;
+    each_group<C>(args, plan, [&](Head<C>& t, const Group& g, Scratch<C>& w, int64_t, int64_t index) {
+      open(args, t, index);
+      visit(t, g, w);
+    });
+    limits(args);
+  }
+
+  // Adds the scores of a group to what is known of its rows.
+  static void visit(const Head<C>& t, const Group& g, Scratch<C>& w) {
+    w.pitch = (g.count + L - 1) / L * L;
+    for (int64_t r = 0; r < w.pitch; ++r) {
+      const bool begun = r < g.count;
+      w.top[r] = begun ? t.scores.top[g.row[r]] : -kInf;
+      w.sum[r] = begun ? t.scores.sum[g.row[r]] : 0.0f;
+    }
+    own_queries(t, g, w);
+    Block<C> block{t, g, w, true};
+    while (block.fill()) {
+      keys(t, w, block.n);
+      by_tiles(block.range, [&](auto size, int64_t v) {
+        predict<size()>(w, block.n, v);
+        if constexpr (C::kSums)
+          softmax<size(), false>(w, block.n, v, block.masked, block.row_mask);
+        else
+          tops<size()>(w, block.n, v, block.masked);
+      });
+    }
+    for (int64_t r = 0; r < g.count; ++r) t.scores.top[g.row[r]] = w.top[r], t.scores.sum[g.row[r]] = w.sum[r];
+  }
+
+  template <int RV>
+  static void tops(Scratch<C>& w, int64_t n, int64_t v0, bool masked) {
+    for (int64_t v = v0; v < v0 + RV; ++v) {
+      vf top = load(w.top + v * L);
+      if (Base::kChanges || masked)
+        for (int64_t j = 0; j < n; ++j)
+          top = max_fast(Base::change(w, load(w.s + j * w.pitch + v * L), j, v, w.scores.row_bias), top);
+      else
+        top = load(w.peak + v * L);
+      store(w.top + v * L, top);
+    }
+  }
+
+  // Turns what is known of all rows into their limits.
+  static void limits(const FuserArgs* args) {
+    const auto& e = extents(args);
+    const Shared all(args);
+    const float number = float(e.limit);
+    const int64_t rows = e.q_len * (C::kOverHeads ? e.heads : 1);
+#pragma omp parallel for num_threads(args->threads)
+    for (int64_t unit = 0; unit < e.batch * (C::kOverHeads ? 1 : e.heads); ++unit) {
+      float* const top = all.top + unit * rows;
+      const float* const sum = all.sum + unit * rows;
+      float peak = -kInf;
+      if constexpr (C::kOverRows)
+        for (int64_t i = 0; i < rows; ++i) {
+          const float own = C::kBefore ? top[i] : sum[i] > 0.0f ? -std::log(sum[i]) : -kInf;
+          peak = own > peak ? own : peak;
+        }
+      for (int64_t i = 0; i < rows; ++i) {
+        float limit;
+        if constexpr (C::kBefore)
+          limit = number * (C::kOverRows ? peak : top[i]);
+        else if constexpr (!C::kSums)
+          limit = top[i] + number;
+        else
+          limit = top[i] + std::log(sum[i]) + number + (C::kOverRows ? peak : 0.0f);
+        if (!(top[i] > limit)) {
+          if constexpr (C::kBestOfEmpty) limit = top[i] == 0.0f ? -kSmallest : std::nextafter(top[i], -kInf);
+          if constexpr (C::kAllOfEmpty) limit = -kInf;
+        }
+        top[i] = limit;
+      }
+    }
+  }
+
+  FUSER_INLINE void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
+    w.scores.k = t.k, w.scores.k_row = t.k_row, w.scores.row_bias = C::kMask && t.mask_row != 0;
+    for (int64_t r = 0; r < w.pitch; ++r) {
+      alignas(4) int8_t code[4 * kWords];
+      const int64_t row = g.row[r < g.count ? r : g.count - 1];
+      w.scores.q_step[r] = quantize(t.q + row * t.q_row, t.scores.factor, code) * t.scale;
+      w.scores.limit[r] = t.scores.top[row];
+      for (int64_t d = 0; d < 4 * kWords; ++d) code[d] = int8_t(code[d] + Codes::kOffset);
+      for (int64_t i = 0; i < kWords; ++i) std::memcpy(w.scores.q + i * w.pitch + r, code + 4 * i, 4);
+    }
+  }
+
+  FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
+    Base::queries(t, g, w);
+    own_queries(t, g, w);
+  }
+
+  FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    // Tiles read rows of keys beyond n as well.
+    for (int64_t j = 0; j < n + kMostKeys; ++j) {
+      const int64_t key = w.key[j < n ? j : n - 1];
+      w.scores.code[j] = t.scores.code + key * kWords;
+      w.scores.start[j] = t.scores.start[key], w.scores.step[j] = t.scores.step[key];
+    }
+  }
+
+  template <int RV>
+  static __attribute__((noinline)) void predict(Scratch<C>& w, int64_t n, int64_t v) {
+    constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
+    const OfThread& own = w.scores;
+    vf top[RV];
+#pragma GCC unroll 8
+    for (int i = 0; i < RV; ++i) top[i] = load(w.top + (v + i) * L);
+    for (int64_t j = 0; j < n; j += RK)
+      predicted_tile<C::kBits, kWords, RV, RK>(own.q + v * L, own.q_step + v * L, own.code + j, own.step + j,
+                                               own.start + j, w.pitch, w.s + j * w.pitch + v * L, top);
+#pragma GCC unroll 8
+    for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
+  }
+
+  template <int RV>
+  static __attribute__((noinline)) void score(Scratch<C>& w, int64_t n, int64_t v0) {
+    predict<RV>(w, n, v0);
+    for (int64_t v = v0; v < v0 + RV; ++v) {
+      refine(w, n, v);
+      vf top = load(w.top + v * L);
+      for (int64_t j = 0; j < n; ++j) top = max_fast(load(w.s + j * w.pitch + v * L), top);
+      store(w.peak + v * L, top);
+    }
+  }
+
+  // Computes in full what is chosen among the scores in vector v.
+  FUSER_INLINE void refine(Scratch<C>& w, int64_t n, int64_t v) {
+    constexpr uint64_t every = ~0ull >> (64 - L);
+    OfThread& own = w.scores;
+    const vf limit = load(own.limit + v * L), lowest = set1(-kInf);
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const vf x = Base::change(w, load(w.s + j * w.pitch + v * L), j, v, own.row_bias);
+      // Scores that are NaN are chosen.
+      const vi out = C::kInverse ? (vi)(x > limit) : (vi)(x <= limit);
+      const uint64_t bits = to_bits(~out & ~(vi)(x == lowest));
+      if constexpr (C::kPrune) w.lanes[j] &= bits << v * L | ~(every << v * L);
+      own.chosen[count] = int32_t(j), own.bits[count] = bits;
+      count += bits != 0;
+    }
+    for (int64_t i = 0; i < count; i += kMostKeys) {
+      const float* row[kMostKeys];
+      for (int64_t c = 0; c < kMostKeys; ++c) {
+        const int64_t j = own.chosen[i + c < count ? i + c : count - 1];
+        row[c] = fp32_row(own.k + w.key[j] * own.k_row, w.k + (kConvert<C> ? c * D : 0), D);
+      }
+      vf unused = lowest;
+      scores_tile<D, 1, kMostKeys>(w.q + v * L, row, w.pitch, own.full, &unused);
+      for (int64_t c = 0; c < kMostKeys && i + c < count; ++c) {
+        float* const s = w.s + own.chosen[i + c] * w.pitch + v * L;
+        store(s, select_bits(own.bits[i + c], load(own.full + c * w.pitch), load(s)));
+      }
+    }
+  }
+};
+
+}  // namespace attention

@@ -1,0 +1,145 @@
+"""Attention with DEQ or Sanger, from the public function to the kernel, and in programs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from attention_cases import inputs
+from torch import Tensor, nn
+
+import fuser
+from fuser import DEQ, Sanger, masks, sparse_attention
+from fuser.attention import launch, register_mask
+from fuser.attention.registry import spec_of
+from fuser.ir.attention import AttentionSpec
+from fuser.ir.errors import FuserError, MaskError
+from fuser.ir.prediction import Prediction
+
+MASK = masks.Longformer(6, 2)
+HOW = DEQ(threshold=0.2)
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, how: Prediction, allowed: Tensor | None = None) -> Tensor:
+    """What the reference of the specification says where forbidden pairs do not exist."""
+    added = None if allowed is None else torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+    return how.reference(q, k, v, additive_mask=added)[0]
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    launch.say.cache_clear()
+    caplog.set_level(logging.WARNING, "fuser")
+    return caplog
+
+
+def test_a_kernel_runs_it(warned: pytest.LogCaptureFixture) -> None:
+    q, k, v = inputs()
+    out = sparse_attention(q, k, v, MASK, quantize=HOW)
+    torch.testing.assert_close(out, expected(q, k, v, HOW, MASK.dense(70, 90)), rtol=0, atol=3e-6)
+    each = masks.per_batch([masks.Causal(), masks.Dense()])
+    out = sparse_attention(q, k, v, each, quantize=HOW)
+    torch.testing.assert_close(out, expected(q, k, v, HOW, each.dense(70, 90)[:, None]), rtol=0, atol=3e-6)
+    assert not warned.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "bias", "reason"),
+    [
+        (torch.float64, HOW, None, "no kernel for torch.float64"),
+        (torch.float16, Sanger(), None, "no kernel for torch.float16"),
+        (torch.float32, DEQ.from_config("adamax_nb80"), torch.zeros(70, 90), "compares scores without the mask"),
+    ],
+)
+def test_what_no_kernel_takes_runs_as_the_reference(
+    dtype: torch.dtype, how: Prediction, bias: Tensor | None, reason: str, warned: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = (t.to(dtype) for t in inputs())
+    out = sparse_attention(q, k, v, bias=bias, quantize=how)
+    torch.testing.assert_close(out, how.reference(q, k, v)[0])
+    assert reason in warned.text
+
+
+@pytest.mark.parametrize("how", [HOW, Sanger(threshold=0.1), DEQ(method="inv_probability_threshold", threshold=0.1)])
+def test_gradients_are_those_of_the_reference(how: Prediction) -> None:
+    q, k, v = (t.double().requires_grad_() for t in inputs(1, 4, 2, 7, 6, 5))
+    bias = torch.randn(1, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(1, 4, 7, 5, dtype=torch.float64)
+    got = torch.autograd.grad((sparse_attention(q, k, v, bias=bias, quantize=how) * grad).sum(), (q, k, v, bias))  # type: ignore[operator]
+    want = torch.autograd.grad((how.reference(q, k, v, additive_mask=bias)[0] * grad).sum(), (q, k, v, bias))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    ones = tuple(torch.ones_like(t) for t in (q, k, v))
+    _, tangent = torch.func.jvp(lambda *t: sparse_attention(*t, quantize=how), (q, k, v), ones)
+    _, wanted = torch.func.jvp(lambda *t: how.reference(*t)[0], (q, k, v), ones)
+    torch.testing.assert_close(tangent, wanted)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        out: Any = sparse_attention(q, k, v, MASK, quantize=HOW)
+        return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+X = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(4))
+
+
+def test_programs_exports_and_files_keep_it(tmp_path: Any) -> None:
+    model = Block().eval()
+    with torch.no_grad():
+        want = model(X)
+        fast = fuser.optimize(model)
+        torch.testing.assert_close(fast(X), want, rtol=1e-4, atol=1e-5)
+        fast.save(tmp_path / "block.fuser")
+        torch.testing.assert_close(fuser.load(tmp_path / "block.fuser")(X), want, rtol=1e-4, atol=1e-5)
+        assert "sparse_attention" in str(fast.report())
+        torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), want, rtol=1e-4, atol=1e-5)
+        counter = torch._dynamo.testing.CompileCounter()
+        torch.testing.assert_close(torch.compile(model, backend=counter, fullgraph=True)(X), want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+class Both(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+def test_attention_of_optimize_is_not_silently_left_out() -> None:
+    with torch.no_grad(), pytest.raises(MaskError, match="restricts all attention"):
+        fuser.optimize(Both().eval(), attention=masks.Causal())(X)
+
+
+def test_specifications_have_keys_of_their_own() -> None:
+    plain, low, lower = (register_mask(MASK, quantize=how) for how in (None, HOW, DEQ(bits=2)))
+    assert len({plain, low, lower}) == 3
+    assert spec_of(low) == AttentionSpec(MASK, None, HOW) and register_mask(MASK, quantize=DEQ(threshold=0.2)) == low
+
+
+@pytest.mark.parametrize("given", [4, "adamax_nb80", DEQ])
+def test_what_is_no_specification_is_refused(given: Any) -> None:
+    with pytest.raises(FuserError, match=r"quantize must be a fuser\.DEQ, a fuser\.Sanger or None"):
+        sparse_attention(*inputs(), quantize=given)
+    with pytest.raises(FuserError, match="no thresholds yet"):
+        sparse_attention(*inputs(), quantize=DEQ(calibration="ema"))
+
+
+def test_no_keys_and_no_queries() -> None:
+    q, k, v = inputs(1, 2, 2, 3, 4, 8)
+    assert not sparse_attention(q, k[:, :, :0], v[:, :, :0], quantize=HOW).any()  # type: ignore[union-attr]
+    assert sparse_attention(q[:, :, :0], k, v, quantize=HOW).shape == (1, 2, 0, 8)  # type: ignore[union-attr]
+
+
+def test_the_operator_is_registered_well() -> None:
+    q, k, v = inputs()
+    operator = torch.ops.fuser.sparse_attention.default
+    torch.library.opcheck(operator, (q.requires_grad_(), k, v, register_mask(MASK, quantize=HOW), None, 0.2))

@@ -1,0 +1,178 @@
+"""The kernel of DEQ and Sanger against their reference: integers and decisions element by element, on instruction sets.
+
+Values are the identity, so outputs are weights, and with the log-sum-exp every score can be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuser import DEQ, Sanger, SoftCap, masks
+from fuser.attention.launch import run_plan
+from fuser.attention.reference import chosen_of, reference
+from fuser.codegen.render import header_folder, render
+from fuser.ir.attention import AttentionSpec
+from fuser.ir.masks import Mask
+from fuser.ir.prediction import Prediction
+from fuser.ir.scores import ScoreRule
+from fuser.ir.target import Isa, Target
+from fuser.kernels.attention_predicted import PredictedKernel
+from fuser.kernels.planner import plan
+from fuser.runtime.build import build
+from fuser.runtime.cpuinfo import detect_isa
+from fuser.runtime.device import cpu_target
+
+NATIVE = detect_isa()
+Q_LEN, KV_LEN, WIDTH = 70, 60, 22
+SCALE = 0.4
+MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), masks.Causal()]
+NEVER = {"threshold": 1.0, "empty_row": "predicted"}
+
+
+def target(isa: Isa = NATIVE) -> Target:
+    return dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
+
+
+@functools.cache
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Two samples of four heads, which share two of the keys; outliers, zeros and a constant row among them."""
+    g = torch.Generator().manual_seed(5)
+    q, k = torch.randn(2, 4, Q_LEN, WIDTH, generator=g), torch.randn(2, 2, KV_LEN, WIDTH, generator=g)
+    q[0, 0, 3], k[1, 1, 7], q[1, 2, 4], k[0, 0, 9, 3] = 0.0, 0.0, 2.0, 40.0
+    v = torch.eye(KV_LEN).expand(2, 2, KV_LEN, KV_LEN).contiguous()
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def run(
+    how: Prediction,
+    mask: Mask,
+    runtime: Tensor | None = None,
+    rule: ScoreRule | None = None,
+    dtype: torch.dtype = torch.float32,
+    isa: Isa = NATIVE,
+    threads: int = 2,
+    rows: int = Q_LEN,
+) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exps of the kernel."""
+    q, k, v = inputs(dtype)
+    q = q[:, :, :rows]
+    on = target(isa)
+    out, lse = torch.full((2, 4, rows, KV_LEN), 7.0).to(dtype), torch.full((2, 4, rows), 7.0)
+    run_plan(q, k, v, plan(mask, rows, KV_LEN, on), runtime, SCALE, out, lse, on, rule, how)
+    return out, lse
+
+
+def check(
+    how: Prediction,
+    mask: Mask,
+    runtime: Tensor | None = None,
+    rule: ScoreRule | None = None,
+    dtype: torch.dtype = torch.float32,
+    isa: Isa = NATIVE,
+) -> None:
+    q, k, v = inputs(dtype)
+    spec = AttentionSpec(mask, rule, how)
+    weights, lse = run(how, mask, runtime, rule, dtype, isa)
+    want, want_lse = reference(q, k, v, spec, runtime, SCALE)
+    seen = ~want_lse.isneginf()
+    assert torch.equal(seen, ~lse.isneginf()) and not weights[~seen].any()
+    torch.testing.assert_close(lse[seen], want_lse[seen], rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(weights, want, rtol=0, atol=1e-6 + torch.finfo(dtype).eps / 2)
+    if dtype != torch.float32:
+        return
+    # What a score must be for its weight, where the weight has digits enough to tell.
+    found = weights.log() + lse[..., None]
+    chosen = chosen_of(q, k, spec, runtime, SCALE)
+    clear = want > 1e-5
+    torch.testing.assert_close(found[clear], chosen.scores[clear], rtol=0, atol=3e-5)
+    if how.prunes:
+        assert chosen.full is not None and torch.equal(weights[chosen.full] > 0, want[chosen.full] > 0)
+        assert not weights[~chosen.full].any()
+
+
+@pytest.mark.parametrize("isa", dict.fromkeys([NATIVE, Isa.PORTABLE]))
+def test_predicted_scores_are_products_of_integers(isa: Isa) -> None:
+    """With nothing chosen, every score is a whole number times two steps, the one that PyTorch finds."""
+    q, k, _ = inputs()
+    weights, lse = run(DEQ(**NEVER), masks.Dense(), isa=isa)  # type: ignore[arg-type]
+    (q_codes, q_step), (k_codes, k_step) = DEQ().codes(q, 0), DEQ().codes(k.repeat_interleave(2, 1), 1)
+    steps = (q_step * SCALE) * k_step.mT
+    whole = (weights.log() + lse[..., None]) / steps
+    sure = (steps > 1e-3) & (weights > 1e-6)
+    assert sure.float().mean() > 0.9
+    assert torch.equal(whole[sure].round(), (q_codes @ k_codes.mT)[sure])
+
+
+@pytest.mark.parametrize("isa", dict.fromkeys([NATIVE, Isa.PORTABLE]))
+def test_what_is_chosen_of_rows_is_computed_in_full(isa: Isa) -> None:
+    for mask in MASKS:
+        for threshold in (0.02, 0.4, 1.0):
+            check(DEQ(threshold=threshold), mask, isa=isa)
+
+
+def test_the_largest_of_a_sample_or_a_head_is_of_all_its_rows() -> None:
+    sample = DEQ.from_config("adamax_nb80")
+    head = DEQ("adaptive_maximum_threshold", 0.05, "head", bits=6, calibration="static", thresholds=(0.6, 0.5))
+    for mask in MASKS[:2]:
+        check(sample, mask)
+        check(head, mask, dtype=torch.bfloat16)
+
+
+def test_inverse_methods_choose_what_is_unimportant() -> None:
+    for threshold in (1e-3, 0.02):
+        average = DEQ("inv_probability_threshold", threshold, bits=8, calibration="ema")
+        check(average.calibrated(*inputs()[:2]), MASKS[2])
+
+
+def test_sanger_leaves_out_what_is_not_chosen() -> None:
+    """Under a mask, a bias that counts in decisions, and a rule."""
+    bias = 2 * torch.randn(1, 4, Q_LEN, KV_LEN, generator=torch.Generator().manual_seed(2))
+    bias[..., 50:] = -1e4
+    bias[:, :, 5:9, 3:] = -math.inf
+    for mask in MASKS[:2]:
+        for threshold in (5e-3, 0.05, 0.9):
+            check(Sanger(threshold=threshold), mask, bias.expand(2, -1, -1, -1), SoftCap(8.0))
+
+
+def test_threads_and_numbers_of_rows_change_nothing() -> None:
+    how = DEQ(threshold=0.3)
+    whole = run(how, masks.Dense(), threads=1)
+    for threads, rows in ((2, Q_LEN), (3, Q_LEN), (2, 1), (2, 9)):
+        part = run(how, masks.Dense(), threads=threads, rows=rows)
+        assert all(torch.equal(a[:, :, :rows], b) for a, b in zip(whole, part, strict=True))
+
+
+def test_poison_reaches_rows_that_may_see_it() -> None:
+    q, k, v = (t.clone() for t in inputs())
+    on, how = target(), DEQ()
+    mask = masks.Strided(7)
+    sees = mask.dense(Q_LEN, KV_LEN)[:, 21]
+    results = []
+    for poison in (0.0, math.nan):
+        k[:, :, 21, 0] += poison
+        out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
+        run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
+        results.append(out)
+    assert torch.equal(results[0][:, :, ~sees], results[1][:, :, ~sees])
+    assert results[1][:, :, sees].isnan().all()
+
+
+def test_one_kernel_serves_all_thresholds() -> None:
+    kernels = {
+        PredictedKernel(64, 64, form=how.form).spec.hash
+        for how in (DEQ(), DEQ(threshold=0.5), DEQ(granularity="seq", threshold=0.9))
+    }
+    other = PredictedKernel(64, 64, form=DEQ(bits=8).form).spec.hash
+    assert len(kernels) == 1 and other not in kernels
+
+
+def test_it_compiles_for_avx512_with_and_without_vnni() -> None:
+    for features, bits in ((frozenset({"avx512_vnni"}), 4), (frozenset(), 8)):
+        on = dataclasses.replace(cpu_target(), arch=Isa.AVX512.value, features=features)
+        assert build([render(PredictedKernel(16, 16, form=DEQ(bits=bits).form).spec)], on, headers=header_folder(on))
