@@ -7,9 +7,10 @@ model through :func:`fuser.sparse_attention`, eager or compiled, and ``fuser.opt
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fuser.ir.masks import Causal, Mask
 from fuser.ir.scores import SoftCap
 
 logger = logging.getLogger("fuser")
+_HINTS = ("max_length_q", "max_length_k")
+_registered: set[str] = set()
 _UNSUPPORTED = {
     "s_aux": "attention sinks",
     "cache": "a paged cache (continuous batching)",
@@ -52,8 +55,20 @@ def register(mask: Mask | None = None, *, name: str = "fuser") -> None:
     except ImportError as error:
         raise ImportError("fuser.integrations.transformers needs transformers 4.53 or later") from error
     AttentionInterface.register(name, _forward_with(mask))
+    _registered.add(name)
     # Boolean 4-D masks, or None where the causal flag or nothing at all says the same.
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def without_hints(model: nn.Module, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments of a call of ``model`` without the lengths of the longest documents, which differ with every
+    batch and which our attention reads from the offsets; all where another attention or the model itself takes them."""
+    if "cu_seq_lens_q" not in arguments or arguments.keys().isdisjoint(_HINTS):
+        return arguments
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation not in _registered or not inspect.signature(model.forward).parameters.keys().isdisjoint(_HINTS):
+        return arguments
+    return {name: value for name, value in arguments.items() if name not in _HINTS}
 
 
 def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fuser.frontend.capture import FlatCall, flatten_call
+from fuser.integrations.transformers import without_hints
 from fuser.ir.errors import CaptureError
 from fuser.ir.target import Target
 
@@ -25,7 +26,7 @@ def acceptable(
     if model.training:
         return None, "the model is in training mode; call .eval() for fused inference"
     try:
-        call = flatten_call(args, kwargs)
+        call = flatten_call(args, without_hints(model, kwargs))
     except CaptureError as error:
         return None, str(error)
     if reason := unreadable(call.tensors):

@@ -194,13 +194,13 @@ def test_training_computes_gradients() -> None:
 PACKED_LENGTHS = (5, 1, 9, 3)
 
 
-def packed_inputs() -> tuple[dict[str, Any], list[Tensor]]:
+def packed_inputs(lengths: tuple[int, ...] = PACKED_LENGTHS) -> tuple[dict[str, Any], list[Tensor]]:
     """Documents in one row, with what Hugging Face's flash-attention takes, and each by itself."""
-    ids = torch.randint(2, 100, (1, sum(PACKED_LENGTHS)), generator=torch.Generator().manual_seed(3))
-    offsets = torch.tensor([0, *PACKED_LENGTHS]).cumsum(0).int()
-    lengths = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9, "max_length_k": 9}
-    positions = torch.cat([torch.arange(n) for n in PACKED_LENGTHS])[None]
-    return {"input_ids": ids, "position_ids": positions, **lengths}, list(ids.split(PACKED_LENGTHS, 1))
+    ids = torch.randint(2, 100, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
+    offsets, longest = torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+    told = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": ids, "position_ids": positions, **told}, list(ids.split(lengths, 1))
 
 
 def padded(model: Any, documents: list[Tensor]) -> Tensor:
@@ -271,6 +271,35 @@ def test_one_compilation_takes_packed_documents_of_all_lengths() -> None:
     other = {**given, **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 9, 10, 12, 18]).int())}
     torch.testing.assert_close(hidden(fast, other), hidden(ours, other), rtol=0, atol=5e-6)
     assert len(fast.programs) == 1 and fast.fallbacks == ()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_one_capture_takes_packed_documents_of_all_numbers_and_lengths(name: str) -> None:
+    """The longest of each batch, too, which flash-attention wants to be told as plain numbers."""
+    eager, ours = model_of(name, "eager"), model_of(name, "fuser")
+    fast = fuser.optimize(ours, search="model")
+    for lengths in ((5, 1, 9), (4, 6), (1, 1, 2, 30), (21, 22)):
+        given, documents = packed_inputs(lengths)
+        right = torch.cat([hidden(eager, {"input_ids": one})[0] for one in documents])
+        torch.testing.assert_close(hidden(fast, given)[0], right, rtol=0, atol=5e-6)
+    assert len(list(fast._forms)) == 1 and fast.fallbacks == () and fast.specialized == ()
+
+
+def test_lengths_of_documents_are_told_to_models_that_take_them() -> None:
+    """Their own parameter, or attention that is not ours."""
+    given = {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3, "max_length_k": 3}
+
+    class Taking(torch.nn.Module):
+        config = transformers.BertConfig(attn_implementation="fuser")
+
+        def forward(self, cu_seq_lens_q: Tensor, max_length_q: int = 0, **more: Any) -> Tensor:
+            return cu_seq_lens_q * max_length_q
+
+    assert hook.without_hints(Taking(), given) == given
+    assert hook.without_hints(model_of("bert", "eager"), given) == given
+    ours = model_of("bert", "fuser")
+    assert hook.without_hints(ours, given).keys() == {"cu_seq_lens_q"}
+    assert hook.without_hints(ours, {"max_length_q": 3}) == {"max_length_q": 3}
 
 
 def test_packed_documents_are_one_row() -> None:
