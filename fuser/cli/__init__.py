@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fuser.cli import bench, cache, cqs, demo, doctor, report, search, show
+from fuser.cli import bench, cache, cqs, demo, doctor, quantize, report, search, show
 from fuser.ir.errors import FuserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("search")(search.search)
+app.command("quantize")(quantize.quantize)
 app.command("report")(report.report)
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")

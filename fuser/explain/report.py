@@ -106,7 +106,7 @@ def collect(snapshot: Snapshot) -> Report:
         fallbacks=snapshot.fallbacks,
         specialized=snapshot.specialized,
         padding=snapshot.padding,
-        precision=snapshot.precision,
+        precision=() if snapshot.precision is None else snapshot.precision.lines,
         memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )

@@ -11,6 +11,10 @@ class CaptureError(FuserError):
     """A model could not be captured as a graph."""
 
 
+class CalibrationError(FuserError, ValueError):
+    """The inputs given for a calibration are none that the model can run on."""
+
+
 class PackingError(FuserError):
     """The rows of a model that are padding cannot be left out: something else follows from them."""
 

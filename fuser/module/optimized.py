@@ -23,7 +23,15 @@ from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.frontend.graphs import raise_graph
 from fuser.integrations import sentence_transformers
-from fuser.ir.errors import CaptureError, DeviceMemoryError, FuserError, MaskError, PackingError, PlanError
+from fuser.ir.errors import (
+    CalibrationError,
+    CaptureError,
+    DeviceMemoryError,
+    FuserError,
+    MaskError,
+    PackingError,
+    PlanError,
+)
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target
@@ -211,8 +219,8 @@ class OptimizedModule(nn.Module):
                     raise PackingError("rows are packed for programs on CPUs alone")
                 if torch.get_default_device() != CPU:
                     raise PackingError(f"PyTorch's default device is {torch.get_default_device()}")
-                self._calibrate(call, key, device)
                 with _as_reason():
+                    self._calibrate(call, key, device)
                     form = self._form(call, key, device)
                     if form.captured.asks_modes and not self._asks_modes:
                         # From now on keys say which modes are on.
@@ -370,11 +378,11 @@ class OptimizedModule(nn.Module):
                     return self._keep(compiled, call, key)
             if not wanted and not self._admits(call, key, form):
                 return None
-            self._calibrate(call, key, device)
             start = self._seconds()
             try:
+                self._calibrate(call, key, device)
                 compiled = run_after_fork(self._compile, call, key, device)
-            except (MaskError, PlanError, DeviceMemoryError):
+            except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
                 raise
             except FuserError as error:
                 self._policy.failed(key, form)
@@ -519,18 +527,17 @@ class OptimizedModule(nn.Module):
         calls = [acceptable(self._model, *given, self._options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
-                raise FuserError(f"a calibration input cannot be used: {reason}")
+                raise CalibrationError(f"an input in calibrate= cannot be used: {reason}")
             with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
                 try:
                     captured = run_after_fork(capture, self._model, given)
                     attention = None if self._options.attention is None else self._options.attention.current()
                     graph = raise_graph(captured, attention, floating(target))
                     quantizer.observe(graph, captured.parameters, given.tensors)
-                except CaptureError as error:
+                except FuserError as error:
                     if calls:
-                        raise FuserError(f"the model cannot be calibrated: {error}") from error
-                    # What cannot be captured runs as it is, and says so.
-                    return
+                        raise CalibrationError(f"the model cannot run on an input in calibrate=: {error}") from error
+                    raise
         quantizer.settle(target)
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
@@ -718,7 +725,7 @@ class OptimizedModule(nn.Module):
             fallbacks=tuple(self.fallbacks),
             specialized=tuple(self.specialized),
             padding=self._padding,
-            precision=() if self._quantizer is None else self._quantizer.lines,
+            precision=None if self._quantizer is None else self._quantizer.found,
             memory=Memory(arena, store.made_bytes, store.offloaded_bytes, store.offload_error),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuser.ir.errors import CaptureError
 from fuser.ir.evaluation import Evaluation
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
 from fuser.ir.operators import Gemm, Int8Gemm, TorchCall
@@ -96,6 +97,11 @@ class Layer:
     sample: Tensor | None = field(default=None, repr=False)
 
     @property
+    def smoothed(self) -> bool:
+        """Whether factors move from its input to its weight."""
+        return self.quantized and self.factors is not None
+
+    @property
     def precision(self) -> str:
         return "int8" if self.quantized else "kept"
 
@@ -103,9 +109,24 @@ class Layer:
         words = [f"{', '.join(self.modules)}: {self.precision}"]
         if not math.isnan(self.error):
             words.append(f"error {self.error:.1e}")
-        if self.quantized and self.factors is not None:
+        if self.smoothed:
             words.append("smoothed")
         return ", ".join([*words, self.reason] if self.reason else words)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was decided for the layers of a model: ``cosine`` is the mean one of outputs with and without quantization,
+    on calibration inputs; NaN without any."""
+
+    cosine: float
+    layers: tuple[Layer, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What the report says."""
+        cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
+        return (*cosine, *map(str, self.layers))
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,6 @@ class Quantizer:
         self._layers: dict[tuple[int, ...], Layer] = {}
         self._calls: list[_Call] = []
         self.cosine = math.nan
-        """The mean cosine of outputs with and without quantization, on calibration inputs."""
         self.settled = options.quality == 0 and not (options.smooth and options.calibrate)
         """Whether there is nothing left to decide."""
 
@@ -136,10 +156,9 @@ class Quantizer:
         return tuple(self._layers.values())
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """What the report says."""
-        cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
-        return (*cosine, *map(str, self.layers))
+    def found(self) -> Precision:
+        """What is decided by now."""
+        return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)))
 
     def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
         """``graph`` with the chosen layers in int8."""
@@ -191,7 +210,10 @@ class Quantizer:
     # ---- calibration
 
     def observe(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> None:
-        """Run a calibration call without quantization, and remember what the layers got and the model gave."""
+        """Run a calibration call without quantization, and remember what the layers got and the model gave.
+
+        Raises CaptureError where that fails.
+        """
         values = dict(zip(graph.inputs, tensors, strict=True))
 
         def look(op: Operator, x: Tensor) -> None:
@@ -205,7 +227,11 @@ class Quantizer:
             known = [] if layer.sample is None else [layer.sample[: _SAMPLED // 2]]
             layer.sample = torch.cat([*known, rows[::step]])[:_SAMPLED]
 
-        outputs = _run(graph, parameters, values, look)
+        try:
+            outputs = _run(graph, parameters, values, look)
+        except Exception as error:
+            # What PyTorch says about the inputs: an index beyond a table, say.
+            raise CaptureError(f"the model fails on the inputs of a calibration: {error!s:.200}") from error
         self._calls.append(_Call(graph, parameters, {v: t.clone() for v, t in values.items()}, outputs))
 
     def settle(self, target: Target) -> None:

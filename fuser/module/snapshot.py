@@ -11,6 +11,7 @@ from torch import Tensor
 from fuser.frontend.capture import Signature
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
+from fuser.module.quantizing import Precision
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Snapshot:
     memory: Memory
     specialized: tuple[str, ...] = ()
     padding: tuple[str, ...] = ()
-    precision: tuple[str, ...] = ()
+    precision: Precision | None = None
 
     @property
     def last(self) -> Compiled | None:

@@ -199,3 +199,25 @@ def test_the_whole_demo(
     assert "of the rows were padding" in report and "leaves them out" not in report
     for expected in ("7. write the report", "smallest cosine", TEXT[2], "eager", "operators of the blocks unfused"):
         assert expected in printed
+
+
+def test_an_encoder_is_quantized_and_saved(folder: Path, tmp_path: Path, run: Any) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "small.fuser"
+    text.write_text("\n".join(TEXT))
+    command = ("quantize", str(folder), "--calibrate", str(text), "--exclude", "*.layer.1.*", "--out", str(file))
+    code, out, _ = run(*command, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["file"] == str(file)
+    assert found["cosine"] > 0.999 and found["min_cosine_of_embeddings"] > 0.995
+    assert {layer["modules"][0].split(".")[2]: layer["int8"] for layer in found["layers"][:-1]} == {
+        "0": True,
+        "1": False,
+    }
+    (batch,) = demo.make_batches(demo.load_encoder(folder), TEXT, 16)
+    assert (
+        fuser.load(file)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        .last_hidden_state.isfinite()
+        .all()
+    )
+    code, out, _ = run(*command[:4], "--no-smooth")
+    assert code == 0 and "mean cosine" in out and "smoothed" not in out

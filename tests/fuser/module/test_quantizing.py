@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import fuser
+from fuser.ir.errors import CalibrationError
 from fuser.ir.quantization import quantize_rows
+from fuser.module.quantizing import Layer
 
 
 class Encoder(nn.Module):
@@ -60,6 +62,12 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def kinds(fast: fuser.OptimizedModule) -> list[str]:
     return [op.kind for op in fast.programs[-1].graph.operators if op.kind in ("gemm", "int8_gemm")]
+
+
+def layers(fast: fuser.OptimizedModule) -> tuple[Layer, ...]:
+    precision = fast.snapshot().precision
+    assert precision is not None
+    return precision.layers
 
 
 def optimized(model: nn.Module, **options: Any) -> fuser.OptimizedModule:
@@ -123,7 +131,7 @@ def test_one_program_for_all_lengths_and_smoothing_in_all() -> None:
         x = rows(*shape, seed=sum(shape)) * _spike()
         with torch.no_grad():
             assert cosine(fast(x)[0], model(x)[0]) > 0.9995
-    assert any(layer.factors is not None for layer in fast._quantizer.layers)  # type: ignore[union-attr]
+    assert any(layer.factors is not None for layer in layers(fast))
     assert not fast.specialized and len({id(p.captured) for p in fast.programs}) == 1
 
 
@@ -151,7 +159,7 @@ def test_layers_that_would_spoil_the_outputs_are_kept() -> None:
     fast = optimized(model, smooth=False)
     with torch.no_grad():
         assert cosine(fast(x), model(x)) >= 0.999
-    kept = [layer for layer in fast._quantizer.layers if not layer.quantized]  # type: ignore[union-attr]
+    kept = [layer for layer in layers(fast) if not layer.quantized]
     assert [layer.modules for layer in kept][-1] == ("bad",)
     assert all(layer.reason == "outputs would fall below a cosine of 0.999" for layer in kept)
     loose = optimized(model, smooth=False, quality=0)
@@ -228,8 +236,21 @@ def test_what_is_no_quantization_and_inputs_that_do_not_fit() -> None:
         fuser.optimize(encoder(), quantize="int8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="patterns"):
         fuser.Int8(exclude=(3,))  # type: ignore[arg-type]
-    with pytest.raises(fuser.FuserError, match="calibrat"):
-        optimized(encoder(), calibrate=[torch.zeros(2, 3, 65)])(rows(1, 4))
+    for wrong in (torch.zeros(2, 3, 65), {"y": rows(1, 3)}, (rows(1, 3).to("meta"),)):
+        fast = optimized(encoder(), calibrate=[wrong])
+        for _ in range(2):
+            with pytest.raises(CalibrationError, match="calibrate="):
+                fast(rows(1, 4))
+
+
+def test_a_call_that_the_model_refuses_decides_nothing() -> None:
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64)).eval()
+    fast = optimized(model)
+    with pytest.raises(IndexError):
+        fast(torch.tensor([[3, 11]]))
+    with torch.no_grad():
+        assert cosine(fast(torch.tensor([[3, 9, 1]])), model(torch.tensor([[3, 9, 1]]))) > 0.999
+    assert layers(fast)[0].quantized
 
 
 def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None:
