@@ -1,7 +1,8 @@
 """``fuser.optimize`` for models of sentence-transformers: ``encode`` and ``predict`` without padding.
 
 What comes back is a model of the same class, with the same weights, whose transformers run optimized, and whose batches
-are as large as their tokens allow. Works with sentence-transformers 3 to 6, which is not imported here.
+are as large as their tokens allow. Works with sentence-transformers from 3 (cross encoders: from 4, where they are
+modules), which is not imported here.
 """
 
 from __future__ import annotations

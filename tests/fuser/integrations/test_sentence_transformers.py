@@ -97,7 +97,7 @@ def test_embeddings_are_those_of_the_model(model: Any, fast: Any) -> None:
         assert type(mine) is type(theirs) and len(mine) == len(corpus)
         assert_close(*(torch.stack(list(map(torch.as_tensor, found))) for found in (mine, theirs)))
     assert len(fast.encode([])) == 0
-    assert "was computed" not in fast.report() and fast.transformers_model.fallbacks == ()
+    assert "was computed" not in fast.report() and fast[0].auto_model.fallbacks == ()
 
 
 def test_embeddings_of_tokens_are_those_of_the_model(model: Any, fast: Any) -> None:
@@ -113,11 +113,11 @@ def test_embeddings_of_tokens_are_those_of_the_model(model: Any, fast: Any) -> N
 
 def test_wrong_arguments_raise_what_the_model_raises(model: Any, fast: Any) -> None:
     for arguments in ({"batch_size": 0}, {"batch_size": -3}, {"prompt_name": "none"}, {"precision": "int3"}):
-        with pytest.raises(ValueError) as theirs:
+        with pytest.raises((ValueError, IndexError)) as theirs:
             model.encode(["a"], **arguments)
-        with pytest.raises(ValueError) as ours:
+        with pytest.raises((ValueError, IndexError)) as ours:
             fast.encode(["a"], **arguments)
-        assert str(ours.value) == str(theirs.value)
+        assert repr(ours.value) == repr(theirs.value)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,6 +165,8 @@ def test_padding_is_computed_where_later_modules_mix_it_in(folder: Path) -> None
 
 
 def test_pairs_are_scored_and_ranked_as_by_the_model(folder: Path, tmp_path: Path) -> None:
+    if not issubclass(library.CrossEncoder, torch.nn.Module):
+        pytest.skip("this version's cross encoders are no modules")
     torch.manual_seed(0)
     encoder = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=1)
     encoder.save_pretrained(tmp_path)
@@ -182,8 +184,12 @@ def test_pairs_are_scored_and_ranked_as_by_the_model(folder: Path, tmp_path: Pat
     assert_close(fast.predict(pairs[7]), scores[7])
     plain = {"activation_fn": torch.nn.Identity()}
     assert_close(fast.predict(pairs, batch_size=2, **plain), exact.predict(pairs, **plain))
-    ranked = fast.rank("the cat", documents, top_k=5, return_documents=True)
-    assert [document["text"] for document in ranked] == [documents[i] for i in np.argsort(-scores, kind="stable")[:5]]
+    ranked, expected = (m.rank("the cat", documents, return_documents=True) for m in (fast, exact))
+    assert_close([found["score"] for found in ranked], [found["score"] for found in expected])
+    right = {found["corpus_id"]: found["score"] for found in expected}
+    for found in ranked:
+        assert found["text"] == documents[found["corpus_id"]]
+        assert_close(found["score"], right[found["corpus_id"]])
     assert "was computed" not in fast.report()
 
 
@@ -192,16 +198,16 @@ def test_what_comes_back_is_a_model_of_the_library(model: Any, fast: Any, tmp_pa
     before = list(model.named_parameters())
     assert isinstance(fast, library.SentenceTransformer) and type(fast).__name__ == "SentenceTransformer"
     assert [name for name, _ in fast.named_parameters()] == [name for name, _ in before]
-    assert type(model.transformers_model) is transformers.BertModel
-    assert isinstance(fast.transformers_model, fuser.OptimizedModule)
+    assert type(model[0].auto_model) is transformers.BertModel
+    assert isinstance(fast[0].auto_model, fuser.OptimizedModule)
     assert fast.state_dict().keys() == model.state_dict().keys()
     expected = fast.encode(corpus)
     again = fuser.optimize(fast, search="model")
     copies = (again, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)))
     for copied in copies:
-        assert isinstance(copied.transformers_model, fuser.OptimizedModule)
+        assert isinstance(copied[0].auto_model, fuser.OptimizedModule)
         assert_close(copied.encode(corpus), expected)
-    at_once = fuser.optimize(model, (model.tokenize(corpus),), search="model").transformers_model
+    at_once = fuser.optimize(model, (model.tokenize(corpus),), search="model")[0].auto_model
     assert at_once.programs and not at_once.fallbacks
     fast.save(str(tmp_path))
     assert_close(library.SentenceTransformer(str(tmp_path), device="cpu").encode(corpus), expected)
@@ -213,7 +219,7 @@ def test_new_weights_are_followed(model: Any) -> None:
     corpus = texts(6, 10)
     fast.encode(corpus)
     with torch.no_grad():
-        own.transformers_model.encoder.layer[0].output.dense.weight.mul_(-3)
+        own[0].auto_model.encoder.layer[0].output.dense.weight.mul_(-3)
     assert_close(fast.encode(corpus), copy.deepcopy(own).double().encode(corpus))
 
 
@@ -235,7 +241,9 @@ def test_processes_get_the_batches_of_the_caller(fast: Any, monkeypatch: pytest.
         given.update(arguments)
         return torch.zeros(len(inputs), 32)
 
-    name = next(name for name in ("_multi_process", "_encode_multi_process") if hasattr(fast, name))
+    name = next((name for name in ("_multi_process", "_encode_multi_process") if hasattr(fast, name)), None)
+    if name is None:
+        pytest.skip("this version's encode takes no list of devices")
     monkeypatch.setattr(fast, name, run, raising=True)
     fast.encode(["a"], device=["cpu", "cpu"])
     assert given["batch_size"] == 32
