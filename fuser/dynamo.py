@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fuser.ir.errors import MaskError
+from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import OperatorGraph
 from fuser.module.optimized import OptimizedModule
 from fuser.module.options import Options
@@ -48,6 +48,8 @@ def backend(
     Raises FuserError for unknown options, and as that function does for what an option cannot be.
     """
     settings = Options.of(**{**(options or {}), **more})
+    if settings.quantize is not None:
+        raise FuserError("graphs know nothing of the model's outputs: use fuser.optimize(model, quantize=...) instead")
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     constant = tuple(_is_weight(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
     return _Runner(graph, constant, settings)

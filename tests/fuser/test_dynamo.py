@@ -261,6 +261,9 @@ def test_scraps_run_as_they_are() -> None:
 
 def test_options() -> None:
     model = Layer().eval()
+    with pytest.raises(Exception, match=r"use fuser\.optimize\(model, quantize="):
+        torch.compile(model, backend="fuser", options={"quantize": fuser.Int8()})(X)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="no option serch; it has attention, search, target, cuda_graphs"):
         torch.compile(model, backend="fuser", options={"serch": 1})(X)
     torch._dynamo.reset()
