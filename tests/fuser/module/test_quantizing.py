@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import fuser
+from fuser.architectures import ARCHITECTURES, Scale
 from fuser.ir.errors import CalibrationError
 from fuser.ir.quantization import quantize_rows
 from fuser.module.quantizing import Layer
@@ -214,6 +215,17 @@ def test_bert_with_padding_left_out() -> None:
         got, want = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (fast, model))
     assert cosine(got[mask.bool()], want[mask.bool()]) > 0.999 and not got[~mask.bool()].any()
     assert "int8_gemm" in {op.kind for p in fast.programs for op in p.graph.operators}
+
+
+def test_gated_layers_and_tied_embeddings() -> None:
+    """Qwen3 has both, norms of heads, and products that meet in an epilogue."""
+    scale = Scale(hidden=64, length=24)
+    model, call = ARCHITECTURES["qwen3"].build(scale), ARCHITECTURES["qwen3"].call(scale)
+    with torch.no_grad():
+        fast = optimized(model)
+        assert cosine(fast(**call).logits, model(**call).logits) > 0.999
+    assert kinds(fast).count("int8_gemm") >= 8
+    assert any(len(layer.modules) > 1 for layer in layers(fast))
 
 
 @pytest.mark.parametrize(
