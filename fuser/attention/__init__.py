@@ -1,5 +1,5 @@
 """Exact attention under any mask, as operators of torch: :func:`sparse_attention`, and :func:`varlen_attention` of
-packed documents."""
+packed documents. Modules with approximate attention that is linear in the length: :func:`build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
 from fuser.attention.checks import check_heads, check_operands, check_runtime
+from fuser.attention.mechanisms import NestedNamespace, add_arguments, build, configure, names
 from fuser.attention.reference import is_forward_differentiated, reference
 from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
 from fuser.attention.varlen import varlen_attention
@@ -24,7 +25,17 @@ from fuser.ir.scores import ScoreRule
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["attend", "register_mask", "sparse_attention", "varlen_attention"]
+__all__ = [
+    "NestedNamespace",
+    "add_arguments",
+    "attend",
+    "build",
+    "configure",
+    "names",
+    "register_mask",
+    "sparse_attention",
+    "varlen_attention",
+]
 
 _EVERYTHING = Dense()
 

@@ -72,6 +72,9 @@ def attention_from(
     dtype = r.dtype(q)
     scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
     name = node.name
+    if v.strides() is None:
+        # A copy of the values behind the scores would part the operators of attention.
+        r.realize(v)
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base

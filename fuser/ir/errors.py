@@ -27,6 +27,10 @@ class ScoreError(FuserError, ValueError):
     """A score rule is none, or its constants are out of range."""
 
 
+class MechanismError(FuserError, ValueError):
+    """The arguments of an attention mechanism are impossible, or what it was called with does not fit them."""
+
+
 class PlanError(FuserError, ValueError):
     """An attention plan is malformed, or does not cover exactly the pairs that its mask allows."""
 

@@ -1,0 +1,58 @@
+"""Scatterbrain: exact attention inside windows, random features for all that is outside of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fuser.attention.mechanisms.configuration import Configuration, ScatterbrainConfiguration
+from fuser.attention.mechanisms.features import half_norms, projected, wide
+from fuser.attention.mechanisms.local import LocalAttention
+from fuser.attention.mechanisms.performer import Directions
+from fuser.attention.mechanisms.windows import Far, heads_of, qkv_of, windows
+
+
+class ScatterbrainAttention(LocalAttention, Directions):
+    """Sparse and low-rank attention in one softmax (Chen et al., NeurIPS 2021).
+
+    Each random feature c is a far key of window g, with the value (Σ_all φ_c(k) v - Σ_g φ_c(k) v) over (Σ_all φ_c(k) -
+    Σ_g φ_c(k)), and with the logarithm of that denominator, plus the feature of the query, as its score.
+    """
+
+    configuration_type: ClassVar[type[Configuration]] = ScatterbrainConfiguration
+
+    def __init__(self, configuration: ScatterbrainConfiguration) -> None:
+        super().__init__(configuration)
+        self.keep_directions(configuration)
+
+    def far(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Far:
+        directions = self.directions()
+        count = directions.shape[-2]
+        q, k, v = (wide(t) for t in qkv_of(qkv, self.num_heads))
+        log_phi = projected(k, directions) - half_norms(k).mT - math.log(count) / 2
+        if hidden is not None:
+            log_phi = log_phi.masked_fill(hidden[:, None, :, None], -math.inf)
+        # (B, H, 1, M); finite also where all is padding.
+        top = log_phi.amax(2, keepdim=True).clamp(min=torch.finfo(log_phi.dtype).min)
+        phi = torch.exp(log_phi - top)
+        inside, values = self._windows(phi, grid), self._windows(v, grid)
+        total, of_window = phi.sum(2)[:, None], inside.sum(3)
+        outside = total - of_window
+        mixed = (phi.mT @ v)[:, None] - inside.mT @ values
+        # The reference's constants keep the difference from vanishing, relative to the largest of features and to the
+        # window's or whole sum.
+        whole = torch.maximum(total, of_window).clamp(min=torch.finfo(phi.dtype).tiny)
+        score = whole.log() + torch.log(outside / whole + 1e-5) + top.transpose(1, 2)
+        norms = windows(half_norms(q).mT.transpose(1, 2).flatten(2), grid, self.window_size).mT.unsqueeze(-1)
+        bias = score.unsqueeze(3) - norms - math.log(count) / 2
+        keys = directions * self.head_dim**0.25
+        return Far(keys[None, None], mixed / outside.clamp(min=1e-3).unsqueeze(-1), bias.to(qkv.dtype))
+
+    def _windows(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Windows with their extension of what each head has of each token, (B, H, N, F) → (B, G, H, L, F)."""
+        split = windows(x.transpose(1, 2).flatten(2), grid, self.window_size, self.extension, self.extension)
+        return heads_of(split, x.shape[1])

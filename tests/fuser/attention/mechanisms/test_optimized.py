@@ -1,0 +1,45 @@
+"""Mechanisms under ``fuser.optimize``: the numbers of the module, and attention in fused kernels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from mechanism_cases import BatchFirst
+from torch import nn
+
+import fuser
+from fuser.attention import build
+
+WIDTH = 32
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "local": ("local", {"window_size": 8, "overlap_window": True, "use_rpe": True}, 1),
+    "performer": ("performer", {"approx_attn_dim": 16}, 0),
+    "ra": ("ra", {"num_samples": -1}, 2),
+    "lara": ("lara", {"num_landmarks": 4, "proposal_gen": "pool-mixed"}, 3),
+    "scatterbrain": ("scatterbrain", {"window_size": 8, "approx_attn_dim": 16}, 1),
+    "eva": ("eva", {"window_size": 4, "num_landmarks": 4, "attn_2d": True, "use_rpe": True}, 2),
+    "causal_eva": ("causal_eva", {"window_size": 8, "chunk_size": 4, "causal": True, "use_t5_rpe": True}, 2),
+}
+"""A mechanism, its arguments, and how many attentions it consists of, each of which must be one kernel."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_optimized_mechanisms_fuse_their_attention(case: str) -> None:
+    name, arguments, attentions = CASES[case]
+    torch.manual_seed(0)
+    module = build(name, **{"embed_dim" if name == "causal_eva" else "dim": WIDTH}, num_heads=2, **arguments).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model = BatchFirst(module).eval() if name == "causal_eva" else module
+    fast, exact = fuser.optimize(model, search="model"), copy.deepcopy(model).double()
+    with torch.no_grad():
+        x = torch.randn((2, 8, 8, WIDTH) if case in ("lara", "eva") else (2, 32, WIDTH))
+        want = exact(x.double())
+        mine, eager = (float((out - want).norm() / want.norm()) for out in (fast(x), model(x)))
+    assert mine < max(3 * eager, 1e-6)
+    assert fast.fallbacks == ()
+    calls = sum(kernel.calls for kernel in fast.kernels if kernel.family == "attention")
+    assert calls == attentions
