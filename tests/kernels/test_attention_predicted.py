@@ -176,3 +176,16 @@ def test_it_compiles_for_avx512_with_and_without_vnni() -> None:
     for features, bits in ((frozenset({"avx512_vnni"}), 4), (frozenset(), 8)):
         on = dataclasses.replace(cpu_target(), arch=Isa.AVX512.value, features=features)
         assert build([render(PredictedKernel(16, 16, form=DEQ(bits=bits).form).spec)], on, headers=header_folder(on))
+
+
+def test_values_of_what_is_left_out_do_not_matter() -> None:
+    q, k, v = (t.clone() for t in inputs())
+    v[:, :, 30] = math.nan
+    how, rule, bias, on = Sanger(threshold=0.05), SoftCap(8.0), torch.zeros(2, 4, Q_LEN, KV_LEN), target()
+    out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
+    run_plan(q, k, v, plan(masks.Dense(), Q_LEN, KV_LEN, on), bias, SCALE, out, lse, on, rule, how)
+    full = chosen_of(q, k, AttentionSpec(masks.Dense(), rule, how), bias, SCALE).full
+    assert full is not None and 0 < full[..., 30].sum() < full[..., 30].numel() / 2
+    assert torch.equal(out.isnan().all(-1), full[..., 30])
+    want, _ = run(how, masks.Dense(), bias, rule)
+    torch.testing.assert_close(out[~full[..., 30]], want[~full[..., 30]])

@@ -28,6 +28,7 @@ using namespace simd;
 template <int Bits>
 struct CodeProducts {
   static constexpr int32_t kOffset = 1 << (Bits - 1);
+  static constexpr bool kFused = true;
   FUSER_INLINE vi add(vi sum, vi a, vi b) { return FUSER_DOT_BYTES(sum, a, b); }
   FUSER_INLINE vi total(vi sum) { return sum; }
 };
@@ -36,6 +37,7 @@ template <int Bits, bool kNarrow = (Bits <= 4)>
 struct CodeProducts {
   using X = FUSER_X86_VECTOR;
   static constexpr int32_t kOffset = 1 << (Bits - 1);
+  static constexpr bool kFused = false;
   FUSER_INLINE vi add(vi sum, vi a, vi b) { return FUSER_X86(add_epi16, (X)sum, (X)FUSER_X86(maddubs_epi16, (X)a, (X)b)); }
   FUSER_INLINE vi total(vi sum) { return FUSER_X86(madd_epi16, (X)sum, (X)set1(int32_t(0x00010001))); }
 };
@@ -44,6 +46,7 @@ template <int Bits>
 struct CodeProducts<Bits, false> {
   using X = FUSER_X86_VECTOR;
   static constexpr int32_t kOffset = 0;
+  static constexpr bool kFused = false;
   FUSER_INLINE vi even(vi x) { return FUSER_X86(srai_epi16, (X)FUSER_X86(slli_epi16, (X)x, 8), 8); }
   FUSER_INLINE vi odd(vi x) { return FUSER_X86(srai_epi16, (X)x, 8); }
   FUSER_INLINE vi add(vi sum, vi a, vi b) {
@@ -55,6 +58,7 @@ struct CodeProducts<Bits, false> {
 template <int Bits>
 struct CodeProducts {
   static constexpr int32_t kOffset = 0;
+  static constexpr bool kFused = false;
   FUSER_INLINE vi add(vi sum, vi a, vi b) {
 #pragma GCC unroll 4
     for (int i = 0; i < 32; i += 8) sum += ((vi)((vu)a << i) >> 24) * ((vi)((vu)b << i) >> 24);

@@ -102,15 +102,17 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
       std::memset(w.o, 0, DV * pitch * sizeof(float));
       first = false;
     }
+    const bool changes = Scores::kChanges || (block.masked && !Scores::kPrunes);
     if (few) {
       Scores::score_few(w, n, g.count);
-      softmax<1, kExact>(w, n, 0, block.masked, block.row_mask);
+      softmax<1, kExact>(w, n, 0, changes, block.row_mask);
       if constexpr (!kExact) values_of_few(w, n, g.count);
     } else {
       by_tiles(block.range, [&](auto size, int64_t v) {
-        Scores::template score<size()>(w, n, v);
-        softmax<size(), kExact>(w, n, v, block.masked, block.row_mask);
-        if constexpr (!kExact) values<size()>(w, n, v, first);
+        const int64_t kept = Scores::template score<size(), kExact>(w, n, v);
+        if (kept == 0 && !first && !kExact) return;
+        softmax<size(), kExact>(w, kept, v, changes, block.row_mask);
+        if constexpr (!kExact) values<size()>(w, Scores::value_rows(w), kept, v, first);
       });
     }
     if constexpr (kExact) values_exact(w, n, block.range, first);

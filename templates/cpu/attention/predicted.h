@@ -68,7 +68,7 @@ struct Predicted : Products<C> {
   static constexpr int64_t D = C::kHeadDim, kWords = (D + 3) / 4;
   static_assert(kWords <= 64);
   static constexpr int32_t kLargest = (1 << (C::kBits - 1)) - 1;
-  static constexpr bool kChanges = Base::kChanges || C::kPrune, kPrunes = C::kPrune, kSurveys = true;
+  static constexpr bool kChanges = Base::kChanges && !C::kPrune, kPrunes = C::kPrune, kSurveys = true;
 
   // Rows of one head: codes of k, their steps, and what their products start with; largest score and sum of weights of
   // rows of q, where the first becomes the limit.
@@ -87,9 +87,10 @@ struct Predicted : Products<C> {
     float full[kMostKeys * kGroup];
     int32_t chosen[C::kKeyBlock + kMostKeys];
     uint64_t bits[C::kKeyBlock + kMostKeys];
+    const float* v_row[C::kKeyBlock];
     const Element* k;
     int64_t k_row;
-    bool row_bias;
+    bool row_bias, changes;  // whether the block's scores are changed, by masks or else
   };
 
   // What lies in the workspace, in this order: see PredictedKernel.launch.
@@ -110,42 +111,52 @@ struct Predicted : Products<C> {
     return *static_cast<const typename C::Extents*>(args->extents);
   }
 
-  // What the elements of a row are divided by before they meet thresholds, NaN where it predicts nothing, 0 for zeros.
-  static float size_of(const float* row) {
-    float top = 0.0f, poison = 0.0f;
-    for (int64_t d = 0; d < D; ++d) {
-      const float a = std::fabs(row[d]);
-      top = a > top ? a : top;
-      poison += row[d] * 0.0f;
-    }
-    if (poison != 0.0f) return __builtin_nanf("");
-    if (top < kSmallest) return 0.0f;
-    if constexpr (C::kPerRow) return top;
-    if constexpr (!C::kNormalize) return 1.0f;
-    double squares = 0.0;
-    for (int64_t d = 0; d < D; ++d) squares += double(row[d]) * double(row[d]);
-    const float size = float(std::sqrt(squares));
-    return size < kInf ? size : __builtin_nanf("");
-  }
+  // A row in fp32 with zeros up to whole vectors.
+  struct alignas(64) Row {
+    static constexpr int64_t kPadded = (D + L - 1) / L * L;
+    float x[kPadded];
 
-  // Codes of a row, and its step.
-  static float quantize(const Element* row, float factor, int8_t* code) {
-    float copy[D];
-    const float* x = fp32_row(row, copy, D);
-    const float size = size_of(x);
-    if (!(size > 0.0f)) {
-      std::memset(code, 0, 4 * kWords);
-      return size;
+    explicit Row(const Element* row) {
+      for (int64_t d = 0; d < D; ++d) x[d] = to_float(row[d]);
+      for (int64_t d = D; d < kPadded; ++d) x[d] = 0.0f;
     }
-    for (int64_t d = D; d < 4 * kWords; ++d) code[d] = 0;
-    for (int64_t d = 0; d < D; d += L) {
-      const int64_t n = D - d < L ? D - d : L;
-      const vf exact = (n == L ? load(x + d) : load_n(x + d, n)) / size * factor;
+
+    // What the elements are divided by before they meet thresholds, NaN where they predict nothing, 0 for zeros.
+    float size() const {
+      vf top = {}, poison = {};
+      for (int64_t d = 0; d < kPadded; d += L) {
+        const vf part = load(x + d);
+        top = max_fast(abs(part), top);
+        poison += part * 0.0f;
+      }
+      if (reduce_add(poison) != 0.0f) return __builtin_nanf("");
+      const float largest = reduce_max(top);
+      if (largest < kSmallest) return 0.0f;
+      if constexpr (C::kPerRow) return largest;
+      if constexpr (!C::kNormalize) return 1.0f;
+      double squares = 0.0;
+      for (int64_t d = 0; d < D; ++d) squares += double(x[d]) * double(x[d]);
+      const float length = float(std::sqrt(squares));
+      return length < kInf ? length : __builtin_nanf("");
+    }
+  };
+
+  // Codes of a row plus `offset`, and its step.
+  static float quantize(const Element* given, float factor, int32_t offset, int32_t* to) {
+    typedef int8_t Bytes __attribute__((vector_size(L)));
+    alignas(64) int8_t code[Row::kPadded < 4 * kWords ? 4 * kWords : Row::kPadded];
+    const Row row(given);
+    const float size = row.size();
+    const bool sound = size > 0.0f;
+    for (int64_t d = 0; d < Row::kPadded; d += L) {
+      const vf exact = load(row.x + d) / (sound ? size : 1.0f) * factor;
       const vf whole = max_fast(set1(float(-kLargest)), min_fast(set1(float(kLargest)), round_even(exact)));
-      const vi codes = __builtin_convertvector(whole, vi);
-      for (int64_t i = 0; i < n; ++i) code[d + i] = int8_t(codes[i]);
+      const vi codes = (sound ? __builtin_convertvector(whole, vi) : vi{}) + offset;
+      const Bytes bytes = __builtin_convertvector(codes, Bytes);
+      std::memcpy(code + d, &bytes, L);
     }
-    return size / factor;
+    std::memcpy(to, code, 4 * kWords);
+    return sound ? size / factor : size;
   }
 
   // The largest element of all rows of a tensor, each divided by its size.
@@ -154,14 +165,13 @@ struct Predicted : Products<C> {
     float top = 0.0f;
 #pragma omp parallel for num_threads(threads) reduction(max : top)
     for (int64_t i = 0; i < batch * heads * rows; ++i) {
-      float copy[D];
-      const Element* row = static_cast<const Element*>(tensor) + i / rows / heads * s.batch + i / rows % heads * s.head;
-      const float* x = fp32_row(row + i % rows * s.row, copy, D);
-      const float size = size_of(x);
-      for (int64_t d = 0; size > 0.0f && d < D; ++d) {
-        const float a = std::fabs(x[d] / size);
-        top = a > top ? a : top;
-      }
+      const Element* head = static_cast<const Element*>(tensor) + i / rows / heads * s.batch + i / rows % heads * s.head;
+      const Row row(head + i % rows * s.row);
+      const float size = row.size();
+      vf own = {};
+      for (int64_t d = 0; size > 0.0f && d < Row::kPadded; d += L) own = max_fast(abs(load(row.x + d) / size), own);
+      const float largest = reduce_max(own);
+      top = largest > top ? largest : top;
     }
     return top < kSmallest ? 1.0f : top;
   }
@@ -190,8 +200,8 @@ struct Predicted : Products<C> {
     for (int64_t i = 0; i < keys; ++i) {
       const Element* row = static_cast<const Element*>(args->tensors[1]) + i / e.kv_len / e.key_heads * e.k.batch +
                            i / e.kv_len % e.key_heads * e.k.head + i % e.kv_len * e.k.row;
-      auto* const code = reinterpret_cast<int8_t*>(all.code + i * kWords);
-      all.step[i] = quantize(row, k_factor, code);
+      all.step[i] = quantize(row, k_factor, 0, all.code + i * kWords);
+      const auto* const code = reinterpret_cast<const int8_t*>(all.code + i * kWords);
       int32_t sum = 0;
       for (int64_t d = 0; d < D; ++d) sum += code[d];
       all.start[i] = -Codes::kOffset * sum;
@@ -219,19 +229,19 @@ struct Predicted : Products<C> {
       by_tiles(block.range, [&](auto size, int64_t v) {
         predict<size()>(w, block.n, v);
         if constexpr (C::kSums)
-          softmax<size(), false>(w, block.n, v, block.masked, block.row_mask);
+          softmax<size(), false>(w, block.n, v, w.scores.changes, block.row_mask);
         else
-          tops<size()>(w, block.n, v, block.masked);
+          tops<size()>(w, block.n, v);
       });
     }
     for (int64_t r = 0; r < g.count; ++r) t.scores.top[g.row[r]] = w.top[r], t.scores.sum[g.row[r]] = w.sum[r];
   }
 
   template <int RV>
-  static void tops(Scratch<C>& w, int64_t n, int64_t v0, bool masked) {
+  static void tops(Scratch<C>& w, int64_t n, int64_t v0) {
     for (int64_t v = v0; v < v0 + RV; ++v) {
       vf top = load(w.top + v * L);
-      if (Base::kChanges || masked)
+      if (w.scores.changes)
         for (int64_t j = 0; j < n; ++j)
           top = max_fast(Base::change(w, load(w.s + j * w.pitch + v * L), j, v, w.scores.row_bias), top);
       else
@@ -276,12 +286,11 @@ struct Predicted : Products<C> {
   FUSER_INLINE void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     w.scores.k = t.k, w.scores.k_row = t.k_row, w.scores.row_bias = C::kMask && t.mask_row != 0;
     for (int64_t r = 0; r < w.pitch; ++r) {
-      alignas(4) int8_t code[4 * kWords];
+      int32_t code[kWords];
       const int64_t row = g.row[r < g.count ? r : g.count - 1];
-      w.scores.q_step[r] = quantize(t.q + row * t.q_row, t.scores.factor, code) * t.scale;
+      w.scores.q_step[r] = quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, code) * t.scale;
       w.scores.limit[r] = t.scores.top[row];
-      for (int64_t d = 0; d < 4 * kWords; ++d) code[d] = int8_t(code[d] + Codes::kOffset);
-      for (int64_t i = 0; i < kWords; ++i) std::memcpy(w.scores.q + i * w.pitch + r, code + 4 * i, 4);
+      for (int64_t i = 0; i < kWords; ++i) w.scores.q[i * w.pitch + r] = code[i];
     }
   }
 
@@ -291,6 +300,9 @@ struct Predicted : Products<C> {
   }
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    uint64_t lanes = ~0ull;
+    for (int64_t j = 0; j < n; ++j) lanes &= w.lanes[j];
+    w.scores.changes = Base::kChanges || lanes != ~0ull;
     // Tiles read rows of keys beyond n as well.
     for (int64_t j = 0; j < n + kMostKeys; ++j) {
       const int64_t key = w.key[j < n ? j : n - 1];
@@ -301,7 +313,9 @@ struct Predicted : Products<C> {
 
   template <int RV>
   static __attribute__((noinline)) void predict(Scratch<C>& w, int64_t n, int64_t v) {
-    constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
+    // Unless one instruction multiplies and adds, products need registers of their own.
+    constexpr int64_t most = Codes::kFused ? kAccumulators : kAccumulators * 2 / 3;
+    constexpr int64_t RK = most / RV < kMostKeys ? most / RV : kMostKeys;
     const OfThread& own = w.scores;
     vf top[RV];
 #pragma GCC unroll 8
@@ -313,39 +327,90 @@ struct Predicted : Products<C> {
     for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
   }
 
-  template <int RV>
-  static __attribute__((noinline)) void score(Scratch<C>& w, int64_t n, int64_t v0) {
+  FUSER_INLINE const float* const* value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
+
+  template <int RV, bool kExact>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0) {
     predict<RV>(w, n, v0);
     for (int64_t v = v0; v < v0 + RV; ++v) {
-      refine(w, n, v);
-      vf top = load(w.top + v * L);
-      for (int64_t j = 0; j < n; ++j) top = max_fast(load(w.s + j * w.pitch + v * L), top);
-      store(w.peak + v * L, top);
+      const int64_t chosen = w.scores.changes ? choose<true>(w, n, v) : choose<false>(w, n, v);
+      if (chosen != 0) refine(w, chosen, v);
+      if constexpr (C::kPrune) {
+        prune(w, n, chosen, v);
+      } else if (chosen != 0) {
+        vf top = load(w.top + v * L);
+        for (int64_t j = 0; j < n; ++j) top = max_fast(load(w.s + j * w.pitch + v * L), top);
+        store(w.peak + v * L, top);
+      }
     }
+    if constexpr (C::kPrune) return kExact ? n : keep<RV>(w, n, v0);
+    return n;
   }
 
-  // Computes in full what is chosen among the scores in vector v.
-  FUSER_INLINE void refine(Scratch<C>& w, int64_t n, int64_t v) {
-    constexpr uint64_t every = ~0ull >> (64 - L);
+  // Lists the keys of which some score in vector v is to be computed in full. Returns how many.
+  template <bool kChanged>
+  FUSER_INLINE int64_t choose(Scratch<C>& w, int64_t n, int64_t v) {
     OfThread& own = w.scores;
-    const vf limit = load(own.limit + v * L), lowest = set1(-kInf);
+    const vf limit = load(own.limit + v * L);
     int64_t count = 0;
     for (int64_t j = 0; j < n; ++j) {
-      const vf x = Base::change(w, load(w.s + j * w.pitch + v * L), j, v, own.row_bias);
-      // Scores that are NaN are chosen.
-      const vi out = C::kInverse ? (vi)(x > limit) : (vi)(x <= limit);
-      const uint64_t bits = to_bits(~out & ~(vi)(x == lowest));
-      if constexpr (C::kPrune) w.lanes[j] &= bits << v * L | ~(every << v * L);
+      const vf s = load(w.s + j * w.pitch + v * L), x = kChanged ? Base::change(w, s, j, v, own.row_bias) : s;
+      // Scores that are NaN are chosen, those that are -inf may not be seen.
+      vi chosen = ~(C::kInverse ? (vi)(x > limit) : (vi)(x <= limit));
+      if constexpr (kChanged) chosen &= ~(vi)(x == set1(-kInf));
+      const uint64_t bits = to_bits(chosen);
       own.chosen[count] = int32_t(j), own.bits[count] = bits;
       count += bits != 0;
     }
+    return count;
+  }
+
+  // Leaves out what was not chosen of the scores in vector v, and changes the others.
+  FUSER_INLINE void prune(Scratch<C>& w, int64_t n, int64_t count, int64_t v) {
+    const OfThread& own = w.scores;
+    const vf lowest = set1(-kInf);
+    vf top = load(w.top + v * L);
+    int64_t i = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      float* const s = w.s + j * w.pitch + v * L;
+      vf x = lowest;
+      if (i < count && own.chosen[i] == j) {
+        x = own.changes ? Base::change(w, load(s), j, v, own.row_bias) : load(s);
+        x = select_bits(own.bits[i++], x, lowest);
+        top = max_fast(x, top);
+      }
+      store(s, x);
+    }
+    store(w.peak + v * L, top);
+  }
+
+  // Brings together the scores in RV vectors of keys that some row needs, and their values. Returns how many.
+  template <int RV>
+  FUSER_INLINE int64_t keep(Scratch<C>& w, int64_t n, int64_t v) {
+    int64_t kept = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      vi out = (vi)(load(w.s + j * w.pitch + v * L) == set1(-kInf));
+      for (int i = 0; i < RV; ++i) {
+        const vf x = load(w.s + j * w.pitch + (v + i) * L);
+        out &= (vi)(x == set1(-kInf));
+        store(w.s + kept * w.pitch + (v + i) * L, x);
+      }
+      w.scores.v_row[kept] = w.v_row[j];
+      kept += any(~out);
+    }
+    return kept;
+  }
+
+  // Computes what was chosen.
+  FUSER_INLINE void refine(Scratch<C>& w, int64_t count, int64_t v) {
+    OfThread& own = w.scores;
     for (int64_t i = 0; i < count; i += kMostKeys) {
       const float* row[kMostKeys];
       for (int64_t c = 0; c < kMostKeys; ++c) {
         const int64_t j = own.chosen[i + c < count ? i + c : count - 1];
         row[c] = fp32_row(own.k + w.key[j] * own.k_row, w.k + (kConvert<C> ? c * D : 0), D);
       }
-      vf unused = lowest;
+      vf unused = set1(-kInf);
       scores_tile<D, 1, kMostKeys>(w.q + v * L, row, w.pitch, own.full, &unused);
       for (int64_t c = 0; c < kMostKeys && i + c < count; ++c) {
         float* const s = w.s + own.chosen[i + c] * w.pitch + v * L;

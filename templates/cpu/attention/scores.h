@@ -3,13 +3,14 @@
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
-//   score<RV>(w, n, v)         into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
-//                              them and of w.top
+//   score<RV, kExact>(w, n, v) into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
+//                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
 //   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
-// It has what it keeps of a head and of a thread in OfHead and OfThread. A policy that leaves out scores by w.lanes says
-// so by kPrunes; one that must see all scores before the first is used, by kSurveys (predicted.h).
+// It has what it keeps of a head and of a thread in OfHead and OfThread. kPrunes says that its scores are changed and
+// masked already, and that it keeps those keys alone that some row needs, all of them in an exact run; kSurveys that it
+// must see all scores before the first is used (predicted.h).
 #pragma once
 #include "attention/scratch.h"
 
@@ -101,8 +102,10 @@ struct Products {
     for (int64_t j = n; j < n + kRepeated; ++j) w.k_row[j] = w.k_row[n - 1];
   }
 
-  template <int RV>
-  static __attribute__((noinline)) void score(Scratch<C>& w, int64_t n, int64_t v) {
+  FUSER_INLINE const float* const* value_rows(const Scratch<C>& w) { return w.v_row; }
+
+  template <int RV, bool kExact>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v) {
     constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
     vf top[RV];
 #pragma GCC unroll 8
@@ -114,6 +117,7 @@ struct Products {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
+    return n;
   }
 
   // Idle lanes are zero.

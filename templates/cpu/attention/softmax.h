@@ -4,10 +4,10 @@
 
 namespace attention {
 
-// Changes the scores of n keys in RV vectors from v0 as the policy says, and turns them into weights relative to the
-// new maximum of every row. For an exact run masked weights are marked -0.
+// Changes the scores of n keys in RV vectors from v0 as the policy says, if they are to be changed, and turns them into
+// weights relative to the new maximum of every row. For an exact run masked weights are marked -0.
 template <int RV, bool kExact, class C>
-__attribute__((noinline)) void softmax(Scratch<C>& w, int64_t n, int64_t v0, bool masked, bool row_bias) {
+__attribute__((noinline)) void softmax(Scratch<C>& w, int64_t n, int64_t v0, bool changes, bool row_bias) {
   using Scores = typename C::Scores;
   const vf lowest = set1(-kInf);
   const int64_t pitch = w.pitch;
@@ -15,7 +15,7 @@ __attribute__((noinline)) void softmax(Scratch<C>& w, int64_t n, int64_t v0, boo
   vf old[RV], top[RV], sum[RV], shift[RV];
 #pragma GCC unroll 8
   for (int v = 0; v < RV; ++v) top[v] = old[v] = load(w.top + (v0 + v) * L);
-  if (Scores::kChanges || masked) {
+  if (changes) {
     for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) {

@@ -30,16 +30,16 @@ FUSER_INLINE void values_tile(const float* p, const float* const* v_row, int64_t
 }
 
 template <int RV, class C>
-__attribute__((noinline)) void values(Scratch<C>& w, int64_t n, int64_t v, bool first) {
+__attribute__((noinline)) void values(Scratch<C>& w, const float* const* v_row, int64_t n, int64_t v, bool first) {
   constexpr int64_t DV = C::kValueDim;
   constexpr int RD = kAccumulators / RV;
   const float* const p = w.s + v * L;
   for (int64_t d = 0; d + RD <= DV; d += RD) {
     w.ahead.announce();
-    values_tile<RV, RD>(p, w.v_row, n, d, w.decay + v * L, first, w.pitch, w.o + v * L);
+    values_tile<RV, RD>(p, v_row, n, d, w.decay + v * L, first, w.pitch, w.o + v * L);
   }
   if constexpr (DV % RD != 0)
-    values_tile<RV, DV % RD>(p, w.v_row, n, DV - DV % RD, w.decay + v * L, first, w.pitch, w.o + v * L);
+    values_tile<RV, DV % RD>(p, v_row, n, DV - DV % RD, w.decay + v * L, first, w.pitch, w.o + v * L);
 }
 
 // The same for one row r and the `size` elements from d that M vectors hold.
