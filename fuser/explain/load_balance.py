@@ -58,12 +58,13 @@ def load_balance(chosen: Tensor, valid: Tensor | None = None) -> LoadBalance:
     kept = chosen & pairs
     counts = kept.reshape(-1, _PORTS).sum(1)[pairs.reshape(-1, _PORTS).any(1)].double()
     empty = (counts == 0).sum()
-    shares = []
-    for elements in (32, 16):
+
+    def shares(elements: int) -> tuple[float, float]:
         work, rows = (counts / elements).sum(), (counts / elements).ceil().sum()
-        shares += [float(work / (rows + empty)), float(work / rows)]
+        return float(work / (rows + empty)), float(work / rows)
+
     density = kept.sum((1, 2, 3)).double() / pairs.sum((1, 2, 3))
-    return LoadBalance(*shares, density=float(density.mean()))
+    return LoadBalance(*shares(32), *shares(16), float(density.mean()))
 
 
 def sanger_seconds(length: int, density: float = 1.0, balance: float = 1.0) -> float:
