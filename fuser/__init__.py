@@ -26,6 +26,7 @@ _EXPORTS = {
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),
     "cqs": ("fuser.cqs", None),
+    "evit": ("fuser.evit", None),
     "flat": ("fuser.flat", None),
     "schemes": ("fuser.schemes", None),
     "integrations": ("fuser.integrations", None),
