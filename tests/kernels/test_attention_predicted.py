@@ -18,15 +18,20 @@ from fuser.attention.launch import run_plan
 from fuser.attention.reference import chosen_of, reference
 from fuser.codegen.render import header_folder, render
 from fuser.ir.attention import AttentionSpec
+from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Mask
 from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Isa, Target
-from fuser.kernels.attention_predicted import PredictedKernel
+from fuser.kernels.attention import Operands, call_of
+from fuser.kernels.attention_predicted import PredictedAttention, PredictedKernel
+from fuser.kernels.base import Literal
 from fuser.kernels.planner import plan
+from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.device import cpu_target
+from fuser.runtime.library import load
 
 NATIVE = detect_isa()
 Q_LEN, KV_LEN, WIDTH = 70, 60, 22
@@ -170,6 +175,41 @@ def test_one_kernel_serves_all_thresholds() -> None:
     }
     other = PredictedKernel(64, 64, form=DEQ(bits=8).form).spec.hash
     assert len(kernels) == 1 and other not in kernels
+
+
+# What VPDPBUSD does in every lane.
+MODEL = """
+#include "simd.h"
+FUSER_INLINE simd::vi dot_bytes(simd::vi sum, simd::vi a, simd::vi b) {
+  for (int i = 0; i < simd::kLanes; ++i)
+    for (int byte = 0; byte < 32; byte += 8) sum[i] += int(uint8_t(a[i] >> byte)) * int(int8_t(b[i] >> byte));
+  return sum;
+}
+#define FUSER_DOT_BYTES dot_bytes
+"""
+
+
+def test_dot_products_of_vnni_give_the_same_bits() -> None:
+    """The code around the instruction, with a model of it in its place."""
+    q, k, v = inputs()
+    how, on = DEQ(bits=8, threshold=0.3), target()
+    operands = Operands(*(TensorSpec.contiguous(t.shape, t.dtype) for t in (q, k, v, q.new_empty(2, 4, Q_LEN, KV_LEN))))
+    parameters = PredictedAttention(PredictedKernel(WIDTH, KV_LEN, form=how.form), how)
+    call = call_of(masks.Dense(), operands, ("q", "k", "v"), ("out",), SCALE, parameters, on, 2)
+    source = render(call.spec)
+    texts = [source.text, MODEL + source.text]
+    results = []
+    for text in texts:
+        path = build([dataclasses.replace(source, text=text)], on, headers=header_folder(on))[source.symbol]
+        values = {"q": q, "k": k, "v": v, "out": torch.full((2, 4, Q_LEN, KV_LEN), math.nan)}
+        tensors = [ref.tensor if isinstance(ref, Literal) else values[str(ref)] for ref in call.tensors]
+        scratch = torch.empty(call.workspace_bytes // 4 + 16)
+        workspace = -(-scratch.data_ptr() // 64) * 64
+        load(path, source.symbol)(KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, 2, workspace))
+        results.append(values["out"])
+    assert torch.equal(results[0], results[1])
+    want, _ = reference(q, k, v, AttentionSpec(masks.Dense(), None, how), None, SCALE)
+    torch.testing.assert_close(results[1], want, rtol=0, atol=1e-6)
 
 
 def test_it_compiles_for_avx512_with_and_without_vnni() -> None:

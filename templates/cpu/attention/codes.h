@@ -11,7 +11,8 @@
 namespace attention {
 using namespace simd;
 
-#if defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
+#if defined(FUSER_DOT_BYTES)  // a test's
+#elif defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
 #define FUSER_DOT_BYTES(sum, a, b) (vi) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #elif defined(__AVXVNNI__) && FUSER_VECTOR_BYTES == 32
 #define FUSER_DOT_BYTES(sum, a, b) (vi) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(a), (__m256i)(b))
