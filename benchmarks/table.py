@@ -59,6 +59,26 @@ def encoders(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{_machine(report['machine'])}"
 
 
+def int8(report: Mapping[str, Any]) -> str:
+    """Encoders in int8: milliseconds and cosine of every arm; and what becomes of a pretrained encoder's embeddings."""
+    cases = [result for result in report["results"] if "timings" in result]
+    arms = _union(result["timings"] for result in cases)
+    rows = []
+    for result in cases:
+        times, cosines = result["timings"], result["cosine_to_fp32"]
+        found = (f"{_ms(times[arm]['median_ms'])} ({cosines[arm]:.4f})" if arm in times else "–" for arm in arms)
+        rows.append([result["case"], *found, f"**{min(result['speedup_over'].values()):.2f}×**"])
+    title = "Encoders in int8, milliseconds a call (in brackets: mean cosine of hidden states to eager's)"
+    parts = [_table(title, ["model: batch × tokens", *arms, "over the fastest other"], rows)] if rows else []
+    for found in (result["accuracy"] for result in report["results"] if "accuracy" in result):
+        scores = {name: values for name, values in found.items() if isinstance(values, Mapping)}
+        kinds = _union(scores.values())
+        cells = [[name, *(f"{values[kind]:.4f}" for kind in kinds)] for name, values in scores.items()]
+        title = f"Embeddings of {found['sentences']} sentences by {found['model']}, against fp32"
+        parts.append(_table(title, ["", *(kind.replace("_", " ") for kind in kinds)], cells))
+    return "\n\n".join([*parts, _machine(report["machine"])])
+
+
 def attention(report: Mapping[str, Any]) -> str:
     """Attention alone, by mask and length; of the settings of a peer the fastest counts in each case."""
     results = report["results"]
@@ -172,8 +192,8 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-TABLES = {"encoders": encoders, "attention": attention, "search": search, "architectures": architectures}
-FILES = {"README.md": ("encoders", "attention", "search"), "docs/models.md": ("architectures",)}
+TABLES = {"encoders": encoders, "int8": int8, "attention": attention, "search": search, "architectures": architectures}
+FILES = {"README.md": ("encoders", "int8", "attention", "search"), "docs/models.md": ("architectures",)}
 """Which tables stand in which file."""
 
 
