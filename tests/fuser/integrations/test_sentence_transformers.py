@@ -86,7 +86,7 @@ def test_embeddings_are_those_of_the_model(model: Any, fast: Any) -> None:
     # Sixteen batches of two are tokenized together, whose texts fill other batches.
     assert_close(fast.encode(corpus, None, None, 2), got)
     assert_close(fast.encode(corpus[3]), got[3])
-    for settings in (
+    for arguments in (
         {"normalize_embeddings": True},
         {"prompt_name": "query"},
         {"prompt": "dog "},
@@ -94,7 +94,7 @@ def test_embeddings_are_those_of_the_model(model: Any, fast: Any) -> None:
         {"convert_to_tensor": True, "normalize_embeddings": True, "truncate_dim": 8},
         {"convert_to_numpy": False},
     ):
-        mine, theirs = fast.encode(corpus, **settings), exact.encode(corpus, **settings)
+        mine, theirs = fast.encode(corpus, **arguments), exact.encode(corpus, **arguments)
         assert type(mine) is type(theirs) and len(mine) == len(corpus)
         assert_close(*(torch.stack(list(map(torch.as_tensor, found))) for found in (mine, theirs)))
     assert len(fast.encode([])) == 0
