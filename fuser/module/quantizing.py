@@ -18,6 +18,7 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kin
 from fuser.ir.operators import Gemm, Int8Gemm, TorchCall
 from fuser.ir.quantization import MAX_TERMS, Fixed
 from fuser.ir.target import Target
+from fuser.module.weights import value_of
 
 _SMALLEST = 32
 """Columns and rows of weights from which on a layer is worth it: smaller ones are heads, cheap and near the result."""
@@ -242,7 +243,7 @@ class Quantizer:
             for op in call.graph.operators:
                 layer = self._layer(call.graph, op, call.parameters)
                 if layer is not None and layer.quantized and id(layer) not in weights and layer.sample is not None:
-                    weight = _value(call.graph, op.inputs[1], call.parameters).float()
+                    weight = value_of(op.inputs[1], call.graph.constants, call.parameters).float()
                     weights[id(layer)] = weight if op.semantics.transposed else weight.mT  # type: ignore[attr-defined]
         for layer in self.layers:
             if id(layer) in weights and layer.sample is not None and layer.most is not None:
@@ -316,13 +317,6 @@ def _int8(rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
     return Int8Gemm(True).evaluate(rows, weight, *factors)[0]
 
 
-def _value(graph: OperatorGraph, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
-    constant = graph.constants[name]
-    if constant.call is None:
-        return parameters[name].detach()
-    return constant.evaluate([_value(graph, source, parameters) for source in constant.sources])
-
-
 def _run(
     graph: OperatorGraph,
     parameters: Mapping[str, Tensor],
@@ -340,7 +334,7 @@ def _run(
     for position, op in enumerate(graph.operators):
         for value in op.inputs:
             if value in graph.constants and value not in evaluation:
-                evaluation[value] = _value(graph, value, parameters)
+                evaluation[value] = value_of(value, graph.constants, parameters)
         if look is not None and is_kind(op, Gemm):
             look(op, evaluation[op.inputs[0]])
         evaluation.run([op])
@@ -349,5 +343,5 @@ def _run(
                 evaluation.forget(value)
     for value in graph.outputs:
         if value in graph.constants and value not in evaluation:
-            evaluation[value] = _value(graph, value, parameters)
+            evaluation[value] = value_of(value, graph.constants, parameters)
     return tuple(evaluation[value].clone() for value in graph.outputs)

@@ -243,15 +243,16 @@ def _made(
         if isinstance(ref, Literal):
             return (ref.tensor.to(device),)
         if isinstance(ref, Packed):
-            return ref.pack({value: _value(value, constants, parameters) for value in ref.values})
-        return (_value(ref, constants, parameters),)
+            return ref.pack({value: value_of(value, constants, parameters) for value in ref.values})
+        return (value_of(ref, constants, parameters),)
 
 
-def _value(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
+def value_of(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a constant: a parameter, or what is derived from some."""
     constant = constants[name]
     if constant.call is None:
         return parameters[name].detach()
-    return constant.evaluate([_value(source, constants, parameters) for source in constant.sources])
+    return constant.evaluate([value_of(source, constants, parameters) for source in constant.sources])
 
 
 def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> list[Tensor]:
