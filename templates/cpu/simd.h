@@ -196,9 +196,11 @@ FUSER_INLINE vi dot_pairs(vi sum, vi a, vi b) {
 // sum + the scalar product of the four uint8 numbers in every lane of a and the four int8 numbers in that of b.
 FUSER_INLINE vi dot_quads(vi sum, vi a, vi b) {
 #if defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
-  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // as in dot_pairs
+  return sum;
 #elif defined(__AVXVNNI__) && FUSER_VECTOR_BYTES == 32
-  return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
 #else
   uint8_t x[4 * kLanes];
   int8_t y[4 * kLanes];
