@@ -26,6 +26,7 @@ from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.size import Size
+from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
@@ -390,6 +391,33 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
     return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
+
+
+@_handles(torch.ops.fuser.windowed_attention.default)
+def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
+    q, k, v, far_keys, far_values = (r.view(n) for n in node.args[:5])
+    bias, sizes = node.args[5], node.args[6:]
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
+        return None
+    how = Windowed(*sizes, bias is not None)
+    tokens, summaries = q.shape[2], far_keys.shape[2]
+    shape = (*k.shape[:2], tokens + how.gap + summaries, k.shape[3])
+    joined = []
+    for name, near, far in (("keys", k, far_keys), ("values", v, far_values)):
+        join = kinds.Extern(TorchCall(how.joined, (Ref(0), Ref(1))), "keys of windows and of chunks are joined once")
+        spec = TensorSpec.contiguous(shape, r.dtype(near))
+        joined.append(r.emit(join, f"{node.name}_{name}", (r.realize(near), r.realize(far)), spec))
+    row = None
+    if bias is not None:
+        table = r.view(bias)
+        if not r.is_constant(table):
+            return None
+        call = TorchCall(how.by_distance, (Ref(0), tokens, summaries))
+        row = r.derived(
+            f"{node.name}_row", (r.realize(table),), call, (table.shape[0], tokens + shape[2] - 1), r.dtype(table)
+        )
+    scale = 1.0 / math.sqrt(q.shape[3])
+    return attention_from(r, node, q, *joined, scale, [], pattern=how.mask, by_sums=row)
 
 
 @_handles(torch.ops.fuser.linear_attention.default)

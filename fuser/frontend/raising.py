@@ -16,6 +16,7 @@ from torch import fx
 # It registers torch.ops.fuser.
 from fuser.attention import linear as _linear  # noqa: F401
 from fuser.attention import operators as _registered  # noqa: F401
+from fuser.attention import windowed as _windowed  # noqa: F401
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import Captured
 from fuser.frontend.sizes import Traced, traced

@@ -24,6 +24,7 @@ from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
+from fuser.ir.windows import by_sums
 
 Shape = tuple[int, ...]
 
@@ -693,6 +694,22 @@ class AdditiveMask(ScoreMask, _RowWise):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return "given at run time"
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class BiasBySums(ScoreMask):
+    """The sum with a bias of which query i and key j have element i + j: the second input, (1 or H, Sq + Sk - 1)."""
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        scores, row = inputs
+        return (scores + by_sums(row, *scores.shape[-2:]),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "a bias by distance"
 
 
 @kind("mask")

@@ -17,9 +17,11 @@ from fuser.attention.mechanisms.windows import (
     check_divides,
     heads_of,
     merge_windows,
+    qkv_of,
     window_attention,
     windows,
 )
+from fuser.attention.windowed import is_known_to, windowed_attention
 from fuser.ir.errors import MechanismError
 
 
@@ -63,8 +65,19 @@ class LocalAttention(SoftmaxAttention):
     def missing(self, grid: Sequence[int]) -> int:
         return 0 if self.attn_2d else -grid[0] % self.window_size
 
+    @property
+    def bias_by_distance(self) -> bool:
+        """Whether a bias of scores, if there is one, depends on the distance of query and key alone."""
+        return not self.use_rpe
+
     def mix(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Tensor:
         size, extension = self.window_size, self.extension
+        if len(grid) == 1 and hidden is None and self.bias_by_distance and is_known_to(qkv):
+            heads, far = qkv_of(qkv, self.num_heads), self.far(qkv, hidden, grid)
+            if far is not None and far.bias is None:
+                pair = far.keys.squeeze(1), far.values.squeeze(1)
+                bias, around = self.position_bias(), {"before": extension, "after": extension}
+                return windowed_attention(*heads, *pair, bias, window=size, **around).transpose(1, 2).flatten(2)
         q = heads_of(windows(qkv[..., : self.dim], grid, size), self.num_heads)
         seen = windows(qkv[..., self.dim :], grid, size, extension, extension)
         k, v = (heads_of(part, self.num_heads) for part in seen.chunk(2, -1))

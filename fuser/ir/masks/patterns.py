@@ -195,6 +195,49 @@ class Longformer(_Pattern):
         return spans(len(i), m, (0, first - 1, 1), (begin, last, 1))
 
 
+@dataclass(frozen=True)
+class WindowsAndChunks(_Pattern):
+    """The window of a query and, as further keys, summaries of chunks of tokens (EVA, Zheng et al. 2023).
+
+    Keys are ``q_len`` tokens, ``gap`` keys that nobody sees, and one key for each chunk. A query in window w of
+    ``window`` tokens sees the tokens of the window, ``before`` and ``after`` of it, and all chunks. With a ``chunk``
+    above zero it is causal: no token behind the query, and the chunks of so many tokens that end before the query's own
+    begins. If ``backwards``, keys and summaries are in reverse order each, so that where a key is, added to where the
+    query is, says how far they are apart.
+    """
+
+    window: int
+    before: int = 0
+    after: int = 0
+    chunk: int = 0
+    gap: int = 0
+    backwards: int = 0
+
+    kind = "windows_and_chunks"
+    least = {"window": 1, "before": 0, "after": 0, "chunk": 0, "gap": 0, "backwards": 0}  # noqa: RUF012
+
+    def _seen(self, i: Ints, n: int, m: int) -> tuple[Ints, Ints, Ints]:
+        """The first and the last token that each query sees, and how many chunks."""
+        start = i - i % self.window
+        last = i if self.chunk else start + self.window - 1 + self.after
+        chunks = max(m - n - self.gap, 0)
+        count = np.minimum(i // self.chunk, chunks) if self.chunk else np.full_like(i, chunks)
+        return np.maximum(start - self.before, 0), np.minimum(last, n - 1), count
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        first, last, count = self._seen(i, n, m)
+        token = n - 1 - j if self.backwards else j
+        chunk = m - 1 - j if self.backwards else j - n - self.gap
+        near: Bools = (j < n) & (first <= token) & (token <= last)
+        return near | ((j >= n + self.gap) & (chunk < count))
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        first, last, count = self._seen(i, n, m)
+        if self.backwards:
+            return spans(len(i), m, (n - 1 - last, n - 1 - first, 1), (m - count, m - 1, 1))
+        return spans(len(i), m, (first, last, 1), (n + self.gap, n + self.gap + count - 1, 1))
+
+
 @lru_cache(maxsize=64)
 def _random_blocks(seed: int, block_rows: int, block_cols: int, count: int) -> Ints:
     """For each block row, ``count`` distinct block columns: (block_rows, count), drawn row after row."""

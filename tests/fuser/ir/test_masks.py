@@ -39,6 +39,7 @@ from fuser.ir.masks import (
     SlidingWindow,
     Strided,
     TensorMask,
+    WindowsAndChunks,
     from_dense,
     from_mask_mod,
     per_head,
@@ -60,6 +61,7 @@ structural = st.one_of(
     st.builds(Fixed, optional_step),
     st.builds(Dilated, small, positive),
     st.builds(Longformer, small, small),
+    st.builds(WindowsAndChunks, positive, small, small, small, small, st.integers(0, 1)),
     st.builds(BigBird, positive, small, st.integers(0, 3), st.integers(0, 3), st.integers(0, 99)),
 )
 
@@ -107,6 +109,14 @@ def pair_by_pair(mask: Mask, n: int, m: int) -> np.ndarray:
             return abs(i - j) <= mask.window * mask.dilation and (i - j) % mask.dilation == 0
         if isinstance(mask, Longformer):
             return abs(i - j) <= mask.window or i < mask.global_tokens or j < mask.global_tokens
+        if isinstance(mask, WindowsAndChunks):
+            if j < n:
+                token = n - 1 - j if mask.backwards else j
+                start = i // mask.window * mask.window
+                near = start - mask.before <= token < start + mask.window + mask.after
+                return near and (mask.chunk == 0 or token <= i)
+            ordinal = m - 1 - j if mask.backwards else j - n - mask.gap
+            return j >= n + mask.gap and (mask.chunk == 0 or (ordinal + 1) * mask.chunk <= i // mask.chunk * mask.chunk)
         assert isinstance(mask, BigBird)
         r, c = i // mask.block, j // mask.block
         return r < mask.globals or c < mask.globals or c in centred[r] or c in drawn[r]
