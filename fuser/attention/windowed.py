@@ -10,12 +10,13 @@ from torch import Tensor
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import empty_out
 from fuser.attention.registry import key_of
+from fuser.ir.masks import GridChunks
 from fuser.ir.windows import Windowed, by_sums
 
 torch.library.define(
     "fuser::windowed_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor far_keys, Tensor far_values, Tensor? bias, int window, int before, "
-    "int after, int chunk) -> Tensor",
+    "int after, int chunk, int columns) -> Tensor",
     tags=TAGS,
 )
 
@@ -40,15 +41,27 @@ def windowed_attention(
     before: int = 0,
     after: int = 0,
     chunk: int = 0,
+    columns: int = 0,
 ) -> Tensor:
-    """softmax(q · kᵀ / √D) · v of a sequence over the windows and summaries that
-    :class:`~fuser.ir.masks.WindowsAndChunks` says.
+    """softmax(q · kᵀ / √D) · v over the windows and summaries of :class:`~fuser.ir.masks.WindowsAndChunks`, or, for the
+    tokens of a grid with ``columns``, of :class:`~fuser.ir.masks.GridWindows`.
 
-    q, k, v are (B, H, N, D), ``far_keys`` and ``far_values`` (B, H, C, D); ``bias`` (1 or H, window, before + window +
-    after) is added to scores of a window and depends on the distance of query and key alone. Returns (B, H, N, D), laid
-    out as ``q`` is. Keys and summaries are joined once, so that memory is linear in N + C.
+    q, k, v are (B, H, N, D), ``far_keys`` and ``far_values`` (B, H, C, D). ``bias`` (1 or H, window, before + window +
+    after), on a grid (H, window², (before + window + after)²), is added to scores of a window and depends on the distance
+    of query and key alone. Returns (B, H, N, D), laid out as ``q`` is. Keys and summaries are joined once, so that memory
+    is linear in N + C.
     """
-    out: Tensor = torch.ops.fuser.windowed_attention(q, k, v, far_keys, far_values, bias, window, before, after, chunk)
+    out: Tensor = torch.ops.fuser.windowed_attention(
+        q, k, v, far_keys, far_values, bias, window, before, after, chunk, columns
+    )
+    return out
+
+
+def attend_squares(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, columns: int, size: int) -> Tensor:
+    """softmax(q · kᵀ / √D + bias) · v where query c of (B, H, C, D) sees the tokens (B, H, N, D) of one square of
+    ``size`` × ``size`` on a grid with ``columns``; ``bias`` is (B, H, 1, N)."""
+    key = key_of(GridChunks(columns, size), None, None, False, 0)
+    out: Tensor = torch.ops.fuser.sparse_attention(q, k, v, key, bias, 1.0 / math.sqrt(q.shape[3]))
     return out
 
 
@@ -64,8 +77,9 @@ def _op(
     before: int,
     after: int,
     chunk: int,
+    columns: int,
 ) -> Tensor:
-    how = Windowed(window, before, after, chunk, bias is not None)
+    how = Windowed(window, before, after, chunk, columns, bias is not None)
     keys, values = how.joined(k, far_keys), how.joined(v, far_values)
     runtime = None
     if bias is not None:
@@ -88,5 +102,6 @@ def _fake(
     before: int,
     after: int,
     chunk: int,
+    columns: int,
 ) -> Tensor:
     return empty_out(q, v)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuser.ir.masks import WindowsAndChunks
+from fuser.ir.masks import GridWindows, Mask, WindowsAndChunks
 
 _PART = 4096
 
@@ -16,7 +16,8 @@ _PART = 4096
 @dataclass(frozen=True)
 class Windowed:
     """Windows of ``window`` tokens see themselves, ``before`` and ``after``; ``chunk`` is that of
-    :class:`~fuser.ir.masks.WindowsAndChunks`. ``relative`` scores have a bias by the distance of query and key.
+    :class:`~fuser.ir.masks.WindowsAndChunks`. Tokens of a grid with ``columns``, 0 for a sequence, have square
+    windows, as far before as after. ``relative`` scores have a bias by the distance of query and key.
 
     Then keys are in reverse order: the bias of query i and key j lies at i + j, in one row for all, and a gap keeps
     summaries away from what is near.
@@ -26,15 +27,23 @@ class Windowed:
     before: int = 0
     after: int = 0
     chunk: int = 0
+    columns: int = 0
     relative: bool = False
+
+    @property
+    def reach(self) -> int:
+        """How far along an axis a query sees keys before it, at most."""
+        return self.window + self.before - 1
 
     @property
     def gap(self) -> int:
         """Keys between tokens and summaries that nobody sees."""
-        return self.window + self.before if self.relative else 0
+        return self.reach * (self.columns + 1) if self.relative else 0
 
     @property
-    def mask(self) -> WindowsAndChunks:
+    def mask(self) -> Mask:
+        if self.columns:
+            return GridWindows(self.columns, self.window, self.before, self.gap, int(self.relative))
         return WindowsAndChunks(self.window, self.before, self.after, self.chunk, self.gap, int(self.relative))
 
     def joined(self, tokens: Tensor, summaries: Tensor) -> Tensor:
@@ -56,10 +65,26 @@ class Windowed:
     def by_distance(self, bias: Tensor, tokens: int, summaries: int) -> Tensor:
         """A bias (H, W, L) of a window's queries and keys, which depends on their distance alone, as a row (H, N + keys
         - 1) whose element i + j is that of query i and key j; zeros for summaries."""
-        near = torch.cat([bias[:, 0].flip(-1), bias[:, 1:, 0]], -1)
-        keys = tokens + self.gap + summaries
-        first = tokens - self.window - self.after
+        keys, behind = tokens + self.gap + summaries, self.window - 1 + self.after
+        if self.columns:
+            near = self._of_grid(bias)
+            behind *= self.columns + 1
+        else:
+            near = torch.cat([bias[:, 0].flip(-1), bias[:, 1:, 0]], -1)
+        first = tokens - 1 - behind
         return F.pad(near, (first, tokens + keys - 1 - first - near.shape[-1]))
+
+    def _of_grid(self, bias: Tensor) -> Tensor:
+        """The bias (H, W², L²) of a grid by distance: rows of ``columns`` numbers, one for each distance of rows."""
+        size, seen = self.window, self.window + 2 * self.before
+        apart = torch.arange(-self.reach, self.reach + 1, device=bias.device)
+        # A query and a key of that distance.
+        query = (apart - self.before).clamp(min=0)
+        key = query - apart + self.before
+        pairs = bias.unflatten(2, (seen, seen)).unflatten(1, (size, size))  # type: ignore[no-untyped-call]
+        table = pairs[:, query[:, None], query[None, :], key[:, None], key[None, :]]
+        count = 2 * self.reach + 1
+        return F.pad(table, (0, self.columns - count)).flatten(1)[:, : 2 * self.reach * (self.columns + 1) + 1]
 
 
 def by_sums(row: Tensor, queries: int, keys: int) -> Tensor:

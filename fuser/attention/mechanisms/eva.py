@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fuser.attention.mechanisms.configuration import Configuration, EvaConfiguration
-from fuser.attention.mechanisms.features import attend_features
+from fuser.attention.mechanisms.features import attend_features, half_norms
 from fuser.attention.mechanisms.local import LocalAttention
 from fuser.attention.mechanisms.positions import BucketedPositions
 from fuser.attention.mechanisms.softmax import initialize, projection
 from fuser.attention.mechanisms.windows import Far, check_divides, qkv_of, windows
+from fuser.attention.windowed import attend_squares
 from fuser.ir.errors import MechanismError
 
 
@@ -97,8 +98,28 @@ class EvaAttention(LocalAttention):
         if self.attn_2d:
             size = math.isqrt(size)
         check_divides(size, grid, f"num_landmarks = {self.num_landmarks}: chunks")
+        if self.attn_2d and not self.extension and self.joins(qkv, hidden, grid):
+            return self._far_in_place(qkv, grid, size)
         chunks = windows(qkv, grid, size, self.extension, self.extension)
         unseen = self.hidden_windows(hidden, qkv, grid, size)
         q, k, v = qkv_of(chunks, self.num_heads)
         k_bar, beta = summarize(q, k, v, unseen, self.adaptive_mu_q, self.adaptive_mu_k, 0.5, self.training)
         return Far(*(t.transpose(1, 2).unsqueeze(1) for t in (k_bar, beta)))
+
+    def _far_in_place(self, qkv: Tensor, grid: Sequence[int], size: int) -> Far:
+        """:func:`summarize` of squares of a grid, whose tokens stay where they are."""
+        q, k, v = qkv_of(qkv, self.num_heads)
+        rows, columns = (length // size for length in grid)
+
+        def mean(x: Tensor) -> Tensor:
+            squares = torch.unflatten(x, 2, (rows, size, columns, size))
+            return squares.mean((3, 5)).flatten(2, 3)
+
+        k_bar: Tensor = self.adaptive_mu_k(mean(k))
+        omega = torch.zeros_like(k_bar)
+        if self.adaptive_mu_q is not None:
+            omega = 0.5 * (self.adaptive_mu_q(mean(q)) + k_bar)
+        if self.training:
+            omega = omega + torch.randn_like(omega)
+        beta = attend_squares(omega, k, v, -half_norms(k).to(k.dtype), columns=grid[1], size=size)
+        return Far(k_bar.unsqueeze(1), beta.unsqueeze(1))

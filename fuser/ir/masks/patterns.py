@@ -238,6 +238,53 @@ class WindowsAndChunks(_Pattern):
         return spans(len(i), m, (first, last, 1), (n + self.gap, n + self.gap + count - 1, 1))
 
 
+@dataclass(frozen=True)
+class GridWindows(_Pattern):
+    """As :class:`WindowsAndChunks`, of tokens in the rows of a grid of ``width`` columns: a query sees the tokens of
+    its square of ``window`` × ``window`` and of ``extension`` around it, and all chunks."""
+
+    width: int
+    window: int
+    extension: int = 0
+    gap: int = 0
+    backwards: int = 0
+
+    kind = "grid_windows"
+    least = {"width": 1, "window": 1, "extension": 0, "gap": 0, "backwards": 0}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        token = n - 1 - j if self.backwards else j
+        near: Bools = (j < n) & (token >= 0)
+        for query, key in ((i // self.width, token // self.width), (i % self.width, token % self.width)):
+            start = query - query % self.window
+            near = near & (key >= start - self.extension) & (key < start + self.window + self.extension)
+        return near | (j >= n + self.gap)
+
+
+@dataclass(frozen=True)
+class GridChunks(_Pattern):
+    """Query c sees the tokens of chunk c: squares of ``size`` × ``size`` tokens of a grid of ``width`` columns."""
+
+    width: int
+    size: int
+
+    kind = "grid_chunks"
+    least = {"width": 1, "size": 1}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        across = max(self.width // self.size, 1)
+        row, column = j // self.width // self.size, j % self.width // self.size
+        allowed: Bools = (column < across) & (row * across + column == i)
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        across = max(self.width // self.size, 1)
+        first = i // across * self.size * self.width + i % across * self.size
+        last = np.minimum(self.size, self.width) - 1
+        rows = (first + line * self.width for line in range(self.size))
+        return spans(len(i), m, *((start, start + last, 1) for start in rows))
+
+
 @lru_cache(maxsize=64)
 def _random_blocks(seed: int, block_rows: int, block_cols: int, count: int) -> Ints:
     """For each block row, ``count`` distinct block columns: (block_rows, count), drawn row after row."""

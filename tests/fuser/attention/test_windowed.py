@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fuser
+from fuser.attention import build
 from fuser.attention.windowed import is_known_to, windowed_attention
 from fuser.ir.windows import Windowed, by_sums
 
 CASES = [
-    (Windowed(8, 0, 0, 4, True), 37),
-    (Windowed(8, 8, 0, 2, True), 64),
+    (Windowed(8, 0, 0, 4, relative=True), 37),
+    (Windowed(8, 8, 0, 2, relative=True), 64),
     (Windowed(16, 16, 0, 8), 5),
-    (Windowed(8, 4, 4, 0, True), 40),
+    (Windowed(8, 4, 4, relative=True), 40),
     (Windowed(4), 16),
 ]
 
@@ -104,6 +107,22 @@ def test_joined_keys_are_where_the_mask_says() -> None:
         else:
             assert torch.equal(keys[:, :, j], far[:, :, keys.shape[2] - 1 - j])
             assert not row[0, :, i, j].any()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"overlap_window": True}, {"exact_rpe": True, "adaptive_proj": "none"}])
+def test_grids(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_heads": 2, "window_size": 4, "num_landmarks": 16, "attn_2d": True, "use_rpe": True}
+    module = build("eva", **sizes, **arguments).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    fast, exact = fuser.optimize(module, search="model", dynamic=False), copy.deepcopy(module).double()
+    x = torch.randn(2, 16, 16, 32)
+    with torch.no_grad():
+        want = exact(x.double())
+        for out in (module(x), fast(x)):
+            assert float((out.double() - want).norm() / want.norm()) < 1e-6
+    assert fast.fallbacks == ()
 
 
 def test_where_gradients_are_asked_for_modules_take_plain_windows() -> None:
