@@ -47,9 +47,9 @@ def windowed_attention(
     tokens of a grid with ``columns``, of :class:`~fuser.ir.masks.GridWindows`.
 
     q, k, v are (B, H, N, D), ``far_keys`` and ``far_values`` (B, H, C, D). ``bias`` (1 or H, window, before + window +
-    after), on a grid (H, window², (before + window + after)²), is added to scores of a window and depends on the distance
-    of query and key alone. Returns (B, H, N, D), laid out as ``q`` is. Keys and summaries are joined once, so that memory
-    is linear in N + C.
+    after), on a grid (H, window², (before + window + after)²), is added to scores of a window and depends on the
+    distance of query and key alone. Returns (B, H, N, D), laid out as ``q`` is. Keys and summaries are joined once, so
+    that memory is linear in N + C.
     """
     out: Tensor = torch.ops.fuser.windowed_attention(
         q, k, v, far_keys, far_values, bias, window, before, after, chunk, columns

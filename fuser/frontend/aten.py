@@ -396,13 +396,13 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
 @_handles(torch.ops.fuser.windowed_attention.default)
 def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
     q, k, v, far_keys, far_values = (r.view(n) for n in node.args[:5])
-    bias, sizes = node.args[5], node.args[6:]
+    bias, window, before, after, chunk, columns = node.args[5:]
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
-    how = Windowed(*sizes, bias is not None)
+    how = Windowed(window, before, after, chunk, columns, bias is not None)
     tokens, summaries = q.shape[2], far_keys.shape[2]
     shape = (*k.shape[:2], tokens + how.gap + summaries, k.shape[3])
-    joined = []
+    joined: list[View] = []
     for name, near, far in (("keys", k, far_keys), ("values", v, far_values)):
         join = kinds.Extern(TorchCall(how.joined, (Ref(0), Ref(1))), "keys of windows and of chunks are joined once")
         spec = TensorSpec.contiguous(shape, r.dtype(near))
@@ -417,7 +417,8 @@ def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
             f"{node.name}_row", (r.realize(table),), call, (table.shape[0], tokens + shape[2] - 1), r.dtype(table)
         )
     scale = 1.0 / math.sqrt(q.shape[3])
-    return attention_from(r, node, q, *joined, scale, [], pattern=how.mask, by_sums=row)
+    keys, values = joined
+    return attention_from(r, node, q, keys, values, scale, [], pattern=how.mask, by_sums=row)
 
 
 @_handles(torch.ops.fuser.linear_attention.default)

@@ -172,11 +172,10 @@ class CausalEvaAttention(nn.Module):
         assert size is not None
         whole = q.shape[1] // size * size
         chunks = (heads_of(torch.unflatten(x[:, :whole], 1, (-1, size)), self.num_heads) for x in (q, k, v))
-        heads = (heads_of(x, self.num_heads) for x in (q, k, v))
-        far = self._summaries_of(*chunks)
-        out = windowed_attention(
-            *heads, *far, self._position_bias(), window=self.window_size, before=self.extension, chunk=size
-        )
+        q, k, v = (heads_of(x, self.num_heads) for x in (q, k, v))
+        k_bar, beta = self._summaries_of(*chunks)
+        sizes = {"window": self.window_size, "before": self.extension, "chunk": size}
+        out = windowed_attention(q, k, v, k_bar, beta, self._position_bias(), **sizes)
         return out.transpose(1, 2).flatten(2)
 
     def _by_windows(self, qkv: Tensor, hidden: Tensor | None) -> Tensor:
