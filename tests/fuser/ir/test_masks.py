@@ -30,6 +30,7 @@ from fuser.ir.masks import (
     Dense,
     Dilated,
     Fixed,
+    GlobalBlocks,
     GridChunks,
     GridWindows,
     Longformer,
@@ -66,6 +67,7 @@ structural = st.one_of(
     st.builds(WindowsAndChunks, positive, small, small, small, small, st.integers(0, 1)),
     st.builds(GridChunks, positive, positive),
     st.builds(BigBird, positive, small, st.integers(0, 3), st.integers(0, 3), st.integers(0, 99)),
+    st.builds(GlobalBlocks, positive, st.integers(0, 3), st.integers(0, 3)),
 )
 
 
@@ -124,6 +126,8 @@ def pair_by_pair(mask: Mask, n: int, m: int) -> np.ndarray:
                 return near and (mask.chunk == 0 or token <= i)
             ordinal = m - 1 - j if mask.backwards else j - n - mask.gap
             return j >= n + mask.gap and (mask.chunk == 0 or (ordinal + 1) * mask.chunk <= i // mask.chunk * mask.chunk)
+        if isinstance(mask, GlobalBlocks):
+            return j // mask.block < mask.first or j // mask.block >= math.ceil(m / mask.block) - mask.last
         assert isinstance(mask, BigBird)
         r, c = i // mask.block, j // mask.block
         return r < mask.globals or c < mask.globals or c in centred[r] or c in drawn[r]
