@@ -66,13 +66,8 @@ class CpuAppend(Implementation[OperatorGroup, AppendParameters]):
         before, rows, out = (match.graph.values[v] for v in (*op.inputs, op.output))
         size = out.dtype.itemsize
         a, b, c, _ = (stride * size for stride in rows.strides)
-        extents = AppendExtents(
-            *out.shape[:2],
-            before.shape[2],
-            rows.shape[2],
-            out.shape[3] * size,
-            (a, b, c),
-            (out.strides[0] * size, out.strides[1] * size),
-        )
+        batch, heads, _, width = out.shape
+        to = out.strides[0] * size, out.strides[1] * size
+        extents = AppendExtents(batch, heads, before.shape[2], rows.shape[2], width * size, (a, b, c), to)
         spec = KernelSpec("append", "cpu/append.cpp.j2", parameters)
         return KernelCall(spec, (*op.inputs, op.output), extents, op.outputs)

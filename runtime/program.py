@@ -412,12 +412,13 @@ class Program:
             if tensor.stride() != slot.strides or tensor.is_neg() or tensor.requires_grad or tensor._base is not None:
                 continue
             storage = tensor.untyped_storage()
-            end = tensor.storage_offset() + slot.shape[0] * slot.strides[0]
+            offset = int(tensor.storage_offset())
+            end = offset + slot.shape[0] * slot.strides[0]
             place = storage.data_ptr()
             if place in used or storage.nbytes() < end * slot.dtype.itemsize or not is_exclusive(tensor):
                 continue
             used.add(place)
-            found[source] = _of_storage(storage, slot, tensor.storage_offset())
+            found[source] = _of_storage(storage, slot, offset)
         return found
 
     def _settle(self, buffer: Tensor) -> None:
@@ -604,7 +605,7 @@ def _with_room(slot: Slot, device: torch.device) -> Tensor:
 def _of_storage(storage: torch.UntypedStorage, slot: Slot, offset: int) -> Tensor:
     """A tensor that is no view of another."""
     made = torch.empty(0, dtype=slot.dtype, device=storage.device)
-    return made.set_(storage, offset, slot.shape, slot.strides)  # type: ignore[call-overload,no-any-return]
+    return made.set_(storage, offset, slot.shape, slot.strides)
 
 
 def is_exclusive(tensor: Tensor) -> bool:
@@ -620,7 +621,7 @@ def _users(tensor: Tensor) -> tuple[int, ...]:
     storage = tensor.untyped_storage()
     return (
         tensor._use_count(),  # type: ignore[attr-defined]
-        torch._C._storage_Use_Count(storage._cdata),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(storage),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +29,16 @@ def is_value(value: Any) -> bool:
     return value is None or isinstance(value, _VALUES)
 
 
-@functools.lru_cache(maxsize=1024)
+_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
 def _is_class_of_objects(cls: type) -> bool:
-    if issubclass(cls, (Tensor, type, dict, list, tuple, set, *_VALUES)) or any("__call__" in vars(c) for c in cls.__mro__):
-        return False
-    return dataclasses.is_dataclass(cls) or is_plain(cls)
+    known = _classes.get(cls)
+    if known is None:
+        other = issubclass(cls, (Tensor, type, dict, list, tuple, set, *_VALUES))
+        other = other or any("__call__" in vars(base) for base in cls.__mro__)
+        known = _classes[cls] = not other and (dataclasses.is_dataclass(cls) or is_plain(cls))
+    return known
 
 
 def is_object(value: Any) -> bool:

@@ -24,7 +24,8 @@ from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
-from fuser.ir.size import Size, result
+from fuser.ir.size import Size
+from fuser.ir.size import result as late_size
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
@@ -186,8 +187,8 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     before = filled[0]
     if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
         return None
-    batch, heads, rows, width = value.shape
-    space = rows + (result(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
+    _, heads, rows, width = value.shape
+    space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
     spec = TensorSpec(value.shape, value.dtype, (heads * space * width, space * width, width, 1))
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)

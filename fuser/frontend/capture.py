@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import functools
 import gc
 import importlib
@@ -89,7 +88,9 @@ class FlatCall:
 
     def frozen(self) -> FlatCall:
         """The call without its tensors, and with objects that nobody changes."""
-        return dataclasses.replace(self, tensors=(), objects=tuple(arguments.rebuilt(self.objects, iter(self.tensors[len(self.slots):]))))
+        return dataclasses.replace(
+            self, tensors=(), objects=tuple(arguments.rebuilt(self.objects, iter(self.tensors[len(self.slots) :])))
+        )
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:

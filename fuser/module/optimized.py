@@ -480,7 +480,7 @@ class OptimizedModule(nn.Module):
         return name, self._forms.of(name)
 
     def _common(self, call: FlatCall, key: Key) -> Hashable | None:
-        """What a call shares with those that one capture may serve as well; None where each has a capture of its own."""
+        """What a call shares with those that one capture may serve as well; None where each has one of its own."""
         name = self._forms_of(call, key)[0]
         return None if name is None or self._forms.has_failed(name) else name
 

@@ -8,7 +8,6 @@ inputs and parameters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -256,7 +255,8 @@ def run_recorded(
     kept = {id(tensor): tensor for tensor in (*sources, *call.tensors)}
     identities = list(kept)
     places = tuple(identities.index(id(tensor)) for tensor in call.tensors)
-    recomputation = _Recomputation(recorded, call.frozen(), tuple(identities[: len(sources)]), places, positions, random)
+    ours = tuple(identities[: len(sources)])
+    recomputation = _Recomputation(recorded, call.frozen(), ours, places, positions, random)
     # What was made in inference mode cannot be kept for a backward pass.
     rest = [t.clone() if t.is_inference() else t for t in list(kept.values())[len(sources) :]]
     found = _Backward.apply(recomputation, rest, own, *sources)  # type: ignore[no-untyped-call]
