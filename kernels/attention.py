@@ -278,7 +278,8 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
             pairs = batch * heads * match.plan(target).pairs_allowed
             if match.pattern.heads is not None:
                 pairs //= heads
-        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
+        speedup = target.rate(match.group.graph.values[match.q].dtype) / target.peak_flops
+        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) / speedup + _EXP_FLOPS)
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:

@@ -15,13 +15,14 @@ from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser
-from fuser.frontend.sizes import traced
+from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
+from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.size import Size
@@ -405,6 +406,41 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
     return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
+
+
+@_handles(torch.ops.fuser.linear_attention.default)
+def _linear_attention(r: Raiser, node: fx.Node) -> Value | None:
+    *given, scale, causal, floor, kept = node.args
+    operands = [None if n is None else r.view(n) for n in given]
+    out, state = traced(node)
+    views = [t for t in operands if t is not None]
+    if any(r.dtype(t) not in r.floating or 0 in t.shape for t in views) or 0 in out.shape:
+        return None
+    _, _, _, decay, beta, first = operands
+    rule = Recurrence(scale, causal, decay is not None, beta is not None, floor)
+    semantics = kinds.LinearAttention(rule, first is not None, kept)
+    # Heads lie inside a token, so that merging them afterwards moves nothing.
+    _, heads, rows, width = out.shape
+    strides = (rows * heads * width, width, heads * width, 1)
+    specs = [TensorSpec(out.shape, out.dtype, strides), TensorSpec.contiguous(state.shape, state.dtype)]
+    found = r.emit_all(semantics, node.name, [r.realize(t) for t in views], specs[: 1 + kept])
+    return found if kept else (*found, View.of(*_nothing_of(r, node, state)))
+
+
+def _nothing_of(r: Raiser, node: fx.Node, empty: Traced) -> tuple[str, TensorSpec]:
+    """A constant of no elements."""
+    call = TorchCall(torch.empty, (tuple(empty.shape),), (("dtype", empty.dtype),))
+    return _named(r, r.derived(f"{node.name}_none", (), call, empty.shape, empty.dtype))
+
+
+@_handles(torch.ops.fuser.features.default)
+def _features(r: Raiser, node: fx.Node) -> Value | None:
+    x, directions = r.view(node.args[0]), r.view(node.args[1])
+    spec = r.spec(node)
+    if not {r.dtype(x), r.dtype(directions)} <= r.floating or not r.is_constant(directions) or spec.numel == 0:
+        return None
+    semantics = kinds.Features(FeatureMap(node.args[2]))
+    return r.emit(semantics, node.name, (r.realize(x), r.realize(directions)), spec)
 
 
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)

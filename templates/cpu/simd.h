@@ -23,6 +23,9 @@ typedef uint32_t vu __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 struct bf16 {
   uint16_t bits;
 };
+struct bf16x2 {
+  bf16 half[2];
+};
 
 FUSER_INLINE float to_float(float x) { return x; }
 FUSER_INLINE float to_float(bf16 x) {
@@ -47,6 +50,18 @@ FUSER_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const viu*>(p)
 FUSER_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
+
+FUSER_INLINE vi load(const bf16x2* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSER_INLINE void store(bf16x2* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
+FUSER_INLINE vi set1(bf16x2 x) {
+  int32_t word;
+  std::memcpy(&word, &x, sizeof(word));
+  return set1(word);
+}
 
 FUSER_INLINE vf load(const bf16* p) {
   vh h;
@@ -99,6 +114,11 @@ FUSER_INLINE void store_n(float* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
 #endif
+FUSER_INLINE vi load_n(const bf16x2* p, int64_t n) {
+  bf16x2 t[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+}
 FUSER_INLINE vf load_n(const bf16* p, int64_t n) {
   bf16 t[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) t[i] = p[i];
@@ -210,9 +230,28 @@ FUSER_INLINE vi dot_quads(vi sum, vi a, vi b) {
 #endif
 }
 
+// Pairs of bf16 numbers in 32-bit lanes, the first in the low half: `dot` is sum + the scalar products of those of a and
+// b, and bf16_pairs brings together the nearest ones of `first` and `second`.
 #if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
-// sum + the scalar product of the two bf16 numbers in every 32-bit lane of a and b.
+constexpr bool kDotsBf16 = true;
 FUSER_INLINE vf dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+FUSER_INLINE vi bf16_pairs(vf first, vf second) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  vu from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (16 + i) << 16 | i;
+  return (vi)_mm512_permutexvar_epi16((__m512i)from, halves);
+}
+#else
+#if defined(FUSER_DOTS_BF16)  // a test's
+constexpr bool kDotsBf16 = true;
+#else
+constexpr bool kDotsBf16 = false;
+#endif
+FUSER_INLINE vf dot(vf sum, vi a, vi b) {
+  sum += (vf)(a & int32_t(0xffff0000)) * (vf)(b & int32_t(0xffff0000));
+  return sum + (vf)((vu)a << 16) * (vf)((vu)b << 16);
+}
+FUSER_INLINE vi bf16_pairs(vf first, vf second) { return (vi)(bf16_bits(first) | bf16_bits(second) << 16); }
 #endif
 
 FUSER_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }

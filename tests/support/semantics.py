@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from linear_reference import recurrent
 from torch import Tensor
 
 from fuser.ir.expression import Expression, Op, layer_norm, unary
+from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import SlidingWindow
 from fuser.ir.operators import (
     PV,
@@ -22,9 +24,11 @@ from fuser.ir.operators import (
     ChangeScores,
     Embedding,
     Extern,
+    Features,
     Gemm,
     Int8Gemm,
     IntervalMask,
+    LinearAttention,
     MergeHeads,
     Norm,
     PatternMask,
@@ -91,6 +95,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+def _positive(on: Tensor, x: Tensor) -> Tensor:
+    most = torch.stack([torch.stack([head.max() for head in entry]) for entry in on])[..., None, None]
+    return math.e ** (on - (x * x / 4).sum(-1, keepdim=True) - most) / 5**0.5 + 1e-4
+
+
 ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
 CASES: Mapping[type[Semantics], Case] = {
@@ -115,6 +124,20 @@ CASES: Mapping[type[Semantics], Case] = {
             PV(),
             (SCORES, normal(2, 2, 6, 8)),
             lambda p, v: torch.stack([torch.einsum("bqk,bkd->bqd", p[:, h], v[:, h // 2]) for h in range(4)], 1),
+        ),
+        Case(
+            LinearAttention(Recurrence(0.5, decay=True, delta=True)),
+            (
+                *(normal(2, 2, 40, width) / 2 for width in (3, 3, 5)),
+                -normal(2, 2, 40, 3).abs(),
+                normal(2, 2, 40, 1) / 9,
+            ),
+            lambda q, k, v, decay, beta: recurrent(q, k, v, decay, beta, scale=0.5)[0],
+        ),
+        Case(
+            Features(FeatureMap.FAVOR_KEYS),
+            (normal(2, 3, 6, 4), normal(3, 5, 4)),
+            lambda x, w: _positive(torch.einsum("bhnd,hmd->bhnm", x, w) / 2**0.5, x),
         ),
         Case(Bias(), (X, ROW), lambda x, b: x + b),
         Case(Activation(unary(Op.GELU)), (X,), lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),

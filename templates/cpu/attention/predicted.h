@@ -87,7 +87,7 @@ struct Predicted : Products<C> {
     float full[kMostKeys * kGroup];
     int32_t chosen[C::kKeyBlock + kMostKeys];
     uint64_t bits[C::kKeyBlock + kMostKeys];
-    const float* v_row[C::kKeyBlock];
+    const Value<C>* v_row[C::kKeyBlock];
     const Element* k;
     int64_t k_row;
     bool row_bias, changes;  // whether the block's scores are changed, by masks or else
@@ -229,7 +229,7 @@ struct Predicted : Products<C> {
       by_tiles(block.range, [&](auto size, int64_t v) {
         predict<size()>(w, block.n, v);
         if constexpr (C::kSums)
-          softmax<size(), false>(w, block.n, v, w.scores.changes, block.row_mask);
+          softmax<size(), false, false>(w, block.n, v, w.scores.changes, block.row_mask);
         else
           tops<size()>(w, block.n, v);
       });
@@ -327,7 +327,7 @@ struct Predicted : Products<C> {
     for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
   }
 
-  FUSER_INLINE const float* const* value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
+  FUSER_INLINE auto value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
 
   template <int RV, bool kExact>
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0) {
@@ -405,13 +405,13 @@ struct Predicted : Products<C> {
   FUSER_INLINE void refine(Scratch<C>& w, int64_t count, int64_t v) {
     OfThread& own = w.scores;
     for (int64_t i = 0; i < count; i += kMostKeys) {
-      const float* row[kMostKeys];
+      const Word<C>* row[kMostKeys];
       for (int64_t c = 0; c < kMostKeys; ++c) {
         const int64_t j = own.chosen[i + c < count ? i + c : count - 1];
-        row[c] = fp32_row(own.k + w.key[j] * own.k_row, w.k + (kConvert<C> ? c * D : 0), D);
+        row[c] = row_as(own.k + w.key[j] * own.k_row, w.k + (kCopyKeys<C> ? c * Base::kWords : 0), D);
       }
       vf unused = set1(-kInf);
-      scores_tile<D, 1, kMostKeys>(w.q + v * L, row, w.pitch, own.full, &unused);
+      scores_tile<C, 1, kMostKeys>(w.q + v * L, row, w.scale, w.pitch, own.full, &unused);
       for (int64_t c = 0; c < kMostKeys && i + c < count; ++c) {
         float* const s = w.s + own.chosen[i + c] * w.pitch + v * L;
         store(s, select_bits(own.bits[i + c], load(own.full + c * w.pitch), load(s)));
