@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,12 +108,11 @@ class ProgramPlan:
         return (*names, RUNNER)
 
 
-@dataclass(frozen=True, eq=False)
-class Rebound:
+class Rebound(NamedTuple):
     """A plan of the same steps for other sizes, and the constants that are others in it, by position."""
 
     plan: ProgramPlan
-    constants: Mapping[int, Tensor] = field(default_factory=dict)
+    constants: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ def is_object(value: Any) -> bool:
     return _is_class_of_objects(type(value))
 
 
+def has_objects(key: Sequence[Any]) -> bool:
+    """Whether a call with this key has objects among its arguments."""
+    return any(type(part) is tuple and isinstance(part[0], type) and _is_class_of_objects(part[0]) for part in key)
+
+
 @dataclass(frozen=True)
 class Given:
     """Stands for the object number ``index`` of those that a call's arguments consist of."""

@@ -76,8 +76,9 @@ class Compiled:
 
     def run(self, call: FlatCall) -> list[Tensor]:
         """The results of a call."""
-        rebound = None if self.growing is None else self.growing.bound(call).rebound
-        return self.program(call.tensors, rebound)
+        if self.growing is None:
+            return self.program(call.tensors)
+        return self.program(call.tensors, self.growing.bound(call).rebound)
 
     def built(self, call: FlatCall, results: Sequence[Tensor]) -> Any:
         """The output of a call, made of its results; its objects are changed as the model changes them."""

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
+from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.frontend.graphs import raise_graph
@@ -760,7 +761,8 @@ class OptimizedModule(nn.Module):
         return (*((what,) if share else ()), *(f"was computed: {reason}" for reason in self._kept))
 
     def saved_calls(self) -> list[SavedCall]:
-        """All programs with their signatures and constants, which follow the weights as they are now."""
+        """All programs with their signatures and constants, which follow the weights as they are now; without those for
+        calls with objects, such as caches, which a file cannot tell from others."""
         if any(isinstance(signature[0], Packing) for (signature, _, _), _ in self._programs.items()):
             raise FuserError(
                 'programs without padding cannot be saved, since batches differ in it; optimize with padding="keep"'
@@ -775,7 +777,7 @@ class OptimizedModule(nn.Module):
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
                 for (signature, _, variant), c in self._programs.items()
-                if variant[0] == self._store.configuration and not c.captured.known
+                if variant[0] == self._store.configuration and not c.captured.known and not has_objects(signature)
             ]
 
     def restore(self) -> None:

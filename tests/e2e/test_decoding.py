@@ -142,3 +142,50 @@ def test_caches_that_are_cropped_reordered_and_repeated(pair: tuple[Any, Any]) -
         return [*found, *before]
 
     close(pair, run)
+
+
+def test_what_a_cache_must_not_share_is_copied(pair: tuple[Any, Any]) -> None:
+    model, fast = pair
+    cache = transformers.DynamicCache(config=model.config)
+    steps(fast, cache, prompt(1, 6))
+    kept = cache.layers[0].keys
+    before = kept.clone()
+    with torch.no_grad():
+        fast(prompt(1, 1), past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() != kept.data_ptr()
+    cache.layers[0].keys.zero_()
+    assert torch.equal(kept, before)
+    del kept
+    place = cache.layers[0].keys.data_ptr()
+    with torch.no_grad():
+        fast(prompt(1, 1), past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() == place
+
+
+def test_a_cache_of_another_model_is_refused_as_the_original_refuses_it(pair: tuple[Any, Any]) -> None:
+    for model in pair:
+        other = transformers.DynamicCache()
+        other.update(torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 4, 16), 0)
+        other.update(torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 4, 16), 1)
+        with pytest.raises(RuntimeError), torch.no_grad():
+            model(prompt(1, 1), past_key_values=other)
+
+
+def test_a_static_cache_runs_the_original_which_the_report_says(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    fast = fuser.optimize(model, search="model")
+    found = [
+        m.generate(prompt(1, 5), max_new_tokens=6, cache_implementation="static", disable_compile=True)
+        for m in (model, fast)
+    ]
+    assert torch.equal(*found)
+    assert any("in place" in reason for reason in fast.fallbacks)
+
+
+def test_programs_with_caches_are_not_saved(pair: tuple[Any, Any], tmp_path: Any) -> None:
+    fast = pair[1]
+    with torch.no_grad():
+        fast(prompt(2, 5), use_cache=False)
+    fast.save(tmp_path / "program.fuser")
+    loaded = fuser.load(tmp_path / "program.fuser")
+    assert len(loaded.calls) == 1
