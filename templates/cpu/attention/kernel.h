@@ -100,16 +100,12 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
   while (block.fill()) {
     const int64_t n = block.n;
     Scores::keys(t, w, n);
-    for (int64_t j = 0; j < n; ++j)
-      if constexpr (kCopyValues<C>)
-        w.v_row[j] = row_as(t.v + w.key[j] * t.v_row, w.v + j * DV, DV);
-      else
-        w.v_row[j] = t.v + w.key[j] * t.v_row;
+    Scores::value_keys(t, w, n);
     if (first && (few || !(block.range == block.every))) {
       std::memset(w.o, 0, DV * pitch * sizeof(float));
       first = false;
     }
-    const bool changes = Scores::kChanges || (block.masked && !Scores::kPrunes);
+    const bool changes = Scores::kChanges || (block.masked && !Scores::kMasks);
     if (few) {
       Scores::score_few(w, n, g.count);
       softmax<1, kExact, false>(w, n, 0, changes, block.row_mask);

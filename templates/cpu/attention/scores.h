@@ -3,13 +3,15 @@
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
+//   value_keys(t, w, n)        the same in w.v_row of their values
 //   score<RV, kExact>(w, n, v) into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
 //                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
 //   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
-// It has what it keeps of a head and of a thread in OfHead and OfThread. kPrunes says that its scores are changed and
-// masked already, and that it keeps those keys alone that some row needs, all of them in an exact run; kSurveys that it
+// It has what it keeps of a head and of a thread in OfHead and OfThread. kMasks says that its scores are masked by the plan
+// already; kPrunes that they are changed, too, and that it keeps those keys alone that some row needs, all of them in an
+// exact run; kSurveys that it
 // must see all scores before the first is used (predicted.h).
 #pragma once
 #include "attention/scratch.h"
@@ -107,7 +109,8 @@ template <class C>
 struct Products {
   static constexpr int64_t D = C::kHeadDim;
   static constexpr int64_t kWords = kWordsOfRow<C>;
-  static constexpr bool kChanges = C::kBias || kRule<C>, kPrunes = false, kSurveys = false, kPairValues = kPairs<C>;
+  static constexpr bool kChanges = C::kBias || kRule<C>, kMasks = false, kPrunes = false, kSurveys = false;
+  static constexpr bool kPairValues = kPairs<C>;
   struct OfHead {};
   struct OfThread {};
 
@@ -136,6 +139,16 @@ struct Products {
       w.k_row[j] = row_as(t.k + w.key[j] * t.k_row, w.k + (kCopyKeys<C> ? j * kWords : 0), D);
     // Tiles read rows of keys beyond n as well.
     for (int64_t j = n; j < n + kRepeated; ++j) w.k_row[j] = w.k_row[n - 1];
+  }
+
+  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      const typename C::Element* const row = t.v + w.key[j] * t.v_row;
+      if constexpr (kCopyValues<C>)
+        w.v_row[j] = row_as(row, w.v + j * C::kValueDim, C::kValueDim);
+      else
+        w.v_row[j] = row;
+    }
   }
 
   FUSER_INLINE auto value_rows(const Scratch<C>& w) { return w.v_row; }
@@ -167,13 +180,9 @@ struct Products {
       for (int64_t r = 0; r < rows; ++r) {
         vf x[L] = {};
         products_of_row<kWords>(w.q + r * kWords, w.k_row + j, x);
-        transpose(x);
-#pragma GCC unroll 4
-        for (int64_t width = L / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < width; ++i) x[i] += x[i + width];
+        const vf sums = reduce_add_each(x);
         float score[L];
-        store(score, kPairs<C> ? x[0] * w.scale : x[0]);
+        store(score, kPairs<C> ? sums * w.scale : sums);
         for (int64_t i = 0; i < size; ++i) s[i * w.pitch + r] = score[i];
       }
       for (int64_t i = 0; i < size; ++i) top = max_fast(load(s + i * w.pitch), top);

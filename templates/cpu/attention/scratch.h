@@ -40,14 +40,14 @@ template <class C>
 using Word = std::conditional_t<kPairs<C>, bf16x2, float>;
 template <class C>
 constexpr int64_t kWordsOfRow = kPairs<C> ? (C::kHeadDim + 1) / 2 : C::kHeadDim;
-// What weights are multiplied with: the values as they are given where weights become bf16 (Scores::kPairValues), or fp32.
+// Whether weights and values become bf16 for their product; else both are in fp32.
 template <class C>
-using Value = std::conditional_t<C::Scores::kPairValues, typename C::Element, float>;
+using Value = std::conditional_t<C::Scores::kPairValues, bf16, float>;
 // Keys and values that cannot be read in place are copied.
 template <class C>
 constexpr bool kCopyKeys = kPairs<C> ? C::kHeadDim % 2 != 0 : sizeof(typename C::Element) != 4;
 template <class C>
-constexpr bool kCopyValues = !std::is_same<Value<C>, typename C::Element>::value;
+constexpr bool kCopyValues = sizeof(Value<C>) > sizeof(typename C::Element);
 // Pairs of values from one pair of keys to the next.
 template <class C>
 constexpr int64_t kPairRow = (C::kValueDim + L - 1) / L * L;

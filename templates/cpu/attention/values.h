@@ -44,21 +44,20 @@ __attribute__((noinline)) void values(Scratch<C>& w, const W* const* v_row, int6
     values_tile<RV, DV % RD>(p, v_row, n, DV - DV % RD, w.decay + v * L, first, w.pitch, w.o + v * L);
 }
 
-// The pairs of bf16 numbers next to each other in vectors from a and b.
-FUSER_INLINE vi pairs_of(vf a, vf b, const float*) { return bf16_pairs(a, b); }
-FUSER_INLINE vi pairs_of(vf a, vf b, const bf16*) { return (vi)((vu)a >> 16 | (vu)b); }
+// Pairs of the bf16 numbers that a and b hold.
+FUSER_INLINE vi pairs_of(vf a, vf b) { return (vi)((vu)a >> 16 | (vu)b); }
 
 // Brings together the values of two keys each in w.pair_row, zeros beside an odd last one.
 template <class C>
-__attribute__((noinline)) void pair_values(Scratch<C>& w, const Value<C>* const* v_row, int64_t n) {
+__attribute__((noinline)) void pair_values(Scratch<C>& w, const bf16* const* v_row, int64_t n) {
   constexpr int64_t DV = C::kValueDim;
-  alignas(64) static constexpr Value<C> zero[kPairRow<C>] = {};
+  alignas(64) static constexpr bf16 zero[kPairRow<C>] = {};
   for (int64_t j = 0; j < n; j += 2) {
-    const Value<C>*const a = v_row[j], *const b = j + 1 < n ? v_row[j + 1] : zero;
+    const bf16 *const a = v_row[j], *const b = j + 1 < n ? v_row[j + 1] : zero;
     bf16x2* const to = w.pairs + j / 2 * kPairRow<C>;
     int64_t d = 0;
-    for (; d + L <= DV; d += L) store(to + d, pairs_of(load(a + d), load(b + d), a));
-    if constexpr (DV % L != 0) store(to + d, pairs_of(load_n(a + d, DV % L), load_n(b + d, DV % L), a));
+    for (; d + L <= DV; d += L) store(to + d, pairs_of(load(a + d), load(b + d)));
+    if constexpr (DV % L != 0) store(to + d, pairs_of(load_n(a + d, DV % L), load_n(b + d, DV % L)));
     w.pair_row[j / 2] = to;
   }
 }
