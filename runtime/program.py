@@ -410,11 +410,14 @@ class Program:
             slot, tensor = self.plan.outputs[i], inputs[source]
             if tensor.stride() != slot.strides or tensor.is_neg() or tensor.requires_grad or tensor._base is not None:
                 continue
+            # Before the storage has a name here.
+            if not is_exclusive(tensor):
+                continue
             storage = tensor.untyped_storage()
             offset = int(tensor.storage_offset())
             end = offset + slot.shape[0] * slot.strides[0]
             place = storage.data_ptr()
-            if place in used or storage.nbytes() < end * slot.dtype.itemsize or not is_exclusive(tensor):
+            if place in used or storage.nbytes() < end * slot.dtype.itemsize:
                 continue
             used.add(place)
             found[source] = _of_storage(storage, slot, offset)
