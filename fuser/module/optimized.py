@@ -23,7 +23,7 @@ from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.frontend.graphs import raise_graph
-from fuser.integrations import sentence_transformers
+from fuser.integrations import sentence_transformers, sparse_models
 from fuser.ir.errors import (
     CalibrationError,
     CaptureError,
@@ -913,6 +913,13 @@ def _follows(
     return True
 
 
+def _served(model: nn.Module, options: Options) -> Any:
+    for integration in (sentence_transformers, sparse_models):
+        if integration.is_served(model):
+            return integration.serve(model, options, _served)
+    return OptimizedModule(model, options)
+
+
 def optimize(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -928,8 +935,9 @@ def optimize(
 ) -> OptimizedModule | Any:
     """Make ``model`` run fused kernels.
 
-    Models of sentence-transformers come back as models of their class (see
-    :func:`fuser.integrations.sentence_transformers.serve`), all others as an :class:`OptimizedModule`.
+    Models of sentence-transformers (see :func:`fuser.integrations.sentence_transformers.serve`) and Longformer and LED
+    of transformers (see :func:`fuser.integrations.transformers.sparsify`) come back as models of their class, all
+    others as an :class:`OptimizedModule`.
 
     Args:
         model: any ``nn.Module``; left as it is, apart from where its weights lie in memory.
@@ -988,15 +996,14 @@ def optimize(
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
-    if sentence_transformers.is_served(model):
-        served = sentence_transformers.serve(model, options, OptimizedModule)
-        if args is not None:
-            with torch.inference_mode():
-                served(*args, **kwargs)
-        return served
-    optimized = OptimizedModule(model, options)
+    optimized = _served(model, options)
     if args is None:
         return optimized
+    if not isinstance(optimized, OptimizedModule):
+        with torch.inference_mode():
+            optimized(*args, **kwargs)
+        return optimized
+    model = optimized._model
     call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
         optimized._check_unmasked(reason)

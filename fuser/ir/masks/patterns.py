@@ -253,3 +253,27 @@ class BigBird(_Pattern):
     def _shape_key(self, n: int, m: int) -> Any:
         # numpy may change its random streams between versions, so that the seed alone does not fix the entries.
         return [self._key(), hashlib.sha256(self._picks(n, m).tobytes()).hexdigest()]
+
+
+@dataclass(frozen=True)
+class GlobalBlocks(_Pattern):
+    """Keys of the ``first`` first and ``last`` last blocks of ``block``, of which the very last one is cut off."""
+
+    block: int
+    first: int
+    last: int
+
+    kind = "global_blocks"
+    least = {"block": 1, "first": 0, "last": 0}  # noqa: RUF012
+
+    def _bounds(self, m: int) -> tuple[int, int]:
+        """The end of the first blocks and the start of the last ones."""
+        return self.first * self.block, (-(-m // self.block) - self.last) * self.block
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        end, start = self._bounds(m)
+        return np.broadcast_to((j < end) | (j >= start), np.broadcast_shapes(i.shape, j.shape))
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        end, start = self._bounds(m)
+        return spans(len(i), m, (0, end - 1, 1), (max(end, start), m - 1, 1))

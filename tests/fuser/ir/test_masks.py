@@ -30,6 +30,7 @@ from fuser.ir.masks import (
     Dense,
     Dilated,
     Fixed,
+    GlobalBlocks,
     Longformer,
     Mask,
     Not,
@@ -61,6 +62,7 @@ structural = st.one_of(
     st.builds(Dilated, small, positive),
     st.builds(Longformer, small, small),
     st.builds(BigBird, positive, small, st.integers(0, 3), st.integers(0, 3), st.integers(0, 99)),
+    st.builds(GlobalBlocks, positive, st.integers(0, 3), st.integers(0, 3)),
 )
 
 
@@ -107,6 +109,8 @@ def pair_by_pair(mask: Mask, n: int, m: int) -> np.ndarray:
             return abs(i - j) <= mask.window * mask.dilation and (i - j) % mask.dilation == 0
         if isinstance(mask, Longformer):
             return abs(i - j) <= mask.window or i < mask.global_tokens or j < mask.global_tokens
+        if isinstance(mask, GlobalBlocks):
+            return j // mask.block < mask.first or j // mask.block >= math.ceil(m / mask.block) - mask.last
         assert isinstance(mask, BigBird)
         r, c = i // mask.block, j // mask.block
         return r < mask.globals or c < mask.globals or c in centred[r] or c in drawn[r]
