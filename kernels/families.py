@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuser.kernels.append import AppendFamily, CpuAppend
 from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.base import Table
@@ -16,6 +17,7 @@ from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
 
 IMPLEMENTATIONS: Table = {
+    (AppendFamily(), "cpu"): (CpuAppend(),),
     (AttentionFamily(), "cpu"): (CpuAttention(),),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),

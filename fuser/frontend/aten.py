@@ -26,6 +26,7 @@ from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.size import Size
+from fuser.ir.size import result as late_size
 from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
@@ -174,11 +175,26 @@ def _expand(r: Raiser, node: fx.Node) -> Value:
 
 @_handles(aten.cat.default)
 def _cat(r: Raiser, node: fx.Node) -> Value | None:
-    """What is joined with nothing, as the keys of a call are with an empty cache."""
+    """What is joined with nothing, as the keys of a call are with an empty cache, and rows that are appended to the
+    cache that a call is given, which nothing else needs as it was."""
     filled = [part for part in node.args[0] if 0 not in traced(part).shape]
-    if len(filled) != 1 or traced(filled[0]).dtype != traced(node).dtype:
+    value = traced(node)
+    if any(traced(part).dtype != value.dtype for part in filled):
         return None
-    return r.view(filled[0])
+    if len(filled) == 1:
+        return r.view(filled[0])
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not r.is_returned(node):
+        return None
+    before = filled[0]
+    if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
+        return None
+    _, heads, rows, width = value.shape
+    space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
+    spec = TensorSpec(value.shape, value.dtype, (heads * space * width, space * width, width, 1))
+    appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
+    r.roomy.add(appended.base)
+    return appended
 
 
 @_handles(aten.repeat_interleave.self_int)

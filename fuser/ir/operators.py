@@ -634,6 +634,36 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+# ---- caches
+
+
+@kind("append")
+@dataclass(frozen=True)
+class Append(Semantics):
+    """Rows (B, H, n, D) behind those of a cache (B, H, m, D): the cache of m + n rows.
+
+    Its output has :func:`room` behind its rows. Where the memory of the cache that is given has it, too, and nobody
+    else can see that, the output is in the same memory, and the rows that were there stay where they are.
+    """
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(inputs, -2),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][-2]} behind {inputs[0][-2]}"
+
+
+def room(rows: int) -> int:
+    """Rows for which a cache of so many has room behind them: a quarter, in multiples of 64."""
+    capacity = 64
+    while capacity < rows:
+        capacity += max(64, capacity // 256 * 64)
+    return capacity - rows
+
+
 # ---- masks of attention's scores (B, H, Sq, Sk)
 
 

@@ -18,6 +18,7 @@ from fuser.ir.operators import (
     QK,
     Activation,
     AdditiveMask,
+    Append,
     Bias,
     BiasBySums,
     BooleanMask,
@@ -150,6 +151,7 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Softmax(masked=True), (BARRED,), _softmax),
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
+        Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(
             IntervalMask(),
