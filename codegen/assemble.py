@@ -16,7 +16,7 @@ from fuser.codegen.render import render
 from fuser.codegen.template import ProgramTemplate
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Extern, Semantics, View
+from fuser.ir.operators import Append, Extern, Semantics, View
 from fuser.ir.size import maximum
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, TensorRef
@@ -115,6 +115,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         outputs=layout.outputs,
         returns=tuple(layout.slot(v) for v in graph.outputs),
         aliases=dict(graph.aliases),
+        appended=layout.appended,
         states=layout.states,
         constants=layout.constants,
         result_count=layout.result_count,
@@ -208,6 +209,16 @@ class _Layout:
     def outputs(self) -> tuple[Slot, ...]:
         values = self.graph.values
         return tuple(_slot(Memory.OUTPUT, i, 0, values[v]) for v, i in self._output_index.items())
+
+    @property
+    def appended(self) -> dict[int, int]:
+        """The outputs that may lie in the memory of inputs, by position."""
+        grown = [op for op in self.graph.operators if isinstance(op.semantics, Append)]
+        return {
+            self._output_index[op.output]: self._input_index[op.inputs[0]]
+            for op in grown
+            if op.output in self._output_index and op.inputs[0] in self._input_index
+        }
 
     @property
     def states(self) -> dict[str, Slot]:

@@ -17,6 +17,7 @@ _EXPORTS = {
     "load": ("fuser.saved", "load"),
     "sparse_attention": ("fuser.attention", "sparse_attention"),
     "varlen_attention": ("fuser.attention", "varlen_attention"),
+    "linear_attention": ("fuser.attention", "linear_attention"),
     "attention": ("fuser.attention", None),
     "flex_attention": ("fuser.attention.flex", "flex_attention"),
     "Int8": ("fuser.module.quantizing", "Int8"),

@@ -15,7 +15,7 @@ from fuser.ir.binding import late_fields
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.operators import PV, QK, ChangeScores, IntervalMask, PatternMask, Scale, ScoreMask, Softmax
+from fuser.ir.operators import PV, QK, BiasBySums, ChangeScores, IntervalMask, PatternMask, Scale, ScoreMask, Softmax
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
@@ -162,7 +162,8 @@ _INTERVAL = 128
 @dataclass(frozen=True)
 class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
-    ``mask`` if any, and out; ``table`` is the value that holds the plan, where that is known at run time alone."""
+    ``mask`` if any, and out; ``table`` is the value that holds the plan, where that is known at run time alone.
+    The mask is a bias ``by_sums`` of the numbers of query and key, or of the scores' shape."""
 
     group: OperatorGroup
     q: str
@@ -174,6 +175,7 @@ class AttentionMatch:
     mask: str | None
     rule: ScoreRule | None = None
     table: str | None = None
+    by_sums: bool = False
 
     @property
     def dtype(self) -> DType:
@@ -199,7 +201,12 @@ class AttentionMatch:
     def operands(self) -> Operands:
         """The tensors as they lie in memory."""
         given = (self.q, self.k, self.v, self.out, *([] if self.mask is None else [self.mask]))
-        return Operands(*(self.group.graph.values[value].layout for value in given))
+        q, k, v, out, *masks = (self.group.graph.values[value].layout for value in given)
+        if self.by_sums:
+            (row,) = masks
+            shape = (*q.shape[:3], k.shape[2])
+            masks = [TensorSpec(shape, row.dtype, (0, 0 if row.shape[0] == 1 else row.strides[0], 1, 1))]
+        return Operands(q, k, v, out, *masks)
 
     @property
     def moved_bytes(self) -> int:
@@ -247,7 +254,8 @@ class AttentionFamily:
         mask = runtime[0] if runtime else None
         rule = rules[0].semantics.rule if rules else None
         table = tables[0] if tables else None
-        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule, table)
+        by_sums = bool(group.of(BiasBySums))
+        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule, table, by_sums)
 
     @staticmethod
     def _supported(
@@ -278,7 +286,8 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
             pairs = batch * heads * match.plan(target).pairs_allowed
             if match.pattern.heads is not None:
                 pairs //= heads
-        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) + _EXP_FLOPS)
+        speedup = target.rate(match.group.graph.values[match.q].dtype) / target.peak_flops
+        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) / speedup + _EXP_FLOPS)
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:

@@ -14,13 +14,20 @@ from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launc
 from fuser.kernels.base import KernelSpec
 from fuser.kernels.plan import AttentionPlan
 
+_LANES = 64
+"""Rows of a group, as in attention/scratch.h."""
+_KEYS_BEYOND = 8
+"""Keys that a kernel's tiles may reach beyond the last one."""
+
 
 @dataclass(frozen=True)
 class PredictedExtents(AttentionExtents):
-    """``workspace`` bytes of scratch memory lie before what predictions need; the numbers are those of
+    """``workspace`` bytes of scratch memory lie before what predictions need, and every thread has room for ``sums``
+    products of codes, of all keys of a group, if it keeps them; the numbers are those of
     :class:`Prediction`, thresholds 1 where there are none."""
 
     workspace: int
+    sums: int
     limit: float
     q_threshold: float
     k_threshold: float
@@ -46,6 +53,11 @@ class PredictedKernel(AttentionParameters):
     def few_rows(self) -> int:
         """Rows lie in lanes, however few they are."""
         return 0
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether limits depend on nothing but their row, and products of codes have 16 bits."""
+        return self.mask is None and not self.form.over_rows and self.form.bits <= 4
 
     @property
     def constants(self) -> Mapping[str, int | bool]:
@@ -84,8 +96,16 @@ class PredictedAttention:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         batch, heads, key_heads = operands.heads
         q_len, kv_len = plan.lengths
-        # A line of memory with the factor of codes; two numbers for each row of q; two and its codes for each of k.
-        words = 16 + 2 * batch * heads * q_len + batch * key_heads * kv_len * (2 + -(-self.kernel.head_dim // 4))
+        # A line of memory with the factor of codes; two numbers for each row of q; two and its codes for each of k, and
+        # its values as bf16 where they are multiplied so.
+        keys = batch * key_heads * kv_len
+        words = 16 + 2 * batch * heads * q_len + keys * (2 + -(-self.kernel.head_dim // 4))
+        if "avx512_bf16" in target.features:
+            words += -(-keys * self.kernel.value_dim // 2)
+        sums = 0
+        if self.kernel.keeps_products and plan.phases == 1:
+            sums = (plan.most_keys + _KEYS_BEYOND) * _LANES
+        words += -(-threads * sums // 2)
         if self.quantize.calibration == "ema" and self.quantize.thresholds is None:
             raise ScoreError("ema calibration has no thresholds yet; take what calibrated(q, k) returns")
         q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
@@ -93,6 +113,7 @@ class PredictedAttention:
         extents = PredictedExtents(
             **known,
             workspace=made.workspace_bytes,
+            sums=sums,
             limit=self.quantize.limit,
             q_threshold=q_threshold,
             k_threshold=k_threshold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuser.kernels.append import AppendFamily, CpuAppend
 from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.base import Table
@@ -9,17 +10,21 @@ from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
+from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
 from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
 
 IMPLEMENTATIONS: Table = {
+    (AppendFamily(), "cpu"): (CpuAppend(),),
     (AttentionFamily(), "cpu"): (CpuAttention(),),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
     (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
+    (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
+    (FeaturesFamily(), "cpu"): (CpuFeatures(),),
     (MlpFamily(), "cuda"): (CudaMlp(),),
     (RotaryFamily(), "cpu"): (CPU_ROTARY,),
     (RotaryFamily(), "cuda"): (CUDA_ROTARY,),

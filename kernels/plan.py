@@ -259,6 +259,11 @@ class AttentionPlan:
         partial = np.where(few[owner], counts[owner], 16 * (last - first).astype(np.int64))
         return int((whole * self._run_totals).sum() + partial.sum())
 
+    @functools.cached_property
+    def most_keys(self) -> int:
+        """Keys of the group that has most."""
+        return int((self._run_totals + np.diff(self._arrays["key_ptr"])).max(initial=0))
+
     @property
     def work_ratio(self) -> float:
         """Pairs computed over pairs allowed; 1.0 where none are allowed."""

@@ -15,12 +15,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fuser.ir.errors import MaskError, PlanError
-from fuser.ir.masks import Mask, MaskMod, TensorMask, from_dense
+from fuser.ir.masks import Dense, Mask, MaskMod, TensorMask, from_dense
 from fuser.ir.masks.structure import Part
 from fuser.ir.target import Target
 from fuser.kernels.cover import COSTS, SPAN, Cover, GroupCost, by_class, from_parts, identity
 from fuser.kernels.detection import detect
-from fuser.kernels.plan import FORMAT, AttentionPlan, Int64s
+from fuser.kernels.plan import FORMAT, WIDTHS, AttentionPlan, Group, Int64s
 
 _SAMPLE = 48
 """Spans of rows on which arrangements are compared."""
@@ -58,6 +58,8 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
         raise MaskError(f"mask must be one of fuser.masks (of a tensor: from_dense), got {type(mask).__name__}")
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
+    if q_len == 1 and isinstance(mask, Dense):
+        return _of_one_row(m)
     model = COSTS["cpu" if target is None else target.kind]
     if mask.heads is None:
         return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
@@ -69,13 +71,20 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
 
 
+def _of_one_row(kv_len: int) -> AttentionPlan:
+    """The plan of one row that sees all keys, which every step of decoding asks for."""
+    none = np.zeros(0, np.int32)
+    runs = np.array([[0, kv_len, 1]], np.int32)
+    return AttentionPlan.of(1, kv_len, [Group(np.zeros(1, np.int32), runs, none, none.astype(np.uint64), WIDTHS[0])])
+
+
 def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, store: PlanStore | None) -> AttentionPlan:
     """:func:`plan`, from ``store`` where it has one; what is made is written to it.
 
     The key covers the entries of the mask, the lengths, the costs of the target and the format. A stored plan that
     cannot be read, or is one of other lengths or heads, is made anew.
     """
-    if store is None:
+    if store is None or (q_len == 1 and isinstance(mask, Dense)):
         return plan(mask, q_len, kv_len, target)
     mask.validate(q_len, kv_len)
     if isinstance(mask, MaskMod):

@@ -23,7 +23,7 @@ from fuser.ir.errors import DeviceMemoryError, IndexRangeError, KernelError
 from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, States
+from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, Rebound, States
 
 logger = logging.getLogger("fuser")
 GRAPH_BYTES = 64 << 20
@@ -103,8 +103,8 @@ class _KernelProgram(Program):
 class EmulatedProgram(_KernelProgram):
     """CUDA kernels on the CPU; errors arrive at once."""
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        results = super()._run(inputs)
+    def _run(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
+        results = super()._run(inputs, rebound)
         self._raise_late()
         return results
 
@@ -209,7 +209,9 @@ class CudaProgram(_KernelProgram):
             torch.cuda.synchronize(self.device)
             self._graph = None
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
+        if rebound is not None:
+            raise ValueError("plans of programs on GPUs are bound once")
         with self._arena.lock, self._running():
             self._raise_late(" (in an earlier call)")
             if torch.cuda.is_current_stream_capturing():

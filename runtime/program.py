@@ -7,10 +7,11 @@ import ctypes
 import enum
 import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,9 @@ class ProgramPlan:
     ``inputs`` are the shapes and dtypes expected (contiguous); ``outputs`` the storages to allocate for each call;
     ``returns`` the tensors to return, or, for positions in ``aliases``, the input or constant that the view functions
     there are applied to. ``workspace_offset`` is where the kernels' scratch starts in the arena. ``states`` are the
-    values that live across calls by the names that programs share them by, numbered in this order.
+    values that live across calls by the names that programs share them by, numbered in this order. ``appended`` are the
+    outputs that are the rows of an input and others behind them, with the positions of these inputs: where there is
+    room in the input's memory, that is the output's.
     """
 
     steps: tuple[NativeStep | TorchStep, ...]
@@ -96,12 +99,20 @@ class ProgramPlan:
     threads: int
     aliases: Mapping[int, Sequence[tuple[Callable[..., Sequence[Tensor]], int]]] = field(default_factory=dict)
     states: Mapping[str, Slot] = field(default_factory=dict)
+    appended: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def symbols(self) -> tuple[str, ...]:
         """Kernels that the program needs, each once, with the step runner."""
         names = dict.fromkeys(step.symbol for step in self.steps if isinstance(step, NativeStep))
         return (*names, RUNNER)
+
+
+class Rebound(NamedTuple):
+    """A plan of the same steps for other sizes, and the constants that are others in it, by position."""
+
+    plan: ProgramPlan
+    constants: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -250,8 +261,11 @@ class Program:
         # By identity of the plan's extents, which equal layers share.
         self._extents: dict[int, Any] = {}
         self._constants: list[Tensor] = []
-        self._given: Sequence[Tensor] = ()
+        self._given: list[Tensor] = []
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
+        # By number of the step: the memory of a kernel's addresses, or the place of a PyTorch step.
+        self._addresses: dict[int, Any] = {}
+        self._places: dict[int, int] = {}
         # By identity of the plan's slots: hashing all that a slot says would take as long as a small operator.
         self._arena_views: dict[int, Tensor] = {}
         self._constant_views: dict[int, Tensor] = {}
@@ -286,30 +300,34 @@ class Program:
             for i, tensor in enumerate(constants):
                 self._patch(Memory.CONSTANT, i, tensor)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
         """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
-        the model itself returns its inputs or parameters, or views of them.
+        the model itself returns its inputs or parameters, or views of them. On a CPU, the plan may be ``rebound``.
 
         Raises IndexRangeError for an index outside its table, and KernelError for other failures of kernels.
         """
         # A PyTorch step would wait for threads that a fork has ended, just as a kernel would.
-        return run_after_fork(self._run, inputs)
+        if rebound is None:
+            return run_after_fork(self._run, inputs)
+        return run_after_fork(self._run, inputs, rebound)
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
         if self.plan.states or not self._concurrent:
             with self._arena.lock:
-                return self._run_alone(inputs)
+                return self._run_alone(inputs, rebound)
         # In this order: constants that are replaced meanwhile leave these to nobody.
         twins, constants = self._twins, self._given
         with self._arena.lane() as arena:
             program = self if arena is self._arena else twins.get(arena)
             if program is not None:
-                return program._run_alone(inputs)
+                return program._run_alone(inputs, rebound)
         twin = twins[arena] = Program(self.plan, self._kernels, constants, arena)
         with arena.lock:
-            return twin._run_alone(inputs)
+            return twin._run_alone(inputs, rebound)
 
-    def _run_alone(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _run_alone(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
+        if rebound is not None and rebound.plan is not self.plan:
+            self._rebind(rebound)
         held = self._bind(inputs)
         self._execute(held)
         return self._results(held, inputs)
@@ -365,16 +383,45 @@ class Program:
         buffer = self._arena.require(self.plan.arena_bytes)
         if buffer is not self._buffer:
             self._settle(buffer)
+        extended = self._extended(inputs) if self.plan.appended else {}
         for i, tensor in enumerate(inputs):
             # Kernels read memory as it lies: without the negation that PyTorch keeps as a flag.
-            given = tensor.detach().resolve_neg().contiguous()
+            given = tensor.detach()
+            if i not in extended:
+                given = given.resolve_neg().contiguous()
             held[Memory.INPUT, i] = given
             self._patch(Memory.INPUT, i, given)
         for i, slot in enumerate(self.plan.outputs):
-            fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype, device=self._arena.device)
+            source = self.plan.appended.get(i)
+            if source is None:
+                fresh = torch.empty_strided(slot.shape, slot.strides, dtype=slot.dtype, device=self._arena.device)
+            else:
+                fresh = extended[source] if source in extended else _with_room(slot, self._arena.device)
             held[Memory.OUTPUT, i] = fresh
             self._patch(Memory.OUTPUT, i, fresh)
         return held
+
+    def _extended(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+        """For inputs that rows are appended to, by position, more rows of their memory, where that has room and nobody
+        else sees it."""
+        found: dict[int, Tensor] = {}
+        used: set[int] = set()
+        for i, source in self.plan.appended.items():
+            slot, tensor = self.plan.outputs[i], inputs[source]
+            if tensor.stride() != slot.strides or tensor.is_neg() or tensor.requires_grad or tensor._base is not None:
+                continue
+            # Before the storage has a name here.
+            if not is_exclusive(tensor):
+                continue
+            storage = tensor.untyped_storage()
+            offset = int(tensor.storage_offset())
+            end = offset + slot.shape[0] * slot.strides[0]
+            place = storage.data_ptr()
+            if place in used or storage.nbytes() < end * slot.dtype.itemsize:
+                continue
+            used.add(place)
+            found[source] = _of_storage(storage, slot, offset)
+        return found
 
     def _settle(self, buffer: Tensor) -> None:
         """Move into this arena."""
@@ -391,6 +438,51 @@ class Program:
 
     # ---- setting up
 
+    def _rebind(self, rebound: Rebound) -> None:
+        """Take over a plan, of which the parts that have not changed are the very objects of the one before."""
+        before, plan = self.plan, rebound.plan
+        extents: dict[int, Any] = {}
+        moved = plan.workspace_offset != before.workspace_offset
+        for i, (old, step) in enumerate(zip(before.steps, plan.steps, strict=True)):
+            if step is old:
+                continue
+            if isinstance(step, TorchStep):
+                self._segments[self._places[i]] = step
+                continue
+            assert isinstance(old, NativeStep)
+            if step.extents is not old.extents:
+                made = extents.get(id(step.extents))
+                if made is None:
+                    made = extents[id(step.extents)] = extents_buffer(step.extents)
+                args, addresses, _ = self._addresses[i]
+                args.extents = ctypes.cast(made, ctypes.c_void_p)
+                self._addresses[i] = args, addresses, made
+            moved = moved or any(
+                a is not b and (a.memory, a.index, a.offset) != (b.memory, b.index, b.offset)
+                for a, b in zip(old.tensors, step.tensors, strict=True)
+            )
+        self.plan = plan
+        self._extents.clear()
+        # Known by the identity of slots, of which some have gone.
+        self._arena_views, self._constant_views = {}, {}
+        for i, tensor in rebound.constants.items():
+            self._given[i], self._constants[i] = tensor, tensor.detach()
+        if moved:
+            self._patches.clear()
+            for i, step in enumerate(plan.steps):
+                if isinstance(step, NativeStep):
+                    self._patch_later(step, self._addresses[i][1])
+            self._settle(self._arena.require(plan.arena_bytes))
+            for i, tensor in enumerate(self._state_tensors):
+                self._patch(Memory.STATE, i, tensor)
+        for i in range(len(self._constants)) if moved else rebound.constants:
+            self._patch(Memory.CONSTANT, i, self._constants[i])
+
+    def _patch_later(self, step: NativeStep, addresses: Any) -> None:
+        for position, slot in enumerate(step.tensors):
+            patch = _Patch(addresses, position, slot.offset)
+            self._patches.setdefault((slot.memory, slot.index), []).append(patch)
+
     def _assemble(self) -> None:
         run: list[Step] = []
         first = 0
@@ -398,18 +490,17 @@ class Program:
             if isinstance(step, NativeStep):
                 if not run:
                     first = position
-                run.append(self._native(step))
+                run.append(self._native(position, step))
                 continue
             self._close(run, first)
             run = []
+            self._places[position] = len(self._segments)
             self._segments.append(step)
         self._close(run, first)
 
-    def _native(self, step: NativeStep) -> Step:
+    def _native(self, number: int, step: NativeStep) -> Step:
         addresses = (ctypes.c_void_p * max(len(step.tensors), 1))()
-        for position, slot in enumerate(step.tensors):
-            patch = _Patch(addresses, position, slot.offset)
-            self._patches.setdefault((slot.memory, slot.index), []).append(patch)
+        self._patch_later(step, addresses)
         extents = self._extents.get(id(step.extents))
         if extents is None:
             extents = self._extents[id(step.extents)] = extents_buffer(step.extents)
@@ -421,7 +512,7 @@ class Program:
             self._status,
         )
         self._arguments.append(args)
-        self._keep += [addresses, extents]
+        self._addresses[number] = args, addresses, extents
         return Step(self._kernels[step.symbol].address, ctypes.pointer(args))
 
     def _close(self, run: list[Step], first: int) -> None:
@@ -505,6 +596,44 @@ class Program:
 def _bytes(slot: Slot) -> int:
     last = sum((size - 1) * stride for size, stride in zip(slot.shape, slot.strides, strict=True))
     return (last + 1) * slot.dtype.itemsize if 0 not in slot.shape else 0
+
+
+def _with_room(slot: Slot, device: torch.device) -> Tensor:
+    """A new tensor with the memory that its outermost strides span."""
+    memory = torch.empty(slot.shape[0] * slot.strides[0], dtype=slot.dtype, device=device)
+    return _of_storage(memory.untyped_storage(), slot, 0)
+
+
+def _of_storage(storage: torch.UntypedStorage, slot: Slot, offset: int) -> Tensor:
+    """A tensor that is no view of another."""
+    made = torch.empty(0, dtype=slot.dtype, device=storage.device)
+    return made.set_(storage, offset, slot.shape, slot.strides)
+
+
+def is_exclusive(tensor: Tensor) -> bool:
+    """Whether no other tensor, array or process sees the memory of a tensor that is no view, and nothing but Python's
+    names for it the tensor."""
+    storage = tensor.untyped_storage()
+    # Memory that PyTorch has not allocated itself is not resizable.
+    return storage.resizable() and not storage.is_shared() and _users(tensor) == _alone()
+
+
+def _users(tensor: Tensor) -> tuple[int, ...]:
+    """How often a tensor, its storage and the object for that are in use, this function among others."""
+    storage = tensor.untyped_storage()
+    return (
+        tensor._use_count(),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(storage),
+    )
+
+
+@functools.cache
+def _alone() -> tuple[int, ...]:
+    """What :func:`_users` is, called by :func:`is_exclusive`, for a tensor that nobody else knows."""
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+    return _users(tensor) if storage.resizable() else ()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

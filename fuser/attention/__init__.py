@@ -1,5 +1,5 @@
 """Exact attention under any mask, as operators of torch: :func:`sparse_attention`, and :func:`varlen_attention` of
-packed documents. Modules with approximate attention that is linear in the length: :func:`build`."""
+packed documents. Attention that is linear in the length: :func:`linear_attention`, and modules by :func:`build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
 from fuser.attention.checks import check_heads, check_operands, check_runtime
+from fuser.attention.linear import linear_attention
 from fuser.attention.mechanisms import NestedNamespace, add_arguments, build, configure, names
 from fuser.attention.reference import is_forward_differentiated, reference
 from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
@@ -31,6 +32,7 @@ __all__ = [
     "attend",
     "build",
     "configure",
+    "linear_attention",
     "names",
     "register_mask",
     "sparse_attention",

@@ -15,16 +15,19 @@ from fuser.frontend.attention_operators import attention_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser
-from fuser.frontend.sizes import traced
+from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
+from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.size import Size
+from fuser.ir.size import result as late_size
+from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
@@ -172,11 +175,26 @@ def _expand(r: Raiser, node: fx.Node) -> Value:
 
 @_handles(aten.cat.default)
 def _cat(r: Raiser, node: fx.Node) -> Value | None:
-    """What is joined with nothing, as the keys of a call are with an empty cache."""
+    """What is joined with nothing, as the keys of a call are with an empty cache, and rows that are appended to the
+    cache that a call is given, which nothing else needs as it was."""
     filled = [part for part in node.args[0] if 0 not in traced(part).shape]
-    if len(filled) != 1 or traced(filled[0]).dtype != traced(node).dtype:
+    value = traced(node)
+    if any(traced(part).dtype != value.dtype for part in filled):
         return None
-    return r.view(filled[0])
+    if len(filled) == 1:
+        return r.view(filled[0])
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not r.is_returned(node):
+        return None
+    before = filled[0]
+    if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
+        return None
+    _, heads, rows, width = value.shape
+    space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
+    spec = TensorSpec(value.shape, value.dtype, (heads * space * width, space * width, width, 1))
+    appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
+    r.roomy.add(appended.base)
+    return appended
 
 
 @_handles(aten.repeat_interleave.self_int)
@@ -389,6 +407,69 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
     return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
+
+
+@_handles(torch.ops.fuser.windowed_attention.default)
+def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
+    q, k, v, far_keys, far_values = (r.view(n) for n in node.args[:5])
+    bias, window, before, after, chunk, columns = node.args[5:]
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
+        return None
+    how = Windowed(window, before, after, chunk, columns, bias is not None)
+    tokens, summaries = q.shape[2], far_keys.shape[2]
+    shape = (*k.shape[:2], tokens + how.gap + summaries, k.shape[3])
+    joined: list[View] = []
+    for name, near, far in (("keys", k, far_keys), ("values", v, far_values)):
+        join = kinds.Extern(TorchCall(how.joined, (Ref(0), Ref(1))), "keys of windows and of chunks are joined once")
+        spec = TensorSpec.contiguous(shape, r.dtype(near))
+        joined.append(r.emit(join, f"{node.name}_{name}", (r.realize(near), r.realize(far)), spec))
+    row = None
+    if bias is not None:
+        table = r.view(bias)
+        if not r.is_constant(table):
+            return None
+        call = TorchCall(how.by_distance, (Ref(0), tokens, summaries))
+        row = r.derived(
+            f"{node.name}_row", (r.realize(table),), call, (table.shape[0], tokens + shape[2] - 1), r.dtype(table)
+        )
+    scale = 1.0 / math.sqrt(q.shape[3])
+    keys, values = joined
+    return attention_from(r, node, q, keys, values, scale, [], pattern=how.mask, by_sums=row)
+
+
+@_handles(torch.ops.fuser.linear_attention.default)
+def _linear_attention(r: Raiser, node: fx.Node) -> Value | None:
+    *given, scale, causal, floor, kept = node.args
+    operands = [None if n is None else r.view(n) for n in given]
+    out, state = traced(node)
+    views = [t for t in operands if t is not None]
+    if any(r.dtype(t) not in r.floating or 0 in t.shape for t in views) or 0 in out.shape:
+        return None
+    _, _, _, decay, beta, first = operands
+    rule = Recurrence(scale, causal, decay is not None, beta is not None, floor)
+    semantics = kinds.LinearAttention(rule, first is not None, kept)
+    # Heads lie inside a token, so that merging them afterwards moves nothing.
+    _, heads, rows, width = out.shape
+    strides = (rows * heads * width, width, heads * width, 1)
+    specs = [TensorSpec(out.shape, out.dtype, strides), TensorSpec.contiguous(state.shape, state.dtype)]
+    found = r.emit_all(semantics, node.name, [r.realize(t) for t in views], specs[: 1 + kept])
+    return found if kept else (*found, View.of(*_nothing_of(r, node, state)))
+
+
+def _nothing_of(r: Raiser, node: fx.Node, empty: Traced) -> tuple[str, TensorSpec]:
+    """A constant of no elements."""
+    call = TorchCall(torch.empty, (tuple(empty.shape),), (("dtype", empty.dtype),))
+    return _named(r, r.derived(f"{node.name}_none", (), call, empty.shape, empty.dtype))
+
+
+@_handles(torch.ops.fuser.features.default)
+def _features(r: Raiser, node: fx.Node) -> Value | None:
+    x, directions = r.view(node.args[0]), r.view(node.args[1])
+    spec = r.spec(node)
+    if not {r.dtype(x), r.dtype(directions)} <= r.floating or not r.is_constant(directions) or spec.numel == 0:
+        return None
+    semantics = kinds.Features(FeatureMap(node.args[2]))
+    return r.emit(semantics, node.name, (r.realize(x), r.realize(directions)), spec)
 
 
 @_handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)

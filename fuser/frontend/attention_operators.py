@@ -58,8 +58,10 @@ def attention_from(
     pattern: Mask | None = None,
     causal: bool = False,
     rule: ScoreRule | None = None,
+    by_sums: str | None = None,
 ) -> View:
-    """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv)."""
+    """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is
+    the value of a :class:`~fuser.ir.operators.BiasBySums`."""
     out_shape = r.spec(node).shape
     rank = len(q.dims)
     q, k, v = (four_dims(t) for t in (q, k, v))
@@ -85,6 +87,8 @@ def attention_from(
     pattern, runtime = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
     if causal or pattern is not None:
         s = r.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
+    if by_sums is not None:
+        s = r.emit(kinds.BiasBySums(), f"{name}_bias", (s, by_sums), scores).base
     if runtime is not None:
         mask = kinds.AdditiveMask() if r.dtype(runtime).is_floating_point else kinds.BooleanMask()
         s = r.emit(mask, f"{name}_mask", (s, r.realize(runtime)), scores).base

@@ -190,9 +190,15 @@ class GraphBuilder:
 
     def emit(self, semantics: Semantics, name: str, inputs: Sequence[str], spec: TensorSpec) -> View:
         """Append an operator with one output of its own storage."""
-        output = self.add_value(name, spec)
-        self.operators.append(Operator(output, semantics, tuple(inputs), (output,)))
-        return View.of(output, spec)
+        return self.emit_all(semantics, name, inputs, [spec])[0]
+
+    def emit_all(
+        self, semantics: Semantics, name: str, inputs: Sequence[str], specs: Sequence[TensorSpec]
+    ) -> tuple[View, ...]:
+        """Append an operator with outputs of their own storage."""
+        outputs = tuple(self.add_value(name, spec) for spec in specs)
+        self.operators.append(Operator(outputs[0], semantics, tuple(inputs), outputs))
+        return tuple(map(View.of, outputs, specs))
 
     def alias(self, name: str, base: str, shape: Sequence[int], strides: Sequence[int], offset: int) -> str:
         """Memory of ``base`` seen with another shape and strides."""

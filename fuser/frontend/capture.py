@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import functools
 import gc
 import importlib
@@ -30,7 +29,9 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from fuser.frontend.shadow import Shadow, attributes_of, forget, is_plain
+from fuser.frontend import arguments
+from fuser.frontend.arguments import Change, Given, Taken, is_object, is_value
+from fuser.frontend.shadow import Shadow, attributes_of, forget
 from fuser.frontend.sizes import SizeRange, Sizes
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
@@ -58,7 +59,9 @@ class FlatCall:
 
     ``key`` holds shapes, dtypes, layouts and the other arguments: calls with equal keys run one program. ``template``
     has the leaves that are not tensors, ``slots`` where the tensors go. ``modes`` says whether gradients and inference
-    mode were on; models that ask for them have programs for each.
+    mode were on; models that ask for them have programs for each. ``objects`` are the arguments that are objects, with
+    all that they consist of; their tensors are the last of ``tensors``. For such calls ``alike`` is the key without the
+    sizes of these tensors, but for those of zero and one.
     """
 
     tensors: tuple[Tensor, ...]
@@ -67,46 +70,82 @@ class FlatCall:
     template: tuple[Any, ...]
     slots: tuple[int, ...]
     modes: tuple[bool, bool]
+    objects: tuple[Any, ...] = ()
+    alike: Signature | None = None
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments and keyword arguments with these tensors."""
-        filled = list(self.template)
-        for slot, tensor in zip(self.slots, tensors, strict=True):
+        """Arguments and keyword arguments with these tensors, in copies of the objects."""
+        return self.rebuilt(tensors)[0]
+
+    def rebuilt(self, tensors: Sequence[Any]) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], list[Any]]:
+        """As :meth:`unflatten`, and the copies of the ``objects``."""
+        plain = len(self.slots)
+        copies = arguments.rebuilt(self.objects, iter(tensors[plain:]))
+        filled = [copies[leaf.index] if isinstance(leaf, Given) else leaf for leaf in self.template]
+        for slot, tensor in zip(self.slots, tensors[:plain], strict=True):
             filled[slot] = tensor
-        result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(filled, self.spec)
-        return result
+        return pytree.tree_unflatten(filled, self.spec), copies
+
+    def frozen(self) -> FlatCall:
+        """The call without its tensors, and with objects that nobody changes."""
+        return dataclasses.replace(
+            self, tensors=(), objects=tuple(arguments.rebuilt(self.objects, iter(self.tensors[len(self.slots) :])))
+        )
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
-    """Split the arguments of a call into tensors and the rest.
+    """Split the arguments of a call into tensors and the rest. Objects that are nothing but their attributes, such as
+    key-value caches, are taken apart.
 
     Raises CaptureError for arguments that are neither dense tensors nor plain values, since a program is specialized
     on them.
     """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_object)
     tensors: list[Tensor] = []
     slots: list[int] = []
     key: list[Any] = [spec]
+    template = list(leaves)
     first: dict[int, int] = {}
+
+    def place(tensor: Tensor, layout: tuple[int, ...] | None = None) -> Signature:
+        if tensor.is_nested:
+            raise CaptureError("an argument is a nested tensor, and programs are made for one shape")
+        # A tensor that is given twice is one object to the model.
+        number = len(first)
+        twin = first.setdefault(id(tensor), number)
+        return tuple(tensor.shape), tensor.dtype, tensor.device.type, layout, None if twin == number else twin
+
+    taken = Taken(place)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            if leaf.is_nested:
-                raise CaptureError("an argument is a nested tensor, and programs are made for one shape")
             tensors.append(leaf)
             slots.append(i)
-            # A tensor that is given twice is one object to the model.
-            twin = first.setdefault(id(leaf), i)
-            key.append((tuple(leaf.shape), leaf.dtype, leaf.device.type, _layout(leaf), None if twin == i else twin))
+            key.append(place(leaf, None if leaf.is_nested else _layout(leaf)))
+            template[i] = None
         elif isinstance(leaf, float):
             # Zeros of both signs are equal, and a NaN is not even equal to itself.
             key.append((float, leaf.hex()))
         elif leaf is None or isinstance(leaf, (bool, int, str, torch.dtype, torch.device)):
             key.append((type(leaf), leaf))
+        elif is_object(leaf):
+            template[i] = Given(len(taken.objects), type(leaf).__name__)
+            taken.take(leaf)
         else:
             raise CaptureError(f"an argument is a {type(leaf).__name__}; pass tensors and plain Python values")
-    template = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return FlatCall(tuple(tensors), tuple(key), spec, template, tuple(slots), modes)
+    tensors += taken.tensors
+    if not taken.objects:
+        return FlatCall(tuple(tensors), tuple(key), spec, tuple(template), tuple(slots), modes)
+    alike = (*key, *map(_without_sizes, taken.key))
+    exact = (*key, *taken.key)
+    return FlatCall(tuple(tensors), exact, spec, tuple(template), tuple(slots), modes, tuple(taken.objects), alike)
+
+
+def _without_sizes(part: Any) -> Any:
+    """What a key says of a tensor, or of something else, without sizes above one."""
+    if type(part[0]) is not tuple:
+        return part
+    return (tuple([min(size, 2) for size in part[0]]), *part[1:])
 
 
 def _layout(tensor: Tensor) -> tuple[int, ...] | None:
@@ -142,12 +181,14 @@ class OutputSpec:
 
     ``leaves`` holds an :class:`OutputTensor` for every tensor (one that is returned in several places is one object),
     a nested spec for an object, and everything else as it is: what is not a tensor is a constant of the program.
-    ``spec`` is the pytree's structure, or the names of the attributes of an object of class ``cls``.
+    ``spec`` is the pytree's structure, or the names of the attributes of an object of class ``cls``. Where the model
+    makes ``changes`` to objects that it is given, the structure is that of the output and the values that these get.
     """
 
     spec: Any
     leaves: tuple[Any, ...]
     cls: type | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def holds_tensors(self) -> bool:
@@ -165,26 +206,34 @@ class OutputSpec:
         )
         return dataclasses.replace(self, leaves=tuple(leaves))
 
-    def build(self, tensors: Sequence[Tensor]) -> Any:
-        """The output with these tensors."""
+    def build(self, tensors: Sequence[Tensor], objects: Sequence[Any] = ()) -> Any:
+        """The output with these tensors, of a call with these ``objects``, which are changed."""
         filled = [
             tensors[leaf.index]
             if isinstance(leaf, OutputTensor)
-            else leaf.build(tensors)
+            else leaf.build(tensors, objects)
             if isinstance(leaf, OutputSpec)
+            else objects[leaf.index]
+            if isinstance(leaf, Given)
             else leaf
             for leaf in self.leaves
         ]
         if self.cls is None:
-            return pytree.tree_unflatten(filled, self.spec)
+            built = pytree.tree_unflatten(filled, self.spec)
+            if self.changes:
+                built, values = built
+                arguments.apply(self.changes, values, objects)
+            return built
         # Not through its constructor, which may compute, and need not take what it keeps.
-        built: Any = object.__new__(self.cls)
+        made: Any = object.__new__(self.cls)
         for name, value in zip(self.spec, filled, strict=True):
-            object.__setattr__(built, name, value)
-        return built
+            object.__setattr__(made, name, value)
+        return made
 
-    def tensors(self, output: Any) -> dict[int, Tensor]:
-        """The tensors of an output of this structure by their index."""
+    def tensors(self, output: Any, objects: Sequence[Any] = ()) -> dict[int, Tensor]:
+        """The tensors of an output of this structure, of a call with these ``objects``, by their index."""
+        if self.changes:
+            output = output, arguments.values_of(self.changes, objects)
         parts = pytree.tree_leaves(output) if self.cls is None else [getattr(output, name) for name in self.spec]
         found: dict[int, Tensor] = {}
         for leaf, part in zip(self.leaves, parts, strict=True):
@@ -214,10 +263,10 @@ def flatten_output(
                 places[id(value)] = OutputTensor(len(tensors))
                 tensors.append(value)
             return places[id(value)]
-        if _is_value(value):
+        if is_value(value):
             return value
-        if original(value) is not value:
-            return original(value)
+        if (stands_for := original(value)) is not value:
+            return stands_for
         made = structure(value)
         if made.cls is not None and not made.holds_tensors and not dataclasses.is_dataclass(value):
             # It may be one that others have, too, which a copy would not be.
@@ -228,10 +277,10 @@ def flatten_output(
         if id(value) in active:
             raise CaptureError(f"the model returns a {type(value).__name__} that contains itself")
         active.add(id(value))
-        if isinstance(value, Tensor) or _is_value(value) or not pytree.tree_is_leaf(value):
+        if isinstance(value, Tensor) or is_value(value) or not pytree.tree_is_leaf(value):
             leaves, spec = pytree.tree_flatten(value)
             made = OutputSpec(spec, tuple(map(keep, leaves)))
-        elif _is_object(value):
+        elif is_object(value):
             names = attributes_of(value)
             made = OutputSpec(names, tuple(keep(getattr(value, name)) for name in names), type(value))
         else:
@@ -240,23 +289,6 @@ def flatten_output(
         return made
 
     return tensors, structure(output)
-
-
-_VALUES = (
-    torch.SymInt,
-    *(bool, int, float, complex, str, bytes, type, enum.Enum),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-
-
-def _is_value(value: Any) -> bool:
-    return value is None or isinstance(value, _VALUES)
-
-
-def _is_object(value: Any) -> bool:
-    if isinstance(value, (type, dict, list, tuple, set)) or callable(value):
-        return False
-    return dataclasses.is_dataclass(value) or is_plain(type(value))
 
 
 @dataclass(frozen=True)
@@ -292,14 +324,22 @@ class _Flat(nn.Module):
         self._seen = seen
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = self._call.unflatten(tensors)
+        (args, kwargs), objects = self._call.rebuilt(tensors)
+        before = arguments.state_of(objects)
         self._shadow.settle()
         with self._seen:
             output = self.model(*args, **kwargs)
         # Now, since the export sets attributes back.
         self._seen.changed = self._shadow.changed()
         self._seen.attributes = [(vars(module), dict(vars(module))) for module in self.model.modules()]
-        flat, self._seen.output = flatten_output(output, self._shadow.original)
+        given = {id(value): Given(i, type(value).__name__) for i, value in enumerate(objects)}
+        changes, values = arguments.changes(objects, before)
+
+        def original(value: Any) -> Any:
+            return given.get(id(value)) or self._shadow.original(value)
+
+        flat, found = flatten_output((output, values) if changes else output, original)
+        self._seen.output = dataclasses.replace(found, changes=changes)
         return tuple(flat)
 
 
@@ -446,7 +486,7 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
         parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
     lifted = frozenset(signature.inputs_to_lifted_tensor_constants)
-    sizes = Sizes(program.graph, inputs)
+    sizes = Sizes(program.graph, inputs, len(call.slots))
     output = trace.output.sized(sizes.of)
     return Captured(program.graph_module, parameters, inputs, output, trace.asks_modes, lifted, sizes.annotate())
 

@@ -42,6 +42,8 @@ def _together(r: Raiser, leaves: Sequence[fx.Node], taken: Collection[str]) -> l
     in a copy of the root."""
     values = [traced(leaf) for leaf in leaves]
     realized = [r.realize(r.view(leaf)) for leaf in leaves]
+    if len(realized) == 1 and realized[0] in r.roomy and realized[0] not in taken:
+        return realized
     specs = [r.values[name] for name in realized]
     (base, *more) = {spec.base or name for name, spec in zip(realized, specs, strict=True)}
     memory = r.memory(base)

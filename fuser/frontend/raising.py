@@ -14,7 +14,9 @@ import torch
 from torch import fx
 
 # It registers torch.ops.fuser.
+from fuser.attention import linear as _linear  # noqa: F401
 from fuser.attention import operators as _registered  # noqa: F401
+from fuser.attention import windowed as _windowed  # noqa: F401
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import Captured
 from fuser.frontend.sizes import Traced, traced
@@ -70,6 +72,8 @@ class Raiser(GraphBuilder):
         self.floating = floating
         self.env: dict[fx.Node, Value] = {}
         self._roots = _roots(captured.graph.graph)
+        self.roomy: set[str] = set()
+        """Values that are returned with strides of ours."""
         self._viewing: dict[str, str] = {}
         """By what PyTorch makes, the value that it may be a view of."""
 
@@ -121,6 +125,11 @@ class Raiser(GraphBuilder):
         """The value whose memory a value may lie in when the program runs."""
         name = self.values[name].base or name
         return self.memory(self._viewing[name]) if name in self._viewing else name
+
+    @staticmethod
+    def is_returned(node: fx.Node) -> bool:
+        """Whether the tensor of ``node`` is an output of the graph."""
+        return any(user.op == "output" for user in node.users)
 
     def is_whole(self, node: fx.Node) -> bool:
         """Whether the tensor of ``node`` is known and all of its memory."""

@@ -11,6 +11,7 @@ import collections
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -280,12 +281,19 @@ def attributes_of(value: Any) -> tuple[str, ...]:
     return names + tuple(name for name in slots_of(type(value)) if hasattr(value, name))
 
 
-def slots_of(cls: type) -> list[str]:
+_slots: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Names of what objects of a class hold outside of their dict."""
+    if (known := _slots.get(cls)) is not None:
+        return known
     found: list[str] = []
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
         found += [slots] if isinstance(slots, str) else slots
-    return [name for name in found if name not in ("__dict__", "__weakref__")]
+    _slots[cls] = names = tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+    return names
 
 
 def _differences(original: Any, copied: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -130,12 +130,17 @@ def named_like(size: Size) -> Size | None:
 
 class Sizes:
     """The symbols of a traced graph under names of ours; ``inputs`` are the names of the placeholders for a call's
-    tensors."""
+    tensors, of which the first ``plain`` are arguments, and the others in objects that are arguments.
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[str]) -> None:
+    Tensors in objects, such as the layers of a cache, mostly grow together: where they have equal sizes in a dimension,
+    that is one named size, and calls for which they differ have another capture.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str], plain: int | None = None) -> None:
         self._graph = graph
         self._inputs = inputs
         self._known: dict[sympy.Symbol, Size] = {}
+        self._alike: dict[tuple[int, int | None], Size] = {}
         self._environment: Any = None
         values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in inputs]
         for i, value in enumerate(values):
@@ -144,16 +149,22 @@ class Sizes:
             for d, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt):
                     self._environment = size.node.shape_env
-                    self._name(size, _NAMES[d] if i == 0 and d < len(_NAMES) else f"size{len(self._known)}")
+                    name = _NAMES[d] if i == 0 and d < len(_NAMES) else f"size{len(self._known)}"
+                    self._name(size, name, None if plain is None or i < plain else (d, size.node.hint))
 
-    def _name(self, size: torch.SymInt, name: str) -> None:
+    def _name(self, size: torch.SymInt, name: str, place: tuple[int, int | None] | None) -> None:
         symbol = self._replaced(size.node.expr)
         if not isinstance(symbol, sympy.Symbol) or symbol in self._known:
+            return
+        if place in self._alike:
+            self._known[symbol] = self._alike[place]
             return
         reach = self._environment.var_to_range[symbol]
         high = int(reach.upper) if reach.upper.is_Integer else None
         # PyTorch takes sizes of zero and one for numbers.
         self._known[symbol] = named(name, max(2, int(reach.lower)), high)
+        if place is not None:
+            self._alike[place] = self._known[symbol]
 
     def _replaced(self, expression: Any) -> Any:
         return self._environment.replace(expression)
@@ -164,15 +175,23 @@ class Sizes:
         if self._environment is None:
             return ()
         found = []
-        for guard in self._environment.guards:
-            condition = self._replaced(guard.expr)
-            if condition is sympy.true:
+        for condition in dict.fromkeys(self._replaced(guard.expr) for guard in self._environment.guards):
+            if condition is sympy.true or self._is_identity(condition):
                 continue
             symbols = sorted(condition.free_symbols, key=str)
             if any(symbol not in self._known for symbol in symbols):
                 raise CaptureError(f"the model asks whether {condition}, which follows from no size of its inputs")
             found.append(Guard(condition, tuple((symbol, str(self._known[symbol])) for symbol in symbols)))
         return tuple(found)
+
+    def _is_identity(self, condition: Any) -> bool:
+        """Whether both sides of an equation are one formula, which PyTorch asks of its own strides."""
+        if not isinstance(condition, sympy.Eq):
+            return False
+        try:
+            return self._formula(condition.lhs) == self._formula(condition.rhs)
+        except CaptureError:
+            return False
 
     def of(self, value: Any) -> int:
         """A number, or the formula of a symbolic one. Raises CaptureError for numbers that are no sizes."""

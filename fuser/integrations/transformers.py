@@ -1,4 +1,4 @@
-"""``attn_implementation="fuser"`` for Hugging Face models.
+"""``attn_implementation="fuser"`` for Hugging Face models, and :func:`sparsify` for their sparse ones.
 
 After :func:`register`, ``AutoModel.from_pretrained(name, attn_implementation="fuser")`` runs every attention of the
 model through :func:`fuser.sparse_attention`, eager or compiled, and ``fuser.optimize`` fuses it. Needs transformers
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fuser.attention import attend, varlen_attention
+from fuser.integrations.sparse_models import sparsify as sparsify
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Causal, Mask
 from fuser.ir.scores import SoftCap

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from fuser.ir.size import Maximum, Name, Quotient, Result, Size, called, result
+from fuser.ir.size import Maximum, Name, Quotient, Result, Size, called, maximum, result
 
 Tree = TypeVar("Tree")
 Made = TypeVar("Made")
@@ -171,6 +171,38 @@ class Binder(Generic[Tree]):
             self._known[key] = f"c{len(self._objects)}"
             self._objects.append(value)
         return self._known[key]
+
+
+class _Partial(Binder[Tree]):
+    """A binder to formulas: what stands for the results of functions still does so where arguments have names."""
+
+    def _container(self, value: Any) -> str | None:
+        if isinstance(value, Late):
+            arguments = ", ".join(map(self._written, (value.function, *value.arguments)))
+            return self._variable(f"{self._object(_applied)}({arguments})")
+        return super()._container(value)
+
+    def _atom(self, atom: Any) -> str:
+        if isinstance(atom, Maximum):
+            return self._variable(f"{self._object(maximum)}([{', '.join(map(self._number, atom.sizes))}])")
+        if isinstance(atom, Result):
+            arguments = ", ".join(map(self._written, (atom.function, *atom.arguments)))
+            return self._variable(f"{self._object(_resulting)}({arguments})")
+        return super()._atom(atom)
+
+
+def _applied(function: Callable[..., Any], *arguments: Any) -> Any:
+    return Late(function, arguments) if Binder(arguments).names else function(*arguments)
+
+
+def _resulting(function: Callable[..., int], *arguments: Any) -> int:
+    return result(function, *arguments) if Binder(arguments).names else function(*arguments)
+
+
+def partly_bound(tree: Tree, sizes: Mapping[str, int]) -> Tree:
+    """``tree`` with numbers for some of its named sizes."""
+    binder = _Partial(tree)
+    return binder.renamed({name: sizes.get(name, Size({(size,): 1})) for name, size in binder.names.items()})
 
 
 def _filled(kind: type[Any], fields: dict[str, Any]) -> Any:

@@ -428,7 +428,6 @@ def _layout(spec: TensorSpec) -> str:
 def _regions(graph: OperatorGraph) -> Iterator[Region]:
     order = graph.compute
     last_use = {graph.base(value): i for i, op in enumerate(order) for value in op.inputs}
-    last_use.update((graph.base(value), len(order)) for value in graph.outputs)
     run: list[Operator] = []
     alive: dict[str, Semantics] = {}
     for i, op in enumerate(order):

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
+from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
+from fuser.ir.windows import by_sums
 
 Shape = tuple[int, ...]
 
@@ -370,6 +372,58 @@ class PV(Semantics):
         return ""
 
 
+@kind("linear attention")
+@dataclass(frozen=True)
+class LinearAttention(Semantics):
+    """Linear attention by a :class:`~fuser.ir.linear_attention.Recurrence`.
+
+    Inputs are q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv), then, where there are some, decay (B, Hkv, Sk,
+    1 or D), beta (B, Hkv, Sk, 1), and the first state, if it is ``resumed``. The second output is the last state, if it
+    is ``kept``.
+    """
+
+    recurrence: Recurrence
+    resumed: bool = False
+    kept: bool = False
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *rest = inputs
+        more = iter(rest)
+        asked = self.recurrence.decay, self.recurrence.delta, self.resumed
+        found = self.recurrence.evaluate(q, k, v, *(next(more) if there else None for there in asked))
+        return found if self.kept else found[:1]
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        (batch, heads, queries, width), (_, kv_heads, keys, _) = inputs[:2]
+        steps = 1 + self.recurrence.decay / 2 + self.recurrence.delta
+        return 2.0 * batch * width * output[-1] * (heads * queries + steps * kv_heads * keys)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        r = self.recurrence
+        parts = ("causal", r.causal), ("decay", r.decay), ("delta rule", r.delta), ("divided by sums", bool(r.floor))
+        return ", ".join(word for word, said in parts if said)
+
+    def widths(self, inputs: Sequence[Shape]) -> Shape:
+        return inputs[0][1], inputs[0][-1]
+
+
+@kind("features")
+@dataclass(frozen=True)
+class Features(Semantics):
+    """A feature map of x (B, H, N, D) on directions (H, M, D): (B, H, N, M)."""
+
+    map: FeatureMap
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self.map.evaluate(*inputs),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return (2.0 * inputs[0][-1] + 20) * math.prod(output)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return self.map.value
+
+
 # ---- elementwise and row-wise operators
 
 
@@ -580,6 +634,36 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+# ---- caches
+
+
+@kind("append")
+@dataclass(frozen=True)
+class Append(Semantics):
+    """Rows (B, H, n, D) behind those of a cache (B, H, m, D): the cache of m + n rows.
+
+    Its output has :func:`room` behind its rows. Where the memory of the cache that is given has it, too, and nobody
+    else can see that, the output is in the same memory, and the rows that were there stay where they are.
+    """
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(inputs, -2),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][-2]} behind {inputs[0][-2]}"
+
+
+def room(rows: int) -> int:
+    """Rows for which a cache of so many has room behind them: a quarter, in multiples of 64."""
+    capacity = 64
+    while capacity < rows:
+        capacity += max(64, capacity // 256 * 64)
+    return capacity - rows
+
+
 # ---- masks of attention's scores (B, H, Sq, Sk)
 
 
@@ -640,6 +724,22 @@ class AdditiveMask(ScoreMask, _RowWise):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return "given at run time"
+
+
+@kind("mask")
+@dataclass(frozen=True)
+class BiasBySums(ScoreMask):
+    """The sum with a bias of which query i and key j have element i + j: the second input, (1 or H, Sq + Sk - 1)."""
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        scores, row = inputs
+        return (scores + by_sums(row, *scores.shape[-2:]),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return float(math.prod(output))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "a bias by distance"
 
 
 @kind("mask")

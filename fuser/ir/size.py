@@ -375,7 +375,26 @@ def _quotient(numerator: Any, denominator: Any) -> Any:
             whole[tuple(sorted(rest.elements(), key=str))] = factor // count
         else:
             return _simple(whole)
+    elif len(divisor) > 1 and (exact := _exact(numerator, denominator)) is not None:
+        return exact
     return Size({(Quotient(numerator, denominator),): 1})
+
+
+def _exact(numerator: int, denominator: int) -> int | None:
+    """The polynomial that times ``denominator`` is ``numerator``; None where there is none."""
+    (leading, count), *_ = sorted(_terms(denominator), key=_order)
+    found: int = 0
+    for _ in range(len(_terms(numerator))):
+        (monomial, factor), *_ = sorted(_terms(numerator), key=_order)
+        rest = collections.Counter(monomial)
+        rest.subtract(collections.Counter(leading))
+        if factor % count or any(n < 0 for n in rest.values()):
+            return None
+        step = _simple({tuple(sorted(rest.elements(), key=str)): factor // count})
+        found, numerator = found + step, numerator - step * denominator
+        if isinstance(numerator, int) and numerator == 0:
+            return found
+    return None
 
 
 def _order(term: tuple[Monomial, int]) -> tuple[int, str]:

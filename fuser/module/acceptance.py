@@ -86,7 +86,7 @@ def kin_of(call: FlatCall) -> Hashable:
 def text_of(call: FlatCall) -> str:
     """A call in reports: ``(int64 (1, 128), attention_mask=int64 (1, 128))``."""
     texts = [_Text(repr(leaf)) for leaf in call.template]
-    for slot, tensor in zip(call.slots, call.tensors, strict=True):
+    for slot, tensor in zip(call.slots, call.tensors, strict=False):
         texts[slot] = _Text(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
     args, kwargs = pytree.tree_unflatten(texts, call.spec)
     return f"({', '.join([*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())])})"

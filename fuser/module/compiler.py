@@ -6,9 +6,10 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fuser.ir.operators import ScoreMask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
+from fuser.module.growing import Growing
 from fuser.module.options import Options
 from fuser.module.quantizing import Quantizer
 from fuser.module.recompute import Routes
@@ -65,6 +67,23 @@ class Compiled:
     """The masks of functions in it, as they were."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """The named sizes that it was bound to, if its model was captured for all of them."""
+    growing: Growing | None = None
+    """How it follows the sizes of objects that it is called with, such as caches; None where it has one plan."""
+
+    def serves(self, call: FlatCall) -> bool:
+        """Whether it is right for the sizes of a call's objects, which keys do not say."""
+        return self.growing is None or self.growing.serves(call)
+
+    def run(self, call: FlatCall) -> list[Tensor]:
+        """The results of a call."""
+        if self.growing is None:
+            return self.program(call.tensors)
+        return self.program(call.tensors, self.growing.bound(call).rebound)
+
+    def built(self, call: FlatCall, results: Sequence[Tensor]) -> Any:
+        """The output of a call, made of its results; its objects are changed as the model changes them."""
+        output = self.output if self.growing is None else self.growing.bound(call).output
+        return output.build(results, call.objects)
 
     @functools.cached_property
     def choices(self) -> Mapping[str, Choice]:

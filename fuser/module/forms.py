@@ -36,6 +36,7 @@ from fuser.module.compiler import (
     tables_of,
     unfused_share,
 )
+from fuser.module.growing import Growing
 from fuser.module.options import Options
 from fuser.module.quantizing import Quantizer
 from fuser.module.weights import Use, WeightStore
@@ -54,7 +55,7 @@ _VARIANTS = 8
 def form_key(call: FlatCall) -> Hashable:
     """Equal for calls that differ in sizes above one alone; None for a call whose tensors are not contiguous."""
     key = []
-    for part in call.key:
+    for part in call.alike or call.key:
         if isinstance(part, tuple) and part and isinstance(part[0], tuple):
             shape, dtype, device, layout, twin = part
             if layout is not None:
@@ -71,16 +72,18 @@ def dynamic_dimensions(
     batch and sequence, as far as one can tell.
 
     Those are the first two dimensions of tensors with less than four; else the first (of images, say), and those that
-    are as long as one of these (of masks).
+    are as long as one of these (of masks). Of tensors in objects, such as caches, they are all.
     """
-    flat = [tensor for tensor in call.tensors if tensor.ndim < 4]
+    given = call.tensors[: len(call.slots)]
+    flat = [tensor for tensor in given if tensor.ndim < 4]
     lengths = {size for tensor in flat for size in tensor.shape[:2] if size > 1}
     found: list[Collection[int]] = []
-    for tensor in call.tensors:
+    for tensor in given:
         if tensor.ndim < 4:
             found.append(range(min(tensor.ndim, 2)))
         else:
             found.append([d for d, size in enumerate(tensor.shape) if d == 0 or (d > 1 and size in lengths)])
+    found += [range(tensor.ndim) for tensor in call.tensors[len(given) :]]
     if isinstance(wanted, Mapping):
         for i, name in _names(model, call).items():
             if name in wanted:
@@ -138,6 +141,19 @@ class _Template:
         self._own = [_is_late(late, ref) for ref in self.assembly.plan.constants]
         self._shared: tuple[int, list[Tensor]] | None = None
         self._late = late
+
+    @property
+    def late(self) -> tuple[ProgramPlan, list[int], dict[str, Any]]:
+        """The plan with named sizes, the positions of its constants that depend on them, and what these are made of."""
+        refs = [ref for ref, own in zip(self.plan.plan.constants, self._own, strict=True) if own]
+        found: dict[str, Any] = {}
+        pending = [v for ref in refs for v in (ref.values if isinstance(ref, Packed) else (ref,)) if isinstance(v, str)]
+        while pending:
+            name = pending.pop()
+            if name not in found:
+                found[name] = self._late.constants[name]
+                pending += found[name].sources
+        return self.plan.plan, [i for i, own in enumerate(self._own) if own], found
 
     def use(self, parameters: Mapping[str, Tensor]) -> Use:
         """The constants that all of its programs share."""
@@ -255,6 +271,7 @@ class Form:
         start = time.perf_counter()
         self.captured: Captured = capture(model, call, dynamic_dimensions(model, call, options.dynamic))
         self._seconds = {"capture": time.perf_counter() - start}
+        self._plain = len(call.slots)
         self.options = options
         self._quantizer = quantizer
         self.device = device_of(call)
@@ -335,6 +352,7 @@ class Form:
         program = program_of(
             assembly.plan, template.kernels, constants, target, arena, self.options.cuda_graphs, states
         )
+        growing = self._growing(variant, template, sizes, store, arena.device) if target.kind == "cpu" else None
         lap("pack")
         return Compiled(
             captured,
@@ -347,7 +365,29 @@ class Form:
             template.unfused_share,
             self._masks,
             sizes,
+            growing,
         )
+
+    def _growing(
+        self, variant: Variant, template: _Template, sizes: Mapping[str, int], store: WeightStore, device: torch.device
+    ) -> Growing | None:
+        """How a program follows the sizes that calls' objects alone have, if there are such."""
+        fixed = {name: sizes[name] for name in self._arguments}
+        if len(fixed) == len(sizes):
+            return None
+        plan, own, constants = template.late
+        parameters = self.captured.parameters
+
+        def made(ref: Any, constants: Mapping[str, Any]) -> Tensor:
+            return store.made(ref, constants, parameters, device)
+
+        tree = plan, constants, self.captured.output
+        return Growing(self.captured.sizes, fixed, tree, own, made, variant.holds)
+
+    @property
+    def _arguments(self) -> list[str]:
+        """The sizes that are read from arguments that are tensors."""
+        return [name for name, (i, _) in self.captured.sizes.names.items() if i < self._plain]
 
     def sizes(self, call: FlatCall) -> dict[str, int]:
         """The named sizes of a call. Raises CaptureError for one that the captured graph does not hold for."""
@@ -389,7 +429,7 @@ class Form:
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
         if self._quantizer is not None:
             graph = self._quantizer.apply(graph, self.captured.parameters, target)
-        variant = Variant.of(graph, dtypes)
+        variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)
         self._variants.append(variant)
         return variant
 
@@ -425,6 +465,10 @@ class Forms:
             return None
         self._found[name] = [*found, form]
         return form
+
+    def has_failed(self, name: Hashable) -> bool:
+        """Whether there can be none for calls with ``name`` in common."""
+        return name in self._failed
 
     def refused(self, reason: str) -> None:
         """A call was not served, for a reason."""

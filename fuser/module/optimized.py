@@ -19,10 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.frontend import traces
+from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import FlatCall, Signature, StateError, capture, is_capturing, prepare
 from fuser.frontend.graphs import raise_graph
-from fuser.integrations import sentence_transformers
+from fuser.integrations import sentence_transformers, sparse_models
 from fuser.ir.errors import (
     CalibrationError,
     CaptureError,
@@ -62,7 +63,8 @@ _PROGRAMS = 64
 _MUCH_PADDING = 0.1
 """The share of padding from which on it is worth a word."""
 _AT_ONCE_IN_METHODS = 1
-"""Calls that compile when first met in a method of the model: ``generate`` makes one for every token."""
+"""Calls that compile when first met in a method of the model, of those that each need a capture of their own: a loop
+over tokens makes one for every length."""
 UNMASKED = "the original model knows nothing of the mask that attention= gives"
 K = TypeVar("K")
 V = TypeVar("V")
@@ -126,6 +128,7 @@ class OptimizedModule(nn.Module):
         self._failed: dict[Key, str] = {}
         self._slower: dict[Key, str] = {}
         self._excused: set[Key] = set()
+        self._by_themselves: set[Signature] = set()
         self._seconds = time.perf_counter
         self._methods: BoundMethods | None = None
         self._states: dict[torch.device, States] = {}
@@ -163,7 +166,7 @@ class OptimizedModule(nn.Module):
         if call is None:
             return self._replaced(reason, args, kwargs)
         key = self._key(call)
-        if self._options.padding == "skip":
+        if self._options.padding == "skip" and not call.objects:
             packed = self._without_padding(call, key)
             if packed is not None:
                 return packed
@@ -174,24 +177,26 @@ class OptimizedModule(nn.Module):
             self._check_unmasked(self._failed.get(key, "the report says why"))
             start = self._seconds()
             result = self._original(args, kwargs)
-            self._policy.ran_original(key, self._seconds() - start)
+            seconds = self._seconds() - start
+            common = self._common(call, key)
+            self._policy.ran_original(key if common is None else common, seconds)
             return result
         comparison = self._comparisons.get(key)
         if comparison is not None:
             return self._compare(comparison, compiled, key, call, args, kwargs)
         if compiled.mask_inputs and self._masks.looks_at(key):
             compiled = self._knowing(compiled, call, key) or compiled
-        return compiled.output.build(self._run(compiled, call, key))
+        return compiled.built(call, self._run(compiled, call, key))
 
     def _run(self, compiled: Compiled, call: FlatCall, key: Key) -> list[Tensor]:
         """The results of a program, with gradients where PyTorch would record them."""
         program, routes = compiled.program, compiled.routes
         sources = routes.sources(call.tensors) if torch.is_grad_enabled() else ()
         if not sources:
-            return program(call.tensors)
+            return compiled.run(call)
         now = (self._store.generation, key[2][0])
         plan = Recorded(routes, compiled.output, program.plan.aliases, self._originals, self._state, now)
-        return run_recorded(program, call, sources, plan)
+        return run_recorded(compiled.run, call, sources, plan)
 
     def _without_padding(self, call: FlatCall, key: Key) -> Any | None:
         """The result of a call whose padding is not computed; None where there is none, or it has to be."""
@@ -305,13 +310,13 @@ class OptimizedModule(nn.Module):
         """Let the program or the original run, in turn, until it is known which is faster."""
         device = compiled.program.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return compiled.output.build(self._run(compiled, call, key))
+            return compiled.built(call, self._run(compiled, call, key))
         original = comparison.original_is_next
         start = self._seconds()
         if original:
             result = self._original(args, kwargs)
         else:
-            result = compiled.output.build(self._run(compiled, call, key))
+            result = compiled.built(call, self._run(compiled, call, key))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comparison.add(self._seconds() - start, original=original)
@@ -344,13 +349,16 @@ class OptimizedModule(nn.Module):
     def _key(self, call: FlatCall) -> Key:
         device = device_of(call)
         place = threads_now() if device.type == "cpu" else device
-        return call.key, place, (self._store.configuration, call.modes if self._asks_modes else None)
+        signature = call.key
+        if call.alike is not None and self._options.dynamic and call.alike not in self._by_themselves:
+            signature = call.alike
+        return signature, place, (self._store.configuration, call.modes if self._asks_modes else None)
 
     def _compiled(self, call: FlatCall, key: Key, *, wanted: bool = False) -> Compiled | None:
         """The program of a call; None if the original is to run, which ``wanted`` allows only where there can be no
         program."""
         compiled = self._programs.use(key)
-        if compiled is not None and not self._store.changed and compiled.is_current:
+        if compiled is not None and not self._store.changed and compiled.is_current and compiled.serves(call):
             return compiled
         with self._lock:
             if self._store.changed:
@@ -358,6 +366,8 @@ class OptimizedModule(nn.Module):
             compiled = self._programs.use(key)
             if compiled is not None and not compiled.is_current:
                 self._programs.remove(key)
+                compiled = None
+            elif compiled is not None and not compiled.serves(call):
                 compiled = None
             if compiled is not None or key in self._failed or key in self._slower:
                 return compiled
@@ -438,6 +448,10 @@ class OptimizedModule(nn.Module):
 
     def _keep(self, compiled: Compiled, call: FlatCall, key: Key) -> Compiled:
         """Have a program for the next calls like this."""
+        if call.alike is not None and compiled.growing is None and key[0] is call.alike:
+            # It serves calls of its very sizes alone.
+            self._by_themselves.add(call.alike)
+            key = self._key(call)
         if compiled.may_be_slower and self._options.attention is None:
             self._comparisons[key] = Comparison()
         else:
@@ -465,6 +479,11 @@ class OptimizedModule(nn.Module):
         common = form_key(call) if self._options.dynamic else None
         name = None if common is None else (common, key[2])
         return name, self._forms.of(name)
+
+    def _common(self, call: FlatCall, key: Key) -> Hashable | None:
+        """What a call shares with those that one capture may serve as well; None where each has one of its own."""
+        name = self._forms_of(call, key)[0]
+        return None if name is None or self._forms.has_failed(name) else name
 
     def _for_sizes(self, call: FlatCall, key: Key, device: torch.device, *, capturing: bool = False) -> Compiled | None:
         """The program of a call from what has been captured for all sizes, or, with ``capturing``, from another such
@@ -504,14 +523,15 @@ class OptimizedModule(nn.Module):
 
     def _admits(self, call: FlatCall, key: Key, form: Hashable) -> bool:
         within = self._methods is not None and self._methods.is_running
+        common = self._common(call, key)
         return self._policy.admits(
-            key,
+            key if common is None else common,
             form,
             kin_of(call),
             label=text_of(call),
             now=self._programs.tick(),
             oldest=self._programs.oldest,
-            at_once=_AT_ONCE_IN_METHODS if within else AT_ONCE,
+            at_once=_AT_ONCE_IN_METHODS if within and common is None else AT_ONCE,
         )
 
     def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> None:
@@ -741,7 +761,8 @@ class OptimizedModule(nn.Module):
         return (*((what,) if share else ()), *(f"was computed: {reason}" for reason in self._kept))
 
     def saved_calls(self) -> list[SavedCall]:
-        """All programs with their signatures and constants, which follow the weights as they are now."""
+        """All programs with their signatures and constants, which follow the weights as they are now; without those for
+        calls with objects, such as caches, which a file cannot tell from others."""
         if any(isinstance(signature[0], Packing) for (signature, _, _), _ in self._programs.items()):
             raise FuserError(
                 'programs without padding cannot be saved, since batches differ in it; optimize with padding="keep"'
@@ -756,7 +777,7 @@ class OptimizedModule(nn.Module):
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
                 for (signature, _, variant), c in self._programs.items()
-                if variant[0] == self._store.configuration and not c.captured.known
+                if variant[0] == self._store.configuration and not c.captured.known and not has_objects(signature)
             ]
 
     def restore(self) -> None:
@@ -892,6 +913,13 @@ def _follows(
     return True
 
 
+def _served(model: nn.Module, options: Options) -> Any:
+    for integration in (sentence_transformers, sparse_models):
+        if integration.is_served(model):
+            return integration.serve(model, options, _served)
+    return OptimizedModule(model, options)
+
+
 def optimize(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -907,8 +935,9 @@ def optimize(
 ) -> OptimizedModule | Any:
     """Make ``model`` run fused kernels.
 
-    Models of sentence-transformers come back as models of their class (see
-    :func:`fuser.integrations.sentence_transformers.serve`), all others as an :class:`OptimizedModule`.
+    Models of sentence-transformers (see :func:`fuser.integrations.sentence_transformers.serve`) and Longformer and LED
+    of transformers (see :func:`fuser.integrations.transformers.sparsify`) come back as models of their class, all
+    others as an :class:`OptimizedModule`.
 
     Args:
         model: any ``nn.Module``; left as it is, apart from where its weights lie in memory.
@@ -967,15 +996,14 @@ def optimize(
         args, kwargs = tuple(example_inputs), {}
     else:
         args, kwargs = (example_inputs,), {}
-    if sentence_transformers.is_served(model):
-        served = sentence_transformers.serve(model, options, OptimizedModule)
-        if args is not None:
-            with torch.inference_mode():
-                served(*args, **kwargs)
-        return served
-    optimized = OptimizedModule(model, options)
+    optimized = _served(model, options)
     if args is None:
         return optimized
+    if not isinstance(optimized, OptimizedModule):
+        with torch.inference_mode():
+            optimized(*args, **kwargs)
+        return optimized
+    model = optimized._model
     call, reason = acceptable(model, args, kwargs, options.target)
     if call is None:
         optimized._check_unmasked(reason)

@@ -8,7 +8,6 @@ inputs and parameters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -111,18 +110,21 @@ class Originals:
         self._lock = ForkSafeLock()
         self._shadow: tuple[object, nn.Module] | None = None
 
-    def run(self, state: object, call: FlatCall, inputs: Sequence[Tensor], stand_ins: Mapping[int, Tensor]) -> Any:
-        """The model's output for ``call`` with ``inputs``, and ``stand_ins`` by identity in the place of weights;
-        ``state`` is equal while the model computes the same. Raises MaskError for a model without its mask."""
+    def run(
+        self, state: object, call: FlatCall, inputs: Sequence[Tensor], stand_ins: Mapping[int, Tensor]
+    ) -> tuple[Any, Sequence[Any]]:
+        """The model's output for ``call`` with ``inputs``, and ``stand_ins`` by identity in the place of weights, and
+        the call's objects as the model leaves them; ``state`` is equal while the model computes the same. Raises
+        MaskError for a model without its mask."""
         if self._refusal:
             raise MaskError(f"{self._refusal}, and gradients are found by calling it again")
         named = (*self._model.named_parameters(), *self._model.named_buffers())
         weights = {name: stand_ins[id(tensor)] for name, tensor in named if id(tensor) in stand_ins}
-        args, kwargs = call.unflatten(inputs)
+        (args, kwargs), objects = call.rebuilt(inputs)
         with self._lock, _recomputing():
             if self._shadow is None or self._shadow[0] != state:
                 self._shadow = state, Shadow(self._model).module
-            return torch.func.functional_call(self._shadow[1], weights, args, kwargs)
+            return torch.func.functional_call(self._shadow[1], weights, args, kwargs), objects
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ class _Recomputation:
             inputs = [tensors[place] for place in self.places]
             with self._modes(inputs):
                 stand_ins = dict(zip(self.identities, ours, strict=True))
-                output = self.recorded.originals.run(self.recorded.now, self.call, inputs, stand_ins)
-            results = self.recorded.output.tensors(output)
+                output, objects = self.recorded.originals.run(self.recorded.now, self.call, inputs, stand_ins)
+            results = self.recorded.output.tensors(output, objects)
             pairs = [
                 (results[position], gradient)
                 for position, gradient in zip(self.positions, given, strict=True)
@@ -231,7 +233,7 @@ class _Backward(torch.autograd.Function):
 
 
 def run_recorded(
-    run: Callable[[Sequence[Tensor]], list[Tensor]], call: FlatCall, sources: Sequence[Tensor], recorded: Recorded
+    run: Callable[[FlatCall], list[Tensor]], call: FlatCall, sources: Sequence[Tensor], recorded: Recorded
 ) -> list[Tensor]:
     """The results of a program, ``run``, with gradients to ``sources``, those of :meth:`Routes.sources`."""
     routes, aliases = recorded.routes, recorded.aliases
@@ -239,7 +241,7 @@ def run_recorded(
     if routes.is_random:
         device = _device_of(call.tensors)
         random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    results = run(call.tensors)
+    results = run(call)
     positions = tuple(i for i, reached in enumerate(routes.reached(call.tensors)) if reached and i not in aliases)
     if not positions:
         return results
@@ -253,8 +255,8 @@ def run_recorded(
     kept = {id(tensor): tensor for tensor in (*sources, *call.tensors)}
     identities = list(kept)
     places = tuple(identities.index(id(tensor)) for tensor in call.tensors)
-    plain = dataclasses.replace(call, tensors=())
-    recomputation = _Recomputation(recorded, plain, tuple(identities[: len(sources)]), places, positions, random)
+    ours = tuple(identities[: len(sources)])
+    recomputation = _Recomputation(recorded, call.frozen(), ours, places, positions, random)
     # What was made in inference mode cannot be kept for a backward pass.
     rest = [t.clone() if t.is_inference() else t for t in list(kept.values())[len(sources) :]]
     found = _Backward.apply(recomputation, rest, own, *sources)  # type: ignore[no-untyped-call]

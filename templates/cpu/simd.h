@@ -18,10 +18,14 @@ typedef int32_t vi __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 typedef float vfu __attribute__((vector_size(FUSER_VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t viu __attribute__((vector_size(FUSER_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(FUSER_VECTOR_BYTES / 2)));
+typedef int16_t vs __attribute__((vector_size(FUSER_VECTOR_BYTES / 2)));
 typedef uint32_t vu __attribute__((vector_size(FUSER_VECTOR_BYTES)));
 
 struct bf16 {
   uint16_t bits;
+};
+struct bf16x2 {
+  bf16 half[2];
 };
 
 FUSER_INLINE float to_float(float x) { return x; }
@@ -45,8 +49,29 @@ FUSER_INLINE vf set1(float x) { return x - vf{}; }
 FUSER_INLINE vi set1(int32_t x) { return vi{} + x; }
 FUSER_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
 FUSER_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
+FUSER_INLINE vi load(const int16_t* p) {
+  vs v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, vi);
+}
+FUSER_INLINE void store(int16_t* p, vi v) {
+  const vs narrow = __builtin_convertvector(v, vs);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
+
+FUSER_INLINE vi load(const bf16x2* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSER_INLINE void store(bf16x2* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
+FUSER_INLINE vi set1(bf16x2 x) {
+  int32_t word;
+  std::memcpy(&word, &x, sizeof(word));
+  return set1(word);
+}
 
 FUSER_INLINE vf load(const bf16* p) {
   vh h;
@@ -99,6 +124,11 @@ FUSER_INLINE void store_n(float* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
 #endif
+FUSER_INLINE vi load_n(const bf16x2* p, int64_t n) {
+  bf16x2 t[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+}
 FUSER_INLINE vf load_n(const bf16* p, int64_t n) {
   bf16 t[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) t[i] = p[i];
@@ -212,9 +242,28 @@ FUSER_INLINE vi dot_quads(vi sum, vi a, vi b) {
 #endif
 }
 
+// Pairs of bf16 numbers in 32-bit lanes, the first in the low half: `dot` is sum + the scalar products of those of a and
+// b, and bf16_pairs brings together the nearest ones of `first` and `second`.
 #if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
-// sum + the scalar product of the two bf16 numbers in every 32-bit lane of a and b.
+constexpr bool kDotsBf16 = true;
 FUSER_INLINE vf dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+FUSER_INLINE vi bf16_pairs(vf first, vf second) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  vu from;
+  for (int i = 0; i < kLanes; ++i) from[i] = (16 + i) << 16 | i;
+  return (vi)_mm512_permutexvar_epi16((__m512i)from, halves);
+}
+#else
+#if defined(FUSER_DOTS_BF16)  // a test's
+constexpr bool kDotsBf16 = true;
+#else
+constexpr bool kDotsBf16 = false;
+#endif
+FUSER_INLINE vf dot(vf sum, vi a, vi b) {
+  sum += (vf)(a & int32_t(0xffff0000)) * (vf)(b & int32_t(0xffff0000));
+  return sum + (vf)((vu)a << 16) * (vf)((vu)b << 16);
+}
+FUSER_INLINE vi bf16_pairs(vf first, vf second) { return (vi)(bf16_bits(first) | bf16_bits(second) << 16); }
 #endif
 
 FUSER_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
@@ -336,6 +385,22 @@ FUSER_INLINE uint64_t to_bits(vi mask) {
 #endif
 }
 
+// One bit for every lane of x that is not at most, or not above, the limit; NaN is neither.
+FUSER_INLINE uint64_t not_at_most(vf x, vf limit) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_NLE_UQ);
+#else
+  return to_bits(~(vi)(x <= limit));
+#endif
+}
+FUSER_INLINE uint64_t not_above(vf x, vf limit) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_NGT_UQ);
+#else
+  return to_bits(~(vi)(x > limit));
+#endif
+}
+
 // One bit for every byte that is not zero; 0 < n <= 64, no other byte is touched.
 FUSER_INLINE uint64_t load_bits(const uint8_t* p, int64_t n) {
 #if defined(__AVX512BW__)
@@ -348,18 +413,21 @@ FUSER_INLINE uint64_t load_bits(const uint8_t* p, int64_t n) {
 #endif
 }
 
+#if defined(__AVX2__) && FUSER_VECTOR_BYTES >= 32
+#if FUSER_VECTOR_BYTES == 64
+#define FUSER_UNPACK(name, type, a, b) (vf) _mm512_unpack##name##_##type((__m512)(a), (__m512)(b))
+#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm512_unpack##name##_pd((__m512d)(a), (__m512d)(b))
+#define FUSER_QUARTERS(a, b, which) (vf) _mm512_shuffle_f32x4((__m512)(a), (__m512)(b), which)
+#else
+#define FUSER_UNPACK(name, type, a, b) (vf) _mm256_unpack##name##_##type((__m256)(a), (__m256)(b))
+#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm256_unpack##name##_pd((__m256d)(a), (__m256d)(b))
+#endif
+#endif
 // Transposes kLanes vectors in place.
 FUSER_INLINE void transpose(vf* v) {
 #if defined(__AVX2__) && FUSER_VECTOR_BYTES >= 32
   // 4 x 4 inside every 128-bit part, then the parts.
   vf w[kLanes];
-#if FUSER_VECTOR_BYTES == 64
-#define FUSER_UNPACK(name, type, a, b) (vf) _mm512_unpack##name##_##type((__m512)(a), (__m512)(b))
-#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm512_unpack##name##_pd((__m512d)(a), (__m512d)(b))
-#else
-#define FUSER_UNPACK(name, type, a, b) (vf) _mm256_unpack##name##_##type((__m256)(a), (__m256)(b))
-#define FUSER_UNPACK_PAIRS(name, a, b) (vf) _mm256_unpack##name##_pd((__m256d)(a), (__m256d)(b))
-#endif
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += 4) {
     const vf a = FUSER_UNPACK(lo, ps, v[i], v[i + 1]), b = FUSER_UNPACK(hi, ps, v[i], v[i + 1]);
@@ -367,8 +435,6 @@ FUSER_INLINE void transpose(vf* v) {
     w[i] = FUSER_UNPACK_PAIRS(lo, a, c), w[i + 1] = FUSER_UNPACK_PAIRS(hi, a, c);
     w[i + 2] = FUSER_UNPACK_PAIRS(lo, b, d), w[i + 3] = FUSER_UNPACK_PAIRS(hi, b, d);
   }
-#undef FUSER_UNPACK
-#undef FUSER_UNPACK_PAIRS
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
 #if FUSER_VECTOR_BYTES == 64
@@ -390,6 +456,31 @@ FUSER_INLINE void transpose(vf* v) {
       v[i][j] = v[j][i];
       v[j][i] = t;
     }
+#endif
+}
+
+// In lane i the sum of the lanes of v[i], for kLanes vectors.
+FUSER_INLINE vf reduce_add_each(const vf* v) {
+#if defined(__AVX2__) && FUSER_VECTOR_BYTES >= 32
+  vf w[kLanes / 4];  // sums inside every 128-bit part
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / 4; ++i) {
+    const vf a = FUSER_UNPACK(lo, ps, v[4 * i], v[4 * i + 1]) + FUSER_UNPACK(hi, ps, v[4 * i], v[4 * i + 1]);
+    const vf b = FUSER_UNPACK(lo, ps, v[4 * i + 2], v[4 * i + 3]) + FUSER_UNPACK(hi, ps, v[4 * i + 2], v[4 * i + 3]);
+    w[i] = FUSER_UNPACK_PAIRS(lo, a, b) + FUSER_UNPACK_PAIRS(hi, a, b);
+  }
+#if FUSER_VECTOR_BYTES == 64
+  const vf a = FUSER_QUARTERS(w[0], w[1], 0x44) + FUSER_QUARTERS(w[0], w[1], 0xee);
+  const vf b = FUSER_QUARTERS(w[2], w[3], 0x44) + FUSER_QUARTERS(w[2], w[3], 0xee);
+  return FUSER_QUARTERS(a, b, 0x88) + FUSER_QUARTERS(a, b, 0xdd);
+#else
+  return (vf)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x20) +
+         (vf)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x31);
+#endif
+#else
+  vf sums;
+  for (int64_t i = 0; i < kLanes; ++i) sums[i] = reduce_add(v[i]);
+  return sums;
 #endif
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import tempfile
@@ -41,6 +42,7 @@ from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.cpuinfo import detect_isa
+from fuser.runtime.device import cpu_target
 from fuser.runtime.library import Kernel, load
 
 NATIVE = detect_isa()
@@ -78,6 +80,26 @@ def kernel(parameters: AttentionParameters, isa: Isa) -> Kernel:
     return load(libraries(isa)[symbol], symbol)
 
 
+# The code around the instruction that multiplies pairs of bf16 numbers, with it where there is one, and with a model.
+DOTS = {"model": "#define FUSER_DOTS_BF16\n"} | ({"bf16": ""} if "avx512_bf16" in cpu_target().features else {})
+# Weights are rounded to eight bits, and so is the result.
+PAIRS = math.sqrt(2) * 2.0**-9
+IN_PAIRS = [
+    AttentionParameters(59, 18, DType.BF16, lse=True),
+    AttentionParameters(32, 32, DType.BF16, DType.BOOL, lse=True),
+    AttentionParameters(32, 32, DType.BF16, DType.F32, lse=True),
+]
+
+
+@functools.cache
+def dots(name: str) -> dict[str, Path]:
+    """The kernels that multiply in pairs; the model's for AVX2, where tails and vectors are others."""
+    on = cpu_target() if name == "bf16" else target(ISAS[min(1, len(ISAS) - 1)])
+    sources = [render(p.spec) for p in IN_PAIRS]
+    sources = [dataclasses.replace(source, text=DOTS[name] + source.text) for source in sources]
+    return build(sources, on, headers=header_folder(on))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -92,11 +114,14 @@ def attend(
     out: Tensor | None = None,
     in_flight: int = 2,
     rule: ScoreRule | None = None,
+    dot: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given."""
+    """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given. ``dot``: of DOTS."""
     (batch, heads, q_len, dim), (_, key_heads, kv_len, value_dim) = q.shape, v.shape
     kind = None if mask is None else STORAGE[mask.dtype]
-    run = kernel(AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse, rule=rule), isa)
+    parameters = AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse, rule=rule)
+    symbol = parameters.spec.symbol
+    run = kernel(parameters, isa) if dot is None else load(dots(dot)[symbol], symbol)
     if out is None:
         out = torch.full((batch, q_len, heads, value_dim), 777.0, dtype=q.dtype).transpose(1, 2)
     sums = torch.full((batch, heads, q_len), 777.0)
@@ -359,6 +384,60 @@ def test_half_precision_storage() -> None:
     assert error(out, expected) <= 2 * error(eager, expected)
     # Only the result is rounded, to eight bits.
     assert error(out, expected) <= 2.0**-9
+
+
+@pytest.mark.parametrize("dot", DOTS)
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Dense(), masks.Causal(), masks.SlidingWindow(9, 4), masks.Strided(), masks.Longformer(8, 3), ~masks.Dense()],
+    ids=str,
+)
+def test_pairs_of_bf16_numbers(mask: masks.Mask, dot: str) -> None:
+    """Odd heads, odd numbers of keys, few rows, several phases; scores are exact, and so are their sums."""
+    for q_len, kv_len in [(1, 1), (3, 200), (7, 65), (65, 63), (200, 201)]:
+        q, k, v = (
+            heads(i, 2, h, n, d, torch.bfloat16)
+            for i, h, n, d in ((1, 4, q_len, 59), (2, 2, kv_len, 59), (3, 2, kv_len, 18))
+        )
+        expected = exact(q, k, v, mask.dense(q_len, kv_len), scale=0.2)
+        check(attend(q, k, v, plan(mask, q_len, kv_len), scale=0.2, dot=dot), expected, PAIRS)
+
+
+@pytest.mark.parametrize("dot", DOTS)
+def test_pairs_under_runtime_masks_are_as_near_as_sdpa(dot: str) -> None:
+    q, k, v = (heads(i, 2, 4, n, 32, torch.bfloat16) for i, n in ((1, 130), (2, 201), (3, 201)))
+    allowed = torch.rand(2, 1, 130, 201, generator=torch.Generator().manual_seed(0)) > 0.4
+    bias = torch.where(allowed, heads(4, 2, 1, 130, 201), -math.inf)
+    sdpa = F.scaled_dot_product_attention(q, k, v, bias.bfloat16())
+    sdpa_error = error(sdpa, exact(q, k, v, bias=bias.bfloat16())[0])
+    for mask in (masks.Dense(), masks.Strided(9)):
+        tiles, pattern = plan(mask, 130, 201), mask.dense(130, 201)
+        for seen in (allowed, allowed[:, :, :1]):
+            check(attend(q, k, v, tiles, seen, dot=dot), exact(q, k, v, pattern & seen), PAIRS)
+        result, expected = attend(q, k, v, tiles, bias, dot=dot), exact(q, k, v, pattern, bias)
+        check(result, expected, PAIRS)
+        assert error(result[0], expected[0]) <= 1.5 * sdpa_error
+
+
+@pytest.mark.parametrize("dot", DOTS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_poison_in_pairs_reaches_only_rows_that_may_see_it(poison: float, dot: str) -> None:
+    """What stands beside a poisoned key in a pair, masked or beyond an odd last one, does not matter."""
+    q, k, v = (heads(i, 1, 2, 111, 32, torch.bfloat16) for i in range(3))
+    pattern = masks.Strided(7).dense(111) & torch.arange(111).ne(109)
+    tiles = plan(masks.Dense(), 111)
+    clean = attend(q, k, v, tiles, pattern[None, None], dot=dot)[0].clone()
+    for where in (k, v):
+        before = where[:, :, 110].clone()
+        where[:, :, 110] = where[:, :, 109] = poison
+        out = attend(q, k, v, tiles, pattern[None, None], dot=dot)[0]
+        sees = pattern[:, 110]
+        torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees], rtol=2.0**-7, atol=1e-3)
+        if where is v:
+            assert (out[:, :, sees].isnan() if poison != poison else out[:, :, sees] == poison).all()
+        else:
+            assert not out[:, :, sees].equal(clean[:, :, sees])
+        where[:, :, 110] = before
 
 
 def test_largest_heads() -> None:

@@ -40,8 +40,9 @@ MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), ma
 NEVER = {"threshold": 1.0, "empty_row": "predicted"}
 
 
-def target(isa: Isa = NATIVE) -> Target:
-    return dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
+def target(isa: Isa | None = NATIVE) -> Target:
+    """An instruction set alone, or with None this machine's with all extensions."""
+    return cpu_target() if isa is None else dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def run(
     runtime: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa = NATIVE,
+    isa: Isa | None = NATIVE,
     threads: int = 2,
     rows: int = Q_LEN,
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def check(
     runtime: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa = NATIVE,
+    isa: Isa | None = NATIVE,
 ) -> None:
     q, k, v = inputs(dtype)
     spec = AttentionSpec(mask, rule, how)
@@ -88,37 +89,41 @@ def check(
     seen = ~want_lse.isneginf()
     assert torch.equal(seen, ~lse.isneginf()) and not weights[~seen].any()
     torch.testing.assert_close(lse[seen], want_lse[seen], rtol=1e-6, atol=4e-6)
-    torch.testing.assert_close(weights, want, rtol=0, atol=1e-6 + torch.finfo(dtype).eps / 2)
+    # Where bf16 numbers are multiplied, weights are rounded to them.
+    rounding = 2.0**-8 if "avx512_bf16" in target(isa).features else 0.0
+    torch.testing.assert_close(weights, want, rtol=rounding, atol=1e-6 + torch.finfo(dtype).eps / 2)
     if dtype != torch.float32:
         return
     # What a score must be for its weight, where the weight has digits enough to tell.
     found = weights.log() + lse[..., None]
     chosen = chosen_of(q, k, spec, runtime, SCALE)
     clear = want > 1e-5
-    torch.testing.assert_close(found[clear], chosen.scores[clear], rtol=0, atol=3e-5)
+    torch.testing.assert_close(found[clear], chosen.scores[clear], rtol=0, atol=3e-5 + 1.01 * rounding)
     if how.prunes:
         assert chosen.full is not None and torch.equal(weights[chosen.full] > 0, want[chosen.full] > 0)
         assert not weights[~chosen.full].any()
 
 
-@pytest.mark.parametrize("isa", dict.fromkeys([NATIVE, Isa.PORTABLE]))
-def test_predicted_scores_are_products_of_integers(isa: Isa) -> None:
+@pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
+def test_predicted_scores_are_products_of_integers(isa: Isa | None) -> None:
     """With nothing chosen, every score is a whole number times two steps, the one that PyTorch finds."""
     q, k, _ = inputs()
     weights, lse = run(DEQ(**NEVER), masks.Dense(), isa=isa)  # type: ignore[arg-type]
     (q_codes, q_step), (k_codes, k_step) = DEQ().codes(q, 0), DEQ().codes(k.repeat_interleave(2, 1), 1)
     steps = (q_step * SCALE) * k_step.mT
     whole = (weights.log() + lse[..., None]) / steps
-    sure = (steps > 1e-3) & (weights > 1e-6)
+    sure = (steps > 0.02) & (weights > 1e-6)
     assert sure.float().mean() > 0.9
     assert torch.equal(whole[sure].round(), (q_codes @ k_codes.mT)[sure])
 
 
-@pytest.mark.parametrize("isa", dict.fromkeys([NATIVE, Isa.PORTABLE]))
-def test_what_is_chosen_of_rows_is_computed_in_full(isa: Isa) -> None:
+@pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
+def test_what_is_chosen_of_rows_is_computed_in_full(isa: Isa | None) -> None:
     for mask in MASKS:
         for threshold in (0.02, 0.4, 1.0):
             check(DEQ(threshold=threshold), mask, isa=isa)
+    if isa is None:
+        check(DEQ(threshold=0.1), masks.Longformer(6, 2), dtype=torch.bfloat16, isa=isa)
 
 
 def test_the_largest_of_a_sample_or_a_head_is_of_all_its_rows() -> None:
@@ -143,6 +148,7 @@ def test_sanger_leaves_out_what_is_not_chosen() -> None:
     for mask in MASKS[:2]:
         for threshold in (5e-3, 0.05, 0.9):
             check(Sanger(threshold=threshold), mask, bias.expand(2, -1, -1, -1), SoftCap(8.0))
+        check(Sanger(threshold=0.05), mask, bias.expand(2, -1, -1, -1), SoftCap(8.0), isa=None)
 
 
 def test_threads_and_numbers_of_rows_change_nothing() -> None:

@@ -7,23 +7,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from linear_reference import recurrent
 from torch import Tensor
 
 from fuser.ir.expression import Expression, Op, layer_norm, unary
+from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import SlidingWindow
 from fuser.ir.operators import (
     PV,
     QK,
     Activation,
     AdditiveMask,
+    Append,
     Bias,
+    BiasBySums,
     BooleanMask,
     ChangeScores,
     Embedding,
     Extern,
+    Features,
     Gemm,
     Int8Gemm,
     IntervalMask,
+    LinearAttention,
     MergeHeads,
     Norm,
     PatternMask,
@@ -90,6 +96,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+def _positive(on: Tensor, x: Tensor) -> Tensor:
+    most = torch.stack([torch.stack([head.max() for head in entry]) for entry in on])[..., None, None]
+    return math.e ** (on - (x * x / 4).sum(-1, keepdim=True) - most) / 5**0.5 + 1e-4
+
+
 ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
 CASES: Mapping[type[Semantics], Case] = {
@@ -115,6 +126,20 @@ CASES: Mapping[type[Semantics], Case] = {
             (SCORES, normal(2, 2, 6, 8)),
             lambda p, v: torch.stack([torch.einsum("bqk,bkd->bqd", p[:, h], v[:, h // 2]) for h in range(4)], 1),
         ),
+        Case(
+            LinearAttention(Recurrence(0.5, decay=True, delta=True)),
+            (
+                *(normal(2, 2, 40, width) / 2 for width in (3, 3, 5)),
+                -normal(2, 2, 40, 3).abs(),
+                normal(2, 2, 40, 1) / 9,
+            ),
+            lambda q, k, v, decay, beta: recurrent(q, k, v, decay, beta, scale=0.5)[0],
+        ),
+        Case(
+            Features(FeatureMap.FAVOR_KEYS),
+            (normal(2, 3, 6, 4), normal(3, 5, 4)),
+            lambda x, w: _positive(torch.einsum("bhnd,hmd->bhnm", x, w) / 2**0.5, x),
+        ),
         Case(Bias(), (X, ROW), lambda x, b: x + b),
         Case(Activation(unary(Op.GELU)), (X,), lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
         Case(Residual(), (X, normal(2, 5, 8)), lambda x, y: x + y),
@@ -126,11 +151,17 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Softmax(masked=True), (BARRED,), _softmax),
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
+        Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(
             IntervalMask(),
             (SCORES, torch.tensor([0, 0, 1, 3, 4, 4]), torch.tensor([1, 1, 3, 2, 5, 5]), torch.tensor([0])),
             lambda s, first, last, _: s.masked_fill(OUTSIDE, -math.inf),
+        ),
+        Case(
+            BiasBySums(),
+            (SCORES, normal(4, 11)),
+            lambda s, b: s + torch.stack([torch.stack([head[i : i + 6] for i in range(6)]) for head in b]),
         ),
         Case(BooleanMask(), (SCORES, RUNTIME), lambda s, m: torch.where(m, s, -math.inf)),
         Case(AdditiveMask(), (SCORES, RUNTIME.double()), lambda s, m: s + m),

@@ -16,7 +16,8 @@ from fuser.attention.mechanisms.eva import summarize
 from fuser.attention.mechanisms.features import attend
 from fuser.attention.mechanisms.positions import BucketedPositions
 from fuser.attention.mechanisms.softmax import check_padding, projection
-from fuser.attention.mechanisms.windows import Far, check_divides, heads_of, window_attention, windows
+from fuser.attention.mechanisms.windows import Far, check_divides, heads_of, qkv_of, window_attention, windows
+from fuser.attention.windowed import is_known_to, windowed_attention
 from fuser.ir.errors import MechanismError
 
 State = MutableMapping[str, MutableMapping[str, Tensor]]
@@ -129,6 +130,8 @@ class CausalEvaAttention(nn.Module):
             self._check_decoding(hidden)
             qkv = torch.cat([layer(x) for layer, x in zip(layers, operands, strict=True)], -1)
             mixed = self._append(qkv, incremental_state)
+        elif self._joins(hidden, *(parts := [layer(x) for layer, x in zip(layers, operands, strict=True)])):
+            mixed = self._at_once(*parts)
         else:
             missing = -time % self.window_size
             if missing:
@@ -148,10 +151,32 @@ class CausalEvaAttention(nn.Module):
 
     def _summaries(self, qkv: Tensor, size: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """A key and a value for each chunk of ``size`` tokens (B, N, 3 · C), both (B, H, chunks, D)."""
-        chunks = windows(qkv, (qkv.shape[1],), size)
+        q, k, v = qkv_of(windows(qkv, (qkv.shape[1],), size), self.num_heads)
         unseen = None if hidden is None else windows(hidden.unsqueeze(-1), (qkv.shape[1],), size)
-        pair = summarize(chunks, self.num_heads, unseen, self.adaptive_mu_q, self.adaptive_mu_k, 1.0, self.training)
+        return self._summaries_of(q, k, v, unseen)
+
+    def _summaries_of(self, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same of chunks (B, chunks, H, size, D)."""
+        pair = summarize(q, k, v, unseen, self.adaptive_mu_q, self.adaptive_mu_k, 1.0, self.training)
         return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+
+    def _joins(self, hidden: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether keys and summaries of a whole sequence are one list: where nothing asks for gradients or hides
+        tokens, and tokens see whole chunks before them alone."""
+        known = self.causal and self.chunk_size is not None and hidden is None
+        return known and not (self.training and self.dropout) and is_known_to(q, k, v)
+
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a sequence of any length, (B, N, C) → (B, N, C)."""
+        size = self.chunk_size
+        assert size is not None
+        whole = q.shape[1] // size * size
+        chunks = (heads_of(torch.unflatten(x[:, :whole], 1, (-1, size)), self.num_heads) for x in (q, k, v))
+        q, k, v = (heads_of(x, self.num_heads) for x in (q, k, v))
+        k_bar, beta = self._summaries_of(*chunks)
+        sizes = {"window": self.window_size, "before": self.extension, "chunk": size}
+        out = windowed_attention(q, k, v, k_bar, beta, self._position_bias(), **sizes)
+        return out.transpose(1, 2).flatten(2)
 
     def _by_windows(self, qkv: Tensor, hidden: Tensor | None) -> Tensor:
         """Attention of whole windows, (B, N, 3 · C) → (B, N, C)."""

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from fuser.attention.mechanisms.configuration import Configuration, EvaConfiguration
-from fuser.attention.mechanisms.features import attend_features
+from fuser.attention.mechanisms.features import attend_features, half_norms
 from fuser.attention.mechanisms.local import LocalAttention
 from fuser.attention.mechanisms.positions import BucketedPositions
 from fuser.attention.mechanisms.softmax import initialize, projection
 from fuser.attention.mechanisms.windows import Far, check_divides, qkv_of, windows
+from fuser.attention.windowed import attend_squares
 from fuser.ir.errors import MechanismError
 
 
 def summarize(
-    chunks: Tensor,
-    heads: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     hidden: Tensor | None,
     query: nn.Module | None,
     key: nn.Module,
     weight: float,
     noisy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A key and a value for each chunk of queries, keys and values (B, G, L, 3 · H · D), both (B, G, H, D).
+    """A key and a value for each chunk of queries, keys and values (B, G, H, L, D), both (B, G, H, D).
 
     The key is what ``key`` makes of the mean of keys. With ω = ``weight`` · (``query`` of the mean of queries + the
     key) (0 without ``query``), with standard normal noise if ``noisy``, the value is Σ softmax(ω · k / √D - ‖k‖² / (2
@@ -35,8 +37,7 @@ def summarize(
     out of the sum.
     """
     if hidden is not None:
-        chunks = chunks.masked_fill(hidden, 0)
-    q, k, v = qkv_of(chunks, heads)
+        q, k, v = (t.masked_fill(hidden.unsqueeze(2), 0) for t in (q, k, v))
     k_bar: Tensor = key(k.mean(-2))
     omega = torch.zeros_like(k_bar) if query is None else weight * (query(q.mean(-2)) + k_bar)
     if noisy:
@@ -79,6 +80,10 @@ class EvaAttention(LocalAttention):
             )
         self.apply(initialize)
 
+    @property
+    def bias_by_distance(self) -> bool:
+        return self.rel_pos_bias is not None or super().bias_by_distance
+
     def position_bias(self) -> Tensor | None:
         if self.rel_pos_bias is None:
             return super().position_bias()
@@ -93,9 +98,28 @@ class EvaAttention(LocalAttention):
         if self.attn_2d:
             size = math.isqrt(size)
         check_divides(size, grid, f"num_landmarks = {self.num_landmarks}: chunks")
+        if self.attn_2d and not self.extension and self.joins(qkv, hidden, grid):
+            return self._far_in_place(qkv, grid, size)
         chunks = windows(qkv, grid, size, self.extension, self.extension)
         unseen = self.hidden_windows(hidden, qkv, grid, size)
-        k_bar, beta = summarize(
-            chunks, self.num_heads, unseen, self.adaptive_mu_q, self.adaptive_mu_k, 0.5, self.training
-        )
+        q, k, v = qkv_of(chunks, self.num_heads)
+        k_bar, beta = summarize(q, k, v, unseen, self.adaptive_mu_q, self.adaptive_mu_k, 0.5, self.training)
         return Far(*(t.transpose(1, 2).unsqueeze(1) for t in (k_bar, beta)))
+
+    def _far_in_place(self, qkv: Tensor, grid: Sequence[int], size: int) -> Far:
+        """:func:`summarize` of squares of a grid, whose tokens stay where they are."""
+        q, k, v = qkv_of(qkv, self.num_heads)
+        rows, columns = (length // size for length in grid)
+
+        def mean(x: Tensor) -> Tensor:
+            squares = torch.unflatten(x, 2, (rows, size, columns, size))
+            return squares.mean((3, 5)).flatten(2, 3)
+
+        k_bar: Tensor = self.adaptive_mu_k(mean(k))
+        omega = torch.zeros_like(k_bar)
+        if self.adaptive_mu_q is not None:
+            omega = 0.5 * (self.adaptive_mu_q(mean(q)) + k_bar)
+        if self.training:
+            omega = omega + torch.randn_like(omega)
+        beta = attend_squares(omega, k, v, -half_norms(k).to(k.dtype), columns=grid[1], size=size)
+        return Far(k_bar.unsqueeze(1), beta.unsqueeze(1))

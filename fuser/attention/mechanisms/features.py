@@ -51,13 +51,6 @@ def projected(x: Tensor, directions: Tensor) -> Tensor:
     return x @ directions.mT.to(x.dtype) * (1 / math.sqrt(math.sqrt(x.shape[-1])))
 
 
-def favor(x: Tensor, directions: Tensor, is_query: bool) -> Tensor:
-    """Positive features of FAVOR+ (Choromanski et al., 2021), (B, H, N, D) → (B, H, N, M)."""
-    on = projected(x, directions)
-    top = on.amax(-1 if is_query else (-2, -1), keepdim=True)
-    return torch.exp(on - half_norms(x).mT - top) * (1 / math.sqrt(directions.shape[-2])) + 1e-4
-
-
 def fourier(x: Tensor, directions: Tensor) -> Tensor:
     """Sines and cosines (Random Feature Attention, Peng et al., 2021), (B, H, N, D) → (B, H, N, 2 M)."""
     on = projected(x, directions)
@@ -70,11 +63,6 @@ def dpfp(x: Tensor, nu: int) -> Tensor:
     """Deterministic parameter-free projection (Schlag et al., 2021), (…, D) → (…, 2 D ν)."""
     signs = torch.cat([x.relu(), (-x).relu()], -1)
     return torch.cat([signs * signs.roll(shift, -1) for shift in range(1, nu + 1)], -1)
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """φ(q) · (φ(k)ᵀ v) over φ(q) · Σ φ(k), which is kept from becoming small. Features (B, H, N, M), v (B, H, N, D)."""
-    return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1)).clamp(min=1e-2)
 
 
 def cosine_weighted(features: Tensor) -> Tensor:

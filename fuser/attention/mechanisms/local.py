@@ -17,10 +17,14 @@ from fuser.attention.mechanisms.windows import (
     check_divides,
     heads_of,
     merge_windows,
+    qkv_of,
     window_attention,
     windows,
 )
+from fuser.attention.windowed import is_known_to, windowed_attention
 from fuser.ir.errors import MechanismError
+
+_MOST_OF_GRID = 8192
 
 
 class LocalAttention(SoftmaxAttention):
@@ -63,8 +67,34 @@ class LocalAttention(SoftmaxAttention):
     def missing(self, grid: Sequence[int]) -> int:
         return 0 if self.attn_2d else -grid[0] % self.window_size
 
+    @property
+    def bias_by_distance(self) -> bool:
+        """Whether a bias of scores, if there is one, depends on the distance of query and key alone."""
+        return self.attn_2d or not self.use_rpe
+
+    def joins(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> bool:
+        """Whether all tokens and summaries are one list of keys: where nobody asks for gradients and nothing is hidden,
+        and, on a grid, with no more tokens than plans look at one by one, and no fewer columns than distances."""
+        if hidden is not None or not self.bias_by_distance or not is_known_to(qkv):
+            return False
+        return len(grid) == 1 or (
+            math.prod(grid) <= _MOST_OF_GRID and grid[1] > 2 * (self.window_size + self.extension)
+        )
+
     def mix(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Tensor:
         size, extension = self.window_size, self.extension
+        if self.joins(qkv, hidden, grid) and (far := self.far(qkv, hidden, grid)) is not None and far.bias is None:
+            out = windowed_attention(
+                *qkv_of(qkv, self.num_heads),
+                far.keys.squeeze(1),
+                far.values.squeeze(1),
+                self.position_bias(),
+                window=size,
+                before=extension,
+                after=extension,
+                columns=grid[1] if self.attn_2d else 0,
+            )
+            return out.transpose(1, 2).flatten(2)
         q = heads_of(windows(qkv[..., : self.dim], grid, size), self.num_heads)
         seen = windows(qkv[..., self.dim :], grid, size, extension, extension)
         k, v = (heads_of(part, self.num_heads) for part in seen.chunk(2, -1))

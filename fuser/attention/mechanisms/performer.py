@@ -8,9 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fuser.attention.linear import features as map_features
+from fuser.attention.linear import linear_attention
 from fuser.attention.mechanisms import features
 from fuser.attention.mechanisms.configuration import Configuration, PerformerConfiguration
 from fuser.attention.mechanisms.softmax import SoftmaxAttention, initialize
+from fuser.ir.linear_attention import FeatureMap
+
+LEAST_SUM = 1e-2
+"""What sums of features are not divided by less than."""
 
 
 class FourierFeatures(nn.Module):
@@ -81,13 +87,21 @@ class PerformerAttention(SoftmaxAttention, Directions):
             phi_k = phi_k.masked_fill(padding, 0)
         if self.cos_weighting:
             phi_q, phi_k = features.cosine_weighted(phi_q), features.cosine_weighted(phi_k)
-        return features.linear_attention(phi_q, phi_k, features.wide(v)).to(v.dtype)
+        out = linear_attention(phi_q, phi_k, v, causal=False, normalize=LEAST_SUM)
+        assert isinstance(out, Tensor)
+        return out
 
     def map(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features of queries and keys (B, H, N, D), (B, H, N, M)."""
         if self.proj_method == "mlp-fourier":
             # Its weights have the inputs' dtype, and its features are bounded before they are mapped.
             return features.wide(self.feature_proj(q)), features.wide(self.feature_proj(k))
+        if self.proj_method in ("favorp", "relu"):
+            maps = FeatureMap.RELU, FeatureMap.RELU
+            if self.proj_method == "favorp":
+                maps = FeatureMap.FAVOR_QUERIES, FeatureMap.FAVOR_KEYS
+            directions = self.directions()
+            return map_features(q, directions, maps[0]), map_features(k, directions, maps[1])
         q, k = features.wide(q), features.wide(k)
         if self.proj_method == "dpfp":
             return features.dpfp(q, self.nu), features.dpfp(k, self.nu)
@@ -95,9 +109,4 @@ class PerformerAttention(SoftmaxAttention, Directions):
             apply = torch.relu if self.proj_method == "relu-only" else torch.sigmoid
             return apply(q) + 0.1, apply(k) + 0.1
         directions = self.directions()
-        if self.proj_method == "favorp":
-            return features.favor(q, directions, True), features.favor(k, directions, False)
-        if self.proj_method == "fourier":
-            return features.fourier(q, directions), features.fourier(k, directions)
-        q, k = (features.projected(x, directions) * directions.shape[-2] ** -0.5 for x in (q, k))
-        return q.relu() + 1e-3, k.relu() + 1e-3
+        return features.fourier(q, directions), features.fourier(k, directions)

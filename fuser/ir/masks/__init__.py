@@ -13,7 +13,20 @@ from fuser.ir.masks.batch import PerBatch, per_batch
 from fuser.ir.masks.blocks import Blocks, from_block_indices, from_block_mask, from_blocks
 from fuser.ir.masks.columns import Columns, Progressions
 from fuser.ir.masks.opaque import MaskMod, TensorMask, from_dense, from_mask_mod
-from fuser.ir.masks.patterns import BigBird, Causal, Dense, Dilated, Fixed, Longformer, SlidingWindow, Strided
+from fuser.ir.masks.patterns import (
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Fixed,
+    GlobalBlocks,
+    GridChunks,
+    GridWindows,
+    Longformer,
+    SlidingWindow,
+    Strided,
+    WindowsAndChunks,
+)
 
 __all__ = [
     "Mask",
@@ -25,6 +38,10 @@ __all__ = [
     "Dilated",
     "Longformer",
     "BigBird",
+    "WindowsAndChunks",
+    "GridWindows",
+    "GridChunks",
+    "GlobalBlocks",
     "from_dense",
     "from_mask_mod",
     "from_block_mask",

@@ -195,6 +195,96 @@ class Longformer(_Pattern):
         return spans(len(i), m, (0, first - 1, 1), (begin, last, 1))
 
 
+@dataclass(frozen=True)
+class WindowsAndChunks(_Pattern):
+    """The window of a query and, as further keys, summaries of chunks of tokens (EVA, Zheng et al. 2023).
+
+    Keys are ``q_len`` tokens, ``gap`` keys that nobody sees, and one key for each chunk. A query in window w of
+    ``window`` tokens sees the tokens of the window, ``before`` and ``after`` of it, and all chunks. With a ``chunk``
+    above zero it is causal: no token behind the query, and the chunks of so many tokens that end before the query's own
+    begins. If ``backwards``, keys and summaries are in reverse order each, so that where a key is, added to where the
+    query is, says how far they are apart.
+    """
+
+    window: int
+    before: int = 0
+    after: int = 0
+    chunk: int = 0
+    gap: int = 0
+    backwards: int = 0
+
+    kind = "windows_and_chunks"
+    least = {"window": 1, "before": 0, "after": 0, "chunk": 0, "gap": 0, "backwards": 0}  # noqa: RUF012
+
+    def _seen(self, i: Ints, n: int, m: int) -> tuple[Ints, Ints, Ints]:
+        """The first and the last token that each query sees, and how many chunks."""
+        start = i - i % self.window
+        last = i if self.chunk else start + self.window - 1 + self.after
+        chunks = max(m - n - self.gap, 0)
+        count = np.minimum(i // self.chunk, chunks) if self.chunk else np.full_like(i, chunks)
+        return np.maximum(start - self.before, 0), np.minimum(last, n - 1), count
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        first, last, count = self._seen(i, n, m)
+        token = n - 1 - j if self.backwards else j
+        chunk = m - 1 - j if self.backwards else j - n - self.gap
+        near: Bools = (j < n) & (first <= token) & (token <= last)
+        return near | ((j >= n + self.gap) & (chunk < count))
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        first, last, count = self._seen(i, n, m)
+        if self.backwards:
+            return spans(len(i), m, (n - 1 - last, n - 1 - first, 1), (m - count, m - 1, 1))
+        return spans(len(i), m, (first, last, 1), (n + self.gap, n + self.gap + count - 1, 1))
+
+
+@dataclass(frozen=True)
+class GridWindows(_Pattern):
+    """As :class:`WindowsAndChunks`, of tokens in the rows of a grid of ``width`` columns: a query sees the tokens of
+    its square of ``window`` × ``window`` and of ``extension`` around it, and all chunks."""
+
+    width: int
+    window: int
+    extension: int = 0
+    gap: int = 0
+    backwards: int = 0
+
+    kind = "grid_windows"
+    least = {"width": 1, "window": 1, "extension": 0, "gap": 0, "backwards": 0}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        token = n - 1 - j if self.backwards else j
+        near: Bools = (j < n) & (token >= 0)
+        for query, key in ((i // self.width, token // self.width), (i % self.width, token % self.width)):
+            start = query - query % self.window
+            near = near & (key >= start - self.extension) & (key < start + self.window + self.extension)
+        return near | (j >= n + self.gap)
+
+
+@dataclass(frozen=True)
+class GridChunks(_Pattern):
+    """Query c sees the tokens of chunk c: squares of ``size`` × ``size`` tokens of a grid of ``width`` columns."""
+
+    width: int
+    size: int
+
+    kind = "grid_chunks"
+    least = {"width": 1, "size": 1}  # noqa: RUF012
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        across = max(self.width // self.size, 1)
+        row, column = j // self.width // self.size, j % self.width // self.size
+        allowed: Bools = (column < across) & (row * across + column == i)
+        return allowed
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        across = max(self.width // self.size, 1)
+        first = i // across * self.size * self.width + i % across * self.size
+        last = np.minimum(self.size, self.width) - 1
+        rows = (first + line * self.width for line in range(self.size))
+        return spans(len(i), m, *((start, start + last, 1) for start in rows))
+
+
 @lru_cache(maxsize=64)
 def _random_blocks(seed: int, block_rows: int, block_cols: int, count: int) -> Ints:
     """For each block row, ``count`` distinct block columns: (block_rows, count), drawn row after row."""
@@ -253,3 +343,27 @@ class BigBird(_Pattern):
     def _shape_key(self, n: int, m: int) -> Any:
         # numpy may change its random streams between versions, so that the seed alone does not fix the entries.
         return [self._key(), hashlib.sha256(self._picks(n, m).tobytes()).hexdigest()]
+
+
+@dataclass(frozen=True)
+class GlobalBlocks(_Pattern):
+    """Keys of the ``first`` first and ``last`` last blocks of ``block``, of which the very last one is cut off."""
+
+    block: int
+    first: int
+    last: int
+
+    kind = "global_blocks"
+    least = {"block": 1, "first": 0, "last": 0}  # noqa: RUF012
+
+    def _bounds(self, m: int) -> tuple[int, int]:
+        """The end of the first blocks and the start of the last ones."""
+        return self.first * self.block, (-(-m // self.block) - self.last) * self.block
+
+    def _allowed(self, i: Ints, j: Ints, n: int, m: int) -> Bools:
+        end, start = self._bounds(m)
+        return np.broadcast_to((j < end) | (j >= start), np.broadcast_shapes(i.shape, j.shape))
+
+    def _progressions(self, i: Ints, n: int, m: int) -> Progressions | None:
+        end, start = self._bounds(m)
+        return spans(len(i), m, (0, end - 1, 1), (max(end, start), m - 1, 1))

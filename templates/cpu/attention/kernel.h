@@ -4,6 +4,10 @@
 // them. Rows and keys are index lists, so gathered ones cost what contiguous ones do, and a mask is a word of lanes.
 // A block of keys is computed for the vectors of lanes that some of its keys concern. A group of very few rows, such as
 // the one row of a decoding step, would leave most lanes idle: there the elements of a row lie in lanes.
+//
+// Everything is computed in fp32. But where an instruction multiplies pairs of bf16 numbers, scores of bf16 rows are fp32
+// sums of its products, which are exact, and weights are rounded to bf16 before they meet the values, as in PyTorch's
+// fused kernel; softmax and its sums stay in fp32, and a group of few rows keeps its weights in fp32, too.
 #pragma once
 #include <sched.h>
 
@@ -96,23 +100,28 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
   while (block.fill()) {
     const int64_t n = block.n;
     Scores::keys(t, w, n);
-    for (int64_t j = 0; j < n; ++j)
-      w.v_row[j] = fp32_row(t.v + w.key[j] * t.v_row, w.v + (kConvert<C> ? j * DV : 0), DV);
+    Scores::value_keys(t, w, n);
     if (first && (few || !(block.range == block.every))) {
       std::memset(w.o, 0, DV * pitch * sizeof(float));
       first = false;
     }
-    const bool changes = Scores::kChanges || (block.masked && !Scores::kPrunes);
+    const bool changes = Scores::kChanges || (block.masked && !Scores::kMasks);
     if (few) {
       Scores::score_few(w, n, g.count);
-      softmax<1, kExact>(w, n, 0, changes, block.row_mask);
+      softmax<1, kExact, false>(w, n, 0, changes, block.row_mask);
       if constexpr (!kExact) values_of_few(w, n, g.count);
     } else {
       by_tiles(block.range, [&](auto size, int64_t v) {
         const int64_t kept = Scores::template score<size(), kExact>(w, n, v);
         if (kept == 0 && !first && !kExact) return;
-        softmax<size(), kExact>(w, kept, v, changes, block.row_mask);
-        if constexpr (!kExact) values<size()>(w, Scores::value_rows(w), kept, v, first);
+        softmax<size(), kExact, Scores::kPairValues && !kExact>(w, kept, v, changes, block.row_mask);
+        if constexpr (kExact) return;
+        if constexpr (Scores::kPairValues) {
+          if (Scores::kPrunes || v == block.range.first) pair_values(w, Scores::value_rows(w), kept);
+          values<size()>(w, w.pair_row, (kept + 1) / 2, v, first);
+        } else {
+          values<size()>(w, Scores::value_rows(w), kept, v, first);
+        }
       });
     }
     if constexpr (kExact) values_exact(w, n, block.range, first);

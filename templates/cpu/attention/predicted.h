@@ -5,6 +5,9 @@
 // second walk computes in full what is above them. Codes, predicted scores and limits that follow from maxima have the
 // bits of the PyTorch code.
 //
+// Where a limit depends on one row alone, whose keys no two phases share, one group's products are kept from its first
+// walk to its second, 16 bits each.
+//
 // The configuration adds:
 //   kBits                                width of codes
 //   kPerRow, kDynamic, kNormalize        where the largest code stands: see Prediction.calibration
@@ -14,8 +17,11 @@
 //   kInverse                             whether scores are computed in full that are not above their limit
 //   kPrune                               whether all others are left out
 //   kBestOfEmpty, kAllOfEmpty            what is computed in full of a row that has nothing above its limit
-// and the extents `workspace` (bytes before what lies here), `limit` and `q_threshold`, `k_threshold`.
+// and the extents `workspace` (bytes before what lies here), `sums` (products that every thread has room for, 0 where none
+// are kept), `limit` and `q_threshold`, `k_threshold`.
 #pragma once
+#include <omp.h>
+
 #include <cmath>
 
 #include "abi.h"
@@ -31,34 +37,8 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
 
 constexpr float kSmallest = 0x1p-100f;  // rows below it are zero
 
-// s[j][lane] = codes of a row in lanes times those of key j, times the steps of both; `top` keeps the largest.
-template <int Bits, int64_t Words, int RV, int RK>
-FUSER_INLINE void predicted_tile(const int32_t* q, const float* q_step, const int32_t* const* k_row,
-                                 const float* k_step, const int32_t* k_start, int64_t pitch, float* s, vf* top) {
-  using Products = CodeProducts<Bits>;
-  vi acc[RK][RV] = {};
-  const int32_t* k[RK];
-#pragma GCC unroll 8
-  for (int j = 0; j < RK; ++j) k[j] = k_row[j];
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < Words; ++i, q += pitch) {
-    vi x[RV];
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) x[v] = load(q + v * L);
-#pragma GCC unroll 8
-    for (int j = 0; j < RK; ++j)
-#pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) acc[j][v] = Products::add(acc[j][v], x[v], set1(k[j][i]));
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < RK; ++j, s += pitch)
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) {
-      const vi sum = Products::total(acc[j][v]) + k_start[j];
-      const vf x = __builtin_convertvector(sum, vf) * (load(q_step + v * L) * k_step[j]);
-      store(s + v * L, x), top[v] = max_fast(x, top[v]);
-    }
-}
+// Products of codes are made, or made and kept, or those that were kept are read.
+enum class Sums { kMade, kKept, kRead };
 
 template <class C>
 struct Predicted : Products<C> {
@@ -67,8 +47,15 @@ struct Predicted : Products<C> {
   using Codes = CodeProducts<C::kBits>;
   static constexpr int64_t D = C::kHeadDim, kWords = (D + 3) / 4;
   static_assert(kWords <= 64);
+  static constexpr int64_t kRow = (Base::kWords + L - 1) / L * L;  // words
   static constexpr int32_t kLargest = (1 << (C::kBits - 1)) - 1;
   static constexpr bool kChanges = Base::kChanges && !C::kPrune, kPrunes = C::kPrune, kSurveys = true;
+  // The plan's masks are applied to predicted scores, and no others are chosen; rules and biases only to final ones.
+  static constexpr bool kMasks = C::kPrune || !Base::kChanges;
+  static constexpr bool kPairValues = kDotsBf16;
+  // Whether limits of rows depend on nothing else, so that one thread may find them and use the same products again.
+  static constexpr bool kOnce = !C::kMask && !C::kOverRows && C::kBits <= 4;
+  static_assert(!kOnce || kLargest * kLargest * D < 1 << 15);
 
   // Rows of one head: codes of k, their steps, and what their products start with; largest score and sum of weights of
   // rows of q, where the first becomes the limit.
@@ -77,6 +64,9 @@ struct Predicted : Products<C> {
     const float* step;
     float *top, *sum;
     float factor;
+    const bf16* value;  // side by side, if they are multiplied as bf16
+    int16_t* sums;      // of a thread: room for the products of all keys of a group, if they are made once
+    float limit;
   };
   struct OfThread {
     int32_t q[kWords * kGroup];
@@ -84,19 +74,20 @@ struct Predicted : Products<C> {
     const int32_t* code[C::kKeyBlock + kRepeated];
     int32_t start[C::kKeyBlock + kRepeated];
     float step[C::kKeyBlock + kRepeated];
-    float full[kMostKeys * kGroup];
-    int32_t chosen[C::kKeyBlock + kMostKeys];
-    uint64_t bits[C::kKeyBlock + kMostKeys];
-    const float* v_row[C::kKeyBlock];
-    const Element* k;
-    int64_t k_row;
-    bool row_bias, changes;  // whether the block's scores are changed, by masks or else
+    uint64_t chosen[C::kKeyBlock + kMostKeys];  // lanes whose score of a key is computed in full
+    alignas(64) Word<C> row[kGroup * kRow];  // of q, side by side, since rows of heads far apart share few sets of L1
+    const Value<C>* v_row[C::kKeyBlock];
+    float scale;
+    int16_t *sums, *next;  // of this block and of the one after it
+    bool row_bias, masked;  // whether some lane may not see some key of the block
   };
 
   // What lies in the workspace, in this order: see PredictedKernel.launch.
   struct Shared {
     float *factor, *top, *sum, *step;
     int32_t *start, *code;
+    bf16* value;
+    int16_t* sums;
 
     explicit Shared(const FuserArgs* args) {
       const auto& e = extents(args);
@@ -104,6 +95,9 @@ struct Predicted : Products<C> {
       factor = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
       top = factor + 16, sum = top + rows, step = sum + rows;
       start = reinterpret_cast<int32_t*>(step + keys), code = start + keys;
+      value = reinterpret_cast<bf16*>(code + keys * kWords);
+      const int64_t values = kPairValues ? (keys * C::kValueDim + 1) / 2 * 2 : 0;
+      sums = reinterpret_cast<int16_t*>(value + values);
     }
   };
 
@@ -181,7 +175,8 @@ struct Predicted : Products<C> {
     const Shared all(args);
     const int64_t at = (index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads)) * e.kv_len;
     t.scores = {all.code + at * kWords,       all.start + at,           all.step + at,
-                all.top + index * e.q_len,    all.sum + index * e.q_len, all.factor[0]};
+                all.top + index * e.q_len,    all.sum + index * e.q_len, all.factor[0], all.value + at * C::kValueDim,
+                e.sums == 0 ? nullptr : all.sums + omp_get_thread_num() * e.sums, float(e.limit)};
   }
 
   static void survey(const FuserArgs* args, const Plan& plan) {
@@ -205,7 +200,13 @@ struct Predicted : Products<C> {
       int32_t sum = 0;
       for (int64_t d = 0; d < D; ++d) sum += code[d];
       all.start[i] = -Codes::kOffset * sum;
+      if constexpr (kPairValues) {
+        const Element* value = static_cast<const Element*>(args->tensors[2]) + i / e.kv_len / e.key_heads * e.v.batch +
+                               i / e.kv_len % e.key_heads * e.v.head + i % e.kv_len * e.v.row;
+        for (int64_t d = 0; d < C::kValueDim; ++d) from_float(all.value + i * C::kValueDim + d, to_float(value[d]));
+      }
     }
+    if (e.sums != 0) return;
     for (int64_t i = 0; i < rows; ++i) all.top[i] = -kInf, all.sum[i] = 0.0f;
     each_group<C>(args, plan, [&](Head<C>& t, const Group& g, Scratch<C>& w, int64_t, int64_t index) {
       open(args, t, index);
@@ -223,29 +224,33 @@ struct Predicted : Products<C> {
       w.sum[r] = begun ? t.scores.sum[g.row[r]] : 0.0f;
     }
     own_queries(t, g, w);
-    Block<C> block{t, g, w, true};
-    while (block.fill()) {
-      keys(t, w, block.n);
-      by_tiles(block.range, [&](auto size, int64_t v) {
-        predict<size()>(w, block.n, v);
-        if constexpr (C::kSums)
-          softmax<size(), false>(w, block.n, v, w.scores.changes, block.row_mask);
-        else
-          tops<size()>(w, block.n, v);
-      });
-    }
+    walk<Sums::kMade>(t, g, w);
     for (int64_t r = 0; r < g.count; ++r) t.scores.top[g.row[r]] = w.top[r], t.scores.sum[g.row[r]] = w.sum[r];
   }
 
+  template <Sums kSums>
+  static void walk(const Head<C>& t, const Group& g, Scratch<C>& w) {
+    Block<C> block{t, g, w, true};
+    while (block.fill()) {
+      own_keys(t, w, block.n);
+      by_tiles(block.range, [&](auto size, int64_t v) {
+        predict<size(), kSums, C::kSums || Base::kChanges, false>(w, block.n, v);
+        if constexpr (C::kSums)
+          softmax<size(), false, false>(w, block.n, v, Base::kChanges, block.row_mask);
+        else if constexpr (Base::kChanges)
+          changed_tops<size()>(w, block.n, v);
+        else
+          for (int64_t i = v; i < v + size(); ++i) store(w.top + i * L, load(w.peak + i * L));
+      });
+    }
+  }
+
   template <int RV>
-  static void tops(Scratch<C>& w, int64_t n, int64_t v0) {
+  static void changed_tops(Scratch<C>& w, int64_t n, int64_t v0) {
     for (int64_t v = v0; v < v0 + RV; ++v) {
       vf top = load(w.top + v * L);
-      if (w.scores.changes)
-        for (int64_t j = 0; j < n; ++j)
-          top = max_fast(Base::change(w, load(w.s + j * w.pitch + v * L), j, v, w.scores.row_bias), top);
-      else
-        top = load(w.peak + v * L);
+      for (int64_t j = 0; j < n; ++j)
+        top = max_fast(Base::change(w, load(w.s + j * w.pitch + v * L), j, v, w.scores.row_bias), top);
       store(w.top + v * L, top);
     }
   }
@@ -266,157 +271,244 @@ struct Predicted : Products<C> {
           const float own = C::kBefore ? top[i] : sum[i] > 0.0f ? -std::log(sum[i]) : -kInf;
           peak = own > peak ? own : peak;
         }
-      for (int64_t i = 0; i < rows; ++i) {
-        float limit;
-        if constexpr (C::kBefore)
-          limit = number * (C::kOverRows ? peak : top[i]);
-        else if constexpr (!C::kSums)
-          limit = top[i] + number;
-        else
-          limit = top[i] + std::log(sum[i]) + number + (C::kOverRows ? peak : 0.0f);
-        if (!(top[i] > limit)) {
-          if constexpr (C::kBestOfEmpty) limit = top[i] == 0.0f ? -kSmallest : std::nextafter(top[i], -kInf);
-          if constexpr (C::kAllOfEmpty) limit = -kInf;
-        }
-        top[i] = limit;
-      }
+      for (int64_t i = 0; i < rows; ++i) top[i] = limit_of(top[i], sum[i], number, peak);
     }
   }
 
+  // The limit of a row from the specification's number, and the peak of the rows it is compared with.
+  static float limit_of(float top, float sum, float number, float peak) {
+    float limit;
+    if constexpr (C::kBefore)
+      limit = number * (C::kOverRows ? peak : top);
+    else if constexpr (!C::kSums)
+      limit = top + number;
+    else
+      limit = top + std::log(sum) + number + (C::kOverRows ? peak : 0.0f);
+    if (!(top > limit)) {
+      if constexpr (C::kBestOfEmpty) limit = top == 0.0f ? -kSmallest : std::nextafter(top, -kInf);
+      if constexpr (C::kAllOfEmpty) limit = -kInf;
+    }
+    return limit;
+  }
+
   FUSER_INLINE void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
-    w.scores.k = t.k, w.scores.k_row = t.k_row, w.scores.row_bias = C::kMask && t.mask_row != 0;
+    OfThread& own = w.scores;
+    own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kMask && t.mask_row != 0;
     for (int64_t r = 0; r < w.pitch; ++r) {
       int32_t code[kWords];
-      const int64_t row = g.row[r < g.count ? r : g.count - 1];
-      w.scores.q_step[r] = quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, code) * t.scale;
-      w.scores.limit[r] = t.scores.top[row];
-      for (int64_t i = 0; i < kWords; ++i) w.scores.q[i * w.pitch + r] = code[i];
+      const bool used = r < g.count;
+      const int64_t row = g.row[used ? r : g.count - 1];
+      const Element* const q = t.q + row * t.q_row;
+      own.q_step[r] = quantize(q, t.scores.factor, Codes::kOffset, code) * t.scale;
+      // Nothing of an idle lane is computed in full.
+      own.limit[r] = used ? t.scores.top[row] : C::kInverse ? -kInf : kInf;
+      Word<C>* const copy = own.row + r * kRow;
+      const Word<C>* const words = row_as(q, copy, D);
+      if (words != copy) std::memcpy(copy, words, Base::kWords * sizeof(Word<C>));
+      for (int64_t i = 0; i < kWords; ++i) own.q[i * w.pitch + r] = code[i];
     }
   }
 
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
-    Base::queries(t, g, w);
     own_queries(t, g, w);
+    if constexpr (kOnce)
+      if (t.scores.sums != nullptr) {
+        for (int64_t r = 0; r < w.pitch; ++r) w.top[r] = -kInf, w.sum[r] = 0.0f;
+        walk<Sums::kKept>(t, g, w);
+        w.scores.next = t.scores.sums;
+        for (int64_t r = 0; r < g.count; ++r) w.scores.limit[r] = limit_of(w.top[r], w.sum[r], t.scores.limit, 0.0f);
+      }
   }
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    Base::keys(t, w, n);
+    own_keys(t, w, n);
+  }
+
+  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    if constexpr (kPairValues)
+      for (int64_t j = 0; j < n; ++j) w.v_row[j] = t.scores.value + w.key[j] * int64_t(C::kValueDim);
+    else
+      Base::value_keys(t, w, n);
+  }
+
+  FUSER_INLINE void own_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    w.scores.sums = w.scores.next;
+    if (kOnce && w.scores.sums != nullptr) w.scores.next += n * w.pitch;
     uint64_t lanes = ~0ull;
     for (int64_t j = 0; j < n; ++j) lanes &= w.lanes[j];
-    w.scores.changes = Base::kChanges || lanes != ~0ull;
+    w.scores.masked = lanes != ~0ull;
     // Tiles read rows of keys beyond n as well.
     for (int64_t j = 0; j < n + kMostKeys; ++j) {
       const int64_t key = w.key[j < n ? j : n - 1];
+      w.lanes[j] = w.lanes[j < n ? j : n - 1];
       w.scores.code[j] = t.scores.code + key * kWords;
       w.scores.start[j] = t.scores.start[key], w.scores.step[j] = t.scores.step[key];
     }
   }
 
-  template <int RV>
-  static __attribute__((noinline)) void predict(Scratch<C>& w, int64_t n, int64_t v) {
+  // Predicts the scores of RV vectors from v, and their largest into w.peak. With kStore they go to w.s, and with kChoose
+  // those above their limits into `chosen`.
+  template <int RV, Sums kSums, bool kStore, bool kChoose>
+  FUSER_INLINE void predict(Scratch<C>& w, int64_t n, int64_t v) {
+    if (!Base::kChanges && w.scores.masked)
+      predict_block<RV, kSums, kStore, kChoose, !Base::kChanges>(w, n, v);
+    else
+      predict_block<RV, kSums, kStore, kChoose, false>(w, n, v);
+  }
+
+  template <int RV, Sums kSums, bool kStore, bool kChoose, bool kMasked>
+  static __attribute__((noinline)) void predict_block(Scratch<C>& w, int64_t n, int64_t v0) {
     // Unless one instruction multiplies and adds, products need registers of their own.
     constexpr int64_t most = Codes::kFused ? kAccumulators : kAccumulators * 2 / 3;
     constexpr int64_t RK = most / RV < kMostKeys ? most / RV : kMostKeys;
-    const OfThread& own = w.scores;
+    OfThread& own = w.scores;
     vf top[RV];
 #pragma GCC unroll 8
-    for (int i = 0; i < RV; ++i) top[i] = load(w.top + (v + i) * L);
-    for (int64_t j = 0; j < n; j += RK)
-      predicted_tile<C::kBits, kWords, RV, RK>(own.q + v * L, own.q_step + v * L, own.code + j, own.step + j,
-                                               own.start + j, w.pitch, w.s + j * w.pitch + v * L, top);
+    for (int v = 0; v < RV; ++v) top[v] = load(w.top + (v0 + v) * L);
+    for (int64_t j0 = 0; j0 < n; j0 += RK) {
+      float* const s = w.s + j0 * w.pitch + v0 * L;
+      uint64_t chosen[RK] = {};
+      if constexpr (kStore) announce_rows<RK>(w, j0, n);
+      int16_t* const sums = own.sums + j0 * w.pitch + v0 * L;
+      const auto put = [&](int j, int v, vi sum) FUSER_LAMBDA {
+        vf x = to_float(sum) * (load(own.q_step + (v0 + v) * L) * own.step[j0 + j]);
+        if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
+        top[v] = max_fast(x, top[v]);
+        if constexpr (kStore) store(s + j * w.pitch + v * L, x);
+        if constexpr (kChoose) chosen[j] |= above_limit(x, own, v0 + v) << (v0 + v) * L;
+      };
+      if constexpr (kSums == Sums::kRead) {
 #pragma GCC unroll 8
-    for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
+        for (int j = 0; j < RK; ++j)
+#pragma GCC unroll 8
+          for (int v = 0; v < RV; ++v) put(j, v, load(sums + j * w.pitch + v * L));
+      } else {
+        product_tile<kWords, RV, RK, vi>(
+            own.q + v0 * L, own.code + j0, w.pitch,
+            [](vi sum, vi a, int32_t b) FUSER_LAMBDA { return Codes::add(sum, a, set1(b)); },
+            [&](int j, int v, vi sum) FUSER_LAMBDA {
+              const vi whole = Codes::total(sum) + own.start[j0 + j];
+              if constexpr (kSums == Sums::kKept) store(sums + j * w.pitch + v * L, whole);
+              put(j, v, whole);
+            });
+      }
+      if constexpr (kChoose)
+        for (int j = 0; j < RK; ++j) own.chosen[j0 + j] = kMasked ? chosen[j] & w.lanes[j0 + j] : chosen[j];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) store(w.peak + (v0 + v) * L, top[v]);
   }
 
-  FUSER_INLINE const float* const* value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
+  // The lanes of vector v whose scores x are to be computed in full, NaN among them.
+  FUSER_INLINE uint64_t above_limit(vf x, const OfThread& own, int64_t v) {
+    const vf limit = load(own.limit + v * L);
+    return C::kInverse ? not_above(x, limit) : not_at_most(x, limit);
+  }
+
+  FUSER_INLINE auto value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
 
   template <int RV, bool kExact>
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0) {
-    predict<RV>(w, n, v0);
-    for (int64_t v = v0; v < v0 + RV; ++v) {
-      const int64_t chosen = w.scores.changes ? choose<true>(w, n, v) : choose<false>(w, n, v);
-      if (chosen != 0) refine(w, chosen, v);
-      if constexpr (C::kPrune) {
-        prune(w, n, chosen, v);
-      } else if (chosen != 0) {
+    if (kOnce && w.scores.sums != nullptr)
+      predict_chosen<RV, kOnce ? Sums::kRead : Sums::kMade>(w, n, v0);
+    else
+      predict_chosen<RV, Sums::kMade>(w, n, v0);
+    const bool any = refine(w, n);
+    if constexpr (C::kPrune) return keep<RV, kExact>(w, n, v0);
+    if (any && !Base::kChanges)
+      for (int64_t v = v0; v < v0 + RV; ++v) {
         vf top = load(w.top + v * L);
         for (int64_t j = 0; j < n; ++j) top = max_fast(load(w.s + j * w.pitch + v * L), top);
         store(w.peak + v * L, top);
       }
-    }
-    if constexpr (C::kPrune) return kExact ? n : keep<RV>(w, n, v0);
     return n;
   }
 
-  // Lists the keys of which some score in vector v is to be computed in full. Returns how many.
-  template <bool kChanged>
-  FUSER_INLINE int64_t choose(Scratch<C>& w, int64_t n, int64_t v) {
-    OfThread& own = w.scores;
-    const vf limit = load(own.limit + v * L);
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const vf s = load(w.s + j * w.pitch + v * L), x = kChanged ? Base::change(w, s, j, v, own.row_bias) : s;
-      // Scores that are NaN are chosen, those that are -inf may not be seen.
-      vi chosen = ~(C::kInverse ? (vi)(x > limit) : (vi)(x <= limit));
-      if constexpr (kChanged) chosen &= ~(vi)(x == set1(-kInf));
-      const uint64_t bits = to_bits(chosen);
-      own.chosen[count] = int32_t(j), own.bits[count] = bits;
-      count += bits != 0;
+  template <int RV, Sums kSums>
+  FUSER_INLINE void predict_chosen(Scratch<C>& w, int64_t n, int64_t v0) {
+    if constexpr (Base::kChanges) {
+      predict<RV, kSums, true, false>(w, n, v0);
+      choose_changed<RV>(w, n, v0);
+    } else {
+      predict<RV, kSums, true, true>(w, n, v0);
     }
-    return count;
   }
 
-  // Leaves out what was not chosen of the scores in vector v, and changes the others.
-  FUSER_INLINE void prune(Scratch<C>& w, int64_t n, int64_t count, int64_t v) {
-    const OfThread& own = w.scores;
-    const vf lowest = set1(-kInf);
-    vf top = load(w.top + v * L);
-    int64_t i = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      float* const s = w.s + j * w.pitch + v * L;
-      vf x = lowest;
-      if (i < count && own.chosen[i] == j) {
-        x = own.changes ? Base::change(w, load(s), j, v, own.row_bias) : load(s);
-        x = select_bits(own.bits[i++], x, lowest);
-        top = max_fast(x, top);
-      }
-      store(s, x);
-    }
-    store(w.peak + v * L, top);
-  }
-
-  // Brings together the scores in RV vectors of keys that some row needs, and their values. Returns how many.
+  // Scores that are -inf may not be seen.
   template <int RV>
-  FUSER_INLINE int64_t keep(Scratch<C>& w, int64_t n, int64_t v) {
-    int64_t kept = 0;
+  static void choose_changed(Scratch<C>& w, int64_t n, int64_t v0) {
     for (int64_t j = 0; j < n; ++j) {
-      vi out = (vi)(load(w.s + j * w.pitch + v * L) == set1(-kInf));
-      for (int i = 0; i < RV; ++i) {
-        const vf x = load(w.s + j * w.pitch + (v + i) * L);
-        out &= (vi)(x == set1(-kInf));
-        store(w.s + kept * w.pitch + (v + i) * L, x);
+      uint64_t chosen = 0;
+#pragma GCC unroll 8
+      for (int64_t v = v0; v < v0 + RV; ++v) {
+        const vf x = Base::change(w, load(w.s + j * w.pitch + v * L), j, v, w.scores.row_bias);
+        chosen |= (above_limit(x, w.scores, v) & not_at_most(x, set1(-kInf))) << v * L;
       }
-      w.scores.v_row[kept] = w.v_row[j];
-      kept += any(~out);
+      w.scores.chosen[j] = chosen;
     }
-    return kept;
   }
 
-  // Computes what was chosen.
-  FUSER_INLINE void refine(Scratch<C>& w, int64_t count, int64_t v) {
+  // Computes what was chosen, an element at a time: they are few, and far between. Returns whether there was any.
+  static __attribute__((noinline)) bool refine(Scratch<C>& w, int64_t n) {
+    constexpr int64_t kVectors = Base::kWords / L, kRest = Base::kWords % L;
     OfThread& own = w.scores;
-    for (int64_t i = 0; i < count; i += kMostKeys) {
-      const float* row[kMostKeys];
-      for (int64_t c = 0; c < kMostKeys; ++c) {
-        const int64_t j = own.chosen[i + c < count ? i + c : count - 1];
-        row[c] = fp32_row(own.k + w.key[j] * own.k_row, w.k + (kConvert<C> ? c * D : 0), D);
-      }
-      vf unused = set1(-kInf);
-      scores_tile<D, 1, kMostKeys>(w.q + v * L, row, w.pitch, own.full, &unused);
-      for (int64_t c = 0; c < kMostKeys && i + c < count; ++c) {
-        float* const s = w.s + own.chosen[i + c] * w.pitch + v * L;
-        store(s, select_bits(own.bits[i + c], load(own.full + c * w.pitch), load(s)));
+    vf x[L] = {};
+    volatile float* to[L];  // a scatter of vectors is slower than stores one by one
+    int64_t count = 0;
+    bool any = false;
+    const auto put = [&] {
+      float full[L];
+      store(full, reduce_add_each(x) * own.scale);
+      for (int64_t i = 0; i < count; ++i) *to[i] = full[i];
+      count = 0;
+    };
+    for (int64_t j = 0; j < n; ++j) {
+      uint64_t lanes = own.chosen[j];
+      if (lanes == 0) continue;
+      any = true;
+      const Word<C>* const k = w.k_row[j];
+      decltype(load(k)) key[kVectors + 1];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kVectors; ++i) key[i] = load(k + i * L);
+      if constexpr (kRest != 0) key[kVectors] = load_n(k + kVectors * L, kRest);
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int64_t lane = __builtin_ctzll(lanes);
+        const Word<C>* const q = own.row + lane * kRow;
+        vf sum = {};
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kVectors; ++i) sum = multiply_add(sum, load(q + i * L), key[i]);
+        if constexpr (kRest != 0) sum = multiply_add(sum, load_n(q + kVectors * L, kRest), key[kVectors]);
+        x[count] = sum, to[count] = w.s + j * w.pitch + lane;
+        if (++count == L) put();
       }
     }
+    if (count != 0) put();
+    return any;
+  }
+
+  // Brings together the keys that some row in RV vectors needs, their scores changed, and -inf where they were not
+  // chosen. An exact run keeps all. Returns how many.
+  template <int RV, bool kExact>
+  FUSER_INLINE int64_t keep(Scratch<C>& w, int64_t n, int64_t v0) {
+    OfThread& own = w.scores;
+    int64_t kept = 0;
+    vf top[RV];
+    for (int v = 0; v < RV; ++v) top[v] = load(w.top + (v0 + v) * L);
+    for (int64_t j = 0; j < n; ++j) {
+      const uint64_t lanes = own.chosen[j];
+      if (!kExact && lanes == 0) continue;
+      for (int v = 0; v < RV; ++v) {
+        vf x = load(w.s + j * w.pitch + (v0 + v) * L);
+        if constexpr (Base::kChanges) x = Base::change(w, x, j, v0 + v, own.row_bias);
+        x = select_bits(lanes >> (v0 + v) * L, x, set1(-kInf));
+        top[v] = max_fast(x, top[v]);
+        store(w.s + kept * w.pitch + (v0 + v) * L, x);
+      }
+      own.v_row[kept++] = w.v_row[j];
+    }
+    for (int v = 0; v < RV; ++v) store(w.peak + (v0 + v) * L, top[v]);
+    return kept;
   }
 };
 

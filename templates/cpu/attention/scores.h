@@ -3,13 +3,15 @@
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
+//   value_keys(t, w, n)        the same in w.v_row of their values
 //   score<RV, kExact>(w, n, v) into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
 //                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
 //   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
-// It has what it keeps of a head and of a thread in OfHead and OfThread. kPrunes says that its scores are changed and
-// masked already, and that it keeps those keys alone that some row needs, all of them in an exact run; kSurveys that it
+// It has what it keeps of a head and of a thread in OfHead and OfThread. kMasks says that its scores are masked by the plan
+// already; kPrunes that they are changed, too, and that it keeps those keys alone that some row needs, all of them in an
+// exact run; kSurveys that it
 // must see all scores before the first is used (predicted.h).
 #pragma once
 #include "attention/scratch.h"
@@ -21,56 +23,84 @@ using Number = vf;
 using simd::exp;
 using simd::tanh;
 
+// Lambdas of inner loops, whose vectors must stay in registers.
+#define FUSER_LAMBDA __attribute__((always_inline))
+
 template <class C>
 constexpr bool kRule = !std::is_void<typename C::Rule>::value;
 
-FUSER_INLINE const float* fp32_row(const float* row, float*, int64_t) { return row; }
-FUSER_INLINE const float* fp32_row(const bf16* row, float* copy, int64_t n) {
+// A row as products or weights take it: in place, or n elements as a copy.
+FUSER_INLINE const float* row_as(const float* row, float*, int64_t) { return row; }
+FUSER_INLINE const float* row_as(const bf16* row, float* copy, int64_t n) {
   for (int64_t i = 0; i < n; ++i) copy[i] = to_float(row[i]);
   return copy;
 }
+FUSER_INLINE const bf16x2* row_as(const bf16* row, bf16x2* copy, int64_t n) {
+  if (n % 2 == 0) return reinterpret_cast<const bf16x2*>(row);
+  copy[n / 2] = {};
+  std::memcpy(copy, row, n * sizeof(bf16));
+  return copy;
+}
 
-// s[j][lane] = sum over d of q[d][lane] k[j][d], for RK keys and RV vectors of lanes; `top` keeps the largest.
-template <int64_t D, int RV, int RK>
-FUSER_INLINE void scores_tile(const float* q, const float* const* k_row, int64_t pitch, float* s, vf* top) {
-  vf acc[RK][RV] = {};
-  const float* k[RK];
+// sum + the products of the words of one lane with those of another.
+FUSER_INLINE vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
+FUSER_INLINE vf multiply_add(vf sum, vf a, float b) { return sum + a * b; }
+FUSER_INLINE vf multiply_add(vf sum, vi a, vi b) { return dot(sum, a, b); }
+FUSER_INLINE vf multiply_add(vf sum, vi a, bf16x2 b) { return dot(sum, a, set1(b)); }
+
+// The sums over i of add(sum, q[i][lane], k[j][i]), for RK keys and RV vectors of lanes, go to put(j, v, sum).
+template <int64_t Words, int RV, int RK, class Sum, class W, class Add, class Put>
+FUSER_INLINE void product_tile(const W* q, const W* const* k_row, int64_t pitch, const Add& add, const Put& put) {
+  Sum acc[RK][RV] = {};
+  const W* k[RK];
 #pragma GCC unroll 8
   for (int j = 0; j < RK; ++j) k[j] = k_row[j];
 #pragma GCC unroll 2
-  for (int64_t d = 0; d < D; ++d, q += pitch) {
-    vf x[RV];
+  for (int64_t i = 0; i < Words; ++i, q += pitch) {
+    decltype(load(q)) x[RV];
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) x[v] = load(q + v * L);
 #pragma GCC unroll 8
     for (int j = 0; j < RK; ++j)
 #pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) acc[j][v] += x[v] * k[j][d];
+      for (int v = 0; v < RV; ++v) acc[j][v] = add(acc[j][v], x[v], k[j][i]);
   }
 #pragma GCC unroll 8
-  for (int j = 0; j < RK; ++j, s += pitch)
+  for (int j = 0; j < RK; ++j)
 #pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) store(s + v * L, acc[j][v]), top[v] = max_fast(acc[j][v], top[v]);
+    for (int v = 0; v < RV; ++v) put(j, v, acc[j][v]);
 }
 
-// x[i] += the product of vectors of `row` and of the same elements of k[i], for all D elements.
-template <int64_t D>
-FUSER_INLINE void products_of_row(const float* row, const float* const* k, vf* x) {
+// s[j][lane] = the score of the rows in RV vectors of lanes and RK keys; `top` keeps the largest.
+template <class C, int RV, int RK>
+FUSER_INLINE void scores_tile(const Word<C>* q, const Word<C>* const* k_row, float scale, int64_t pitch, float* s, vf* top) {
+  product_tile<kWordsOfRow<C>, RV, RK, vf>(
+      q, k_row, pitch, [](vf sum, auto a, auto b) FUSER_LAMBDA { return multiply_add(sum, a, b); },
+      [&](int j, int v, vf sum) FUSER_LAMBDA {
+        const vf x = kPairs<C> ? sum * scale : sum;
+        store(s + j * pitch + v * L, x), top[v] = max_fast(x, top[v]);
+      });
+}
+
+// x[i] += the products of words of `row` and those of k[i].
+template <int64_t Words, class W>
+FUSER_INLINE void products_of_row(const W* row, const W* const* k, vf* x) {
   int64_t d = 0;
-  for (; d + L <= D; d += L)
+  for (; d + L <= Words; d += L)
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) x[i] += load(row + d) * load(k[i] + d);
-  if constexpr (D % L != 0)
+    for (int64_t i = 0; i < L; ++i) x[i] = multiply_add(x[i], load(row + d), load(k[i] + d));
+  if constexpr (Words % L != 0)
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) x[i] += load_n(row + d, D % L) * load_n(k[i] + d, D % L);
+    for (int64_t i = 0; i < L; ++i) x[i] = multiply_add(x[i], load_n(row + d, Words % L), load_n(k[i] + d, Words % L));
 }
 
 // Asks for the next tile's keys and this one's values, since rows may lie on pages of their own.
 template <int RK, class C>
 FUSER_INLINE void announce_rows(const Scratch<C>& w, int64_t j, int64_t n) {
-  for (int64_t i = j; !kConvert<C> && i < j + RK && i < n; ++i) {
-    for (int64_t d = 0; d < C::kHeadDim; d += 16) __builtin_prefetch(w.k_row[i + RK] + d, 0, 3);
-    for (int64_t d = 0; d < C::kValueDim; d += 16) __builtin_prefetch(w.v_row[i] + d, 0, 2);
+  constexpr int64_t line = 64 / sizeof(Word<C>), value_line = 64 / sizeof(Value<C>);
+  for (int64_t i = j; i < j + RK && i < n; ++i) {
+    for (int64_t d = 0; !kCopyKeys<C> && d < kWordsOfRow<C>; d += line) __builtin_prefetch(w.k_row[i + RK] + d, 0, 3);
+    for (int64_t d = 0; !kCopyValues<C> && d < C::kValueDim; d += value_line) __builtin_prefetch(w.v_row[i] + d, 0, 2);
   }
 }
 
@@ -78,31 +108,50 @@ FUSER_INLINE void announce_rows(const Scratch<C>& w, int64_t j, int64_t n) {
 template <class C>
 struct Products {
   static constexpr int64_t D = C::kHeadDim;
-  static constexpr bool kChanges = C::kBias || kRule<C>, kPrunes = false, kSurveys = false;
+  static constexpr int64_t kWords = kWordsOfRow<C>;
+  static constexpr bool kChanges = C::kBias || kRule<C>, kMasks = false, kPrunes = false, kSurveys = false;
+  static constexpr bool kPairValues = kPairs<C>;
   struct OfHead {};
   struct OfThread {};
 
   // Rows lie in lanes; few of them one after another.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
-    using Element = typename C::Element;
     const int64_t last = g.count - 1;
-    if (g.count <= C::kFewRows) {
+    const auto row = [&](int64_t r) { return t.q + g.row[r < last ? r : last] * t.q_row; };
+    w.scale = t.scale;
+    if constexpr (kPairs<C>) {
+      bf16x2 copy[kWords];
+      const auto pairs = [&](int64_t r) { return row_as(row(r), copy, D); };
+      if (g.count <= C::kFewRows)
+        for (int64_t r = 0; r <= last; ++r) std::memcpy(w.q + r * kWords, pairs(r), sizeof(copy));
+      else
+        rows_to_lanes<bf16x2>(w.q, w.pitch, kWords, 1.0f, pairs);
+    } else if (g.count <= C::kFewRows) {
       for (int64_t r = 0; r <= last; ++r)
-        for (int64_t d = 0; d < D; ++d) w.q[r * D + d] = t.scale * to_float(t.q[g.row[r] * t.q_row + d]);
+        for (int64_t d = 0; d < D; ++d) w.q[r * D + d] = t.scale * to_float(row(r)[d]);
     } else {
-      rows_to_lanes<Element>(w.q, w.pitch, D, t.scale,
-                             [&](int64_t r) { return t.q + g.row[r < last ? r : last] * t.q_row; });
+      rows_to_lanes<typename C::Element>(w.q, w.pitch, D, t.scale, row);
     }
   }
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
     for (int64_t j = 0; j < n; ++j)
-      w.k_row[j] = fp32_row(t.k + w.key[j] * t.k_row, w.k + (kConvert<C> ? j * D : 0), D);
+      w.k_row[j] = row_as(t.k + w.key[j] * t.k_row, w.k + (kCopyKeys<C> ? j * kWords : 0), D);
     // Tiles read rows of keys beyond n as well.
     for (int64_t j = n; j < n + kRepeated; ++j) w.k_row[j] = w.k_row[n - 1];
   }
 
-  FUSER_INLINE const float* const* value_rows(const Scratch<C>& w) { return w.v_row; }
+  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      const typename C::Element* const row = t.v + w.key[j] * t.v_row;
+      if constexpr (kCopyValues<C>)
+        w.v_row[j] = row_as(row, w.v + j * C::kValueDim, C::kValueDim);
+      else
+        w.v_row[j] = row;
+    }
+  }
+
+  FUSER_INLINE auto value_rows(const Scratch<C>& w) { return w.v_row; }
 
   template <int RV, bool kExact>
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v) {
@@ -113,7 +162,7 @@ struct Products {
     for (int64_t j = 0; j < n; j += RK) {
       w.ahead.announce();
       announce_rows<RK>(w, j, n);
-      scores_tile<D, RV, RK>(w.q + v * L, w.k_row + j, w.pitch, w.s + j * w.pitch + v * L, top);
+      scores_tile<C, RV, RK>(w.q + v * L, w.k_row + j, w.scale, w.pitch, w.s + j * w.pitch + v * L, top);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < RV; ++i) store(w.peak + (v + i) * L, top[i]);
@@ -130,14 +179,10 @@ struct Products {
       for (int64_t i = 0; i < size; ++i) store(s + i * w.pitch, vf{});
       for (int64_t r = 0; r < rows; ++r) {
         vf x[L] = {};
-        products_of_row<D>(w.q + r * D, w.k_row + j, x);
-        transpose(x);
-#pragma GCC unroll 4
-        for (int64_t width = L / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < width; ++i) x[i] += x[i + width];
+        products_of_row<kWords>(w.q + r * kWords, w.k_row + j, x);
+        const vf sums = reduce_add_each(x);
         float score[L];
-        store(score, x[0]);
+        store(score, kPairs<C> ? sums * w.scale : sums);
         for (int64_t i = 0; i < size; ++i) s[i * w.pitch + r] = score[i];
       }
       for (int64_t i = 0; i < size; ++i) top = max_fast(load(s + i * w.pitch), top);

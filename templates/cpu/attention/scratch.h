@@ -33,9 +33,24 @@ constexpr float kLog2e = 1.44269504f;
 // A bias this low counts as masked as long as its row has another key.
 constexpr float kNever = -1e30f;
 
-// Keys and values in another type than fp32 are copied.
+// Whether rows of bf16 are multiplied in pairs of neighbours; all others are in fp32. A word is what one lane multiplies.
 template <class C>
-constexpr bool kConvert = sizeof(typename C::Element) != 4;
+constexpr bool kPairs = kDotsBf16 && std::is_same<typename C::Element, bf16>::value;
+template <class C>
+using Word = std::conditional_t<kPairs<C>, bf16x2, float>;
+template <class C>
+constexpr int64_t kWordsOfRow = kPairs<C> ? (C::kHeadDim + 1) / 2 : C::kHeadDim;
+// Whether weights and values become bf16 for their product; else both are in fp32.
+template <class C>
+using Value = std::conditional_t<C::Scores::kPairValues, bf16, float>;
+// Keys and values that cannot be read in place are copied.
+template <class C>
+constexpr bool kCopyKeys = kPairs<C> ? C::kHeadDim % 2 != 0 : sizeof(typename C::Element) != 4;
+template <class C>
+constexpr bool kCopyValues = sizeof(Value<C>) > sizeof(typename C::Element);
+// Pairs of values from one pair of keys to the next.
+template <class C>
+constexpr int64_t kPairRow = (C::kValueDim + L - 1) / L * L;
 // Floats from one row of partial results to the next.
 template <class C>
 constexpr int64_t kStateRow = (C::kValueDim + 15) / 16 * 16;
@@ -70,16 +85,23 @@ struct Ahead {
 template <class C>
 struct alignas(64) Scratch {
   static constexpr int64_t kBlock = C::kKeyBlock;
-  float q[C::kHeadDim * kGroup], o[C::kValueDim * kGroup];
-  float s[(kBlock + kMostKeys) * kGroup];
+  static constexpr int64_t kPaired = C::Scores::kPairValues ? (kBlock + 1) / 2 : 1;
+  Word<C> q[kWordsOfRow<C> * kGroup];
+  float o[C::kValueDim * kGroup];
+  float s[(kBlock + kMostKeys) * kGroup];  // scores, then weights, then perhaps pairs of them
+  bf16x2 pairs[kPaired * kPairRow<C>];  // the values of two keys
   float top[kGroup], peak[kGroup], sum[kGroup], decay[kGroup], zero[kStateRow<C>];
   float bias[C::kBias ? (kBlock + L) * kGroup : 1];
-  float k[kConvert<C> ? kBlock * C::kHeadDim : 1], v[kConvert<C> ? kBlock * C::kValueDim : 1];
-  const float *k_row[kBlock + kRepeated], *v_row[kBlock];
+  Word<C> k[kCopyKeys<C> ? kBlock * kWordsOfRow<C> : 1];
+  float v[kCopyValues<C> ? kBlock * C::kValueDim : 1];
+  const Word<C>* k_row[kBlock + kRepeated];
+  const Value<C>* v_row[kBlock];
+  const bf16x2* pair_row[kPaired];
   uint64_t lanes[kBlock + kGroup];
   int32_t key[kBlock + kGroup];
   Ahead<C> ahead;
   typename C::Scores::OfThread scores;
+  float scale;    // of pairs' products
   int64_t pitch;  // floats from one key, or one element of a row, to the next: the lanes of all vectors in use
 };
 
@@ -104,19 +126,25 @@ FUSER_INLINE void by_tiles(Range range, const F& f) {
   if (v < range.last) f(std::integral_constant<int, 1>(), v);
 }
 
-// to[i][lane] = factor * from(lane)[i] for i < n, `pitch` floats apart; from gives the address of a lane's row.
-template <class T, class From>
-FUSER_INLINE void rows_to_lanes(float* to, int64_t pitch, int64_t n, float factor, const From& from) {
+// to[i][lane] = factor * from(lane)[i] for i < n, `pitch` apart; from gives the address of a lane's row. Pairs are moved
+// as they are.
+template <class T, class To, class From>
+FUSER_INLINE void rows_to_lanes(To* to, int64_t pitch, int64_t n, float factor, const From& from) {
   for (int64_t c = 0; c < pitch / L; ++c)
     for (int64_t i = 0; i < n; i += L) {
       const int64_t size = n - i < L ? n - i : L;
       vf x[L];
       for (int64_t r = 0; r < L; ++r) {
         const T* row = from(c * L + r) + i;
-        x[r] = size == L ? load(row) : load_n(row, size);
+        x[r] = (vf)(size == L ? load(row) : load_n(row, size));
       }
       transpose(x);
-      for (int64_t r = 0; r < size; ++r) store(to + (i + r) * pitch + c * L, x[r] * factor);
+      for (int64_t r = 0; r < size; ++r) {
+        if constexpr (std::is_same<T, bf16x2>::value)
+          store(to + (i + r) * pitch + c * L, (vi)x[r]);
+        else
+          store(to + (i + r) * pitch + c * L, x[r] * factor);
+      }
     }
 }
 

@@ -42,8 +42,8 @@ def test_scores_are_capped_before_masks(given: str, dtype: torch.dtype) -> None:
     seen, added = {"bias": (None, bias), "none": (None, None)}.get(given, (allowed, None))
     out, lse = sparse_attention(q, k, v, mask, score=CAP, return_lse=True)
     want = exact(q, k, v, seen, added, cap=1.5)
-    # A rounding of the result, which is at most about 4, to bfloat16.
-    check((out, lse), want, 2.0**-7 if dtype == torch.bfloat16 else 3e-6)
+    # A rounding of the weights and one of the result, which is at most about 4, to bfloat16.
+    check((out, lse), want, 2.0**-6 if dtype == torch.bfloat16 else 3e-6)
     assert relative(exact(q, k, v, seen, added)[0], want[0]) > 0.05
 
 

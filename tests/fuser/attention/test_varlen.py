@@ -95,8 +95,8 @@ def test_every_document_attends_to_itself(name: str, dtype: torch.dtype) -> None
     out, lse = varlen_attention(q, k, v, cu_q, cu_k, MASKS[name], scale=0.3, return_lse=True)
     assert out.dtype == dtype and out.shape == q.shape and out.is_contiguous()
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and lse.shape == (4, len(q))
-    # A rounding of the result, which is at most about 4, to bfloat16.
-    check((out, lse), expected(q, k, v, cu_q, cu_k, MASKS[name], 0.3), 2.0**-7 if dtype == torch.bfloat16 else 3e-6)
+    # A rounding of the weights and one of the result, which is at most about 4, to bfloat16.
+    check((out, lse), expected(q, k, v, cu_q, cu_k, MASKS[name], 0.3), 2.0**-6 if dtype == torch.bfloat16 else 3e-6)
     alone = varlen_attention(q, k, v, cu_q.long(), cu_k.long(), MASKS[name], scale=0.3)
     torch.testing.assert_close(alone, out, rtol=0, atol=0)
 

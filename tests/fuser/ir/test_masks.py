@@ -30,6 +30,9 @@ from fuser.ir.masks import (
     Dense,
     Dilated,
     Fixed,
+    GlobalBlocks,
+    GridChunks,
+    GridWindows,
     Longformer,
     Mask,
     Not,
@@ -39,6 +42,7 @@ from fuser.ir.masks import (
     SlidingWindow,
     Strided,
     TensorMask,
+    WindowsAndChunks,
     from_dense,
     from_mask_mod,
     per_head,
@@ -60,7 +64,10 @@ structural = st.one_of(
     st.builds(Fixed, optional_step),
     st.builds(Dilated, small, positive),
     st.builds(Longformer, small, small),
+    st.builds(WindowsAndChunks, positive, small, small, small, small, st.integers(0, 1)),
+    st.builds(GridChunks, positive, positive),
     st.builds(BigBird, positive, small, st.integers(0, 3), st.integers(0, 3), st.integers(0, 99)),
+    st.builds(GlobalBlocks, positive, st.integers(0, 3), st.integers(0, 3)),
 )
 
 
@@ -107,6 +114,20 @@ def pair_by_pair(mask: Mask, n: int, m: int) -> np.ndarray:
             return abs(i - j) <= mask.window * mask.dilation and (i - j) % mask.dilation == 0
         if isinstance(mask, Longformer):
             return abs(i - j) <= mask.window or i < mask.global_tokens or j < mask.global_tokens
+        if isinstance(mask, GridChunks):
+            across = max(mask.width // mask.size, 1)
+            row, column = j // mask.width // mask.size, j % mask.width // mask.size
+            return column < across and i == row * across + column
+        if isinstance(mask, WindowsAndChunks):
+            if j < n:
+                token = n - 1 - j if mask.backwards else j
+                start = i // mask.window * mask.window
+                near = start - mask.before <= token < start + mask.window + mask.after
+                return near and (mask.chunk == 0 or token <= i)
+            ordinal = m - 1 - j if mask.backwards else j - n - mask.gap
+            return j >= n + mask.gap and (mask.chunk == 0 or (ordinal + 1) * mask.chunk <= i // mask.chunk * mask.chunk)
+        if isinstance(mask, GlobalBlocks):
+            return j // mask.block < mask.first or j // mask.block >= math.ceil(m / mask.block) - mask.last
         assert isinstance(mask, BigBird)
         r, c = i // mask.block, j // mask.block
         return r < mask.globals or c < mask.globals or c in centred[r] or c in drawn[r]
@@ -137,6 +158,18 @@ def test_dense_is_the_definition(mask: Mask, shape: tuple[int, int]) -> None:
     dense = mask.dense(*shape)
     assert dense.dtype == torch.bool
     np.testing.assert_array_equal(dense.numpy(), pair_by_pair(mask, *shape))
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+def test_windows_of_a_grid(backwards: int) -> None:
+    mask = GridWindows(width=6, window=3, extension=1, gap=2, backwards=backwards)
+    dense = mask.dense(36, 43)
+    for i in range(36):
+        top, left = (i // 6 // 3 * 3, i % 6 // 3 * 3)
+        square = [(r, c) for r in range(top - 1, top + 4) for c in range(left - 1, left + 4)]
+        seen = {6 * r + c for r, c in square if 0 <= r < 6 and 0 <= c < 6}
+        seen = {35 - j for j in seen} if backwards else seen
+        assert set(dense[i].nonzero().flatten().tolist()) == seen | set(range(38, 43))
 
 
 def test_default_lengths_are_square() -> None:

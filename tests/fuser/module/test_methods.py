@@ -133,14 +133,23 @@ def test_an_optimized_model_s_methods_run_programs() -> None:
     assert type(fast.make()) is Speaker and fast.reset() is fast
 
 
-def test_in_methods_only_the_first_shape_compiles_at_once() -> None:
+def test_in_methods_only_the_first_shape_compiles_at_once_where_each_is_captured_by_itself() -> None:
     model = Speaker().eval()
-    fast = fuser.optimize(model, search="model")
+    fast = fuser.optimize(model, search="model", dynamic=False)
     with torch.no_grad():
         for rows in range(1, 5):
             torch.testing.assert_close(fast.speak(X[:rows]), model.speak(X[:rows]))
     assert len(fast.programs) == 1
     assert len(fast.fallbacks) == 3 and all("which compiling takes" in reason for reason in fast.fallbacks)
+
+
+def test_in_methods_all_shapes_of_one_capture_run_programs() -> None:
+    model = Speaker().eval()
+    fast = fuser.optimize(model, search="model")
+    with torch.no_grad():
+        for rows in range(2, 5):
+            torch.testing.assert_close(fast.whisper(X[:rows]), model.whisper(X[:rows]))
+    assert len({id(compiled.captured) for compiled in fast.programs}) == 1 and fast.fallbacks == ()
 
 
 def test_generate_of_a_language_model_runs_its_prompt_as_a_program() -> None:

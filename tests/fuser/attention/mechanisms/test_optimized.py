@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from typing import Any
 
@@ -41,5 +42,7 @@ def test_optimized_mechanisms_fuse_their_attention(case: str) -> None:
         mine, eager = (float((out - want).norm() / want.norm()) for out in (fast(x), model(x)))
     assert mine < max(3 * eager, 1e-6)
     assert fast.fallbacks == ()
-    calls = sum(kernel.calls for kernel in fast.kernels if kernel.family == "attention")
-    assert calls == attentions
+    calls = collections.Counter(family for kernel in fast.kernels for family in [kernel.family] * kernel.calls)
+    assert calls["attention"] == attentions
+    if name == "performer":
+        assert calls == {"gemm": 2, "features": 2, "linear_attention": 1}

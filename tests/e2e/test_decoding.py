@@ -1,0 +1,191 @@
+"""``generate`` of optimized decoders: the tokens of the original, by one program for all steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fuser
+
+transformers = pytest.importorskip("transformers")
+VOCABULARY = 97
+
+
+def llama(**changes: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **changes)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    config.bos_token_id = config.eos_token_id = None
+    return transformers.GPT2LMHeadModel(config)
+
+
+def made(make: Callable[[], Any]) -> tuple[Any, Any]:
+    """A model and an optimized one with the same weights."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # So that logits differ by more than rounding.
+            parameter.mul_(4.0)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model, fuser.optimize(copy.deepcopy(model), search="model")
+
+
+@pytest.fixture(scope="module", params=[llama, gpt2], ids=["llama", "gpt2"])
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return made(request.param)
+
+
+def prompt(batch: int, length: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+
+
+def same(pair: tuple[Any, Any], *args: Any, **kwargs: Any) -> None:
+    """Both generate the same, and nothing is left to the original."""
+    fast, found = pair[1], []
+    for which in pair:
+        torch.manual_seed(1)
+        found.append(which.generate(*args, **kwargs))
+    assert torch.equal(*found)
+    assert not fast.fallbacks
+
+
+def test_one_program_makes_all_tokens(pair: tuple[Any, Any]) -> None:
+    fast = pair[1]
+    same(pair, prompt(1, 5), max_new_tokens=4)
+    programs, forms = len(fast.programs), len(list(fast._forms))
+    same(pair, prompt(1, 5), max_new_tokens=30)
+    assert (len(fast.programs), len(list(fast._forms))) == (programs, forms)
+    assert programs == forms == 2
+
+
+def test_batches_with_padding_on_the_left(pair: tuple[Any, Any]) -> None:
+    ids = prompt(3, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[2, :1] = 0
+    same(pair, ids * mask, attention_mask=mask, max_new_tokens=12)
+
+
+def test_beams_and_samples(pair: tuple[Any, Any]) -> None:
+    same(pair, prompt(1, 4), num_beams=3, max_new_tokens=10)
+    same(pair, prompt(3, 4), do_sample=True, top_k=20, max_new_tokens=10)
+
+
+def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
+    """The logits of a prompt of three tokens and of every further one."""
+    with torch.no_grad():
+        first = model(ids[:, :3], past_key_values=cache, use_cache=True)
+        found = [first.logits]
+        for i in range(3, ids.shape[1]):
+            found.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    return found
+
+
+def close(pair: tuple[Any, Any], run: Callable[[Any], list[Tensor]]) -> None:
+    for expected, actual in zip(run(pair[0]), run(pair[1]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_the_cache_that_is_given_is_the_one_that_grows(pair: tuple[Any, Any]) -> None:
+    caches = []
+
+    def run(model: Any) -> list[Tensor]:
+        caches.append(transformers.DynamicCache(config=model.config))
+        out = steps(model, caches[-1], prompt(2, 9))
+        return [*out, *(t for layer in caches[-1].layers for t in (layer.keys, layer.values))]
+
+    close(pair, run)
+    assert all(cache.get_seq_length() == 9 for cache in caches)
+    with torch.no_grad():
+        out = pair[1](prompt(2, 1), past_key_values=caches[1])
+    assert out.past_key_values is caches[1]
+
+
+def test_two_continuations_of_one_cache(pair: tuple[Any, Any]) -> None:
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.DynamicCache(config=model.config), prompt(1, 12)
+        steps(model, cache, ids[:, :6])
+        other, kept = copy.copy(cache), copy.deepcopy(cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        with torch.no_grad():
+            first = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (6, 7, 8)]
+            second = [model(ids[:, i : i + 1], past_key_values=other).logits for i in (9, 10, 11)]
+            third = [model(ids[:, i : i + 1], past_key_values=kept).logits for i in (11, 10, 9)]
+        return [*first, *second, *third, *(layer.keys for c in (cache, other, kept) for layer in c.layers)]
+
+    close(pair, run)
+
+
+def test_caches_that_are_cropped_reordered_and_repeated(pair: tuple[Any, Any]) -> None:
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.DynamicCache(config=model.config), prompt(2, 12)
+        found = steps(model, cache, ids[:, :8])
+        before = [layer.keys for layer in cache.layers]
+        cache.crop(-3)
+        with torch.no_grad():
+            found.append(model(ids[:, 8:9], past_key_values=cache).logits)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            found.append(model(ids[:, 9:10], past_key_values=cache).logits)
+            cache.batch_select_indices(torch.tensor([1]))
+            cache.batch_repeat_interleave(2)
+            found.append(model(ids[:, 10:11], past_key_values=cache).logits)
+        return [*found, *before]
+
+    close(pair, run)
+
+
+def test_what_a_cache_must_not_share_is_copied(pair: tuple[Any, Any]) -> None:
+    model, fast = pair
+    cache = transformers.DynamicCache(config=model.config)
+    steps(fast, cache, prompt(1, 6))
+    kept = cache.layers[0].keys
+    before = kept.clone()
+    with torch.no_grad():
+        fast(prompt(1, 1), past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() != kept.data_ptr()
+    cache.layers[0].keys.zero_()
+    assert torch.equal(kept, before)
+    del kept
+    place = cache.layers[0].keys.data_ptr()
+    with torch.no_grad():
+        fast(prompt(1, 1), past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() == place
+
+
+def test_a_cache_of_another_model_is_refused_as_the_original_refuses_it(pair: tuple[Any, Any]) -> None:
+    for model in pair:
+        other = transformers.DynamicCache()
+        other.update(torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 4, 16), 0)
+        other.update(torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 4, 16), 1)
+        with pytest.raises(RuntimeError), torch.no_grad():
+            model(prompt(1, 1), past_key_values=other)
+
+
+def test_a_static_cache_runs_the_original_which_the_report_says(pair: tuple[Any, Any]) -> None:
+    model, _ = pair
+    fast = fuser.optimize(model, search="model")
+    found = [
+        m.generate(prompt(1, 5), max_new_tokens=6, cache_implementation="static", disable_compile=True)
+        for m in (model, fast)
+    ]
+    assert torch.equal(*found)
+    assert any("in place" in reason for reason in fast.fallbacks)
+
+
+def test_programs_with_caches_are_not_saved(pair: tuple[Any, Any], tmp_path: Any) -> None:
+    fast = pair[1]
+    with torch.no_grad():
+        fast(prompt(2, 5), use_cache=False)
+    fast.save(tmp_path / "program.fuser")
+    loaded = fuser.load(tmp_path / "program.fuser")
+    assert len(loaded.calls) == 1
