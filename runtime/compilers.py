@@ -55,6 +55,7 @@ STANDARD_HEADERS = """\
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <omp.h>
 #include <type_traits>
 #if __has_include(<immintrin.h>)

@@ -70,7 +70,8 @@ def test_a_lower_instruction_set(cache: KernelCache, monkeypatch: pytest.MonkeyP
 
 
 def test_an_instruction_set_that_the_cpu_lacks(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpuinfo, "detect_isa", lambda: Isa.AVX2)
+    for module in (cpuinfo, device):
+        monkeypatch.setattr(module, "detect_isa", lambda: Isa.AVX2)
     monkeypatch.setenv("FUSER_ISA", "avx512")
     with pytest.raises(FuserError, match=r"does not have the instruction set avx512; its best is avx2"):
         cpu_target(cache=cache)
