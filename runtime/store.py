@@ -123,7 +123,8 @@ class Store:
                 if error.errno not in _UNWRITABLE:
                     raise
                 refusal = error
-                if error.errno != errno.ENOENT:
+                # Making a directory that exists fails with EEXIST when it is removed meanwhile.
+                if error.errno not in (errno.ENOENT, errno.EEXIST):
                     break
                 time.sleep(min(attempt, _LONGEST_WAIT_MS) / 1000)
         self._fall_back(refusal)
