@@ -59,6 +59,20 @@ def encoders(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{_machine(report['machine'])}"
 
 
+def decoding(report: Mapping[str, Any]) -> str:
+    """Decoding: tokens a second of every arm, and the share of the machine's bandwidth that ours reads weights at."""
+    arms = _union(result["tokens_a_second"] for result in report["results"])
+    rows = []
+    for result in report["results"]:
+        speeds = [f"{result['tokens_a_second'][arm]:.1f}" if arm in result["tokens_a_second"] else "–" for arm in arms]
+        case = f"{result['case']}: {result['prompt']} + {result['tokens']}"
+        over = f"**{min(result['speedup_over'].values()):.2f}×**"
+        rows.append([case, *speeds, over, f"{result['of_bandwidth']:.0%}"])
+    title = "Decoding by `generate`, fp32, tokens a second (medians, all arms interleaved in one run)"
+    columns = ["model: prompt + new tokens", *arms, "over the fastest other", "of the bandwidth"]
+    return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
+
+
 def int8(report: Mapping[str, Any]) -> str:
     """Encoders in int8: milliseconds and cosine of every arm; and what becomes of a pretrained encoder's embeddings."""
     cases = [result for result in report["results"] if "timings" in result]
@@ -192,8 +206,15 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-TABLES = {"encoders": encoders, "int8": int8, "attention": attention, "search": search, "architectures": architectures}
-FILES = {"README.md": ("encoders", "int8", "attention", "search"), "docs/models.md": ("architectures",)}
+TABLES = {
+    "encoders": encoders,
+    "decoding": decoding,
+    "int8": int8,
+    "attention": attention,
+    "search": search,
+    "architectures": architectures,
+}
+FILES = {"README.md": ("encoders", "decoding", "int8", "attention", "search"), "docs/models.md": ("architectures",)}
 """Which tables stand in which file."""
 
 

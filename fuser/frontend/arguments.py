@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,28 @@ def has_objects(key: Sequence[Any]) -> bool:
     return any(type(part) is tuple and isinstance(part[0], type) and _is_class_of_objects(part[0]) for part in key)
 
 
+_counters: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+_COUNTER_DIM = 4
+"""Where the tensor that stands for a counter has it: in a dimension that keys and values have not."""
+
+
+def counter(value: int, device: torch.device) -> Tensor:
+    """A tensor without elements that stands for a number, so that captures take it for a size."""
+    return torch.empty((0,) * _COUNTER_DIM + (value,), dtype=torch.uint8, device=device)
+
+
+def learn_counters(objects: Sequence[Any], before: Sequence[dict[Any, Any]]) -> None:
+    """Take attributes that have got other numbers than they held ``before`` for counters, such as the tokens that a
+    cache has seen: calls that differ in those alone are then calls of other sizes."""
+    for value, then in zip(objects, before, strict=True):
+        if not is_object(value):
+            continue
+        for name in attributes_of(value):
+            held, now = then.get(name), getattr(value, name)
+            if type(held) is int and isinstance(now, (int, torch.SymInt)) and not _is_same(held, now):
+                _counters[type(value)] = _counters.get(type(value), frozenset()) | {name}
+
+
 @dataclass(frozen=True)
 class Given:
     """Stands for the object number ``index`` of those that a call's arguments consist of."""
@@ -73,13 +95,16 @@ class Change:
 
 class Taken:
     """Objects of a call taken apart: their ``tensors`` in order, a ``key`` that is equal for objects alike in all but
-    the contents of tensors, and every object and container that they consist of, each once."""
+    the contents of tensors, and every object and container that they consist of, each once. Counters are among the
+    tensors; ``counted`` are the objects, by number, and attributes that hold them."""
 
-    def __init__(self, place: Callable[[Tensor], Any]) -> None:
-        """``place`` gives what the key says of a tensor."""
+    def __init__(self, place: Callable[[Tensor], Any], device: torch.device) -> None:
+        """``place`` gives what the key says of a tensor; ``device`` is that of counters."""
         self.tensors: list[Tensor] = []
         self.key: list[Any] = []
         self.objects: list[Any] = []
+        self.counted: set[tuple[int, str]] = set()
+        self._device = device
         self._known: dict[int, int] = {}
         self._place = place
 
@@ -105,9 +130,16 @@ class Taken:
                 self.take(item)
         elif _is_class_of_objects(cls):
             names = attributes_of(value)
+            number = len(self.objects)
             self._add(value, names)
+            counters = _counters.get(cls, ())
             for name in names:
-                self.take(getattr(value, name))
+                held = getattr(value, name)
+                # PyTorch takes sizes of zero and one for numbers.
+                if name in counters and type(held) is int and held > 1:
+                    self.counted.add((number, name))
+                    held = counter(held, self._device)
+                self.take(held)
         elif is_value(value):
             self.key.append((cls, value))
         else:
@@ -119,8 +151,9 @@ class Taken:
         self.key.append((type(value), what))
 
 
-def rebuilt(objects: Sequence[Any], tensors: Iterator[Any]) -> list[Any]:
-    """Copies of the objects that a call's consist of, with these tensors, in the order of :class:`Taken`."""
+def rebuilt(objects: Sequence[Any], tensors: Iterator[Any], counted: Collection[tuple[int, str]] = ()) -> list[Any]:
+    """Copies of the objects that a call's consist of, with these tensors and the numbers that those for the ``counted``
+    attributes stand for, in the order of :class:`Taken`."""
     copies: list[Any] = []
     known: dict[int, Any] = {}
     reading = iter(objects)
@@ -140,7 +173,12 @@ def rebuilt(objects: Sequence[Any], tensors: Iterator[Any]) -> list[Any]:
         elif is_object(value):
             made = known[id(value)] = object.__new__(type(value))
             for name in attributes_of(value):
-                object.__setattr__(made, name, copy(getattr(value, name)))
+                if (place, name) in counted:
+                    held = next(tensors)
+                    held = held.shape[_COUNTER_DIM] if isinstance(held, Tensor) else held
+                else:
+                    held = copy(getattr(value, name))
+                object.__setattr__(made, name, held)
         else:
             made = known[id(value)] = type(value)()
             made.update((k, copy(v)) for k, v in value.items()) if isinstance(value, dict) else made.extend(

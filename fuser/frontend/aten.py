@@ -184,7 +184,7 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     if len(filled) == 1:
         return r.view(filled[0])
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not r.is_returned(node):
+    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not _is_kept(r, node):
         return None
     before = filled[0]
     if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
@@ -195,6 +195,12 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+def _is_kept(r: Raiser, node: fx.Node) -> bool:
+    """Whether all of a tensor is an output of the graph: by itself, or as a slice, such as a window, that is all."""
+    whole = [u for u in node.users if u.target is aten.slice.Tensor and traced(u).shape == traced(node).shape]
+    return any(map(r.is_returned, (node, *whole)))
 
 
 @_handles(aten.repeat_interleave.self_int)

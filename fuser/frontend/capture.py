@@ -60,8 +60,9 @@ class FlatCall:
     ``key`` holds shapes, dtypes, layouts and the other arguments: calls with equal keys run one program. ``template``
     has the leaves that are not tensors, ``slots`` where the tensors go. ``modes`` says whether gradients and inference
     mode were on; models that ask for them have programs for each. ``objects`` are the arguments that are objects, with
-    all that they consist of; their tensors are the last of ``tensors``. For such calls ``alike`` is the key without the
-    sizes of these tensors, but for those of zero and one.
+    all that they consist of; their tensors are the last of ``tensors``, with those that stand for the numbers in their
+    ``counted`` attributes. For such calls ``alike`` is the key without the sizes of these tensors, but for those of
+    zero and one.
     """
 
     tensors: tuple[Tensor, ...]
@@ -72,6 +73,7 @@ class FlatCall:
     modes: tuple[bool, bool]
     objects: tuple[Any, ...] = ()
     alike: Signature | None = None
+    counted: frozenset[tuple[int, str]] = frozenset()
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments with these tensors, in copies of the objects."""
@@ -80,7 +82,7 @@ class FlatCall:
     def rebuilt(self, tensors: Sequence[Any]) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], list[Any]]:
         """As :meth:`unflatten`, and the copies of the ``objects``."""
         plain = len(self.slots)
-        copies = arguments.rebuilt(self.objects, iter(tensors[plain:]))
+        copies = arguments.rebuilt(self.objects, iter(tensors[plain:]), self.counted)
         filled = [copies[leaf.index] if isinstance(leaf, Given) else leaf for leaf in self.template]
         for slot, tensor in zip(self.slots, tensors[:plain], strict=True):
             filled[slot] = tensor
@@ -88,9 +90,8 @@ class FlatCall:
 
     def frozen(self) -> FlatCall:
         """The call without its tensors, and with objects that nobody changes."""
-        return dataclasses.replace(
-            self, tensors=(), objects=tuple(arguments.rebuilt(self.objects, iter(self.tensors[len(self.slots) :])))
-        )
+        copies = arguments.rebuilt(self.objects, iter(self.tensors[len(self.slots) :]), self.counted)
+        return dataclasses.replace(self, tensors=(), objects=tuple(copies))
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
@@ -115,7 +116,8 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
         twin = first.setdefault(id(tensor), number)
         return tuple(tensor.shape), tensor.dtype, tensor.device.type, layout, None if twin == number else twin
 
-    taken = Taken(place)
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+    taken = Taken(place, device)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
@@ -138,7 +140,8 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
         return FlatCall(tuple(tensors), tuple(key), spec, tuple(template), tuple(slots), modes)
     alike = (*key, *map(_without_sizes, taken.key))
     exact = (*key, *taken.key)
-    return FlatCall(tuple(tensors), exact, spec, tuple(template), tuple(slots), modes, tuple(taken.objects), alike)
+    given = tuple(tensors), exact, spec, tuple(template), tuple(slots), modes, tuple(taken.objects), alike
+    return FlatCall(*given, frozenset(taken.counted))
 
 
 def _without_sizes(part: Any) -> Any:
@@ -334,6 +337,7 @@ class _Flat(nn.Module):
         self._seen.attributes = [(vars(module), dict(vars(module))) for module in self.model.modules()]
         given = {id(value): Given(i, type(value).__name__) for i, value in enumerate(objects)}
         changes, values = arguments.changes(objects, before)
+        arguments.learn_counters(objects, before)
 
         def original(value: Any) -> Any:
             return given.get(id(value)) or self._shadow.original(value)
@@ -703,12 +707,12 @@ def _is_mutable(node: torch.fx.Node) -> bool:
 
 
 def _examples(call: FlatCall) -> tuple[Tensor, ...]:
-    """Fresh tensors in the layouts of the call's: an example that aliases another, or requires grad, would be
-    specialized on. What is one tensor in the call is one here."""
+    """Fresh tensors in the layouts of the call's, those in objects contiguous, as programs take them: an example that
+    aliases another, or requires grad, would be specialized on. What is one tensor in the call is one here."""
     made: dict[int, Tensor] = {}
-    for tensor in call.tensors:
+    for i, tensor in enumerate(call.tensors):
         if id(tensor) not in made:
-            strides = _layout(tensor)
+            strides = _layout(tensor) if i < len(call.slots) else None
             plain = tensor.detach()
             made[id(tensor)] = (
                 plain.clone(memory_format=torch.contiguous_format)

@@ -47,6 +47,7 @@ from fuser.search.tuning import Tuner
 
 _CAPTURES = 4
 """Captures for calls that differ in sizes alone: a model may do something else from some size on."""
+_POSTPONED = 2
 _REASONS = 8
 _VARIANTS = 8
 """Graphs of one form, which differ in what was decided by constants that depend on sizes."""
@@ -442,6 +443,7 @@ class Forms:
         self._found: dict[Hashable, list[Form]] = {}
         self._failed: dict[Hashable, str] = {}
         self._refused: dict[str, None] = {}
+        self._postponed: dict[Hashable, int] = {}
 
     def of(self, name: Hashable) -> list[Form]:
         """Those for calls with ``name`` in common."""
@@ -465,6 +467,15 @@ class Forms:
             return None
         self._found[name] = [*found, form]
         return form
+
+    def postpones(self, name: Hashable) -> bool:
+        """Whether another capture is to wait for more such calls: the steps in which caches reach their windows are
+        unlike those before and after them."""
+        if not self._found.get(name):
+            return False
+        count = self._postponed.get(name, 0)
+        self._postponed[name] = (count + 1) % (_POSTPONED + 1)
+        return count < _POSTPONED
 
     def has_failed(self, name: Hashable) -> bool:
         """Whether there can be none for calls with ``name`` in common."""
@@ -491,6 +502,7 @@ class Forms:
         self._found.clear()
         self._failed.clear()
         self._refused.clear()
+        self._postponed.clear()
 
     def __iter__(self) -> Iterator[Form]:
         return (form for found in self._found.values() for form in found)

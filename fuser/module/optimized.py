@@ -386,7 +386,7 @@ class OptimizedModule(nn.Module):
                 compiled = self._for_sizes(call, key, device)
                 if compiled is not None:
                     return self._keep(compiled, call, key)
-            if not wanted and not self._admits(call, key, form):
+            if not wanted and (self._postpones(call, key) or not self._admits(call, key, form)):
                 return None
             start = self._seconds()
             try:
@@ -484,6 +484,10 @@ class OptimizedModule(nn.Module):
         """What a call shares with those that one capture may serve as well; None where each has one of its own."""
         name = self._forms_of(call, key)[0]
         return None if name is None or self._forms.has_failed(name) else name
+
+    def _postpones(self, call: FlatCall, key: Key) -> bool:
+        """Whether a call that no capture holds for runs in the original for now."""
+        return bool(call.objects) and self._forms.postpones(self._common(call, key))
 
     def _for_sizes(self, call: FlatCall, key: Key, device: torch.device, *, capturing: bool = False) -> Compiled | None:
         """The program of a call from what has been captured for all sizes, or, with ``capturing``, from another such

@@ -14,6 +14,7 @@ import fuser
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY = 97
+WINDOW = 8
 
 
 def llama(**changes: Any) -> Any:
@@ -26,6 +27,28 @@ def gpt2() -> Any:
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     config.bos_token_id = config.eos_token_id = None
     return transformers.GPT2LMHeadModel(config)
+
+
+def mistral() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, sliding_window=WINDOW, max_position_embeddings=64, **sizes
+    )
+    return transformers.MistralForCausalLM(config)
+
+
+def gemma3() -> Any:
+    """A layer with a window and one without."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        **sizes,
+    )
+    return transformers.Gemma3ForCausalLM(config)
 
 
 def made(make: Callable[[], Any]) -> tuple[Any, Any]:
@@ -46,10 +69,10 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return made(request.param)
 
 
-@pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
-def fresh(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+@pytest.fixture
+def fresh() -> tuple[Any, Any]:
     """For tests that need a program at once: a module that has met many forms of calls lets new ones wait."""
-    return made(request.param)
+    return made(llama)
 
 
 def prompt(batch: int, length: int) -> Tensor:
@@ -73,6 +96,33 @@ def test_one_program_makes_all_tokens(pair: tuple[Any, Any]) -> None:
     same(pair, prompt(1, 5), max_new_tokens=30)
     assert (len(fast.programs), len(list(fast._forms))) == (programs, forms)
     assert programs == forms == 2
+
+
+@pytest.mark.parametrize("make", [mistral, gemma3])
+def test_caches_with_windows_have_a_program_before_they_are_full_and_one_after(make: Callable[[], Any]) -> None:
+    pair = made(make)
+    fast = pair[1]
+    same(pair, prompt(1, 5), max_new_tokens=12)
+    assert len(list(fast._forms)) == 3
+    same(pair, prompt(1, 4), max_new_tokens=16)
+    assert len(list(fast._forms)) == 3
+
+    def run(model: Any) -> list[Tensor]:
+        # A prompt longer than the window, and a step that appends three rows.
+        cache, ids = transformers.DynamicCache(config=model.config), prompt(2, 16)
+        with torch.no_grad():
+            found = [
+                model(ids[:, :11], past_key_values=cache).logits,
+                model(ids[:, 11:14], past_key_values=cache).logits,
+            ]
+            cache.reorder_cache(torch.tensor([1, 1]))
+            found.append(model(ids[:, 14:15], past_key_values=cache).logits)
+        window = next(layer for layer in cache.layers if layer.is_sliding)
+        assert window.get_seq_length() == 15
+        assert window.keys.shape[2] == WINDOW - 1
+        return [*found, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+
+    close(pair, run)
 
 
 def test_batches_with_padding_on_the_left(pair: tuple[Any, Any]) -> None:
