@@ -174,7 +174,8 @@ def render_text(found: Report) -> str:
     if not found.programs:
         lines.append("nothing is compiled: the model has not been called, or the original model runs")
     if found.target is not None:
-        lines.append(f"target    {target_text(found.target)}, {found.threads} threads")
+        team = f", {found.threads} threads" if found.target.kind == "cpu" else ""
+        lines.append(f"target    {target_text(found.target)}{team}")
     for signature in found.programs:
         lines.append(f"program   {signature}")
     if found.stages:

@@ -601,7 +601,7 @@ class OptimizedModule(nn.Module):
         """What to compile for, and for how many threads."""
         target = self._target = self._options.target or target_of(device)
         place = key[1]
-        threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
+        threads = place if isinstance(place, int) and target.kind == "cpu" else 1
         if self._tuner is None or self._tuner.target != target:
             self._tuner = tuner_for(self._options.search, target, threads)
         return target, threads
