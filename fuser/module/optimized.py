@@ -693,7 +693,7 @@ class OptimizedModule(nn.Module):
 
     @property
     def unfused(self) -> Sequence[tuple[str, str]]:
-        """(operator, reason) for every operator of the blocks of the program compiled last that no kernel runs;
+        """(operator, reason) for every operator of the regions of the program compiled last that no kernel runs;
         ``("*", reason)`` when the original model runs. Operators before the first and after the last region (masks
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
@@ -702,7 +702,7 @@ class OptimizedModule(nn.Module):
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
-        """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
+        """(operator, reason) for the operators outside the regions, which PyTorch runs."""
         return self.programs[-1].outside if self._programs else ()
 
     @property
