@@ -48,6 +48,7 @@ from fuser.search.tuning import Tuner
 _CAPTURES = 4
 """Captures for calls that differ in sizes alone: a model may do something else from some size on."""
 _POSTPONED = 2
+"""Calls with objects that the original runs before such another capture is made."""
 _REASONS = 8
 _VARIANTS = 8
 """Graphs of one form, which differ in what was decided by constants that depend on sizes."""
