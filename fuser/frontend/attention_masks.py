@@ -5,22 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.attention_patterns import FLOOR, MaskUse
 from fuser.frontend.building import Evaluation
 from fuser.frontend.raising import Raiser
-from fuser.frontend.sizes import broadcast
+from fuser.frontend.sizes import broadcast, traced
 from fuser.frontend.views import Conjunction, View
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
 from fuser.ir.operators import Extern, Ref, TorchCall
-from fuser.ir.size import UndecidedSizeError
+from fuser.ir.size import Size, UndecidedSizeError
+
+aten = torch.ops.aten
 
 
 def combined(
@@ -39,6 +42,7 @@ def combined(
     something, as a pattern does, and a uniform average in a row that does not: that needs the numbers.
     """
     full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
+    uses = [part for use in uses for part in _parted(r, use)]
     lowered: list[tuple[MaskUse, Mask | None]] = []
     runtime: list[View] = []
     for use in uses:
@@ -47,17 +51,17 @@ def combined(
             lowered.append((use, constant))
             continue
         value, rest = r.env[use.node], None
-        if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf:
+        if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf and use.shape is None:
             constant, _ = _constant_mask(r, use, full, value.constant)
             rest = value.runtime if constant is not None else None
         if constant is not None:
             pattern = _conjunction(pattern, constant)
         if constant is None or rest is not None:
-            runtime.append(_runtime_mask(r, use, rest or r.view(use.node), dtype))
+            runtime.append(_runtime_mask(r, use, rest or at_scores(r, use, r.view(use.node), full), dtype))
     for use, constant in lowered:
         known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
         if runtime or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
-            runtime.append(_runtime_mask(r, use, r.view(use.node), dtype))
+            runtime.append(_runtime_mask(r, use, at_scores(r, use, r.view(use.node), full), dtype))
         else:
             pattern = _conjunction(pattern, constant)
     if isinstance(pattern, Dense):
@@ -66,10 +70,36 @@ def combined(
         pattern = _hashable(pattern, *shape[2:])
     if not runtime:
         return pattern, None
+    # Constants meet before a call.
+    runtime.sort(key=lambda view: not r.is_constant(view))
     total, *more = runtime if len(runtime) == 1 else [_additive(r, v, -math.inf, dtype) for v in runtime]
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
     return pattern, four_dims(total.expand(full))
+
+
+def _parted(r: Raiser, use: MaskUse) -> tuple[MaskUse, ...]:
+    """A bias where a mask allows it, and a low number elsewhere, as the mask and the bias."""
+    node = use.node
+    while node.target is aten.clone.default:
+        node = node.args[0]
+    if node.target is not aten.where.ScalarOther or isinstance(r.env[node.args[1]], Conjunction):
+        return (use,)
+    fill = float(node.args[2])
+    if r.is_constant(r.view(node.args[1])) or not traced(node).dtype.is_floating_point or fill > FLOOR:
+        return (use,)
+    mask, bias = node.args[:2]
+    return replace(use, node=mask, fill=fill), replace(use, node=bias)
+
+
+def at_scores(r: Raiser, use: MaskUse, view: View, full: Sequence[int]) -> View:
+    """A mask operand as it broadcasts to scores of the shape ``full``, as far as batch and heads go."""
+    if use.shape is None or tuple(use.shape) == tuple(full):
+        return view
+    rows = ((1,) * 2 + view.shape)[-2:]
+    if math.prod(view.shape) == math.prod(rows):
+        return r.reshaped(view, rows)
+    return r.reshaped(view.expand((*use.shape[:-2], *rows)), (*full[:-2], *rows))
 
 
 def _runtime_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
@@ -97,9 +127,27 @@ def _torch_mask(
     more: tuple[Any, ...],
     dtype: torch.dtype,
 ) -> View:
-    """A mask that PyTorch makes of others."""
+    """A mask that PyTorch makes of others, once for all layers that read it."""
+    key = (function, *views, *more, dtype)
+    if key not in r.masks:
+        r.masks[key] = _made(r, what, function, views, more, dtype)
+    return r.masks[key]
+
+
+def _made(
+    r: Raiser,
+    what: str,
+    function: Callable[..., Tensor],
+    views: Sequence[View],
+    more: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> View:
     spec = TensorSpec.contiguous(broadcast(*(view.shape for view in views)), dtype)
-    made = Extern(TorchCall(function, (*map(Ref, range(len(views))), *more)), "a mask made at run time")
+    call = TorchCall(function, (*map(Ref, range(len(views))), *more))
+    if all(map(r.is_constant, views)) and not isinstance(spec.numel, Size):
+        name = r.derived(f"{views[0].base}_{what}", tuple(map(r.realize, views)), call, spec.shape, dtype)
+        return View.of(name, r.values[name])
+    made = Extern(call, "a mask made at run time")
     return r.emit(made, f"{views[0].base}_{what}", [r.realize(view) for view in views], spec)
 
 
@@ -110,7 +158,7 @@ def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | No
         value = r.env[use.node]
         if isinstance(value, Conjunction) or not r.is_constant(r.view(use.node)):
             return None, False
-        view = r.view(use.node)
+        view = at_scores(r, use, r.view(use.node), full)
     expanded = four_dims(view.expand(full))
     (mask, finite), evaluation = r.evaluated(_pattern, expanded, use.inverted, use.fill)
     if evaluation is None or mask is None or mask in (Dense(), Causal()):

@@ -14,6 +14,7 @@ from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
+from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
 from fuser.ir.masks import Mask
 from fuser.ir.scores import ScoreRule
@@ -44,6 +45,15 @@ def check_restricted(graph: OperatorGraph) -> None:
                 f"attention= restricts all attention of a sequence to itself, and {op.name} ({op.semantics}) may be "
                 "attention in a form that fuser does not know; write it as scaled_dot_product_attention"
             )
+
+
+def multiplied(r: Raiser, node: fx.Node, q: View, factors: View) -> View:
+    """Queries (…, Sq, D) of ``node``, times numbers that broadcast to them."""
+    b = Builder()
+    product = kinds.Pointwise(b.build(b.apply(Op.MUL, b.input(0), b.input(1))))
+    spec = TensorSpec.contiguous(q.shape, r.dtype(q))
+    inputs = (r.realize(q), r.realize(factors.expand((*q.shape[:-2], 1, 1))))
+    return r.emit(product, f"{node.name}_scaled", inputs, spec)
 
 
 def attention_from(
