@@ -14,13 +14,13 @@ from torch import Tensor
 from fuser.frontend.attention_patterns import FLOOR, MaskUse
 from fuser.frontend.building import Evaluation
 from fuser.frontend.raising import Raiser
-from fuser.frontend.sizes import broadcast, traced
+from fuser.frontend.sizes import broadcast
 from fuser.frontend.views import Conjunction, View
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
-from fuser.ir.operators import Extern, Ref, TorchCall
+from fuser.ir.operators import Embedding, Extern, Ref, TorchCall
 from fuser.ir.size import Size, UndecidedSizeError
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def combined(
     full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
     uses = [part for use in uses for part in _parted(r, use)]
     lowered: list[tuple[MaskUse, Mask | None]] = []
-    runtime: list[View] = []
+    attn_masks: list[View] = []
     for use in uses:
         constant, finite = _constant_mask(r, use, full)
         if finite:
@@ -53,40 +53,44 @@ def combined(
         value, rest = r.env[use.node], None
         if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf and use.shape is None:
             constant, _ = _constant_mask(r, use, full, value.constant)
-            rest = value.runtime if constant is not None else None
+            rest = value.attn_mask if constant is not None else None
         if constant is not None:
             pattern = _conjunction(pattern, constant)
         if constant is None or rest is not None:
-            runtime.append(_runtime_mask(r, use, rest or at_scores(r, use, r.view(use.node), full), dtype))
+            attn_masks.append(_attn_mask(r, use, rest or at_scores(r, use, r.view(use.node), full), dtype))
     for use, constant in lowered:
         known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
-        if runtime or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
-            runtime.append(_runtime_mask(r, use, at_scores(r, use, r.view(use.node), full), dtype))
+        if attn_masks or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
+            attn_masks.append(_attn_mask(r, use, at_scores(r, use, r.view(use.node), full), dtype))
         else:
             pattern = _conjunction(pattern, constant)
     if isinstance(pattern, Dense):
         pattern = None
     if pattern is not None:
         pattern = _hashable(pattern, *shape[2:])
-    if not runtime:
+    if not attn_masks:
         return pattern, None
     # Constants meet before a call.
-    runtime.sort(key=lambda view: not r.is_constant(view))
-    total, *more = runtime if len(runtime) == 1 else [_additive(r, v, -math.inf, dtype) for v in runtime]
+    attn_masks.sort(key=lambda view: not r.is_constant(view))
+    total, *more = attn_masks if len(attn_masks) == 1 else [_additive(r, v, -math.inf, dtype) for v in attn_masks]
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
     return pattern, four_dims(total.expand(full))
 
 
 def _parted(r: Raiser, use: MaskUse) -> tuple[MaskUse, ...]:
-    """A bias where a mask allows it, and a low number elsewhere, as the mask and the bias."""
+    """Rows of a table where a mask allows it, and a low number elsewhere, as the mask and the bias: numbers that are
+    finite, which a sum with the mask leaves nothing of."""
     node = use.node
     while node.target is aten.clone.default:
         node = node.args[0]
     if node.target is not aten.where.ScalarOther or isinstance(r.env[node.args[1]], Conjunction):
         return (use,)
     fill = float(node.args[2])
-    if r.is_constant(r.view(node.args[1])) or not traced(node).dtype.is_floating_point or fill > FLOOR:
+    table = any(
+        op.output == r.view(node.args[1]).base and isinstance(op.semantics, Embedding) for op in reversed(r.operators)
+    )
+    if not table or fill > FLOOR:
         return (use,)
     mask, bias = node.args[:2]
     return replace(use, node=mask, fill=fill), replace(use, node=bias)
@@ -102,7 +106,7 @@ def at_scores(r: Raiser, use: MaskUse, view: View, full: Sequence[int]) -> View:
     return r.reshaped(view.expand((*use.shape[:-2], *rows)), (*full[:-2], *rows))
 
 
-def _runtime_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
+def _attn_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
     """A mask operand as kernels take it: True where something may attend, or numbers to add."""
     if use.inverted:
         view = _torch_mask(r, "not", torch.logical_not, (view,), (), torch.bool)

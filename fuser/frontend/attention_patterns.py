@@ -135,7 +135,7 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     operands = [(_value(q), first), (_value(k), first), (v, last)]
     if any(t is None or t.ndim < 3 or t.shape[:-2] != of.shape[:-2] for t, of in operands):
         return None
-    if len({t.dtype for t, _ in operands if t is not None} | {last.dtype}) != 1:
+    if {traced(use.node).dtype for use in walk.factors} | {t.dtype for t, _ in operands if t} != {last.dtype}:
         return None
     shape = max((scores.shape, first.shape, (*last.shape[:-1], scores.shape[-1])), key=len)
     masks, factors = (
