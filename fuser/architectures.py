@@ -281,12 +281,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "llama": ("LlamaForCausalLM", "LlamaConfig", _decoder(), _tokens),
         "mistral": ("MistralForCausalLM", "MistralConfig", _decoder(), _tokens),
         "mixtral": ("MixtralForCausalLM", "MixtralConfig", _experts(num_local_experts=4), _tokens),
-        "mpt": (
-            "MptForCausalLM",
-            "MptConfig",
-            lambda s: {**_special(), "d_model": s.hidden, "n_heads": s.heads, "n_layers": s.layers, "max_seq_len": 64},
-            _tokens,
-        ),
         "olmo": ("OlmoForCausalLM", "OlmoConfig", _decoder(), _tokens),
         "opt": (
             "OPTForCausalLM",

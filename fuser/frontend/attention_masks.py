@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuser.frontend.attention_patterns import FLOOR, MaskUse
+from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.building import Evaluation
 from fuser.frontend.raising import Raiser
 from fuser.frontend.sizes import broadcast
@@ -20,10 +19,8 @@ from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
-from fuser.ir.operators import Embedding, Extern, Ref, TorchCall
+from fuser.ir.operators import Extern, Ref, TorchCall
 from fuser.ir.size import Size, UndecidedSizeError
-
-aten = torch.ops.aten
 
 
 def combined(
@@ -42,7 +39,6 @@ def combined(
     something, as a pattern does, and a uniform average in a row that does not: that needs the numbers.
     """
     full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
-    uses = [part for use in uses for part in _parted(r, use)]
     lowered: list[tuple[MaskUse, Mask | None]] = []
     attn_masks: list[View] = []
     for use in uses:
@@ -76,24 +72,6 @@ def combined(
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
     return pattern, four_dims(total.expand(full))
-
-
-def _parted(r: Raiser, use: MaskUse) -> tuple[MaskUse, ...]:
-    """Rows of a table where a mask allows it, and a low number elsewhere, as the mask and the bias: numbers that are
-    finite, which a sum with the mask leaves nothing of."""
-    node = use.node
-    while node.target is aten.clone.default:
-        node = node.args[0]
-    if node.target is not aten.where.ScalarOther or isinstance(r.env[node.args[1]], Conjunction):
-        return (use,)
-    fill = float(node.args[2])
-    table = any(
-        op.output == r.view(node.args[1]).base and isinstance(op.semantics, Embedding) for op in reversed(r.operators)
-    )
-    if not table or fill > FLOOR:
-        return (use,)
-    mask, bias = node.args[:2]
-    return replace(use, node=mask, fill=fill), replace(use, node=bias)
 
 
 def at_scores(r: Raiser, use: MaskUse, view: View, full: Sequence[int]) -> View:

@@ -26,8 +26,7 @@ _HOLDS = {
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
     torch.float32: (torch.float32, torch.float64),
 }
-FLOOR = -1e30
-"""Scores as low as this have a probability of exactly zero next to any ordinary one."""
+_FLOOR = -1e30
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def _filled(scores: fx.Node, mask: fx.Node, fill: Any, inverted: bool, walk: _Wa
     """The scores below a mask whose ``fill``, scaled as they are afterwards, is so low that its probability is exactly
     zero next to any ordinary score."""
     number = _number(fill, walk.numbers)
-    if number is None or not walk.scale > 0 or not number * walk.scale <= FLOOR or walk.rule is not None:
+    if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR or walk.rule is not None:
         return None
     if walk.factors:
         return None
@@ -296,7 +295,11 @@ def _constant_number(node: fx.Node, numbers: Numbers) -> float | None:
     if node.target is aten.sqrt.default:
         inner = _number(node.args[0], numbers)
         return None if inner is None or inner < 0 else math.sqrt(inner)
-    if node.target in (*_PASS, aten.lift_fresh_copy.default):
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        factors = [_number(argument, numbers) for argument in node.args]
+        return None if None in factors else math.prod(f for f in factors if f is not None)
+    cast = node.target in _CASTS and traced(node).dtype in (torch.float32, torch.float64)
+    if cast or node.target in (*_PASS, aten.detach_.default, aten.lift_fresh_copy.default):
         return _number(node.args[0], numbers)
     return None
 
