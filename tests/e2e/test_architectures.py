@@ -27,8 +27,8 @@ TOLERANCE = 2e-5
 """Relative L2 distance from eager: rounding of fp32, through layers whose norms divide by small numbers."""
 _EXPERTS = (
     *("aten::_to_copy", "aten::cumsum", "aten::empty_like", "aten::floor_divide", "aten::histc", "aten::index.Tensor"),
-    *("aten::index_put", "aten::sort", "aten::sum.dim_IntList", "aten::topk", "pointwise", "reduction", "softmax"),
-    "transformers::grouped_mm_fallback",
+    *("aten::index_put", "aten::sort", "aten::sum.dim_IntList", "aten::topk", "transformers::grouped_mm_fallback"),
+    *("activation", "pointwise", "reduction", "softmax"),
 )
 LEFT: Mapping[str, Collection[str]] = {
     "beit": ("aten::mean.dim",),
@@ -39,7 +39,7 @@ LEFT: Mapping[str, Collection[str]] = {
     "roformer": ("aten::stack",),
     "mixtral": _EXPERTS,
     "qwen2-moe": _EXPERTS,
-    "siglip": ("aten::bmm", "aten::matmul", "pointwise", "scale", "softmax"),
+    "siglip": ("aten::bmm", "aten::matmul", "bias", "pointwise", "residual"),
     "swin": ("_strided_copy", "aten::cat", "aten::roll", "norm"),
     "swin-v2": (
         *("_strided_copy", "aten::cat", "aten::index.Tensor", "aten::roll", "add"),
