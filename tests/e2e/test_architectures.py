@@ -34,7 +34,7 @@ LEFT: Mapping[str, Collection[str]] = {
     "beit": ("aten::mean.dim",),
     "big-bird": ("aten::index_copy", "aten::index_select"),
     "clip": ("aten::index.Tensor", "aten::matmul", "pointwise"),
-    "deberta-v2": ("aten::bmm", "aten::gather", "pointwise"),
+    "deberta-v2": ("aten::bmm", "aten::gather", "pointwise", "pv", "qk"),
     "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
     "roformer": ("aten::stack",),
     "mixtral": _EXPERTS,
