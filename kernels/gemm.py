@@ -460,11 +460,9 @@ def product_cost(
     dtype, stored = values[match.a].dtype, values[match.weight].dtype
     if multiplied is not None:
         dtype = stored = multiplied
-    if stored == dtype:
-        efficiency *= target.rate(dtype) / target.peak_flops
     moved = values[match.a].nbytes + padded * match.k * stored.itemsize
     moved += program.bytes(match.group.graph) * passes
-    return Cost(flops, float(moved), launches=launches, efficiency=efficiency)
+    return Cost(flops, float(moved), launches, efficiency, dtype if stored == dtype else None)
 
 
 def register_tiles(n: int, target: Target, tiles: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int]]:

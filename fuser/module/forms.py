@@ -393,6 +393,13 @@ class Form:
         """The named sizes of a call. Raises CaptureError for one that the captured graph does not hold for."""
         return self.captured.sizes.sizes([tensor.shape for tensor in call.tensors])
 
+    def exact(self, call: FlatCall, target: Target) -> OperatorGraph:
+        """The graph of a call without quantization. Raises CaptureError as :meth:`compile` does."""
+        sizes = self.sizes(call)
+        with _evaluating():
+            graph = raise_graph(self.captured, self._attention, floating(target), sizes)
+            return Binder(graph)(sizes)
+
     def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
         """The graph for these sizes without rows that are padding. Raises PackingError for one that has none, and
         CaptureError as :meth:`compile` does."""

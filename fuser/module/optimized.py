@@ -390,8 +390,10 @@ class OptimizedModule(nn.Module):
                 return None
             start = self._seconds()
             try:
-                self._calibrate(call, key, device)
-                compiled = run_after_fork(self._compile, call, key, device)
+                # A capture that calibration has made may serve the call as well.
+                calibrated = self._calibrate(call, key, device)
+                compiled = self._for_sizes(call, key, device) if calibrated else None
+                compiled = compiled or run_after_fork(self._compile, call, key, device)
             except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
                 raise
             except FuserError as error:
@@ -534,31 +536,47 @@ class OptimizedModule(nn.Module):
             at_once=_AT_ONCE_IN_METHODS if within and common is None else AT_ONCE,
         )
 
-    def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> None:
-        """Decide which layers are quantized, by the inputs that were given for it, or else by a call."""
+    def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> bool:
+        """Decide which layers are quantized, by the inputs that were given for it, or else by a call; False if that was
+        decided before."""
         quantizer = self._quantizer
         if quantizer is None or quantizer.settled:
-            return
+            return False
         target, _ = self._placed(key, device)
         if target.kind != "cpu":
             quantizer.settled = True
             logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
-            return
+            return False
         calls = [acceptable(self._model, *given, self._options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
                 raise CalibrationError(f"an input in calibrate= cannot be used: {reason}")
             with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
                 try:
-                    captured = run_after_fork(capture, self._model, given)
-                    attention = None if self._options.attention is None else self._options.attention.current()
-                    graph = raise_graph(captured, attention, floating(target))
-                    quantizer.observe(graph, captured.parameters, given.tensors)
+                    quantizer.observe(*self._exact_graph(given, key, target), given.tensors)
                 except FuserError as error:
                     if calls:
                         raise CalibrationError(f"the model cannot run on an input in calibrate=: {error}") from error
                     raise
         quantizer.settle(target)
+        return True
+
+    def _exact_graph(self, call: FlatCall, key: Key, target: Target) -> tuple[OperatorGraph, Mapping[str, Tensor]]:
+        """The graph of a call without quantization and its parameters, from a capture for all sizes where there can be
+        one, which its program is made of as well."""
+        name, forms = (None, []) if call.objects else self._forms_of(call, key)
+        for form in forms:
+            with contextlib.suppress(CaptureError):
+                return form.exact(call, target), form.captured.parameters
+        made = run_after_fork(
+            self._forms.capture, name, lambda: Form(self._model, call, self._store, self._options, self._quantizer)
+        )
+        if made is not None:
+            with contextlib.suppress(CaptureError):
+                return made.exact(call, target), made.captured.parameters
+        captured = run_after_fork(capture, self._model, call)
+        attention = None if self._options.attention is None else self._options.attention.current()
+        return raise_graph(captured, attention, floating(target)), captured.parameters
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         bound = self._for_sizes(call, key, device, capturing=True)

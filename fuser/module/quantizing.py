@@ -192,11 +192,11 @@ class Quantizer:
         if key not in self._layers:
             modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
             self._layers[key] = Layer(
-                modules, not (reason := self._refused(modules, graph.values[weight])), reason=reason
+                modules, not (reason := self._refused(modules, op, graph.values[weight])), reason=reason
             )
         return self._layers[key]
 
-    def _refused(self, modules: Sequence[str], weight: TensorSpec) -> str:
+    def _refused(self, modules: Sequence[str], op: Operator, weight: TensorSpec) -> str:
         """Why a layer is kept whatever its error; empty if it is not."""
         if any(not _matches(name, self.options.include) for name in modules):
             return "not among include="
@@ -206,7 +206,8 @@ class Quantizer:
             return "its weight is no parameter of a module"
         if min(weight.shape) < _SMALLEST:
             return f"smaller than {_SMALLEST}"
-        return f"longer than {MAX_TERMS}" if max(weight.shape) > MAX_TERMS else ""
+        terms = weight.shape[1 if op.semantics.transposed else 0]  # type: ignore[attr-defined]
+        return f"sums of more than {MAX_TERMS} products" if terms > MAX_TERMS else ""
 
     # ---- calibration
 

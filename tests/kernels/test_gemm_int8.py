@@ -15,6 +15,7 @@ from gated import Gated
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
+from fuser.explain.profiling import floor_of
 from fuser.ir.errors import ToolchainError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, layer_norm, unary
@@ -263,3 +264,12 @@ def test_weights_are_a_quarter() -> None:
     values = values_of(graph)
     size = sum(t.nbytes for t in materialized(packed, values))
     assert size <= 1.02 * values["weight"].nbytes / 4
+
+
+def test_a_floor_is_that_of_the_dtype() -> None:
+    vnni = Target("cpu", "avx512", frozenset({"avx512_vnni"}), 2, (32768, 2**20, 2**25), 1e11, 1e12, 0.0)
+    match = match_of(Case(256, 512, "none").graph(64), vnni)
+    cost = CpuInt8Gemm().cost(match, CpuInt8Gemm().space(match, vnni)[0], vnni)
+    seconds, bound = floor_of(cost, vnni, 2)
+    assert bound == "compute" and seconds == pytest.approx(cost.flops / (2 * vnni.rate(torch.int8)))
+    assert vnni.rate(torch.int8) > vnni.peak_flops and cost.seconds(vnni) > seconds

@@ -16,7 +16,9 @@ from transformers import BertConfig, BertModel
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
 from fuser.ir.errors import CalibrationError
-from fuser.ir.quantization import quantize_rows
+from fuser.ir.quantization import MAX_TERMS, quantize_rows
+from fuser.module import forms
+from fuser.module import optimized as optimized_module
 from fuser.module.quantizing import Layer
 
 
@@ -178,6 +180,31 @@ def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
     assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"]
     with torch.no_grad():
         assert cosine(fast(rows(1, 5))[0], model(rows(1, 5))[0]) > 0.999
+
+
+def test_calibration_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    count: list[object] = []
+    original = forms.capture
+
+    def counted(*given: Any) -> Any:
+        count.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(forms, "capture", counted)
+    monkeypatch.setattr(optimized_module, "capture", counted)
+    fast = optimized(encoder(), calibrate=[rows(3, 8), rows(2, 4), rows(3, 5)])
+    fast(rows(2, 9))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(count) == 1
+
+
+def test_weights_whose_sums_may_not_fit_are_kept() -> None:
+    # Rows are as long as sums; columns may be as many as they like.
+    wide, long = nn.Linear(32, MAX_TERMS + 8, bias=False), nn.Linear(MAX_TERMS + 8, 32, bias=False)
+    fast = optimized(nn.Sequential(wide, long).eval(), quality=0)
+    with torch.no_grad():
+        fast(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
+    assert [layer.quantized for layer in layers(fast)] == [True, False]
+    assert layers(fast)[1].reason == f"sums of more than {MAX_TERMS} products"
 
 
 def test_new_weights_are_rounded_anew_and_the_model_is_its_own() -> None:
