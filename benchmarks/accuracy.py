@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fnmatch
 import math
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def encoder_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     chosen += [(f"int8 smoothed, {name}", name, smooth) for name in attentions if name in ("deq 0.1", "deq 0.3")]
     found = []
     for label, name, quantize in chosen:
+        if not _wanted(label, options):
+            continue
         attention = None if name is None else attentions[name]
         model = encoder.model if attention is None else _with_attention(folder, register(attention))
         fast = model if quantize is None else fuser.optimize(model, quantize=quantize)
@@ -92,6 +95,10 @@ def encoder_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append(result)
         print(result, flush=True)
     return found
+
+
+def _wanted(arm: str, options: argparse.Namespace) -> bool:
+    return any(fnmatch.fnmatchcase(arm, pattern) for pattern in options.arms)
 
 
 def _with_attention(folder: Path, name: str) -> nn.Module:
@@ -281,6 +288,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=["encoder", "lm"], default=["encoder", "lm"])
+    parser.add_argument("--arms", nargs="+", default=["*"], help="patterns of the encoder's arms")
     parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder; default: the demo's")
     parser.add_argument("--sentences", type=int, default=500)
     parser.add_argument("--length", type=int, default=256, help="bytes that the language model sees")
@@ -293,11 +301,13 @@ def main() -> None:
     target = cpu_target()
     torch.set_num_threads(options.threads or target.cores)
     results: list[dict[str, Any]] = []
+    path = options.output or RESULTS / "accuracy.json"
     if "encoder" in options.parts:
         results += encoder_part(options)
+        save("accuracy", target, results, path)
     if "lm" in options.parts:
         results += language_part(options)
-    path = save("accuracy", target, results, options.output or RESULTS / "accuracy.json")
+    save("accuracy", target, results, path)
     picture(results, path.with_suffix(".png"))
     print(path)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
+from fuser.codegen.choice import GroupChoice
 from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
@@ -38,14 +39,14 @@ from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
-from fuser.module.compiler import Compiled, compile_call, program_constants
+from fuser.module.compiler import Compiled, choose_all, compile_call, program_constants
 from fuser.module.forms import Form, Forms, Packing, Variant, form_key
 from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.methods import BoundMethods
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
-from fuser.module.quantizing import Int8, Quantizer
+from fuser.module.quantizing import Int8, Quantizer, with_stored_integers
 from fuser.module.ragged import Share, keys_of, run_packed
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, SavedCall, Snapshot
@@ -558,7 +559,15 @@ class OptimizedModule(nn.Module):
                     if calls:
                         raise CalibrationError(f"the model cannot run on an input in calibrate=: {error}") from error
                     raise
-        quantizer.settle(target)
+        tuner = None if self._tuner is None or target.emulated else self._tuner.without_trials()
+
+        def choose(graph: OperatorGraph) -> list[GroupChoice]:
+            return choose_all(graph, target, tuner)[0]
+
+        def compare(ways: Sequence[Sequence[GroupChoice]]) -> list[float] | None:
+            return [sum(c.seconds for c in way) for way in ways] if tuner is None else tuner.compare(ways)
+
+        quantizer.settle(target, choose, compare)
         return True
 
     def _exact_graph(self, call: FlatCall, key: Key, target: Target) -> tuple[OperatorGraph, Mapping[str, Tensor]]:
@@ -576,7 +585,8 @@ class OptimizedModule(nn.Module):
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self._model, call)
         attention = None if self._options.attention is None else self._options.attention.current()
-        return raise_graph(captured, attention, floating(target)), captured.parameters
+        graph = raise_graph(captured, attention, floating(target))
+        return with_stored_integers(graph, captured.parameters, target), captured.parameters
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         bound = self._for_sizes(call, key, device, capturing=True)
