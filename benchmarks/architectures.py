@@ -36,7 +36,7 @@ def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
     fast = fuser.optimize(model, call, search=options.search)
     seconds = time.perf_counter() - start
     kernels, unfused = sum(kernel.calls for kernel in fast.kernels), len(fast.unfused) + len(fast.outside)
-    left = left_in_blocks(fast)
+    left = left_in_regions(fast)
     for _ in range(_WARMUP):
         fast(**call)
     arms = {"fuser": lambda: fast(**call), "eager": lambda: model(**call)}
@@ -53,14 +53,14 @@ def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
         "timings": as_record(timings),
         "kernels": kernels,
         "unfused": unfused,
-        "left_in_blocks": left,
+        "left_in_regions": left,
         "programs": len(fast.programs),
         "fallbacks": list(fast.fallbacks),
         "optimize_seconds": round(seconds, 2),
     }
 
 
-def left_in_blocks(fast: Any) -> dict[str, int]:
+def left_in_regions(fast: Any) -> dict[str, int]:
     """How often PyTorch runs which operators between the first and the last that kernels run, in the last program."""
     if not fast.programs:
         return {}

@@ -101,7 +101,7 @@ def compiled(case: str, target: Target) -> Assembly:
     with torch.no_grad():
         graph = raise_graph(capture(model, flatten_call((), inputs)), mask, floating(target))
     choices, _ = choose_all(graph, target)
-    return assemble(graph, choices, target, target.cores)
+    return assemble(graph, choices, target, 1)
 
 
 def rows_of(case: str, arch: str) -> list[Row]:
@@ -123,9 +123,7 @@ def rows_of(case: str, arch: str) -> list[Row]:
     rows = []
     for symbol, (step, label) in steps.items():
         addresses = [_ADDRESS] * len(step.tensors)
-        launches = emulator.launches(
-            paths[symbol], symbol, addresses, step.extents, workspace=_ADDRESS, threads=target.cores
-        )
+        launches = emulator.launches(paths[symbol], symbol, addresses, step.extents, workspace=_ADDRESS)
         cost, record = costs[label], records[symbol]
         for launch in dict.fromkeys(dataclasses.replace(one, grid=(1, 1, 1)) for one in launches):
             grid = next(one.grid for one in launches if dataclasses.replace(one, grid=(1, 1, 1)) == launch)

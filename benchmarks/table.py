@@ -146,14 +146,14 @@ def architectures(report: Mapping[str, Any]) -> str:
     """The architectures of ``transformers``: what kernels run of each, what is left, and the time of a warm call."""
     rows = []
     for result in sorted(report["results"], key=lambda result: str(result["case"])):
-        left = ", ".join(name if count == 1 else f"{count} {name}" for name, count in result["left_in_blocks"].items())
+        left = ", ".join(name if count == 1 else f"{count} {name}" for name, count in result["left_in_regions"].items())
         if not result["programs"]:
             left = f"the original runs: {result['fallbacks'][0]}" if result["fallbacks"] else "the original runs"
         eager = result["timings"]["eager"]["median_ms"]
         rows.append(
             [result["case"], str(result["kernels"]), _ms(eager), f"{result['of_eager']:.2f}", left or "nothing"]
         )
-    columns = ["architecture", "kernels run", "eager, ms", "fuser / eager", "left to PyTorch inside the blocks"]
+    columns = ["architecture", "kernels run", "eager, ms", "fuser / eager", "left to PyTorch inside the regions"]
     title = "Two layers of random weights, called as users call them, one thread, medians of interleaved warm calls"
     return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 

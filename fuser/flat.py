@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fuser.attention import sparse_attention
-from fuser.attention.checks import check_heads, check_operands, check_runtime
+from fuser.attention.checks import check_attn_mask, check_heads, check_operands
 from fuser.attention.reference import arithmetic_dtype, empty_out, weighted_sum
 from fuser.ir.errors import MaskError, PlanError
 from fuser.ir.masks import Dense, Mask
@@ -83,7 +83,7 @@ def attention(
         return sparse_attention(q, k, v, mask, scale=scale, return_lse=return_lse)
     check_operands(q, k, v)
     if isinstance(mask, Tensor):
-        mask = check_runtime(mask, q, k).detach()
+        mask = check_attn_mask(mask, q, k).detach()
     elif mask is not None:
         if not isinstance(mask, Mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")

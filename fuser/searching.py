@@ -39,9 +39,9 @@ def graph_of(
 
 
 def team_of(target: Target, threads: int | None = None) -> int:
-    """The team size that ``optimize`` compiles for: ``threads`` (default: PyTorch's) on a CPU, on a GPU its SMs."""
+    """The team size that ``optimize`` compiles for: ``threads`` (default: PyTorch's) on a CPU, 1 on a GPU."""
     if target.kind == "cuda":
-        return target.cores
+        return 1
     return threads_now() if threads is None else threads
 
 

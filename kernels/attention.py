@@ -236,10 +236,10 @@ class AttentionFamily:
         q, k = qk.inputs
         v = pv.inputs[1]
         tables = [op.inputs[3] for op in group.of(IntervalMask)]
-        runtime = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, IntervalMask)]
+        attn_masks = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, IntervalMask)]
         if tables and len(masks) > 1:
             return None
-        if len(runtime) > 1 or not self._supported(group, (q, k, v), runtime, target):
+        if len(attn_masks) > 1 or not self._supported(group, (q, k, v), attn_masks, target):
             return None
         pattern: Mask = Dense()
         for op in group.of(PatternMask):
@@ -251,7 +251,7 @@ class AttentionFamily:
         if pattern.heads not in (None, heads):
             return None
         scale = math.prod(op.semantics.scale for op in scales)
-        mask = runtime[0] if runtime else None
+        mask = attn_masks[0] if attn_masks else None
         rule = rules[0].semantics.rule if rules else None
         table = tables[0] if tables else None
         by_sums = bool(group.of(BiasBySums))
@@ -259,7 +259,7 @@ class AttentionFamily:
 
     @staticmethod
     def _supported(
-        group: OperatorGroup, operands: tuple[str, str, str], runtime: Sequence[str], target: Target
+        group: OperatorGroup, operands: tuple[str, str, str], attn_masks: Sequence[str], target: Target
     ) -> bool:
         specs = [group.graph.values[value] for value in operands]
         if len({spec.dtype for spec in specs}) != 1 or specs[0].dtype not in floating(target):
@@ -268,7 +268,7 @@ class AttentionFamily:
             return False
         if any(not 0 < spec.shape[-1] <= LARGEST_HEAD for spec in specs) or specs[0].shape[1] % specs[1].shape[1]:
             return False
-        return all(group.graph.values[m].dtype in (*floating(target), torch.bool) for m in runtime)
+        return all(group.graph.values[m].dtype in (*floating(target), torch.bool) for m in attn_masks)
 
 
 class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):

@@ -87,10 +87,12 @@ class CudaAttentionParameters:
 
     def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         batch, heads, key_heads = operands.heads
-        chosen = schedule(plan, self, batch, heads, threads)
+        chosen = schedule(plan, self, batch, heads, target.cores)
         return Launch(
             Literal(chosen.tiles.key, chosen.tiles.array),
-            extents(batch, heads, key_heads, plan, chosen, scale, operands.strides, operands.mask_strides),
+            extents(
+                batch, heads, key_heads, plan, chosen, scale, target.cores, operands.strides, operands.mask_strides
+            ),
             chosen.workspace_bytes,
         )
 
@@ -159,7 +161,7 @@ def schedule(plan: AttentionPlan, parameters: CudaAttentionParameters, batch: in
 class CudaAttentionExtents(Extents):
     """``items``, ``states`` and where members, records, lists and words are in the array are those of a
     :class:`Tiles`; ``per_head`` is 1 where heads have tiles of their own, ``in_flight`` how many units are at work
-    together, and ``mask`` zero where there is no run-time mask."""
+    together, ``multiprocessors`` how many the GPU has, and ``mask`` zero where there is no run-time mask."""
 
     batch: int
     heads: int
@@ -171,6 +173,7 @@ class CudaAttentionExtents(Extents):
     states: int
     per_head: int
     in_flight: int
+    multiprocessors: int
     members_at: int
     records_at: int
     lists_at: int
@@ -189,6 +192,7 @@ def extents(
     plan: AttentionPlan,
     chosen: Schedule,
     scale: float,
+    multiprocessors: int,
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
 ) -> CudaAttentionExtents:
@@ -196,7 +200,7 @@ def extents(
     (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
     cut = chosen.tiles
     sizes = (batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale))
-    of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, *cut.offsets)
+    of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, multiprocessors, *cut.offsets)
     q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
     masks = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
     return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, masks)

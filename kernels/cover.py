@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fuser.ir.masks.structure import Part
-from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, pointers, ramp, vectors
+from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, pointers, ramp, segments, vectors
 
 SPAN = max(WIDTHS)
+_FAR = 1 << 40
+"""Beyond all keys."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def by_class(rows: Int64s, labels: Int64s) -> Int64s:
     return order
 
 
-def divide(options: Sequence[Cover], model: GroupCost) -> tuple[list[Cover], float]:
-    """Each span at its cheapest division among covers of all ``WIDTHS``, and the cost of the whole."""
+def divide(options: Sequence[Cover], model: GroupCost) -> tuple[list[Cover], npt.NDArray[np.float64]]:
+    """Each span at its cheapest division among covers of all ``WIDTHS``, and the cost of every span."""
     best = options[0].cost(model)
     divided = [np.ones(len(best), np.bool_)]
     for option in options[1:]:
@@ -130,38 +132,114 @@ def divide(options: Sequence[Cover], model: GroupCost) -> tuple[list[Cover], flo
         picked = wanted & ~blocked
         chosen.append(option.take(picked & (option.run_counts + option.key_counts > 0)))
         blocked = blocked | picked
-    return chosen, float(best.sum())
+    return chosen, best
 
 
 def from_parts(parts: Sequence[Part], order: Int64s, model: GroupCost) -> tuple[list[Cover], float]:
-    """The cheapest cover of the progressions of the rows in ``order``: between two ends the same lanes are allowed."""
-    slot_of = np.full(max([int(order.max(initial=-1)) + 1, *(len(part.start) for part in parts)]), -1)
-    slot_of[order[order >= 0]] = np.flatnonzero(order >= 0)
-    pieces = [np.zeros((5, 0), np.int64)]
-    for part in parts:
-        used = np.flatnonzero((part.count > 0) & (slot_of >= 0))
-        first, residue = np.divmod(part.start[used], part.step)
-        step = np.full(len(used), part.step)
-        pieces.append(np.stack([slot_of[used], first, part.count[used], residue, step]))
-    slot, first, count, residue, step = np.concatenate(pieces, axis=1)
-    lattices, lattice = np.unique(np.stack([step, residue], axis=1), axis=0, return_inverse=True)
-    options = [_from_progressions(slot, first, count, lattice.reshape(-1), lattices, order, width) for width in WIDTHS]
-    return divide(options, model)
+    """The cheapest cover of the progressions of the rows in ``order``: between two ends the same lanes are allowed.
+
+    Spans whose keys are those of another one, moved, are covered as that one is.
+    """
+    if not parts:
+        return [], 0.0
+    spans = _Spans.of(parts, order)
+    kinds, which = spans.kinds()
+    used = np.flatnonzero(spans.count[:, kinds] > 0)
+    part, slot = np.divmod(used, max(1, len(kinds) * SPAN))
+    start, count = (values[:, kinds].reshape(-1)[used] for values in (spans.start, spans.count))
+    step = spans.step[part]
+    first, residue = np.divmod(start, step)
+    lattices, lattice = np.unique(step << 31 | residue, return_inverse=True)
+    pairs = np.stack([lattices >> 31, lattices & (1 << 31) - 1], axis=1)
+    valid = spans.valid[kinds].reshape(-1)
+    options = [_from_progressions(slot, first, count, lattice, pairs, valid, width) for width in WIDTHS]
+    covers, costs = divide(options, model)
+    return [spans.cover(made, len(kinds), which) for made in covers], float(costs[which].sum())
 
 
-def _lanes(order: Int64s, width: int) -> tuple[Words, Words]:
+class _Spans(NamedTuple):
+    """The progressions of all spans, their keys moved together to where the first is 0 and gaps are short.
+
+    ``start``, ``count`` are (parts, spans, 64), ``step`` is (parts,), ``valid`` (spans, 64) says which slots have rows.
+    Keys from ``begin`` (spans, parts), ascending, on have been moved by ``moved`` (spans, parts).
+    """
+
+    start: Int64s
+    count: Int64s
+    step: Int64s
+    valid: Bools
+    begin: Int64s
+    moved: Int64s
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], order: Int64s) -> _Spans:
+        slots = order.reshape(-1, SPAN)
+        valid = slots >= 0
+        rows = np.where(valid, slots, 0)
+        start = np.stack([part.start[rows] for part in parts])
+        count = np.stack([np.where(valid, part.count[rows], 0) for part in parts])
+        step = np.array([part.step for part in parts])
+        has_keys = count > 0
+        low = np.where(has_keys, start, _FAR).min(axis=2, initial=_FAR)
+        high = np.where(has_keys, start + (count - 1) * step[:, None, None], -1).max(axis=2, initial=-1)
+        high[low == _FAR] = _FAR
+        by_low = np.argsort(low, axis=0)
+        low, high = np.take_along_axis(low, by_low, 0), np.maximum.accumulate(np.take_along_axis(high, by_low, 0))
+        # Runs do not touch across more than a step.
+        gap = int(step.max()) + 1
+        removed = low.copy()
+        removed[1:] = np.maximum(0, low[1:] - high[:-1] - gap)
+        moved = np.cumsum(removed, axis=0)
+        of_part = np.empty_like(moved)
+        np.put_along_axis(of_part, by_low, moved, 0)
+        return cls(np.where(has_keys, start - of_part[..., None], 0), count, step, valid, (low - moved).T, moved.T)
+
+    def kinds(self) -> tuple[Int64s, Int64s]:
+        """Spans of which all others are repetitions, and for every span the position of its like among these."""
+        spans = len(self.valid)
+        draw = np.random.default_rng(0).integers(1, 1 << 62, (2, len(self.step) + 1, SPAN), np.int64)
+        words = np.concatenate([self.start, self.valid[None].astype(np.int64)]), self.count
+        sums = sum(np.einsum("psl,pl->s", word, drawn[: len(word)]) for word, drawn in zip(words, draw, strict=True))
+        _, kinds, which = np.unique(sums, return_index=True, return_inverse=True)
+        like = kinds[which]
+        same = np.array_equal(self.start, self.start[:, like]) and np.array_equal(self.count, self.count[:, like])
+        if same and np.array_equal(self.valid, self.valid[like]):
+            return kinds, which
+        return np.arange(spans), np.arange(spans)
+
+    def cover(self, made: Cover, kinds: int, which: Int64s) -> Cover:
+        """The cover of all spans from that of the ``kinds`` of spans, every span of the kind ``which``."""
+        groups = np.bincount(made.slots // SPAN, minlength=kinds)
+        picked, span = segments(groups, which), np.repeat(np.arange(len(which)), groups[which])
+        run_counts, key_counts = made.run_counts[picked], made.key_counts[picked]
+        runs, partial = made.runs[segments(made.run_counts, picked)], segments(made.key_counts, picked)
+        runs[:, 0] = self._back(runs[:, 0], np.repeat(span, run_counts))
+        keys = self._back(made.keys[partial], np.repeat(span, key_counts))
+        slots = made.slots[picked] % SPAN + span * SPAN
+        return Cover(made.width, slots, run_counts, runs, key_counts, keys, made.lanes[partial])
+
+    def _back(self, keys: Int64s, span: Int64s) -> Int64s:
+        """Keys of spans where they were."""
+        if self.begin.shape[1] == 1:
+            return keys + self.moved[span, 0]
+        limit = max(int(keys.max(initial=0)), int(self.begin.max(initial=0))) + 1
+        begin = (self.begin + limit * np.arange(len(self.begin))[:, None]).reshape(-1)
+        return keys + self.moved.reshape(-1)[np.searchsorted(begin, keys + limit * span, side="right") - 1]
+
+
+def _lanes(valid: Bools, width: int) -> tuple[Words, Words]:
     """For groups of this width the number of idle slots before their rows, and the word of all their rows."""
-    valid = (order >= 0).reshape(-1, width)
+    valid = valid.reshape(-1, width)
     size, lead = valid.sum(axis=1), valid.argmax(axis=1)
     full = np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - np.maximum(size, 1)).astype(np.uint64)
     return lead.astype(np.uint64), np.where(size > 0, full, np.uint64(0))
 
 
 def _from_progressions(
-    slot: Int64s, first: Int64s, count: Int64s, lattice: Int64s, lattices: Int64s, order: Int64s, width: int
+    slot: Int64s, first: Int64s, count: Int64s, lattice: Int64s, lattices: Int64s, valid: Bools, width: int
 ) -> Cover:
     """Groups from progressions ``first <= t < first + count`` on lattices (step, residue)."""
-    lead, every = _lanes(order, width)
+    lead, every = _lanes(valid, width)
     groups = len(every)
     group = slot // width
     lane = np.uint64(1) << ((slot % width).astype(np.uint64) - lead[group])
@@ -219,7 +297,7 @@ def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> tu
         packed |= octets[:, :, bit] << np.uint8(bit)
     options = []
     for width in WIDTHS:
-        lead, every = _lanes(order, width)
+        lead, every = _lanes(order >= 0, width)
         parts = packed.reshape(len(every), width // 8, keys)
         seen = np.flatnonzero(parts.any(axis=1))
         group, key = np.divmod(seen, max(1, keys))
@@ -240,7 +318,8 @@ def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> tu
                 lanes[~full],
             )
         )
-    return divide(options, model)
+    covers, costs = divide(options, model)
+    return covers, float(costs.sum())
 
 
 def _runs(group: Int64s, key: Int64s, groups: int, step: int) -> tuple[Int64s, Int64s]:

@@ -41,13 +41,15 @@ _START_SECONDS = 2e-6  # of a persistent block: descriptors, barriers, the first
 
 @dataclass(frozen=True)
 class CutlassExtents(Extents):
-    """Rows of A, and elements between the rows of A, W, C and the residual (0 without one)."""
+    """Rows of A, and elements between the rows of A, W, C and the residual (0 without one); ``multiprocessors`` of
+    the GPU."""
 
     rows: int
     a_stride: int
     w_stride: int
     output_stride: int
     residual_stride: int
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class CutlassGemm(Implementation[GemmMatch, CutlassParameters]):
         return KernelCall(
             KernelSpec("gemm", "cuda/gemm_cutlass.cu.j2", parameters),
             (match.a, weight, *operands, *program.outputs),
-            CutlassExtents(program.rows, match.row_stride, stride, output_stride, residual_stride),
+            CutlassExtents(program.rows, match.row_stride, stride, output_stride, residual_stride, target.cores),
             program.outputs,
         )
 

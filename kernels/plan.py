@@ -161,7 +161,7 @@ class AttentionPlan:
             keys,
         ]
         plan = cls(np.concatenate([*(w.view(np.int64) for w in words), *map(_as_words, halves)]))
-        plan._check()
+        plan._check(merges=False)
         return plan
 
     @classmethod
@@ -359,8 +359,9 @@ class AttentionPlan:
         totals: Int64s = ends[a["run_ptr"][1:]] - ends[a["run_ptr"][:-1]]
         return totals
 
-    def _check(self) -> None:
-        """Raise PlanError unless a kernel can run this plan without reading or writing out of bounds."""
+    def _check(self, merges: bool = True) -> None:
+        """Raise PlanError unless a kernel can run this plan without reading or writing out of bounds; without
+        ``merges``, of one whose rows are known to resume where they left off."""
         if self.array[0] != FORMAT:
             raise PlanError(f"a plan of format {self.array[0]} cannot be read; this version of fuser writes {FORMAT}")
         if (self.array[1:10] < 0).any() or (self.array[1:10] > _LARGEST).any() or self.array[4] < 1:
@@ -387,16 +388,17 @@ class AttentionPlan:
         unused = np.repeat(~low_bits(rows), np.diff(a["key_ptr"]))
         _require(not (a["lanes"].view(np.uint64) & unused).any(), "lanes without a row must not be set")
         _require((a["lanes"] != 0).all(), "a partial key must have a row that sees it")
-        slot, resume, finish = _merges(
-            a["row"].astype(np.int64), np.repeat(np.arange(len(self)), rows), ramp(rows), a["head"], a["phase"], n
-        )
-        _require(
-            np.array_equal(slot, a["slot"])
-            and np.array_equal(resume.view(np.int64), a["resume"])
-            and np.array_equal(finish.view(np.int64), a["finish"])
-            and self.slots == (int(slot.max()) + 1 if len(slot) else 0),
-            "rows must resume where they left off",
-        )
+        if merges:
+            slot, resume, finish = _merges(
+                a["row"].astype(np.int64), np.repeat(np.arange(len(self)), rows), ramp(rows), a["head"], a["phase"], n
+            )
+            _require(
+                np.array_equal(slot, a["slot"])
+                and np.array_equal(resume.view(np.int64), a["resume"])
+                and np.array_equal(finish.view(np.int64), a["finish"])
+                and self.slots == (int(slot.max()) + 1 if len(slot) else 0),
+                "rows must resume where they left off",
+            )
         _require((self.heads or 1) * n <= len(a["row"]), "every row must be in a group")
         covered = np.zeros((self.heads or 1, n), np.bool_)
         covered[np.repeat(a["head"], rows), a["row"]] = True

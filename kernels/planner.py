@@ -174,22 +174,34 @@ def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int
     plain, layers = [part for part in parts if part.period == 1], _layers(parts)
     order = identity(n)
     spans = order.reshape(-1, SPAN)
-    some = spans[np.unique(np.linspace(0, len(spans) - 1, _SAMPLE, dtype=np.int64))].reshape(-1) if n else order
-    share = len(some) / max(1, len(order))
+    some = spans[np.unique(np.linspace(0, max(0, len(spans) - 1), _SAMPLE, dtype=np.int64))] if layers else spans
+    sample, share = some.reshape(-1), len(some) / max(1, len(spans))
     apart = []
-    before = from_parts(plain, some, model)[1]
+    near = from_parts(plain, order, model)
     for layer in layers:
         rows = np.flatnonzero(layer.labels >= 0)
         classes = by_class(rows, layer.labels[rows])
         covers, cost = from_parts(layer.parts, classes, model)
-        together = from_parts([*plain, *layer.parts], some, model)[1]
-        if (together - before) / share <= cost:
-            plain, before = [*plain, *layer.parts], together
-        else:
-            apart.append((classes, covers))
-    yield order, 0, from_parts(plain, order, model)[0]
+        if _least(layer, order, model) - near[1] <= cost:
+            before, together = (from_parts(these, sample, model)[1] for these in (plain, [*plain, *layer.parts]))
+            if together - before <= share * cost:
+                plain = [*plain, *layer.parts]
+                near = from_parts(plain, order, model)
+                continue
+        apart.append((classes, covers))
+    yield order, 0, near[0]
     for phase, (classes, covers) in enumerate(apart, 1):
         yield classes, phase, covers
+
+
+def _least(layer: _Layer, order: Int64s, model: GroupCost) -> float:
+    """What the keys of the rows in ``order`` cost in any case: rows of one class may share theirs, others do not."""
+    rows, count = np.maximum(order, 0), np.max([part.count for part in layer.parts], axis=0)
+    seen = np.where(order >= 0, count[rows], 0)
+    group = np.arange(len(order)) // SPAN * layer.period + np.maximum(layer.labels[rows], 0)
+    sort = np.argsort(group)
+    heads = np.flatnonzero(np.diff(group[sort], prepend=-1))
+    return (1.0 + model.key) * float(np.maximum.reduceat(seen[sort], heads).sum())
 
 
 def _layers(parts: list[Part]) -> list[_Layer]:

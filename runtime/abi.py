@@ -16,12 +16,7 @@ from fuser.ir.extents import Extents
 _ARGS: tuple[tuple[str, str, Any, str], ...] = (
     ("void* const*", "tensors", ctypes.POINTER(ctypes.c_void_p), "one address per tensor, in the template's order"),
     ("const void*", "extents", ctypes.c_void_p, "the kernel's struct of run-time sizes"),
-    (
-        "int32_t",
-        "threads",
-        ctypes.c_int32,
-        "team size of every parallel region; on a GPU the number of its multiprocessors",
-    ),
+    ("int32_t", "threads", ctypes.c_int32, "team size of every parallel region; 1 on a GPU"),
     ("void*", "workspace", ctypes.c_void_p, "scratch memory, may be null when the kernel asks for none"),
     (
         "int32_t*",

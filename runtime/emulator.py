@@ -125,7 +125,6 @@ def run(
     extents: Extents | Sequence[int] = (),
     *,
     workspace: Any = None,
-    threads: int = 4,
 ) -> None:
     """Run the kernel ``symbol`` of an emulated library on CPU ``tensors`` (NumPy arrays or PyTorch tensors).
 
@@ -135,7 +134,7 @@ def run(
     kernel = load(path, symbol)
     spans = [_span(tensor) for tensor in (*tensors, *(() if workspace is None else (workspace,)))]
     addresses = [begin for begin, _ in spans]
-    args = KernelArgs.pack(addresses[: len(tensors)], extents, threads, addresses[-1] if workspace is not None else 0)
+    args = KernelArgs.pack(addresses[: len(tensors)], extents, 1, addresses[-1] if workspace is not None else 0)
     with allowed(path, spans):
         status = kernel.status(args)
         if status == FAULT_STATUS:
@@ -171,7 +170,6 @@ def launches(
     extents: Extents | Sequence[int] = (),
     *,
     workspace: int = 0,
-    threads: int = 4,
 ) -> tuple[Launch, ...]:
     """What the kernel ``symbol`` would launch for tensors at these addresses, which are not touched: any will do that
     have the alignment of the real ones.
@@ -182,7 +180,7 @@ def launches(
     library = ctypes.CDLL(str(path))
     library.fuser_emulator_list(1)
     try:
-        status = kernel.status(KernelArgs.pack(tensors, extents, threads, workspace))
+        status = kernel.status(KernelArgs.pack(tensors, extents, 1, workspace))
         first = ctypes.POINTER(_Launch)()
         library.fuser_emulator_listed.restype = ctypes.c_size_t
         count = library.fuser_emulator_listed(ctypes.byref(first))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
-from fuser.attention.checks import check_heads, check_operands, check_runtime
+from fuser.attention.checks import check_attn_mask, check_heads, check_operands
 from fuser.attention.linear import linear_attention
 from fuser.attention.mechanisms import NestedNamespace, add_arguments, build, configure, names
 from fuser.attention.reference import is_forward_differentiated, reference
@@ -98,10 +98,10 @@ def sparse_attention(
         mask = from_block_mask(mask)
     if isinstance(mask, PerBatch):
         return _by_entries(q, k, v, mask, bias, score, quantize, scale, return_lse)
-    pattern, runtime = (None, _biased(mask, bias)) if isinstance(mask, Tensor) else (mask, _biased(None, bias))
+    pattern, attn_mask = (None, _biased(mask, bias)) if isinstance(mask, Tensor) else (mask, _biased(None, bias))
     if not return_lse:
-        return attend(q, k, v, pattern, runtime, rule=score, quantize=quantize, scale=scale)
-    operands = _operands(q, k, v, pattern, runtime, score, quantize, False, 0, scale)
+        return attend(q, k, v, pattern, attn_mask, rule=score, quantize=quantize, scale=scale)
+    operands = _operands(q, k, v, pattern, attn_mask, score, quantize, False, 0, scale)
     return (
         _differentiated(*operands) if is_forward_differentiated() else torch.ops.fuser.sparse_attention_lse(*operands)
     )
@@ -157,7 +157,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     pattern: Mask | None,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     *,
     causal: bool = False,
     offset: int = 0,
@@ -169,7 +169,7 @@ def attend(
 
     Queries are rows ``offset`` and on of the pattern; with ``causal``, query i sees keys up to i only (counted from 0).
     """
-    operands = _operands(q, k, v, pattern, runtime, rule, quantize, causal, offset, scale)
+    operands = _operands(q, k, v, pattern, attn_mask, rule, quantize, causal, offset, scale)
     if is_forward_differentiated():
         return _differentiated(*operands)[0]
     result: Tensor = torch.ops.fuser.sparse_attention(*operands)
@@ -177,12 +177,12 @@ def attend(
 
 
 def _differentiated(
-    q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, key: str, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by operators that PyTorch differentiates in every mode."""
     spec = spec_of(key)
     check_heads(spec.mask, q)
-    return reference(q, k, v, spec, runtime, scale)
+    return reference(q, k, v, spec, attn_mask, scale)
 
 
 def _operands(
@@ -190,7 +190,7 @@ def _operands(
     k: Tensor,
     v: Tensor,
     pattern: Mask | None,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     rule: ScoreRule | None,
     quantize: Prediction | None,
     causal: bool,
@@ -199,12 +199,12 @@ def _operands(
 ) -> tuple[Tensor, Tensor, Tensor, str, Tensor | None, float]:
     """Checked arguments of the operators."""
     check_operands(q, k, v)
-    if runtime is not None:
-        runtime = check_runtime(runtime, q, k)
+    if attn_mask is not None:
+        attn_mask = check_attn_mask(attn_mask, q, k)
     if pattern is None and rule is None and quantize is None:
         key = CAUSAL if causal else DENSE
     else:
         what = _EVERYTHING if pattern is None else pattern, rule, quantize, causal, offset
         # Lengths are not asked for where they do not matter, since they may be symbols of a trace.
         key = key_of(*what) or key_of(*what, q.shape[2], k.shape[2])
-    return q, k, v, key, runtime, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    return q, k, v, key, attn_mask, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)

@@ -34,7 +34,7 @@ def check_heads(mask: Mask, q: Tensor) -> None:
         raise MaskError(f"the mask {mask.name} has {mask.heads} heads and q {q.shape[1]}: {tuple(q.shape)}")
 
 
-def check_runtime(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def check_attn_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A mask given as a tensor, with four dimensions. Raises MaskError if it does not fit q and k."""
     wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if mask.dim() > 4 or any(

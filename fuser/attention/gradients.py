@@ -14,7 +14,7 @@ from fuser.ir.attention import AttentionSpec
 
 torch.library.define(
     "fuser::sparse_attention_backward",
-    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str spec, Tensor? runtime, float scale, bool bias)"
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, str spec, Tensor? attn_mask, float scale, bool bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
@@ -28,11 +28,11 @@ def _gradients(
     k: Tensor,
     v: Tensor,
     spec: str,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return gradients_of(grad, grad_lse, q, k, v, spec_of(spec), runtime, scale, bias)
+    return gradients_of(grad, grad_lse, q, k, v, spec_of(spec), attn_mask, scale, bias)
 
 
 def gradients_of(
@@ -42,12 +42,12 @@ def gradients_of(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with ``bias``, of the tensor added to the scores; probabilities are computed again."""
-    products, scores, full = chosen_of(q, k, spec, runtime, scale)
+    products, scores, full = chosen_of(q, k, spec, attn_mask, scale)
     p, _ = probabilities_of(scores)
     forbidden = torch.isneginf(scores)
     group = q.shape[1] // max(k.shape[1], 1)
@@ -60,7 +60,7 @@ def gradients_of(
         grouped: Tensor = t.unflatten(1, (k.shape[1], group))  # type: ignore[no-untyped-call]
         return grouped.sum(2).to(q.dtype).contiguous()
 
-    db = None if runtime is None or not bias else ds.sum_to_size(runtime.shape).to(runtime.dtype)
+    db = None if attn_mask is None or not bias else ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
     if spec.rule is not None:
         ds = (ds * spec.rule.derivative.evaluate(products)[0]).masked_fill(forbidden, 0.0)
     keys, dv = widened(k, group, p.dtype), narrow(p.mT @ grad)
@@ -84,28 +84,28 @@ def _fake_gradients(
     k: Tensor,
     v: Tensor,
     spec: str,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     scale: float,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = [q.new_empty(t.shape) for t in (q, k, v)]
-    if runtime is None or not bias:
+    if attn_mask is None or not bias:
         return shapes[0], shapes[1], shapes[2], q.new_empty(0)
-    return shapes[0], shapes[1], shapes[2], runtime.new_empty(runtime.shape)
+    return shapes[0], shapes[1], shapes[2], attn_mask.new_empty(attn_mask.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, key, runtime, scale = inputs
-    ctx.save_for_backward(q, k, v, runtime)
+    q, k, v, key, attn_mask, scale = inputs
+    ctx.save_for_backward(q, k, v, attn_mask)
     # The backward pass finds the specification by its key because somebody holds its mask.
     ctx.key, ctx.spec, ctx.scale = key, spec_of(key), scale
 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    q, k, v, runtime = ctx.saved_tensors
-    bias = runtime is not None and runtime.is_floating_point() and ctx.needs_input_grad[4]
+    q, k, v, attn_mask = ctx.saved_tensors
+    bias = attn_mask is not None and attn_mask.is_floating_point() and ctx.needs_input_grad[4]
     dq, dk, dv, db = torch.ops.fuser.sparse_attention_backward(
-        grad, grad_lse, q, k, v, ctx.key, runtime, ctx.scale, bias
+        grad, grad_lse, q, k, v, ctx.key, attn_mask, ctx.scale, bias
     )
     return dq, dk, dv, None, db if bias else None, None
 

@@ -39,7 +39,7 @@ class NoKernelError(Exception):
     """Why no kernel can take these tensors."""
 
 
-def target_for(q: Tensor, v: Tensor, runtime: Tensor | None, quantize: Prediction | None = None) -> Target:
+def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: Prediction | None = None) -> Target:
     """The target of the tensors' device. Raises NoKernelError if it has no kernel for them, or for ``quantize``."""
     if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
         raise NoKernelError(f"there is no kernel for {q.device.type} tensors")
@@ -52,8 +52,8 @@ def target_for(q: Tensor, v: Tensor, runtime: Tensor | None, quantize: Predictio
         raise NoKernelError(f"there is no kernel for {q.dtype}")
     if not 0 < v.shape[3] <= LARGEST_HEAD or q.shape[3] > LARGEST_HEAD:
         raise NoKernelError(f"there is no kernel for heads wider than {LARGEST_HEAD}")
-    if runtime is not None and runtime.dtype not in (torch.bool, *floats):
-        raise NoKernelError(f"there is no kernel for masks of {runtime.dtype}")
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, *floats):
+        raise NoKernelError(f"there is no kernel for masks of {attn_mask.dtype}")
     if target.kind == "cuda" and not attention_cuda.choices(
         q.shape[3], v.shape[3], STORAGE[q.dtype], None, False, target
     ):
@@ -63,15 +63,15 @@ def target_for(q: Tensor, v: Tensor, runtime: Tensor | None, quantize: Predictio
     if quantize is not None:
         if target.kind != "cpu":
             raise NoKernelError("quantize= has kernels for CPUs only")
-        if quantize.unmasked_maximum and runtime is not None and runtime.dtype != torch.bool:
+        if quantize.unmasked_maximum and attn_mask is not None and attn_mask.dtype != torch.bool:
             raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
 
 
-def unsupported(q: Tensor, v: Tensor, runtime: Tensor | None) -> str:
+def unsupported(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str:
     """Why no kernel can take these tensors, or an empty string."""
     try:
-        target_for(q, v, runtime)
+        target_for(q, v, attn_mask)
     except NoKernelError as error:
         return str(error)
     return ""
@@ -87,7 +87,7 @@ def run_plan(
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     scale: float,
     out: Tensor,
     lse: Tensor | None,
@@ -106,13 +106,13 @@ def run_plan(
     q, k, v = (t.detach().resolve_neg() for t in (q, k, v))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     reads, writes = {"q": q, "k": k, "v": v}, {"out": out}
-    if runtime is not None:
-        reads["mask"] = runtime.detach().resolve_neg().expand(*q.shape[:3], k.shape[2])
+    if attn_mask is not None:
+        reads["mask"] = attn_mask.detach().resolve_neg().expand(*q.shape[:3], k.shape[2])
     operands = Operands(**{n: TensorSpec(t.shape, t.dtype, t.stride()) for n, t in (reads | writes).items()})
     if lse is not None:
         writes["lse"] = lse
     parameters = _parameters(operands, lse is not None, rule, quantize, plan, target)
-    threads = target.cores if target.kind == "cuda" else threads_now()
+    threads = 1 if target.kind == "cuda" else threads_now()
     call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
     launch(call, reads | writes, target, threads)
 

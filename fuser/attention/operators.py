@@ -16,7 +16,7 @@ from fuser.attention.registry import pin, spec_of
 from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.kernels.attention import cached_plan
 
-_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str spec, Tensor? runtime, float scale)"
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, str spec, Tensor? attn_mask, float scale)"
 # The layout of the output follows that of q.
 _STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 TAGS = (_STRIDES, torch.Tag.pt2_compliant_tag)
@@ -37,31 +37,33 @@ def key_in(target: Any, arguments: Sequence[Any]) -> str | None:
 
 
 @torch.library.impl("fuser::sparse_attention", "default")
-def _op(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> Tensor:
-    return _run(q, k, v, spec, runtime, scale, lse=False)[0]
+def _op(q: Tensor, k: Tensor, v: Tensor, spec: str, attn_mask: Tensor | None, scale: float) -> Tensor:
+    return _run(q, k, v, spec, attn_mask, scale, lse=False)[0]
 
 
 @torch.library.impl("fuser::sparse_attention_lse", "default")
-def _op_lse(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return _run(q, k, v, spec, runtime, scale, lse=True)
+def _op_lse(
+    q: Tensor, k: Tensor, v: Tensor, spec: str, attn_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, spec, attn_mask, scale, lse=True)
 
 
 @torch.library.register_fake("fuser::sparse_attention")  # type: ignore[untyped-decorator]
-def _fake(q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, spec: str, attn_mask: Tensor | None, scale: float) -> Tensor:
     pin(spec)
     return empty_out(q, v)
 
 
 @torch.library.register_fake("fuser::sparse_attention_lse")  # type: ignore[untyped-decorator]
 def _fake_lse(
-    q: Tensor, k: Tensor, v: Tensor, spec: str, runtime: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, spec: str, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     pin(spec)
     return empty_out(q, v), q.new_empty(q.shape[:3], dtype=arithmetic_dtype(q))
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, key: str, runtime: Tensor | None, scale: float, *, lse: bool
+    q: Tensor, k: Tensor, v: Tensor, key: str, attn_mask: Tensor | None, scale: float, *, lse: bool
 ) -> tuple[Tensor, Tensor]:
     spec = spec_of(key)
     batch, heads, q_len, _ = q.shape
@@ -73,11 +75,11 @@ def _run(
     if k.shape[2] == 0:
         return out.zero_(), sums.fill_(-math.inf)
     try:
-        target = target_for(q, v, runtime, spec.quantize)
+        target = target_for(q, v, attn_mask, spec.quantize)
         plan = cached_plan(spec.mask, q_len, k.shape[2], target)
-        run_plan(q, k, v, plan, runtime, scale, out, sums if lse else None, target, spec.rule, spec.quantize)
+        run_plan(q, k, v, plan, attn_mask, scale, out, sums if lse else None, target, spec.rule, spec.quantize)
         return out, sums
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
         say(str(error))
-    exact, exact_sums = reference(q, k, v, spec, runtime, scale)
+    exact, exact_sums = reference(q, k, v, spec, attn_mask, scale)
     return out.copy_(exact), exact_sums if lse else sums

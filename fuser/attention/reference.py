@@ -14,13 +14,13 @@ from fuser.ir.masks import Dense
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, runtime: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in plain PyTorch, on any device and in any floating-point dtype.
 
     16-bit types are computed in fp32. Memory grows with B x H x Sq x Sk.
     """
-    scores = chosen_of(q, k, spec, runtime, scale).scores
+    scores = chosen_of(q, k, spec, attn_mask, scale).scores
     probabilities, lse = probabilities_of(scores)
     values = widened(v, q.shape[1] // k.shape[1], scores.dtype)
     return weighted_sum(probabilities, values, torch.isneginf(scores)).to(q.dtype), lse
@@ -61,34 +61,34 @@ class Chosen(NamedTuple):
     full: Tensor | None = None
 
 
-def chosen_of(q: Tensor, k: Tensor, spec: AttentionSpec, runtime: Tensor | None, scale: float) -> Chosen:
+def chosen_of(q: Tensor, k: Tensor, spec: AttentionSpec, attn_mask: Tensor | None, scale: float) -> Chosen:
     """The scores that ``spec`` makes; -inf for pairs that are not allowed, or are left out."""
     products = products_of(q, k, scale)
     how = spec.quantize
     if how is None:
-        return Chosen(products, scores_of(products, spec, runtime))
+        return Chosen(products, scores_of(products, spec, attn_mask))
     predicted = how.predicted(q.to(products.dtype), widened(k, q.shape[1] // max(k.shape[1], 1), products.dtype), scale)
-    full = how.chosen(scores_of(predicted, spec, _seen(runtime) if how.unmasked_maximum else runtime))
+    full = how.chosen(scores_of(predicted, spec, _seen(attn_mask) if how.unmasked_maximum else attn_mask))
     products = how.mixed(products, predicted, full)
-    scores = scores_of(products, spec, runtime)
+    scores = scores_of(products, spec, attn_mask)
     return Chosen(products, scores.masked_fill(~full, -math.inf) if how.prunes else scores, full)
 
 
-def _seen(runtime: Tensor | None) -> Tensor | None:
+def _seen(attn_mask: Tensor | None) -> Tensor | None:
     """Which pairs a mask given at run time allows, without what it adds to their scores."""
-    return runtime if runtime is None or runtime.dtype == torch.bool else ~torch.isneginf(runtime)
+    return attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else ~torch.isneginf(attn_mask)
 
 
-def scores_of(products: Tensor, spec: AttentionSpec, runtime: Tensor | None) -> Tensor:
+def scores_of(products: Tensor, spec: AttentionSpec, attn_mask: Tensor | None) -> Tensor:
     """What becomes of scaled scores (B, H, Sq, Sk); -inf for pairs that are not allowed, whatever they hold."""
     scores = products if spec.rule is None else spec.rule.expression.evaluate(products)[0]
-    if runtime is not None and runtime.dtype != torch.bool:
-        scores = (scores + runtime.to(scores.dtype)).masked_fill(torch.isneginf(runtime), -math.inf)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = (scores + attn_mask.to(scores.dtype)).masked_fill(torch.isneginf(attn_mask), -math.inf)
     if not isinstance(spec.mask, Dense):
         allowed = spec.mask.dense(*scores.shape[2:]).to(scores.device)
         scores = scores.masked_fill(~allowed, -math.inf)
-    if runtime is not None and runtime.dtype == torch.bool:
-        scores = scores.masked_fill(~runtime, -math.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
     return scores
 
 

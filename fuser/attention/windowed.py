@@ -81,12 +81,12 @@ def _op(
 ) -> Tensor:
     how = Windowed(window, before, after, chunk, columns, bias is not None)
     keys, values = how.joined(k, far_keys), how.joined(v, far_values)
-    runtime = None
+    attn_mask = None
     if bias is not None:
         tokens = q.shape[2]
-        runtime = by_sums(how.by_distance(bias.to(q.dtype), tokens, far_keys.shape[2]), tokens, keys.shape[2])
+        attn_mask = by_sums(how.by_distance(bias.to(q.dtype), tokens, far_keys.shape[2]), tokens, keys.shape[2])
     key = key_of(how.mask, None, None, False, 0)
-    out: Tensor = torch.ops.fuser.sparse_attention(q, keys, values, key, runtime, 1.0 / math.sqrt(q.shape[3]))
+    out: Tensor = torch.ops.fuser.sparse_attention(q, keys, values, key, attn_mask, 1.0 / math.sqrt(q.shape[3]))
     return out
 
 

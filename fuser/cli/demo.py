@@ -58,7 +58,7 @@ def demo(
 ) -> None:
     """Embed a real text with a pretrained sentence encoder, eager and fused: compare results and speed.
 
-    Writes the report and a picture of every fused block to the folder --out. Nothing is fetched from the network.
+    Writes the report and a picture of every fused region to the folder --out. Nothing is fetched from the network.
     """
     import torch
 
@@ -174,8 +174,8 @@ def _say_fused(say: _Speaker, optimized: OptimizedModule) -> None:
     kernels = optimized.kernels
     calls = sum(kernel.calls for kernel in kernels)
     say.line(
-        f"{calls} launches of {len(kernels)} kernels a call; {len(optimized.unfused)} operators of the blocks unfused, "
-        f"{len(optimized.outside)} outside the blocks left to PyTorch"
+        f"{calls} launches of {len(kernels)} kernels a call; {len(optimized.unfused)} operators of the regions "
+        f"unfused, {len(optimized.outside)} outside the regions left to PyTorch"
     )
     for reason in optimized.fallbacks:
         say.line(f"the original model ran: {reason}")
@@ -218,7 +218,7 @@ def _write(optimized: OptimizedModule, out: Path) -> list[Path]:
         files = [report]
         regions = regions_of(optimized.programs[-1]) if optimized.programs else []
         for number, (region, choice, count) in enumerate(regions):
-            path = out / f"block{number}_times{count}.svg"
+            path = out / f"region{number}_times{count}.svg"
             path.write_text(draw_region(region, choice), encoding="utf-8")
             files.append(path)
     except OSError as error:

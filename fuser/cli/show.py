@@ -36,7 +36,7 @@ def show(
     stage: Annotated[
         Stage,
         typer.Option(
-            help="fx: the captured ATen graph. graph: the operators. scheme: blocks and which operators share a "
+            help="fx: the captured ATen graph. graph: the operators. scheme: regions and which operators share a "
             "kernel. kernels: the kernels. source: their C++. plan: steps and memory. precision: the model in int8, "
             "calibrated on its example: the numbers and the error of every kernel."
         ),
@@ -164,7 +164,7 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
     found = collect(optimized.snapshot())
     if json:
         values = found.as_dict()
-        print_json(values["blocks"] if stage is Stage.SCHEME else values)
+        print_json(values["regions"] if stage is Stage.SCHEME else values)
         return
     out = console()
 
@@ -172,12 +172,12 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
         return "–" if seconds is None else f"{'' if measured else '≈ '}{duration(seconds)}"
 
     if stage is Stage.SCHEME:
-        for block in found.blocks:
+        for region in found.regions:
             rows = [
                 (str(i), group.family, time(group.seconds, group.measured), ", ".join(group.operators))
-                for i, group in enumerate(block.groups)
+                for i, group in enumerate(region.groups)
             ]
-            title = f"{block.scheme}   × {block.count}   {duration(block.seconds)} each"
+            title = f"{region.scheme}   × {region.count}   {duration(region.seconds)} each"
             out.print(table(title, (">", "family", ">time", "operators"), rows))
             out.print()
         return
@@ -186,7 +186,7 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
         for row in found.kernels
     ]
     out.print(table("kernels", ("kernel", "family", ">calls", ">one call", "operators of the first use"), kernel_rows))
-    for title, reasons in (("unfused", found.unfused), ("outside the blocks", found.outside)):
+    for title, reasons in (("unfused", found.unfused), ("outside the regions", found.outside)):
         if reasons:
             out.print()
             out.print(table(title, ("operator", "reason"), reasons))

@@ -31,7 +31,7 @@ _TEMPLATE = "report.html.j2"
 
 @dataclass(frozen=True)
 class Group:
-    """One kernel of a block: its operators and the time that the choice was made by."""
+    """One kernel of a region: its operators and the time that the choice was made by."""
 
     family: str
     operators: tuple[str, ...]
@@ -40,10 +40,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Block:
+class RegionRow:
     """Equal regions: ``count`` of them share this scheme. ``seconds`` is the time of one under the additive model."""
 
-    region: str
+    hash: str
     count: int
     scheme: str
     seconds: float
@@ -80,7 +80,7 @@ class Report:
     programs: tuple[str, ...]
     threads: int
     target: Target | None
-    blocks: tuple[Block, ...]
+    regions: tuple[RegionRow, ...]
     kernels: tuple[KernelRow, ...]
     unfused: tuple[tuple[str, str], ...]
     outside: tuple[tuple[str, str], ...]
@@ -94,8 +94,8 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Time of all blocks under the additive model."""
-        return sum(block.count * block.seconds for block in self.blocks)
+        """Time of all regions under the additive model."""
+        return sum(region.count * region.seconds for region in self.regions)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -113,7 +113,7 @@ def collect(snapshot: Snapshot) -> Report:
         programs=tuple(_signature(compiled) for compiled in snapshot.programs),
         threads=last.assembly.plan.threads if last else 0,
         target=snapshot.target,
-        blocks=tuple(_blocks(last)) if last else (),
+        regions=tuple(_regions(last)) if last else (),
         kernels=tuple(_kernels(last)) if last else (),
         unfused=snapshot.unfused,
         outside=snapshot.outside,
@@ -165,12 +165,12 @@ def _signature(compiled: Compiled) -> str:
     return ", ".join(f"{shape_text(spec)} {str(spec.dtype).removeprefix('torch.')}" for spec in specs)
 
 
-def _blocks(compiled: Compiled) -> Iterator[Block]:
+def _regions(compiled: Compiled) -> Iterator[RegionRow]:
     for region, choice, count in regions_of(compiled):
         groups = tuple(
             Group(g.family, tuple(op.name for op in g.group.operators), g.seconds, g.measured) for g in choice.groups
         )
-        yield Block(region.hash, count, str(choice.scheme), choice.seconds, groups)
+        yield RegionRow(region.hash, count, str(choice.scheme), choice.seconds, groups)
 
 
 _WIDTHS = {"int8_gemm": "int8", "int8_weight_gemm": "int8 weights"}
@@ -211,25 +211,26 @@ def render_text(found: Report) -> str:
     if not found.programs:
         lines.append("nothing is compiled: the model has not been called, or the original model runs")
     if found.target is not None:
-        lines.append(f"target    {target_text(found.target)}, {found.threads} threads")
+        team = f", {found.threads} threads" if found.target.kind == "cpu" else ""
+        lines.append(f"target    {target_text(found.target)}{team}")
     for signature in found.programs:
         lines.append(f"program   {signature}")
     if found.stages:
         stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found.stages.items())
         lines.append(f"compiled  in {duration(sum(found.stages.values()))}: {stages}")
-    if found.blocks:
-        lines += ["", f"blocks    {duration(found.seconds)} in all (≈ marks predicted times)"]
-        for block in found.blocks:
-            lines.append(f"  × {block.count:<3} scheme {block.scheme}, {duration(block.seconds)} each")
-            for group in block.groups:
+    if found.regions:
+        lines += ["", f"regions   {duration(found.seconds)} in all (≈ marks predicted times)"]
+        for region in found.regions:
+            lines.append(f"  × {region.count:<3} scheme {region.scheme}, {duration(region.seconds)} each")
+            for group in region.groups:
                 time = duration(group.seconds) if group.measured else f"≈ {duration(group.seconds)}"
                 lines.append(f"        {group.family:<10} {time:>10}  {', '.join(group.operators)}")
         lines += ["", "kernels"]
         lines += [
             f"  {row.name:<36} {row.family:<10} × {row.calls:<4} {', '.join(row.operators)}" for row in found.kernels
         ]
-    lines += ["", *_reasons("unfused inside the blocks", found.unfused, found.programs)]
-    lines += _reasons("outside the blocks, run by PyTorch", found.outside, found.programs)
+    lines += ["", *_reasons("unfused inside the regions", found.unfused, found.programs)]
+    lines += _reasons("outside the regions, run by PyTorch", found.outside, found.programs)
     lines += [f"the original model ran: {reason}" for reason in found.fallbacks]
     lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
     lines += [f"padding: {line}" for line in found.padding]
@@ -302,7 +303,7 @@ def render_html(found: Report, compiled: Compiled | None) -> str:
         pictures=pictures,
         masks=masks,
         colours=COLOURS,
-        families=sorted({group.family for block in found.blocks for group in block.groups}),
+        families=sorted({group.family for region in found.regions for group in region.groups}),
         slowest=slowest,
     )
 

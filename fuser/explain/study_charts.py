@@ -9,7 +9,7 @@ from typing import Any
 
 from fuser.explain.drawing import colours, duration
 from fuser.explain.report import Group
-from fuser.explain.study_summary import BlockResult, StudySummary, best_so_far
+from fuser.explain.study_summary import RegionResult, StudySummary, best_so_far
 
 _STRATEGY_COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#db2777", "#475569")
 _GREY = "#64748b"
@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 
 def charts(study: StudySummary) -> dict[str, str]:
-    """Data URIs by name: ``"convergence"``, ``"model"``, ``"importance"`` and the region's hash for every block.
+    """Data URIs by name: ``"convergence"``, ``"model"``, ``"importance"`` and the region's hash for every region.
 
     Charts without anything to show are left out; all of them are without matplotlib.
     """
@@ -62,8 +62,8 @@ def charts(study: StudySummary) -> dict[str, str]:
             draw("model", (5, 3.9), lambda figure: _model(figure, study))
         if study.importance:
             draw("importance", (7, 0.9 + 0.28 * len(study.importance)), lambda figure: _importance(figure, study))
-        for block in study.blocks:
-            draw(block.region, (12.4, 2.3), lambda figure, block=block: _kernels(figure, block))  # type: ignore[misc]
+        for region in study.regions:
+            draw(region.hash, (12.4, 2.3), lambda figure, region=region: _kernels(figure, region))  # type: ignore[misc]
     return drawn
 
 
@@ -140,10 +140,10 @@ def _importance(figure: Any, study: StudySummary) -> None:
     figure.suptitle("What makes a program one of the fastest", x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
-def _kernels(figure: Any, block: BlockResult) -> None:
+def _kernels(figure: Any, region: RegionResult) -> None:
     axes = figure.subplots()
-    longest = max(block.seconds_before, block.seconds_after)
-    rows: Sequence[tuple[str, tuple[Group, ...]]] = (("default", block.before), ("best found", block.after))
+    longest = max(region.seconds_before, region.seconds_after)
+    rows: Sequence[tuple[str, tuple[Group, ...]]] = (("default", region.before), ("best found", region.after))
     for number, (name, kernels) in enumerate(rows):
         start = 0.0
         for kernel in kernels:
@@ -158,7 +158,7 @@ def _kernels(figure: Any, block: BlockResult) -> None:
         axes.text(1e3 * start, number, f"  {duration(start)}", va="center", fontweight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12e3 * longest if longest else 1)
-    axes.set_xlabel("time of the kernels of one block, ms")
+    axes.set_xlabel("time of the kernels of one region, ms")
 
 
 def _cut(text: str, length: int) -> str:

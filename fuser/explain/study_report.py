@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fuser.explain.drawing import COLOURS, Outline, draw_outline, duration
 from fuser.explain.report import Group, render_page
 from fuser.explain.study_charts import charts
-from fuser.explain.study_summary import COMPLETE, BlockResult, Curve, StudySummary, TrialRow, changes
+from fuser.explain.study_summary import COMPLETE, Curve, RegionResult, StudySummary, TrialRow, changes
 from fuser.ir.errors import SearchError
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def render_text(found: StudySummary) -> str:
         lines.append(f"time      {duration(sum(found.spent.values()))}: {spent}")
     lines += [f"pruned    {count} kernels: {reason}" for reason, count in found.pruned.items()]
     lines += [f"{s:<9} {count} trials: {reason or 'no reason given'}" for (s, reason), count in found.reasons.items()]
-    for block in found.blocks:
+    for region in found.regions:
         lines += [
             "",
-            f"block × {block.count}   {duration(block.seconds_before)} → {duration(block.seconds_after)} each",
+            f"region × {region.count}   {duration(region.seconds_before)} → {duration(region.seconds_after)} each",
         ]
-        lines += [f"  default {block.scheme_before}", f"  best    {block.scheme_after}"]
-        for kernel in block.after:
+        lines += [f"  default {region.scheme_before}", f"  best    {region.scheme_after}"]
+        for kernel in region.after:
             time = f"{'' if kernel.measured else '≈ '}{duration(kernel.seconds)}"
             lines.append(f"    {kernel.family:<10} {time:>10}  {', '.join(kernel.operators)}")
     return "\n".join(lines)
@@ -74,9 +74,9 @@ def render_html(found: StudySummary) -> str:
         counts=found.counts,
         best=found.best,
         charts=charts(found),
-        changes={block.region: changes(block) for block in found.blocks},
+        changes={region.hash: changes(region) for region in found.regions},
         colours=COLOURS,
-        families=sorted({kernel.family for block in found.blocks for kernel in block.after}),
+        families=sorted({kernel.family for region in found.regions for kernel in region.after}),
     )
 
 
@@ -109,7 +109,7 @@ def summarize(view: StudyView, others: Sequence[StudyView] = ()) -> StudySummary
         threads=int(context.get("threads", 0)),
         storage=shown(view.storage),
         trials=_rows(view),
-        blocks=tuple(_blocks(view)),
+        regions=tuple(_regions(view)),
         before=view.default.seconds if view.default else None,
         after=best.seconds if best else None,
         verified=result.get("speedup"),
@@ -171,7 +171,7 @@ def _elapsed(view: StudyView) -> Iterator[float]:
         yield total
 
 
-def _blocks(view: StudyView) -> Iterator[BlockResult]:
+def _regions(view: StudyView) -> Iterator[RegionResult]:
     best, default = _best(view), view.default
     if best is None:
         return
@@ -184,7 +184,7 @@ def _blocks(view: StudyView) -> Iterator[BlockResult]:
         if outline is not None:
             drawn = [(k.family, f"{'' if k.measured else '≈ '}{duration(k.seconds)}", k.operators) for k in after]
             picture = draw_outline(Outline.from_json(outline), drawn)
-        yield BlockResult(
+        yield RegionResult(
             region["hash"],
             region["count"],
             _scheme(region, before),

@@ -14,7 +14,7 @@ COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. ``seconds`` is the measured time of one call, all blocks of the model (None unless ``state`` is
+    """One trial. ``seconds`` is the measured time of one call, all regions of the model (None unless ``state`` is
     ``"complete"``), ``predicted`` the cost model's time of it, ``elapsed`` the seconds of search up to its end;
     ``reason`` says why there is no time."""
 
@@ -29,13 +29,13 @@ class TrialRow:
 
 
 @dataclass(frozen=True)
-class BlockResult:
+class RegionResult:
     """Equal regions: ``count`` of them, with the kernels of the default scheme and of the best one found.
 
     ``picture`` is the best scheme as SVG, empty where the model is not at hand.
     """
 
-    region: str
+    hash: str
     count: int
     scheme_before: str
     scheme_after: str
@@ -82,7 +82,7 @@ class StudySummary:
     threads: int
     storage: str
     trials: tuple[TrialRow, ...]
-    blocks: tuple[BlockResult, ...]
+    regions: tuple[RegionResult, ...]
     before: float | None
     after: float | None
     verified: float | None
@@ -129,8 +129,8 @@ class StudySummary:
         """The summary as JSON values, without pictures and other studies' trials."""
         values = asdict(self)
         values["compared"] = [curve.label for curve in self.compared]
-        for block in values["blocks"]:
-            del block["picture"]
+        for region in values["regions"]:
+            del region["picture"]
         best = self.best
         return {
             **values,
@@ -158,10 +158,10 @@ class Change:
         return sum(kernel.seconds for kernel in self.after)
 
 
-def changes(block: BlockResult) -> tuple[Change, ...]:
+def changes(region: RegionResult) -> tuple[Change, ...]:
     """The finest sets of operators that neither scheme cuts, with their kernels before and after, in order."""
     sets: list[set[str]] = []
-    for kernel in (*block.before, *block.after):
+    for kernel in (*region.before, *region.after):
         joined = set(kernel.operators)
         apart = []
         for other in sets:
@@ -170,13 +170,13 @@ def changes(block: BlockResult) -> tuple[Change, ...]:
             else:
                 apart.append(other)
         sets = [*apart, joined]
-    order = [name for kernel in block.before for name in kernel.operators]
+    order = [name for kernel in region.before for name in kernel.operators]
     sets.sort(key=lambda names: min(order.index(name) for name in names if name in order))
     return tuple(
         Change(
             tuple(name for name in order if name in names),
-            tuple(k for k in block.before if set(k.operators) <= names),
-            tuple(k for k in block.after if set(k.operators) <= names),
+            tuple(k for k in region.before if set(k.operators) <= names),
+            tuple(k for k in region.after if set(k.operators) <= names),
         )
         for names in sets
     )

@@ -394,7 +394,7 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
 @_handles(torch.ops.fuser.sparse_attention.default)
 def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     q, k, v = (r.view(n) for n in node.args[:3])
-    _, _, _, key, runtime, scale = node.args
+    _, _, _, key, attn_mask, scale = node.args
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
     spec = spec_of(key)
@@ -404,7 +404,7 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     if not any(isinstance(length, Size) for length in (q.shape[2], k.shape[2])):
         # Else the plan is made, and the mask checked, when the lengths are known.
         spec.mask.validate(q.shape[2], k.shape[2])
-    masks = [] if runtime is None else [MaskUse(runtime, inverted=False)]
+    masks = [] if attn_mask is None else [MaskUse(attn_mask, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
     return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
 

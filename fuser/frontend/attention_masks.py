@@ -40,7 +40,7 @@ def combined(
     """
     full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
     lowered: list[tuple[MaskUse, Mask | None]] = []
-    runtime: list[View] = []
+    attn_masks: list[View] = []
     for use in uses:
         constant, finite = _constant_mask(r, use, full)
         if finite:
@@ -49,30 +49,30 @@ def combined(
         value, rest = r.env[use.node], None
         if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf:
             constant, _ = _constant_mask(r, use, full, value.constant)
-            rest = value.runtime if constant is not None else None
+            rest = value.attn_mask if constant is not None else None
         if constant is not None:
             pattern = _conjunction(pattern, constant)
         if constant is None or rest is not None:
-            runtime.append(_runtime_mask(r, use, rest or r.view(use.node), dtype))
+            attn_masks.append(_attn_mask(r, use, rest or r.view(use.node), dtype))
     for use, constant in lowered:
         known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
-        if runtime or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
-            runtime.append(_runtime_mask(r, use, r.view(use.node), dtype))
+        if attn_masks or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
+            attn_masks.append(_attn_mask(r, use, r.view(use.node), dtype))
         else:
             pattern = _conjunction(pattern, constant)
     if isinstance(pattern, Dense):
         pattern = None
     if pattern is not None:
         pattern = _hashable(pattern, *shape[2:])
-    if not runtime:
+    if not attn_masks:
         return pattern, None
-    total, *more = runtime if len(runtime) == 1 else [_additive(r, v, -math.inf, dtype) for v in runtime]
+    total, *more = attn_masks if len(attn_masks) == 1 else [_additive(r, v, -math.inf, dtype) for v in attn_masks]
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
     return pattern, four_dims(total.expand(full))
 
 
-def _runtime_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
+def _attn_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
     """A mask operand as kernels take it: True where something may attend, or numbers to add."""
     if use.inverted:
         view = _torch_mask(r, "not", torch.logical_not, (view,), (), torch.bool)

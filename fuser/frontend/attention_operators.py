@@ -84,14 +84,14 @@ def attention_from(
         s = r.emit(kinds.ChangeScores(rule), f"{name}_rule", (s,), scores).base
     if r.attention is not None and q_len == kv_len:
         pattern = r.attention if pattern is None else pattern & r.attention
-    pattern, runtime = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
+    pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
     if causal or pattern is not None:
         s = r.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
     if by_sums is not None:
         s = r.emit(kinds.BiasBySums(), f"{name}_bias", (s, by_sums), scores).base
-    if runtime is not None:
-        mask = kinds.AdditiveMask() if r.dtype(runtime).is_floating_point else kinds.BooleanMask()
-        s = r.emit(mask, f"{name}_mask", (s, r.realize(runtime)), scores).base
+    if attn_mask is not None:
+        mask = kinds.AdditiveMask() if r.dtype(attn_mask).is_floating_point else kinds.BooleanMask()
+        s = r.emit(mask, f"{name}_mask", (s, r.realize(attn_mask)), scores).base
     p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
     # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
     width = v.shape[3]

@@ -249,7 +249,7 @@ class Raiser(GraphBuilder):
         return found if isinstance(value, tuple) else found[0]
 
     def _conjoin(self, node: fx.Node, value: Conjunction) -> View:
-        inputs = (self.realize(value.constant), self.realize(value.runtime))
+        inputs = (self.realize(value.constant), self.realize(value.attn_mask))
         both = Extern(TorchCall(torch.logical_and, (Ref(0), Ref(1))), "a mask made at run time")
         return self.emit(both, node.name, inputs, self.spec(node))
 

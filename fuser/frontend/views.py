@@ -167,10 +167,10 @@ class Conjunction:
     """A boolean mask that is the conjunction of a constant and a run-time one, kept apart until somebody needs it."""
 
     constant: View
-    runtime: View
+    attn_mask: View
 
     def expand(self, shape: Sequence[int]) -> Conjunction:
-        return Conjunction(self.constant.expand(shape), self.runtime.expand(shape))
+        return Conjunction(self.constant.expand(shape), self.attn_mask.expand(shape))
 
 
 Value = View | Conjunction | tuple[View, ...]

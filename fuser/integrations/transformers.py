@@ -100,9 +100,9 @@ def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> C
         q_len, kv_len = query.shape[2], key.shape[2]
         decoder = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(decoder) and attention_mask is None and q_len > 1
-        runtime = _with_bias(attention_mask, position_bias)
-        if runtime is not None:
-            runtime = runtime[..., :kv_len]
+        attn_mask = _with_bias(attention_mask, position_bias)
+        if attn_mask is not None:
+            attn_mask = attn_mask[..., :kv_len]
         rule = None if softcap is None else SoftCap(softcap)
         cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
         packed = cu_q is not None and cu_k is not None
@@ -111,15 +111,15 @@ def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> C
         if quantize is not None and (packed or dropout):
             raise ValueError("quantize= takes no dropout, and no documents one behind the other")
         if not packed and not dropout and quantize is None:
-            cu_q = cu_k = _starts(kwargs.get("position_ids"), runtime)
+            cu_q = cu_k = _starts(kwargs.get("position_ids"), attn_mask)
         if cu_q is not None and cu_k is not None:
             visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
-            if runtime is None or _says_no_more(runtime, cu_q, cu_k, bool(decoder)):
+            if attn_mask is None or _says_no_more(attn_mask, cu_q, cu_k, bool(decoder)):
                 return _of_documents(query, key, value, cu_q, cu_k, visible, rule, scaling), None
             if packed and pattern is not None:
                 raise MaskError(f"documents that the model masks itself cannot have the mask {pattern.name} as well")
             if packed:
-                runtime = _within_documents(runtime, cu_q, cu_k, q_len, kv_len)
+                attn_mask = _within_documents(attn_mask, cu_q, cu_k, q_len, kv_len)
         own, offset = pattern, 0
         if q_len != kv_len:
             offset = kv_len - q_len
@@ -128,10 +128,10 @@ def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> C
         if dropout and rule is not None:
             raise ValueError('attn_implementation="fuser" does not support dropout of soft-capped scores; use "eager"')
         if dropout:
-            out = _with_dropout(query, key, value, own, runtime, causal, offset, dropout, scaling)
+            out = _with_dropout(query, key, value, own, attn_mask, causal, offset, dropout, scaling)
         else:
             how: dict[str, Any] = {"rule": rule, "quantize": quantize, "scale": scaling}
-            out = attend(query, key, value, own, runtime, causal=causal, offset=offset, **how)
+            out = attend(query, key, value, own, attn_mask, causal=causal, offset=offset, **how)
         return out.transpose(1, 2).contiguous(), None
 
     return fuser_attention_forward
@@ -206,15 +206,15 @@ def _with_dropout(
     key: Tensor,
     value: Tensor,
     pattern: Mask | None,
-    runtime: Tensor | None,
+    attn_mask: Tensor | None,
     causal: bool,
     offset: int,
     dropout: float,
     scale: float | None,
 ) -> Tensor:
     """Training: PyTorch's own attention, under the same masks."""
-    mask = runtime
-    if pattern is not None or (causal and runtime is not None):
+    mask = attn_mask
+    if pattern is not None or (causal and attn_mask is not None):
         q_len, kv_len = query.shape[2], key.shape[2]
         allowed = torch.ones(q_len, kv_len, dtype=torch.bool)
         if pattern is not None:

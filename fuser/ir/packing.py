@@ -280,17 +280,17 @@ class _Packer:
         operands = (*qk.inputs, chain[-1].inputs[1])
         if any(value not in self.rows for value in operands):
             raise PackingError(f"{qk.name} attends to something that is no part of the sequence")
-        causal, pattern, runtime = False, None, []
+        causal, pattern, attn_masks = False, None, []
         for op in chain:
             if isinstance(op.semantics, PatternMask):
                 causal |= op.semantics.causal
                 if op.semantics.pattern is not None:
                     pattern = op.semantics.pattern if pattern is None else pattern & op.semantics.pattern
             elif isinstance(op.semantics, (BooleanMask, AdditiveMask)):
-                runtime.append(op.inputs[1])
-        if not runtime:
+                attn_masks.append(op.inputs[1])
+        if not attn_masks:
             raise PackingError(f"{qk.name} attends to all positions, with no mask of padding")
-        for value in runtime:
+        for value in attn_masks:
             self._mask(qk, value)
         self.patterns.setdefault((causal, pattern), Pattern(causal, pattern))
         number = list(self.patterns).index((causal, pattern))

@@ -629,7 +629,7 @@ class OptimizedModule(nn.Module):
         """What to compile for, and for how many threads."""
         target = self._target = self._options.target or target_of(device)
         place = key[1]
-        threads = place if isinstance(place, int) and target.kind == "cpu" else target.cores
+        threads = place if isinstance(place, int) and target.kind == "cpu" else 1
         if self._tuner is None or self._tuner.target != target:
             self._tuner = tuner_for(self._options.search, target, threads)
         return target, threads
@@ -721,7 +721,7 @@ class OptimizedModule(nn.Module):
 
     @property
     def unfused(self) -> Sequence[tuple[str, str]]:
-        """(operator, reason) for every operator of the blocks of the program compiled last that no kernel runs;
+        """(operator, reason) for every operator of the regions of the program compiled last that no kernel runs;
         ``("*", reason)`` when the original model runs. Operators before the first and after the last region (masks
         made from inputs, patch embeddings) are PyTorch's and are not listed; see :attr:`outside`."""
         if not self._programs:
@@ -730,7 +730,7 @@ class OptimizedModule(nn.Module):
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
-        """(operator, reason) for the operators outside the blocks, which PyTorch runs."""
+        """(operator, reason) for the operators outside the regions, which PyTorch runs."""
         return self.programs[-1].outside if self._programs else ()
 
     @property

@@ -69,7 +69,7 @@ class LoadedModule(nn.Module):
     def _program(self, candidates: Sequence[int], device: torch.device) -> tuple[int, Program]:
         """The program with the largest team that PyTorch's threads can be, or the smallest of all with fewer."""
         target = self._content.target
-        now = threads_now() if target.kind == "cpu" else target.cores
+        now = threads_now() if target.kind == "cpu" else 1
         programs = self._content.programs
         fitting = [i for i in candidates if programs[i].plan.threads <= now]
         pick = max if fitting else min

@@ -132,7 +132,7 @@ ARCHITECTURES: dict[str, Any] = {
             "kernels": 20,
             "programs": 1,
             "fallbacks": [],
-            "left_in_blocks": {"cat": 4, "rsqrt": 1},
+            "left_in_regions": {"cat": 4, "rsqrt": 1},
         },
         {
             "case": "bert",
@@ -141,7 +141,7 @@ ARCHITECTURES: dict[str, Any] = {
             "kernels": 10,
             "programs": 1,
             "fallbacks": [],
-            "left_in_blocks": {},
+            "left_in_regions": {},
         },
         {
             "case": "longformer",
@@ -150,7 +150,7 @@ ARCHITECTURES: dict[str, Any] = {
             "kernels": 0,
             "programs": 0,
             "fallbacks": ["it depends on values"],
-            "left_in_blocks": {},
+            "left_in_regions": {},
         },
     ],
 }

@@ -73,9 +73,9 @@ def test_show_json(run: Any) -> None:
     kinds = [operator["kind"] for operator in graph["operators"]]
     assert kinds.count("softmax") == 2
     hashes = [region["hash"] for region in graph["regions"]]
-    blocks = shown("--stage", "scheme")
-    assert sum(block["count"] for block in blocks) == len(hashes)
-    assert {block["region"] for block in blocks} == set(hashes)
+    regions = shown("--stage", "scheme")
+    assert sum(region["count"] for region in regions) == len(hashes)
+    assert {region["hash"] for region in regions} == set(hashes)
     report = shown()
     assert {row["family"] for row in report["kernels"]} >= {"gemm", "attention"}
     assert report["unfused"] == []

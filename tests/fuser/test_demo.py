@@ -177,7 +177,7 @@ def test_the_whole_demo(
     printed = run("--padding", "skip")
     report = (out / "report.html").read_text()
     assert "of the rows were padding" in report and "leaves them out" not in report
-    for expected in ("7. write the report", "smallest cosine", TEXT[2], "eager", "operators of the blocks unfused"):
+    for expected in ("7. write the report", "smallest cosine", TEXT[2], "eager", "operators of the regions unfused"):
         assert expected in printed
 
 

@@ -25,7 +25,7 @@ CompileCuda = Callable[[KernelSpec, str], tuple[Resources, ...]]
 
 @pytest.fixture(scope="session")
 def run_cuda() -> RunCuda:
-    """``run_cuda(spec, tensors, extents, workspace_bytes=0, threads=4, status=None)``: build a kernel for the emulator
+    """``run_cuda(spec, tensors, extents, workspace_bytes=0, status=None)``: build a kernel for the emulator
     and run it on CPU tensors in the template's order; returns its status. Raises EmulationError for a fault."""
 
     def run(
@@ -34,7 +34,6 @@ def run_cuda() -> RunCuda:
         extents: Extents | Sequence[int],
         *,
         workspace_bytes: int = 0,
-        threads: int = 4,
         status: Tensor | None = None,
     ) -> int:
         target = emulated_target()
@@ -43,7 +42,7 @@ def run_cuda() -> RunCuda:
         workspace = torch.full((workspace_bytes + 64,), 255, dtype=torch.uint8)
         start = workspace[-workspace.data_ptr() % 64 :].data_ptr() if workspace_bytes else 0
         word = torch.zeros(1, dtype=torch.int32) if status is None else status
-        args = KernelArgs.pack([t.data_ptr() for t in tensors], extents, threads, start, word.data_ptr())
+        args = KernelArgs.pack([t.data_ptr() for t in tensors], extents, 1, start, word.data_ptr())
         given = [*tensors, word, *([workspace] if workspace_bytes else [])]
         with emulator.allowed(path, map(_span, given)):
             result = load(path, spec.symbol).status(args)

@@ -58,7 +58,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def run(
     how: Prediction,
     mask: Mask,
-    runtime: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
     isa: Isa | None = NATIVE,
@@ -70,22 +70,22 @@ def run(
     q = q[:, :, :rows]
     on = target(isa)
     out, lse = torch.full((2, 4, rows, KV_LEN), 7.0).to(dtype), torch.full((2, 4, rows), 7.0)
-    run_plan(q, k, v, plan(mask, rows, KV_LEN, on), runtime, SCALE, out, lse, on, rule, how)
+    run_plan(q, k, v, plan(mask, rows, KV_LEN, on), attn_mask, SCALE, out, lse, on, rule, how)
     return out, lse
 
 
 def check(
     how: Prediction,
     mask: Mask,
-    runtime: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
     isa: Isa | None = NATIVE,
 ) -> None:
     q, k, v = inputs(dtype)
     spec = AttentionSpec(mask, rule, how)
-    weights, lse = run(how, mask, runtime, rule, dtype, isa)
-    want, want_lse = reference(q, k, v, spec, runtime, SCALE)
+    weights, lse = run(how, mask, attn_mask, rule, dtype, isa)
+    want, want_lse = reference(q, k, v, spec, attn_mask, SCALE)
     seen = ~want_lse.isneginf()
     assert torch.equal(seen, ~lse.isneginf()) and not weights[~seen].any()
     torch.testing.assert_close(lse[seen], want_lse[seen], rtol=1e-6, atol=4e-6)
@@ -96,7 +96,7 @@ def check(
         return
     # What a score must be for its weight, where the weight has digits enough to tell.
     found = weights.log() + lse[..., None]
-    chosen = chosen_of(q, k, spec, runtime, SCALE)
+    chosen = chosen_of(q, k, spec, attn_mask, SCALE)
     clear = want > 1e-5
     torch.testing.assert_close(found[clear], chosen.scores[clear], rtol=0, atol=3e-5 + 1.01 * rounding)
     if how.prunes:

@@ -595,7 +595,7 @@ def test_no_registers_spill(arch: str, compile_cuda: Callable[[KernelSpec, str],
         of = graph(chain, [chain[-1].output], dtype, sizes)
         match = FAMILY.match(of.group(chain), machine)
         assert match is not None
-        call = OURS.call(match, OURS.space(match, machine)[0], machine, machine.cores)
+        call = OURS.call(match, OURS.space(match, machine)[0], machine, 1)
         assert isinstance(call, KernelCall)
         for kernel in compile_cuda(call.spec, arch):
             assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
@@ -664,7 +664,7 @@ def _cutlass(chain: Sequence[Operator], **options: object) -> Sequence[CutlassPa
     assert not CUTLASS.space(match, target)
     for choice in choices:
         assert CUTLASS.cost(match, choice, target).seconds(target) > 0
-        call = CUTLASS.call(match, choice, target, target.cores)
+        call = CUTLASS.call(match, choice, target, 1)
         assert isinstance(call, KernelCall) and call.outputs == match.program.outputs
         assert len(call.tensors) == 3 + (choice.bias is not None) + choice.residual
         assert isinstance(call.extents, CutlassExtents)

@@ -18,6 +18,7 @@ import fuser
 from fuser import masks
 from fuser.ir.errors import MaskError
 from fuser.kernels import planner
+from fuser.kernels.cover import _Spans, identity
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import plan, stored_plan
 
@@ -248,3 +249,17 @@ def test_what_is_no_mask_is_refused(mask: Any) -> None:
 
 def test_plan_is_public() -> None:
     assert fuser.plan(masks.Strided(), 100) == plan(masks.Strided(), 100, 100)
+
+
+@pytest.mark.parametrize("mask", [masks.SlidingWindow(256, 256), masks.Longformer(512, 16)], ids=lambda mask: mask.name)
+def test_spans_that_repeat_are_covered_once(mask: masks.Mask) -> None:
+    parts = mask.parts(4096)
+    assert parts is not None
+    spans = _Spans.of(parts, identity(4096))
+    kinds, which = spans.kinds()
+    assert len(kinds) < 20 < len(which) == 64
+    # Where their keys lie is found again.
+    seen = np.broadcast_to(np.arange(64)[None, :, None], spans.count.shape)[spans.count > 0]
+    back = spans._back(spans.start[spans.count > 0], seen)
+    want = np.stack([part.start.reshape(64, 64) for part in parts])[spans.count > 0]
+    assert np.array_equal(back, want)

@@ -91,11 +91,11 @@ def searched(space: Space, folder: Path, **options: Any) -> SearchResult:
 
 def compiled(search: str | int = "cached") -> Compiled:
     """As ``optimize`` compiles for the emulator."""
-    tuner = tuner_for(search, EMULATED, EMULATED.cores)
+    tuner = tuner_for(search, EMULATED, 1)
     source = model()
     with torch.no_grad():
         call = flatten_call((given(),), {})
-        return compile_call(source, call, WeightStore(source), EMULATED, EMULATED.cores, tuner=tuner)
+        return compile_call(source, call, WeightStore(source), EMULATED, 1, tuner=tuner)
 
 
 def is_right(program: Compiled) -> bool:
@@ -114,12 +114,12 @@ def test_what_a_search_finds_is_what_is_compiled(cache: KernelCache, tmp_path: P
     found = searched(space, tmp_path, trials=3, strategy="random", seed=2)
     assert found.measured == 3 and not found.failures
     (record,) = cache.records(records.RECORD)
-    assert record["target"] == EMULATED.key and record["threads"] == EMULATED.cores
+    assert record["target"] == EMULATED.key and record["threads"] == 1
     # Another than the default, whatever the emulator's times are.
     (region,) = space.regions
     sets = region.repair([False] * len(region.region.edges))
     apart = region.choice(tuple((members, len(region.kernels[members]) - 1) for members in sets))
-    records.write(cache, region.region, apart, EMULATED, EMULATED.cores, {})
+    records.write(cache, region.region, apart, EMULATED, 1, {})
     program = compiled()
     (choice,) = program.choices.values()
     assert [parameters(choice.groups)] == [parameters(apart.groups)]
@@ -148,7 +148,7 @@ def test_kernels_to_build_offline_are_proposed_when_asked_for(offline: None) -> 
 def test_a_kernel_that_was_built_offline_is_remembered(
     cache: KernelCache, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = Space.of(graph(EMULATED), EMULATED, EMULATED.cores, offline=True)
+    space = Space.of(graph(EMULATED), EMULATED, 1, offline=True)
     (region,) = space.regions
     sets = region.repair([False] * len(region.region.edges))
     kernels = {members: next((k for k, c in enumerate(region.kernels[members]) if c.offline), 0) for members in sets}
@@ -159,7 +159,7 @@ def test_a_kernel_that_was_built_offline_is_remembered(
     finally:
         objective.close()
     won = region.choice(point.regions[0])
-    records.write(cache, region.region, won, EMULATED, EMULATED.cores, {})
+    records.write(cache, region.region, won, EMULATED, 1, {})
     program = compiled()
     (choice,) = program.choices.values()
     assert parameters(choice.groups) == parameters(won.groups)
@@ -195,7 +195,7 @@ def test_searches_are_for_the_target_that_the_inputs_are_on(monkeypatch: pytest.
     monkeypatch.setattr("fuser.searching.search", lambda *arguments, **options: asked.append(arguments))
     search_model(model().float(), (given().float(),), threads=2)
     search_model(model(), (given(),), target="cuda:emulated", threads=2)
-    assert [(target.kind, threads) for _, target, threads in asked] == [("cpu", 2), ("cuda", EMULATED.cores)]
+    assert [(target.kind, threads) for _, target, threads in asked] == [("cpu", 2), ("cuda", 1)]
     with pytest.raises(FuserError, match="inputs are on cpu, this target's tensors on cuda"):
         search_model(model(), (given(),), target=cuda_target("sm_80"))
 

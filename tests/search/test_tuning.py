@@ -123,7 +123,7 @@ def on_gpu(cache: KernelCache) -> list[GroupChoice]:
     model = nn.Sequential(nn.Linear(40, 72), nn.GELU()).eval().half()
     graph = raise_graph(capture(model, flatten_call((torch.randn(9, 40).half(),), {})), None, floating(target))
     regions = {region.hash: region for region in graph.regions}.values()
-    tuner = Tuner(target, target.cores, cache=cache)
+    tuner = Tuner(target, 1, cache=cache)
     refined = tuner.refine([(default_scheme(region, IMPLEMENTATIONS, target), region) for region in regions])
     return [group for choice in refined for group in choice.groups]
 

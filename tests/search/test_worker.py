@@ -59,7 +59,7 @@ def spoilt(choice: GroupChoice, body: str, folder: Path) -> Path:
 
 def test_a_wrong_cuda_kernel_is_rejected(tmp_path: Path) -> None:
     good, other = kernels(EMULATED)
-    worker = Worker(EMULATED, EMULATED.cores, timeout=170.0)
+    worker = Worker(EMULATED, 1, timeout=170.0)
     try:
         bad = unit(good, "bad", spoilt(good, "return 0;", tmp_path))
         wrong, right = worker.time([bad, unit(other, "good")], 0.01)
@@ -77,7 +77,7 @@ def test_a_lost_gpu_is_like_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.syspath_prepend(tmp_path)
     good, other = kernels(EMULATED)
-    worker = Worker(EMULATED, EMULATED.cores, timeout=170.0)
+    worker = Worker(EMULATED, 1, timeout=170.0)
     try:
         bad = unit(good, "bad", spoilt(good, "return 7;", tmp_path))
         fine, lost = worker.time([unit(other, "good"), bad], 0.01)

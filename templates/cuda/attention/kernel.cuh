@@ -186,7 +186,7 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
 
   const int64_t total = p.units * p.tiles, flying = p.in_flight < p.units ? p.in_flight : p.units;
   if (total == 0) return 0;
-  const int64_t resident = int64_t(args->threads) * resident_blocks(attend, S::kThreads, S::kSharedBytes);
+  const int64_t resident = e.multiprocessors * resident_blocks(attend, S::kThreads, S::kSharedBytes);
   const bool counted = total > resident || (p.states != 0 && p.units > p.in_flight);
   if (counted || p.states != 0) {
     auto* words = static_cast<int*>(args->workspace);

@@ -19,14 +19,14 @@ from fuser.attention import register_mask, registry
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias: bool) -> None:
     q, k, v = (t.double().requires_grad_() for t in inputs(1, 4, 2, 5, 6, 3))
-    runtime = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True) if bias else None
+    attn_mask = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True) if bias else None
     key = register_mask(masks.Causal())
 
-    def both(q: Tensor, k: Tensor, v: Tensor, runtime: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse = WITH_LSE(q, k, v, key, runtime, 0.5)
-        return out, lse, OPERATOR(q, k, v, key, runtime, 0.5)
+    def both(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = WITH_LSE(q, k, v, key, attn_mask, 0.5)
+        return out, lse, OPERATOR(q, k, v, key, attn_mask, 0.5)
 
-    assert torch.autograd.gradcheck(both, (q, k, v, runtime), fast_mode=True)
+    assert torch.autograd.gradcheck(both, (q, k, v, attn_mask), fast_mode=True)
 
 
 def test_gradients_in_single_precision() -> None:
@@ -79,8 +79,8 @@ def test_operators_are_registered_well(operator: Any, transposed: bool) -> None:
     q, k, v = (LAYOUTS["heads inside tokens"](t) if transposed else t for t in inputs())
     key = register_mask(masks.Longformer(4, 3))
     torch.library.opcheck(operator, (q.requires_grad_(), k, v, key, None, 0.2))
-    runtime = torch.rand(2, 1, 1, 90) > 0.3
-    torch.library.opcheck(operator, (q.detach(), k, v, key, runtime, 0.2))
+    attn_mask = torch.rand(2, 1, 1, 90) > 0.3
+    torch.library.opcheck(operator, (q.detach(), k, v, key, attn_mask, 0.2))
 
 
 @pytest.mark.parametrize("given", ["mask", "tensor", "bias"])

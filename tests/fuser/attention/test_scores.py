@@ -66,13 +66,13 @@ def test_the_emulated_gpu_caps_scores() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_pass_through_the_rule(bias: bool) -> None:
     q, k, v = (t.double().requires_grad_() for t in inputs(1, 4, 2, 5, 6, 3))
-    runtime = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True) if bias else None
+    attn_mask = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True) if bias else None
     key = register_mask(masks.Causal(), score=CAP)
 
-    def both(q: Tensor, k: Tensor, v: Tensor, runtime: Tensor | None) -> tuple[Tensor, Tensor]:
-        return OPERATOR(q, k, v, key, runtime, 2.5)  # type: ignore[no-any-return]
+    def both(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return OPERATOR(q, k, v, key, attn_mask, 2.5)  # type: ignore[no-any-return]
 
-    assert torch.autograd.gradcheck(both, (q, k, v, runtime), fast_mode=True)
+    assert torch.autograd.gradcheck(both, (q, k, v, attn_mask), fast_mode=True)
     tangents = tuple(torch.ones_like(t) for t in (q, k, v))
     step = 1e-6
     ahead, behind = (exact(*(t + s for t in (q, k, v)), masks.Causal().dense(5, 6), cap=1.5)[0] for s in (step, -step))

@@ -38,13 +38,13 @@ def test_values(optimized: fuser.OptimizedModule) -> None:
     (compiled,) = optimized.programs
     assert found.model == "TransformerEncoder"
     assert found.programs == ("1×16×32 float32",)
-    assert sum(block.count for block in found.blocks) == len(compiled.graph.regions)
-    assert max(block.count for block in found.blocks) == 3
-    for block in found.blocks:
-        region = next(r for r in compiled.graph.regions if r.hash == block.region)
-        names = [name for group in block.groups for name in group.operators]
+    assert sum(region.count for region in found.regions) == len(compiled.graph.regions)
+    assert max(region.count for region in found.regions) == 3
+    for row in found.regions:
+        region = next(r for r in compiled.graph.regions if r.hash == row.hash)
+        names = [name for group in row.groups for name in group.operators]
         assert sorted(names) == sorted(op.name for op in region.operators)
-        assert block.seconds == pytest.approx(sum(group.seconds for group in block.groups))
+        assert row.seconds == pytest.approx(sum(group.seconds for group in row.groups))
     assert found.memory.arena == compiled.assembly.plan.arena_bytes
     # Four matrices of a layer are packed: 3·32·32 + 32·32 + 2·32·64 numbers of 4 bytes; packing may pad.
     assert found.memory.constants >= 3 * 4 * (4 * 32 * 32 + 2 * 32 * 64)
@@ -66,7 +66,7 @@ def test_text_names_everything(optimized: fuser.OptimizedModule) -> None:
     for region in optimized.programs[0].graph.regions:
         assert str(optimized.programs[0].choices[region.hash].scheme) in text
     assert "× 3" in text
-    assert "unfused inside the blocks: nothing" in text
+    assert "unfused inside the regions: nothing" in text
     assert re.search(r"memory +arena .* packed and derived weights", text)
 
 

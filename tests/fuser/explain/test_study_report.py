@@ -14,7 +14,7 @@ import pytest
 from fuser.explain.report import Group
 from fuser.explain.study_charts import charts
 from fuser.explain.study_report import render_html, render_text
-from fuser.explain.study_summary import BlockResult, StudySummary, TrialRow, best_so_far, changes
+from fuser.explain.study_summary import RegionResult, StudySummary, TrialRow, best_so_far, changes
 
 BEFORE = (
     Group("gemm", ("a", "b"), 3e-3, True),
@@ -27,7 +27,7 @@ AFTER = (
     Group("gemm", ("c", "d"), 2e-3, True),
     Group("rowwise", ("e",), 1e-3, True),
 )
-BLOCK = BlockResult(
+REGION = RegionResult(
     "0123456789abcdef", 12, "1:0123456789abcdef:8", "1:0123456789abcdef:f", BEFORE, AFTER, "<svg></svg>"
 )
 TRIALS = (
@@ -46,7 +46,7 @@ STUDY = StudySummary(
     threads=2,
     storage="sqlite:///studies.db",
     trials=TRIALS,
-    blocks=(BLOCK,),
+    regions=(REGION,),
     before=0.030,
     after=0.028,
     verified=1.05,
@@ -59,7 +59,7 @@ STUDY = StudySummary(
 EMPTY = dataclasses.replace(
     STUDY,
     trials=(),
-    blocks=(),
+    regions=(),
     before=None,
     after=None,
     verified=None,
@@ -80,7 +80,7 @@ def test_values() -> None:
     values = json.loads(json.dumps(STUDY.as_dict()))
     assert values["best"]["number"] == 3
     assert values["counts"]["failed"] == 2
-    assert "picture" not in values["blocks"][0]
+    assert "picture" not in values["regions"][0]
 
 
 def test_best_so_far_counts_trials_without_a_time() -> None:
@@ -89,12 +89,12 @@ def test_best_so_far_counts_trials_without_a_time() -> None:
 
 
 def test_changes_are_the_finest_sets_that_no_scheme_cuts() -> None:
-    found = changes(BLOCK)
+    found = changes(REGION)
     assert [change.operators for change in found] == [("a", "b"), ("c", "d"), ("e",)]
     assert [change.seconds_before for change in found] == pytest.approx([3e-3, 3e-3, 1e-3])
     assert [change.seconds_after for change in found] == pytest.approx([3e-3, 2e-3, 1e-3])
     crossing = dataclasses.replace(
-        BLOCK,
+        REGION,
         after=(
             Group("gemm", ("a",), 1e-3, True),
             Group("gemm", ("b", "c"), 1e-3, True),
@@ -119,7 +119,7 @@ def test_text_says_what_was_found() -> None:
 def test_html_stands_alone() -> None:
     html = render_html(STUDY)
     assert not re.search(REFERENCES, html)
-    assert BLOCK.picture in html
+    assert REGION.picture in html
     for text in (
         "16,640",
         "0.875",
@@ -127,7 +127,7 @@ def test_html_stands_alone() -> None:
         "1.050×",
         "wrong numbers",
         "predicted above twice the best",
-        BLOCK.scheme_after,
+        REGION.scheme_after,
     ):
         assert text in html
     # The pair c, d takes a third less.
@@ -138,7 +138,7 @@ def test_html_stands_alone() -> None:
 def test_charts_are_svg_without_references() -> None:
     pytest.importorskip("matplotlib")
     found = charts(STUDY)
-    assert set(found) == {"convergence", "model", "importance", BLOCK.region}
+    assert set(found) == {"convergence", "model", "importance", REGION.hash}
     for uri in found.values():
         svg = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode()
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -162,14 +162,14 @@ def test_text_of_others_is_escaped() -> None:
         TrialRow(6, evil, "complete", 0.05, 0.05, 4.0, "s"),
         TrialRow(7, "x", "failed", None, 1, 5, "s", evil),
     )
-    block = dataclasses.replace(BLOCK, before=(Group(evil, ("a", evil), 1e-3, True),), after=(AFTER[0],))
+    region = dataclasses.replace(REGION, before=(Group(evil, ("a", evil), 1e-3, True),), after=(AFTER[0],))
     study = dataclasses.replace(
-        STUDY, name=evil, model=evil, storage=evil, trials=trials, blocks=(block,), importance={evil: 1.0}
+        STUDY, name=evil, model=evil, storage=evil, trials=trials, regions=(region,), importance={evil: 1.0}
     )
     assert "<script" not in render_html(study)
 
 
 def test_a_study_whose_model_is_not_at_hand() -> None:
-    html = render_html(dataclasses.replace(STUDY, blocks=(dataclasses.replace(BLOCK, picture=""),), importance={}))
+    html = render_html(dataclasses.replace(STUDY, regions=(dataclasses.replace(REGION, picture=""),), importance={}))
     assert "cannot be drawn" in html
     assert "too few trials" in html
