@@ -83,7 +83,7 @@ def encoder_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         fast = model if quantize is None else fuser.optimize(model, quantize=quantize)
         with torch.no_grad():
             got = demo.embed(encoder, demo.encode_with(fast), batches)
-        result: dict[str, Any] = {"part": "encoder", "arm": label, **agreement(got, exact)}
+        result: dict[str, Any] = {"part": "encoder", "arm": label, "sentences": len(exact), **agreement(got, exact)}
         if attention is not None:
             if not attention.counted.allowed:
                 counting([attention], lambda: demo.embed(encoder, demo.encode_with(model), batches))  # noqa: B023
@@ -252,8 +252,6 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = (
         ("encoder", f"recall_of_{NEAREST}_nearest", f"encoder: recall of {NEAREST} nearest", 1.0),
         (
@@ -263,7 +261,13 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
             next((r["perplexity"] for r in results if r["arm"] == "fp32"), None),
         ),
     )
-    for axes, (part, key, title, exact) in zip(figure.subplots(1, 2), panels, strict=True):
+    parts = {r["part"] for r in results if "work" in r}
+    drawn = [panel for panel in panels if panel[0] in parts]
+    if not drawn:
+        return
+    figure = Figure(figsize=(5.5 * len(drawn), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (part, key, title, exact) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         rows = [r for r in results if r.get("part") == part and "work" in r]
         families = (("deq", "deq "), ("sanger", "sanger "), ("static window", "window"), ("int8 and deq", "int8"))
         for (label, prefix), mark in zip(families, "os^D", strict=True):
