@@ -270,11 +270,11 @@ def encoding(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         ready = {"torch": made(), "fuser": fuser.optimize(made())}
         encoder = ready["torch"][0].auto_model
+        exported = arms(encoder, threads, Path(scratch))
         for name in ("onnxruntime", "openvino"):
-            make = arms(encoder, threads, Path(scratch)).get(name)
-            if make is not None:
+            if name in exported:
                 ready[name] = made()
-                ready[name][0].model = Session(make(), encoder.config)
+                ready[name][0].model = Session(exported[name](), encoder.config)
         first, expected = {}, ready["torch"].encode(texts[:200])
         for name, model in ready.items():
             error = abs(model.encode(texts[:200]) - expected).max()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.attention.checks import check_heads, check_operands
+from fuser.attention.checks import check_heads, check_operands, check_tensors
 from fuser.attention.gradients import gradients_of
 from fuser.attention.jagged import offsets_of
 from fuser.attention.launch import NoKernelError, run_plan, say, target_for
@@ -90,6 +90,8 @@ def varlen_attention(
         MaskError: the mask does not fit a document.
         ScoreError: ``score`` is no rule of ours.
     """
+    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_tensors(q=q, k=k, v=v, **{name: cu for name, cu in offsets.items() if cu is not None})
     if q.is_nested or k.is_nested or v.is_nested:
         return _of_nested(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=score, scale=scale, return_lse=return_lse)
     if cu_seqlens_q is None:

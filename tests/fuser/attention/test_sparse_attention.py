@@ -307,3 +307,20 @@ def test_dtypes_that_do_not_fit() -> None:
 def test_masks_that_do_not_fit(mask: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         sparse_attention(*inputs(), mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("q", lambda t, cu: sparse_attention(None, t, t)),  # type: ignore[arg-type]
+        ("k", lambda t, cu: sparse_attention(t, t.tolist(), t)),
+        ("k", lambda t, cu: fuser.flat.attention(t, 1.0, t)),  # type: ignore[arg-type]
+        ("q", lambda t, cu: fuser.linear_attention([], t, t)),  # type: ignore[arg-type]
+        ("decay", lambda t, cu: fuser.linear_attention(t, t, t, decay=-0.1)),  # type: ignore[arg-type]
+        ("v", lambda t, cu: fuser.varlen_attention(t[0], t[0], None, cu)),  # type: ignore[arg-type]
+        ("cu_seqlens_q", lambda t, cu: fuser.varlen_attention(t[0], t[0], t[0], [0, 2])),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_tensor_is_named(name: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a tensor"):
+        call(torch.zeros(1, 2, 2, 8), torch.tensor([0, 2]))

@@ -162,6 +162,15 @@ def test_a_batch_of_one_is_packed_too() -> None:
     assert not any("computed" in line for line in fast.snapshot().padding)
 
 
+def test_an_empty_batch_and_empty_texts_give_what_the_model_gives() -> None:
+    fast, model = made(Encoder(), padding="skip")
+    ids, mask = padded("right")
+    with torch.inference_mode():
+        fast(ids, mask)
+        for given in ((ids[:0], mask[:0]), (ids[:, :0], mask[:, :0])):
+            assert fast(*given).shape == model(*given).shape
+
+
 def test_nothing_is_packed_where_nothing_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model = made(Encoder(), padding="skip")
     monkeypatch.setattr("fuser.module.ragged.packed_rows", None)
