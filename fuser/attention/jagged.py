@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def offsets_of(name: str, tensor: Tensor) -> Tensor:
+def offsets_of(name: str, tensor: Any) -> Tensor:
     """Where the entries of a nested tensor (B, *, …) begin in its ``values()``, (B + 1,). Raises ValueError for one of
     another layout, with another ragged dimension, or with gaps between entries."""
     if tensor.layout is not torch.jagged:

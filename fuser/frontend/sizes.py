@@ -203,8 +203,8 @@ class Sizes:
             if isinstance(condition, swapped):
                 return Condition(kind, (self._formula(condition.rhs), self._formula(condition.lhs)))
         if isinstance(condition, (sympy.And, sympy.Or)):
-            kind: Literal["all", "any"] = "all" if isinstance(condition, sympy.And) else "any"
-            return Condition(kind, tuple(map(self._condition, condition.args)))
+            parts = tuple(map(self._condition, condition.args))
+            return Condition("all" if isinstance(condition, sympy.And) else "any", parts)
         raise CaptureError(f"{condition} is no comparison of sizes")
 
     def _is_identity(self, condition: Any) -> bool:

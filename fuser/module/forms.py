@@ -204,7 +204,7 @@ class Variant:
     dtypes: frozenset[torch.dtype]
     binder: Binder[OperatorGraph]
     assumptions: Binder[tuple[bool, ...]]
-    templates: dict[Hashable, Template] = field(default_factory=dict)
+    templates: dict[tuple[Target, int, int], Template] = field(default_factory=dict)
     counts: tuple[str, ...] | None = None
     """The sizes that the number of rows follows from; None: all."""
     packing: Packing | str | None = None

@@ -66,7 +66,8 @@ class LoadedCaptures:
         """The output of a call. Raises KernelError where it would take a program that is not in the file."""
         reason, output = "nothing was compiled for calls without padding", self._bound(saved.output, sizes)
         if variant.packing is not None:
-            packing, complete = variant.packing, set() if variant.whole.templates else None
+            packing = variant.packing
+            complete: set[tuple[Any, ...]] | None = set() if variant.whole.templates else None
 
             def rows(sizes: Mapping[str, int]) -> Program:
                 return self._program(packing.rows, sizes, threads)[0]

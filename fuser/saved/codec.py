@@ -88,7 +88,7 @@ def dump(value: Any) -> bytes:
 def load(content: bytes) -> Any:
     """The value of a text that :func:`dump` made. Raises ValueError, TypeError or another error for any other text, and
     runs nothing but constructors of ours."""
-    tree, shared = json.loads(content), []
+    tree, shared = json.loads(content), list[Any]()
     if isinstance(tree, list) and len(tree) == 3 and tree[0] == "sharing":
         for part in tree[1]:
             shared.append(_decode(part, shared))
@@ -254,7 +254,8 @@ def is_saved(found: Any) -> bool:
 
 def check(value: Any) -> None:
     """Raise TypeError unless the fields of a dataclass of ours are what their annotations say."""
-    _check_fields(type(value), {name: getattr(value, name) for name in _hints(type(value))})
+    cls: type = type(value)
+    _check_fields(cls, {name: getattr(value, name) for name in _hints(cls)})
 
 
 def _check_fields(cls: type, given: Mapping[str, Any]) -> None:

@@ -148,14 +148,17 @@ class SavedPrograms:
     attention: tuple[tuple[str, AttentionSpec], ...]
 
     @property
+    def _every(self) -> list[SavedProgram | SavedTemplate]:
+        return [*self.programs, *(made for found in self.captures for made in found.templates)]
+
+    @property
     def plans(self) -> list[ProgramPlan]:
-        return [saved.plan for saved in (*self.programs, *(t for found in self.captures for t in found.templates))]
+        return [saved.plan for saved in self._every]
 
     @property
     def specs(self) -> dict[str, KernelSpec]:
         """The kernels by symbol."""
-        every = (*self.programs, *(made for found in self.captures for made in found.templates))
-        return {spec.symbol: spec for saved in every for spec in saved.specs}
+        return {spec.symbol: spec for saved in self._every for spec in saved.specs}
 
 
 @dataclass(frozen=True)

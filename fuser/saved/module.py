@@ -53,8 +53,8 @@ class LoadedModule(nn.Module):
         for i, saved in enumerate(content.programs):
             self._by_key.setdefault(saved.key, []).append(i)
         self._captures = LoadedCaptures(content.captures, self._on_cpu, self._made)
-        templates = [made for found in content.captures for made in found.templates]
-        self._last: SavedProgram | SavedTemplate = [*templates, *content.programs][-1]
+        every: list[SavedProgram | SavedTemplate] = [t for found in content.captures for t in found.templates]
+        self._last = [*every, *content.programs][-1]
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ def save(calls: Sequence[SavedCall], forms: Sequence[SavedForm], snapshot: Snaps
     if target is None:
         raise FuserError("nothing is compiled yet: call the module, or pass example_inputs to fuser.optimize")
     spans = _Spans()
-    captures = tuple(found for form in forms if (found := _capture(form, spans)) is not None)
+    captures = tuple(made for form in forms if (made := _capture(form, spans)) is not None)
     if not calls and not captures:
         raise FuserError("nothing is compiled yet that can be saved: call the module on plain tensors")
     kernels = _kernels_of(calls, forms)
