@@ -41,7 +41,8 @@ def shares(chosen: Tensor, allowed: Tensor | None = None, *, tile: int = 64) -> 
     def tiles(x: Tensor) -> Tensor:
         padding = (0, -x.shape[3] % tile, 0, -x.shape[2] % tile)
         padded = torch.nn.functional.pad(x, padding)
-        return padded.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).any(5).any(3)  # type: ignore[no-untyped-call]
+        rows, columns = padded.shape[2] // tile, padded.shape[3] // tile
+        return padded.view(*x.shape[:2], rows, tile, columns, tile).any(5).any(3)
 
     def share(part: Tensor, whole: Tensor) -> Tensor:
         return part.sum((2, 3), dtype=torch.float64) / whole.sum((2, 3), dtype=torch.float64)
