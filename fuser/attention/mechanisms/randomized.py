@@ -53,18 +53,6 @@ class RandomizedAttention(SoftmaxAttention):
         return k.gather(2, chosen.expand(-1, -1, -1, k.shape[3]))
 
 
-def _averages(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) · values (…, C, D) of scores (…, C, N), and the logarithm (…, C) of what softmax divides by.
-
-    Zeros and -inf where all scores are -inf. Attention would compute that sum, too, but does not return it.
-    """
-    limits = torch.finfo(scores.dtype)
-    top = scores.amax(-1, keepdim=True).clamp(min=limits.min)
-    weights = (scores - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    return weights @ values / total.clamp(min=limits.tiny), (top + total.log()).squeeze(-1)
-
-
 class Tokens(nn.Module):
     """An image (B, C, rows, columns) as tokens (B, rows · columns, C)."""
 
@@ -149,15 +137,6 @@ class LaraAttention(SoftmaxAttention):
 
     def _pooled(self, x: Tensor, grid: Sequence[int], generator: nn.Module, dense: bool) -> Tensor:
         """Landmarks (B, H, C, D) of heads (B, H, N, D) on a grid, each by itself or all together."""
-        side = self._side()
-        if not any(length % side for length in grid):
-            # Equal rectangles, whose tokens stay where they are.
-            rows, columns = (length // side for length in grid)
-            x = torch.unflatten(x, 2, (side, rows, side, columns)).mean((3, 5)).flatten(2, 3)
-            x = x.transpose(1, 2).flatten(2) if dense else x
-            for layer in list(generator.children())[2:]:
-                x = layer(x)
-            return heads_of(x, self.num_heads) if dense else x
         channels = x.mT.flatten(1, 2) if dense else x.mT.flatten(0, 1)
         pooled: Tensor = generator(torch.unflatten(channels, -1, tuple(grid)))
         return heads_of(pooled, self.num_heads) if dense else torch.unflatten(pooled, 0, x.shape[:2])
@@ -171,20 +150,20 @@ class LaraAttention(SoftmaxAttention):
         log_phi = lphi(k, omega)
         if hidden is not None:
             log_phi = log_phi.masked_fill(hidden, -math.inf)
-        values, mass = _averages(log_phi, v)
-        if copies > 1:
-            mu, q_bar = (x.repeat(1, 1, copies, 1) for x in (mu, q_bar))
-        density = lphi(mu, omega)
+        values = attend_features(omega, k, v, hidden)
+        # (B, H, 1, C) from here on.
+        mass = log_phi.logsumexp(-1).unsqueeze(-2)
         if self.mis_type == "mis-opt":
+            mu = mu.repeat(1, 1, copies, 1)
+            density = lphi(mu, omega)
             own = density.diagonal(dim1=-2, dim2=-1)
-            heuristic = torch.exp(own - density.logsumexp(-1)).unsqueeze(-1)
-            # (B, H, C, N), so that the sums over all queries are sums of rows.
-            closeness = (q_bar @ q.mT * self.scale).softmax(-1)
-            alpha = heuristic + self.alpha_coeff * (closeness - closeness.mean(-2, keepdim=True))
-            bias = alpha.clamp(min=1e-8).log() + (mass - own).unsqueeze(-1)
-            return attend(q, omega, values, bias=bias.mT).to(dtype)
-        bias = (mass - density.logsumexp(-1)).unsqueeze(-2)
-        keys = omega + mu if self.mis_type == "mis-biased" else omega
+            heuristic = torch.exp(own - density.logsumexp(-1)).unsqueeze(-2)
+            closeness = (q @ q_bar.mT * self.scale).softmax(2).repeat(1, 1, 1, copies)
+            alpha = heuristic + self.alpha_coeff * (closeness - closeness.mean(-1, keepdim=True))
+            bias = alpha.clamp(min=1e-8).log() + (mass - own.unsqueeze(-2))
+            return attend(q, omega, values, bias=bias).to(dtype)
+        bias = mass - lphi(mu, omega).logsumexp(-1).unsqueeze(-2)
+        keys = omega + mu.repeat(1, 1, copies, 1) if self.mis_type == "mis-biased" else omega
         return attend(q, keys, values, bias=bias).to(dtype)
 
     def _sample(self, mu: Tensor) -> tuple[Tensor, int]:
