@@ -246,13 +246,62 @@ def many_threads(model: nn.Module, seconds: float, callers: int) -> dict[str, An
     return {"one": round(one, 1), "several": round(several, 1), "callers": callers, "errors": errors}
 
 
-PARTS = ("passes", "new", "memory", "threads")
+class Session(nn.Module):
+    """An exported encoder in the place of the one in PyTorch, as other backends of sentence-transformers have it."""
+
+    def __init__(self, encode: Encode, config: Any) -> None:
+        super().__init__()
+        self.encode, self.config = encode, config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=torch.as_tensor(self.encode(input_ids, attention_mask)))
+
+
+def encoding(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds of ``encode`` of sentence-transformers, tokenizer included, with its defaults (32 texts a batch, sorted):
+    by PyTorch, by fuser, and by encoders that are exported as its other backends export them."""
+    from sentence_transformers import SentenceTransformer
+
+    def made() -> Any:
+        return SentenceTransformer(str(folder), device="cpu")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ready = {"torch": made(), "fuser": fuser.optimize(made())}
+        encoder = ready["torch"][0].auto_model
+        exported = arms(encoder, threads, Path(scratch))
+        for name in ("onnxruntime", "openvino"):
+            if name in exported:
+                ready[name] = made()
+                ready[name][0].model = Session(exported[name](), encoder.config)
+        first, expected = {}, ready["torch"].encode(texts[:200])
+        for name, model in ready.items():
+            error = abs(model.encode(texts[:200]) - expected).max()
+            assert error < 1e-4, f"{name} computes something else ({error:.2g})"
+            start = time.perf_counter()
+            model.encode(texts)
+            first[name] = time.perf_counter() - start
+        later: dict[str, list[float]] = {name: [] for name in ready}
+        for turn in range(rounds):
+            names = list(ready)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                time.sleep(0.1)
+                start = time.perf_counter()
+                ready[name].encode(texts)
+                later[name].append(time.perf_counter() - start)
+    seconds = {name: round(statistics.median(found), 3) for name, found in later.items()}
+    return {"texts": len(texts), "first_seconds": {n: round(s, 3) for n, s in first.items()}, "later_seconds": seconds}
+
+
+PARTS = ("passes", "encode", "new", "memory", "threads")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sentences", type=int, default=800)
+    parser.add_argument("--texts", type=int, default=2000, help="for encode of sentence-transformers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -272,6 +321,10 @@ def main() -> None:
                 found = passes(encoder.model, batches(corpus), options.rounds, torch.get_num_threads())
                 results.append({"case": case, "sentences": len(rows), **found})
                 print(results[-1], flush=True)
+        if "encode" in options.parts:
+            found = encoding(model_folder(), sentences(options.texts), options.rounds, torch.get_num_threads())
+            results.append({"case": "encode", **found})
+            print(results[-1], flush=True)
         if "new" in options.parts:
             results.append({"case": "new lengths", **new_lengths(12, 20)})
             print(results[-1], flush=True)

@@ -158,6 +158,44 @@ def architectures(report: Mapping[str, Any]) -> str:
     return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 
 
+def any_length(report: Mapping[str, Any]) -> str:
+    """Seconds of whole passes over a corpus of all lengths, and what new lengths, memory and threads cost."""
+    cases = {result["case"]: result for result in report["results"]}
+    passes = [result for result in report["results"] if "later_seconds" in result]
+    arms = _union(result["later_seconds"] for result in passes)
+    rows = []
+    for result in passes:
+        times = [[_ms(result[key].get(arm)) for arm in arms] for key in ("first_seconds", "later_seconds")]
+        size = f"{result['sentences']} sentences" if "sentences" in result else f"{result['texts']} texts"
+        rows += [
+            [f"{result['case']}, {size}, {name} pass", *t] for name, t in zip(("first", "later"), times, strict=True)
+        ]
+    text = _table("Sentences of all lengths by MiniLM, seconds a pass", ["corpus", *arms], rows)
+    if found := cases.get("new lengths"):
+        text += (
+            f"\n\nA new length of BERT with {found['layers']} layers costs {found['extra_ms']:.3g} ms beyond its run."
+        )
+    if found := cases.get("memory"):
+        text += f"\n\nResident memory grows by {found['growth']:.1%} from the 50th to the {found['shapes']}th shape."
+    if found := cases.get("threads"):
+        text += (
+            f"\n\n{found['callers']} threads with random lengths: {found['several']:.0f} calls a second, "
+            f"one: {found['one']:.0f}; {len(found['errors'])} errors."
+        )
+    return f"{text}\n\n{_machine(report['machine'])}"
+
+
+def packed(report: Mapping[str, Any]) -> str:
+    """Attention over documents side by side: milliseconds of every arm."""
+    arms = _union(result["timings"] for result in report["results"])
+    rows = [
+        [f"{result['mask']}, {result['case']}", *(_ms(result["timings"][arm]["median_ms"]) for arm in arms)]
+        for result in report["results"]
+    ]
+    title = "Attention over packed documents, milliseconds a call (fp32, 12 heads of 64)"
+    return f"{_table(title, ['mask, documents', *arms], rows)}\n\n{_machine(report['machine'])}"
+
+
 def _best_settings(timings: Mapping[str, Any]) -> dict[str, float]:
     """Milliseconds of ``flex32``, ``flex64``, ``sdpa``, ``sdpa_causal``, … as the least of ``flex``, ``sdpa``, …"""
     best: dict[str, float] = {}
@@ -192,8 +230,19 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-TABLES = {"encoders": encoders, "int8": int8, "attention": attention, "search": search, "architectures": architectures}
-FILES = {"README.md": ("encoders", "int8", "attention", "search"), "docs/models.md": ("architectures",)}
+TABLES = {
+    "encoders": encoders,
+    "any_length": any_length,
+    "int8": int8,
+    "attention": attention,
+    "packed": packed,
+    "search": search,
+    "architectures": architectures,
+}
+FILES = {
+    "README.md": ("encoders", "any_length", "int8", "attention", "packed", "search"),
+    "docs/models.md": ("architectures",),
+}
 """Which tables stand in which file."""
 
 

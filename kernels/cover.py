@@ -157,7 +157,8 @@ def from_parts(parts: Sequence[Part], order: Int64s, model: GroupCost) -> tuple[
     return [spans.cover(made, len(kinds), which) for made in covers], float(costs[which].sum())
 
 
-class _Spans(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Spans:
     """The progressions of all spans, their keys moved together to where the first is 0 and gaps are short.
 
     ``start``, ``count`` are (parts, spans, 64), ``step`` is (parts,), ``valid`` (spans, 64) says which slots have rows.
@@ -221,10 +222,12 @@ class _Spans(NamedTuple):
     def _back(self, keys: Int64s, span: Int64s) -> Int64s:
         """Keys of spans where they were."""
         if self.begin.shape[1] == 1:
-            return keys + self.moved[span, 0]
+            first: Int64s = keys + self.moved[span, 0]
+            return first
         limit = max(int(keys.max(initial=0)), int(self.begin.max(initial=0))) + 1
         begin = (self.begin + limit * np.arange(len(self.begin))[:, None]).reshape(-1)
-        return keys + self.moved.reshape(-1)[np.searchsorted(begin, keys + limit * span, side="right") - 1]
+        back: Int64s = keys + self.moved.reshape(-1)[np.searchsorted(begin, keys + limit * span, side="right") - 1]
+        return back
 
 
 def _lanes(valid: Bools, width: int) -> tuple[Words, Words]:

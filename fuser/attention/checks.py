@@ -9,8 +9,16 @@ from fuser.ir.errors import MaskError
 from fuser.ir.masks import Mask
 
 
+def check_tensors(**given: object) -> None:
+    """Raise ValueError, by its name, for what is no tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless shapes, dtypes and devices fit."""
+    """Raise ValueError unless these are tensors whose shapes, dtypes and devices fit."""
+    check_tensors(q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"attention takes q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv), got {shapes}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuser.attention.checks import check_tensors
 from fuser.attention.launch import NoKernelError, logger
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import arithmetic_dtype, is_forward_differentiated
@@ -81,6 +82,7 @@ def linear_attention(
         ValueError: shapes, dtypes or devices do not fit each other.
         MechanismError: ``decay`` or ``beta`` without ``causal``, or ``beta`` with ``normalize``.
     """
+    check_tensors(q=q)
     if scale is None:
         scale = 1.0 if normalize is not None else 1.0 / math.sqrt(max(q.shape[-1], 1))
     rule = Recurrence(float(scale), causal, decay is not None, beta is not None, normalize)
@@ -102,6 +104,7 @@ def _checked(
     state: Tensor | None,
 ) -> _Operands:
     """The operands, those that are broadcast expanded. Raises ValueError unless they fit."""
+    check_tensors(k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(
@@ -117,7 +120,10 @@ def _checked(
         raise ValueError(f"causal linear attention needs as many queries as keys: {shapes}")
     given = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta, "state": state}
     for name, t in given.items():
-        if t is not None and (not t.is_floating_point() or t.device != q.device):
+        if t is None:
+            continue
+        check_tensors(**{name: t})
+        if not t.is_floating_point() or t.device != q.device:
             raise ValueError(f"{name} must be floating-point and on {q.device}, got {t.dtype} on {t.device}")
     if q.dtype != k.dtype:
         raise ValueError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")

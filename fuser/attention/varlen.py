@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.attention.checks import check_heads, check_operands
+from fuser.attention.checks import check_heads, check_operands, check_tensors
 from fuser.attention.gradients import gradients_of
+from fuser.attention.jagged import offsets_of
 from fuser.attention.launch import NoKernelError, run_plan, say, target_for
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import arithmetic_dtype, is_forward_differentiated, reference
@@ -38,7 +39,7 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     mask: Mask | None = None,
     *,
@@ -65,6 +66,9 @@ def varlen_attention(
             read from the offsets.
         return_lse: also return the log-sum-exp of the scores of each row, (H, total_q) fp32, natural logarithm.
 
+    Instead of packed tensors with offsets ``q``, ``k`` and ``v`` may be nested ones, (documents, lengths, H, D) with
+    ``layout=torch.jagged``; so is the result then, with the offsets of ``q``.
+
     Returns (total_q, H, Dv) in the dtype of ``q``, contiguous. A row that may see nothing gives zeros, and -inf as its
     log-sum-exp.
 
@@ -86,6 +90,14 @@ def varlen_attention(
         MaskError: the mask does not fit a document.
         ScoreError: ``score`` is no rule of ours.
     """
+    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_tensors(q=q, k=k, v=v, **{name: cu for name, cu in offsets.items() if cu is not None})
+    if q.is_nested or k.is_nested or v.is_nested:
+        return _of_nested(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=score, scale=scale, return_lse=return_lse)
+    if cu_seqlens_q is None:
+        raise ValueError(
+            "cu_seqlens_q says where the documents of q begin; only nested tensors know that by themselves"
+        )
     if score is not None and not isinstance(score, ScoreRule):
         raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
     if mask is not None and not isinstance(mask, Mask):
@@ -102,6 +114,26 @@ def varlen_attention(
     else:
         out, lse = torch.ops.fuser.varlen_attention(*operands, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _of_nested(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    mask: Mask | None,
+    **more: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not (q.is_nested and k.is_nested and v.is_nested) or cu_seqlens_q is not None or cu_seqlens_k is not None:
+        raise ValueError("q, k and v are nested tensors all three or none of them, and have no cu_seqlens beside them")
+    ours, keys, values = (offsets_of(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
+    if not torch.equal(keys, values):
+        raise ValueError("k and v must have equal lengths")
+    found = varlen_attention(q.values(), k.values(), v.values(), ours, keys, mask, **more)
+    out, *lse = found if isinstance(found, tuple) else (found,)
+    nested = torch.nested.nested_tensor_from_jagged(out, ours)
+    return (nested, *lse) if lse else nested  # type: ignore[return-value]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> None:

@@ -6,20 +6,27 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils._sympy import functions as formulas
 
-from fuser.ir.binding import Binder
+from fuser.ir.binding import Binder, Condition
 from fuser.ir.errors import CaptureError
 from fuser.ir.size import Size, bounds, maximum, minimum, named
 
 _NAMES = ("batch", "sequence")
 """Of the first two dimensions of a call's first tensor."""
 _TRACED = "fuser_traced"
+_RELATIONS: Mapping[Literal["==", "!=", "<", "<="], tuple[Any, tuple[Any, ...]]] = {
+    "==": (sympy.Eq, ()),
+    "!=": (sympy.Ne, ()),
+    "<": (sympy.StrictLessThan, (sympy.StrictGreaterThan,)),
+    "<=": (sympy.LessThan, (sympy.GreaterThan,)),
+}
+"""PyTorch's comparisons, and those that are these with sides exchanged."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def traced(node: Any) -> Any:
 
 @dataclass(frozen=True)
 class Guard:
-    """Something that must be true of named sizes, over PyTorch's symbols for them."""
+    """Something that must be true of named sizes, over PyTorch's symbols for them, that is no
+    :class:`~fuser.ir.binding.Condition`."""
 
     condition: sympy.Basic
     symbols: tuple[tuple[sympy.Symbol, str], ...]
@@ -86,7 +94,7 @@ class SizeRange:
     which the ``guards`` are true and the ``positive`` formulas are."""
 
     shapes: tuple[tuple[int, ...], ...]
-    guards: tuple[Guard, ...] = ()
+    guards: tuple[Condition | Guard, ...] = ()
     positive: tuple[int, ...] = ()
 
     @functools.cached_property
@@ -169,20 +177,35 @@ class Sizes:
     def _replaced(self, expression: Any) -> Any:
         return self._environment.replace(expression)
 
-    def _guards(self) -> tuple[Guard, ...]:
+    def _guards(self) -> tuple[Condition | Guard, ...]:
         """What must be true of the sizes, beyond the ranges of the names. Raises CaptureError for what depends on
         values of tensors."""
         if self._environment is None:
             return ()
-        found = []
+        found: list[Condition | Guard] = []
         for condition in dict.fromkeys(self._replaced(guard.expr) for guard in self._environment.guards):
             if condition is sympy.true or self._is_identity(condition):
                 continue
             symbols = sorted(condition.free_symbols, key=str)
             if any(symbol not in self._known for symbol in symbols):
                 raise CaptureError(f"the model asks whether {condition}, which follows from no size of its inputs")
-            found.append(Guard(condition, tuple((symbol, str(self._known[symbol])) for symbol in symbols)))
+            try:
+                found.append(self._condition(condition))
+            except CaptureError:
+                found.append(Guard(condition, tuple((symbol, str(self._known[symbol])) for symbol in symbols)))
         return tuple(found)
+
+    def _condition(self, condition: Any) -> Condition:
+        """A condition over formulas. Raises CaptureError where it is none."""
+        for kind, (cls, swapped) in _RELATIONS.items():
+            if isinstance(condition, cls):
+                return Condition(kind, (self._formula(condition.lhs), self._formula(condition.rhs)))
+            if isinstance(condition, swapped):
+                return Condition(kind, (self._formula(condition.rhs), self._formula(condition.lhs)))
+        if isinstance(condition, (sympy.And, sympy.Or)):
+            parts = tuple(map(self._condition, condition.args))
+            return Condition("all" if isinstance(condition, sympy.And) else "any", parts)
+        raise CaptureError(f"{condition} is no comparison of sizes")
 
     def _is_identity(self, condition: Any) -> bool:
         """Whether both sides of an equation are one formula, which PyTorch asks of its own strides."""

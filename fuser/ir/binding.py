@@ -7,6 +7,8 @@ are shared with the tree, so that binding a plan of a hundred steps takes less t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +29,38 @@ class Late:
 
     def __str__(self) -> str:
         return called(self.function, self.arguments)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What must be true of named sizes: that two formulas compare so, or that all or some of other conditions hold."""
+
+    kind: typing.Literal["==", "!=", "<", "<=", "all", "any"]
+    parts: tuple[Any, ...]
+
+    @functools.cached_property
+    def _formulas(self) -> Binder[tuple[int, ...]]:
+        return Binder(self.parts)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it is true of these sizes by name."""
+        if self.kind in _OF_CONDITIONS:
+            return _OF_CONDITIONS[self.kind](part.holds(sizes) for part in self.parts)
+        return bool(_COMPARISONS[self.kind](*self._formulas(sizes)))
+
+    def __str__(self) -> str:
+        return f" {'and' if self.kind == 'all' else 'or' if self.kind == 'any' else self.kind} ".join(
+            f"({part})" if isinstance(part, Condition) else str(part) for part in self.parts
+        )
+
+
+_OF_CONDITIONS: Mapping[str, Callable[..., bool]] = {"all": all, "any": any}
+_COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+}
 
 
 class Binder(Generic[Tree]):
@@ -61,6 +95,11 @@ class Binder(Generic[Tree]):
                 end = "" if size.high is None else f" to {size.high}"
                 raise ValueError(f"the size {name!r} is from {size.low}{end or ' on'} here, not {value}")
         return self._function(*(sizes[name] for name in self.names))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing in the tree is made when sizes are known."""
+        return self._function is None
 
     def renamed(self, sizes: Mapping[str, int]) -> Tree:
         """The tree with other formulas, or numbers, for its named sizes, of whatever range."""

@@ -83,19 +83,15 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class PackedGraph:
-    """A graph in two parts.
+class PackedLayout:
+    """What running the two parts of a :class:`PackedGraph` needs to know of them.
 
-    ``before`` takes the model's inputs and makes the masks, then the values ``gathered`` by rows, then those that
-    ``rows`` takes as they are. ``rows`` takes the gathered ones with ``tokens`` rows, those others, for each of
-    ``picks`` (positions) the rows that are at this position, (B,) int64, and for each of ``patterns`` the three inputs
-    of an :class:`~fuser.ir.operators.IntervalMask`. ``masks`` are (B, S): whether a position is a key of its entry,
-    or numbers to add.
+    ``masks`` is how many results of ``before`` are masks, ``mask_inputs`` which of the model's inputs, by position,
+    these follow from, ``gathered`` where the rows of the next ones are.
     """
 
-    before: OperatorGraph
-    rows: OperatorGraph
-    masks: tuple[str, ...]
+    masks: int
+    mask_inputs: tuple[int, ...]
     gathered: tuple[RowAxes, ...]
     picks: tuple[int, ...]
     patterns: tuple[Pattern, ...]
@@ -103,17 +99,40 @@ class PackedGraph:
     """Where the rows of an output are; None for one that has none."""
     shapes: tuple[tuple[int, ...], ...]
     """Of the model's outputs."""
+    dtypes: tuple[torch.dtype, ...]
     batch: int
     sequence: int
 
     @functools.cached_property
-    def mask_inputs(self) -> tuple[int, ...]:
-        """Which of the model's inputs the masks follow from, by position."""
-        needed = set(self.masks)
-        for op in reversed(self.before.operators):
-            if needed.intersection(op.outputs):
-                needed.update(op.inputs)
-        return tuple(i for i, value in enumerate(self.before.inputs) if value in needed)
+    def bound(self) -> Binder[tuple[tuple[tuple[int, ...], ...], tuple[Pattern, ...], int, int]]:
+        """Shapes of outputs, patterns, and the numbers of entries and positions, for some sizes."""
+        return Binder((self.shapes, self.patterns, self.batch, self.sequence))
+
+
+@dataclass(frozen=True)
+class PackedGraph:
+    """A graph in two parts.
+
+    ``before`` takes the model's inputs and makes the masks, then the values gathered by rows, then those that ``rows``
+    takes as they are. ``rows`` takes the gathered ones with ``tokens`` rows, those others, for each of the layout's
+    ``picks`` (positions) the rows that are at this position, (B,) int64, and for each of its ``patterns`` the three
+    inputs of an :class:`~fuser.ir.operators.IntervalMask`. ``masks`` are (B, S): whether a position is a key of its
+    entry, or numbers to add.
+    """
+
+    before: OperatorGraph
+    rows: OperatorGraph
+    masks: tuple[str, ...]
+    layout: PackedLayout
+
+
+def _inputs_of(graph: OperatorGraph, values: Iterable[str]) -> tuple[int, ...]:
+    """Which of a graph's inputs values follow from, by position."""
+    needed = set(values)
+    for op in reversed(graph.operators):
+        if needed.intersection(op.outputs):
+            needed.update(op.inputs)
+    return tuple(i for i, value in enumerate(graph.inputs) if value in needed)
 
 
 def pack(graph: OperatorGraph) -> PackedGraph:
@@ -400,18 +419,19 @@ class _Packer:
             graph.inputs,
             (*self.masks, *self.gathered, *carried),
         )
-        return PackedGraph(
-            before=before,
-            rows=rows,
-            masks=tuple(self.masks),
+        layout = PackedLayout(
+            masks=len(self.masks),
+            mask_inputs=_inputs_of(before, self.masks),
             gathered=tuple(self.gathered.values()),
             picks=tuple(self.picks),
             patterns=tuple(self.patterns.values()),
             outputs=outputs,
             shapes=tuple(graph.values[value].shape for value in graph.outputs),
+            dtypes=tuple(rows.values[value].dtype for value in rows.outputs),
             batch=self.batch,
             sequence=self.sequence,
         )
+        return PackedGraph(before, rows, tuple(self.masks), layout)
 
 
 def _sizes(graph: OperatorGraph) -> tuple[int, int]:

@@ -120,22 +120,31 @@ class Compiled:
     @property
     def unfused(self) -> tuple[tuple[str, str], ...]:
         """(operator, reason) for what PyTorch runs between the first and the last operator of the regions."""
-        return tuple((name, reason) for name, reason in self.assembly.unfused if self._is_inside(name))
+        return by_place(self.graph, self.assembly.unfused)[0]
 
     @property
     def outside(self) -> tuple[tuple[str, str], ...]:
         """(operator, reason) for what PyTorch runs before and after all regions."""
-        return tuple((name, reason) for name, reason in self.assembly.unfused if not self._is_inside(name))
-
-    def _is_inside(self, name: str) -> bool:
-        position = self.graph.position
-        fused = [position[op.name] for region in self.graph.regions for op in region.operators]
-        return bool(fused) and min(fused) <= position[name] <= max(fused)
+        return by_place(self.graph, self.assembly.unfused)[1]
 
     @property
     def is_current(self) -> bool:
         """Whether its masks are what they were."""
         return all(mask.is_current for mask in self.masks)
+
+
+Reasons = tuple[tuple[str, str], ...]
+
+
+def by_place(graph: OperatorGraph, unfused: Reasons) -> tuple[Reasons, Reasons]:
+    """Those (operator, reason) between the first and the last operator of a graph's regions, and the others."""
+    position = graph.position
+    fused = [position[op.name] for region in graph.regions for op in region.operators]
+    is_inside = [bool(fused) and min(fused) <= position[name] <= max(fused) for name, _ in unfused]
+    inside, outside = (
+        tuple(u for u, there in zip(unfused, is_inside, strict=True) if there == s) for s in (True, False)
+    )
+    return inside, outside
 
 
 def compile_call(

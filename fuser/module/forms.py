@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def _names(model: nn.Module, call: FlatCall) -> dict[int, str]:
     }
 
 
-class _Template:
+class Template:
     """Kernels and a plan with named sizes, for sizes of one order of magnitude."""
 
     def __init__(
@@ -191,6 +191,11 @@ def _is_late(graph: OperatorGraph, ref: Any) -> bool:
     return bool(Binder(found.call).names) or any(_is_late(graph, source) for source in found.sources)
 
 
+def magnitude(counts: Sequence[str] | None, sizes: Mapping[str, int]) -> int:
+    """Powers of four of the product of sizes: of those with names in ``counts``, or of all."""
+    return math.prod(sizes.values() if counts is None else [sizes[name] for name in counts]).bit_length() // 2
+
+
 @dataclass
 class Variant:
     """A graph with named sizes, and what it was compiled to, by target, threads and order of magnitude."""
@@ -199,7 +204,7 @@ class Variant:
     dtypes: frozenset[torch.dtype]
     binder: Binder[OperatorGraph]
     assumptions: Binder[tuple[bool, ...]]
-    templates: dict[Hashable, _Template] = field(default_factory=dict)
+    templates: dict[tuple[Target, int, int], Template] = field(default_factory=dict)
     counts: tuple[str, ...] | None = None
     """The sizes that the number of rows follows from; None: all."""
     packing: Packing | str | None = None
@@ -215,8 +220,7 @@ class Variant:
 
     def magnitude(self, sizes: Mapping[str, int]) -> int:
         """Powers of four of the number of rows: kernels want other tiles for few than for many."""
-        counted = sizes.values() if self.counts is None else [sizes[name] for name in self.counts]
-        return math.prod(counted).bit_length() // 2
+        return magnitude(self.counts, sizes)
 
     def packed(self) -> Packing:
         """The graph without rows that are padding. Raises PackingError for one that has none."""
@@ -237,8 +241,6 @@ class Packing:
         self.graph = pack(variant.graph)
         self.before = Variant.of(self.graph.before, variant.dtypes)
         self.rows = Variant.of(self.graph.rows, variant.dtypes, (TOKENS,))
-        self.sizes = Binder((self.graph.shapes, self.graph.patterns, self.graph.batch, self.graph.sequence))
-        """The shapes of outputs, patterns, and the numbers of entries and positions."""
 
 
 @contextlib.contextmanager
@@ -285,6 +287,11 @@ class Form:
     def names(self) -> tuple[str, ...]:
         """The sizes that calls may differ in."""
         return tuple(self.captured.sizes.names)
+
+    @property
+    def variants(self) -> Sequence[Variant]:
+        """Its graphs, each for some of the sizes, with what was compiled of them."""
+        return tuple(self._variants)
 
     @property
     def graphs(self) -> list[OperatorGraph]:
@@ -342,7 +349,7 @@ class Form:
         lap("raise")
         key = (target, threads, variant.magnitude(sizes))
         if key not in variant.templates:
-            variant.templates[key] = _Template(variant.graph, graph, target, threads, tuner, cache, lap)
+            variant.templates[key] = Template(variant.graph, graph, target, threads, tuner, cache, lap)
         template = variant.templates[key]
         arena = states.arena
         with _evaluating():
@@ -369,7 +376,7 @@ class Form:
         )
 
     def _growing(
-        self, variant: Variant, template: _Template, sizes: Mapping[str, int], store: WeightStore, device: torch.device
+        self, variant: Variant, template: Template, sizes: Mapping[str, int], store: WeightStore, device: torch.device
     ) -> Growing | None:
         """How a program follows the sizes that calls' objects alone have, if there are such."""
         fixed = {name: sizes[name] for name in self._arguments}
@@ -400,7 +407,7 @@ class Form:
             return self._variant(sizes, target).packed()
 
     @property
-    def _parts(self) -> Iterator[Variant]:
+    def parts(self) -> Iterator[Variant]:
         """Everything that programs are made of."""
         for variant in self._variants:
             yield variant
@@ -409,13 +416,13 @@ class Form:
 
     def release(self) -> None:
         """Forget kernels and constants until another call wants them."""
-        for part in self._parts:
+        for part in self.parts:
             part.templates.clear()
 
     @property
     def uses(self) -> Iterator[Use]:
         """The constants that its programs share."""
-        for part in self._parts:
+        for part in self.parts:
             for template in part.templates.values():
                 yield template.use(self.captured.parameters)
 
@@ -491,6 +498,10 @@ class Forms:
         self._found.clear()
         self._failed.clear()
         self._refused.clear()
+
+    def items(self) -> list[tuple[Any, Form]]:
+        """All with the names of their calls."""
+        return [(name, form) for name, found in self._found.items() for form in found]
 
     def __iter__(self) -> Iterator[Form]:
         return (form for found in self._found.values() for form in found)

@@ -42,18 +42,19 @@ from fuser.module.compiler import Compiled, compile_call, program_constants
 from fuser.module.forms import Form, Forms, Packing, Variant, form_key
 from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.methods import BoundMethods
+from fuser.module.nested import is_nested, padded
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
 from fuser.module.quantizing import Int8, Quantizer
 from fuser.module.ragged import Share, keys_of, run_packed
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
-from fuser.module.snapshot import Memory, SavedCall, Snapshot
+from fuser.module.snapshot import Memory, SavedCall, SavedForm, Snapshot
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork
 from fuser.runtime.locks import ForkSafeRLock
-from fuser.runtime.program import CPU, States
+from fuser.runtime.program import CPU, Program, States
 from fuser.runtime.targets import on_device, target_of, threads_now
 from fuser.search.tuning import Tuner, tuner_for
 
@@ -162,6 +163,8 @@ class OptimizedModule(nn.Module):
             # by their tensors.)
             self._check_unmasked("a capture of what it is a part of looks into it")
             return self._model(*args, **kwargs)
+        if self._options.padding == "skip" and is_nested(args, kwargs):
+            return self._of_nested(args, kwargs)
         call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
             return self._replaced(reason, args, kwargs)
@@ -204,12 +207,35 @@ class OptimizedModule(nn.Module):
             found = self._packing(call, key)
             if found is None:
                 return None
-            rows = functools.partial(self._rows, found, key)
-            outputs = run_packed(found.packing, found.before, rows, call.tensors, self._padded, found.complete)
+            outputs = self._run_packed(found, call, key)
         except PackingError as error:
             _remember(self._kept, str(error), None)
             return None
         return None if outputs is None else found.before.output.build(outputs)
+
+    def _run_packed(self, found: _Packed, call: FlatCall, key: Key) -> list[Tensor] | None:
+        rows, before = functools.partial(self._rows, found, key), found.before
+        layout = found.packing.graph.layout
+        return run_packed(layout, before.sizes, before.program, rows, call.tensors, self._padded, found.complete)
+
+    def _of_nested(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call with nested tensors. Raises PackingError where padding would have to be computed."""
+        given = padded(self._model, args, kwargs)
+        call, reason = acceptable(self._model, given.args, given.kwargs, self._options.target)
+        if call is None:
+            raise PackingError(f"a call with nested tensors needs a program: {reason}")
+        key = self._key(call)
+        # The second time it is known which of PyTorch's modes the model asks for.
+        found = self._packing(call, key) or self._packing(call, key := self._key(call))
+        if found is None:
+            raise PackingError("the model asks for PyTorch's modes")
+        outputs = self._run_packed(found, call, key)
+        if outputs is None:
+            compiled = self._compiled(call, key, wanted=True)
+            if compiled is None:
+                raise PackingError(f"a call with nested tensors needs a program: {self._failed.get(key)}")
+            outputs = compiled.run(call)
+        return found.before.output.build(given.outputs(outputs, found.packing.graph.layout.outputs))
 
     def _packing(self, call: FlatCall, key: Key) -> _Packed | None:
         """How padding is left out of a call; None where it is not known yet. Raises PackingError where it cannot be."""
@@ -257,19 +283,19 @@ class OptimizedModule(nn.Module):
             raise PackingError("; ".join(("the model is not captured for all sizes", *self._forms.reasons)))
         return made
 
-    def _rows(self, packed: _Packed, key: Key, sizes: Mapping[str, int]) -> Compiled:
+    def _rows(self, packed: _Packed, key: Key, sizes: Mapping[str, int]) -> Program:
         """The program that computes so many rows."""
         part = packed.packing.rows
         wanted = tuple((name, sizes[name]) for name in part.binder.names)
         place: Key = (packed.packing, *wanted), *key[1:]
         compiled = self._programs.use(place)
         if compiled is not None:
-            return compiled
+            return compiled.program
         with self._lock, _as_reason():
             compiled = self._part(packed.form, part, sizes, place, CPU)
             if any(not gone.sizes for gone in self._programs.add(place, compiled)):
                 self._retain()
-            return compiled
+            return compiled.program
 
     def _part(self, form: Form, part: Variant, sizes: Mapping[str, int], key: Key, device: torch.device) -> Compiled:
         target, threads = self._placed(key, device)
@@ -729,8 +755,7 @@ class OptimizedModule(nn.Module):
         """
         from fuser.saved.writer import save
 
-        calls = self.saved_calls()
-        save(calls, self.snapshot(), Path(path))
+        save(self.saved_calls(), self.saved_forms(), self.snapshot(), Path(path))
 
     def snapshot(self) -> Snapshot:
         """What has been compiled, for reports."""
@@ -763,10 +788,6 @@ class OptimizedModule(nn.Module):
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now; without those for
         calls with objects, such as caches, which a file cannot tell from others."""
-        if any(isinstance(signature[0], Packing) for (signature, _, _), _ in self._programs.items()):
-            raise FuserError(
-                'programs without padding cannot be saved, since batches differ in it; optimize with padding="keep"'
-            )
         with self._lock:
             if self._store.changed:
                 self._refresh()
@@ -777,7 +798,19 @@ class OptimizedModule(nn.Module):
                     [t.detach() for t in program_constants(c.assembly, c.graph, c.captured.parameters, self._store)],
                 )
                 for (signature, _, variant), c in self._programs.items()
-                if variant[0] == self._store.configuration and not c.captured.known and not has_objects(signature)
+                if variant[0] == self._store.configuration and not c.captured.known
+                if not isinstance(signature[0], Packing) and not has_objects(signature)
+            ]
+
+    def saved_forms(self) -> list[SavedForm]:
+        """What has been captured for all sizes on CPUs, but of calls with objects."""
+        with self._lock:
+            if self._store.changed:
+                self._refresh()
+            return [
+                SavedForm(name[0], form, self._store)
+                for name, form in self._forms.items()
+                if name[1][0] == self._store.configuration and form.device.type == "cpu" and not has_objects(name[0])
             ]
 
     def restore(self) -> None:
@@ -960,7 +993,10 @@ def optimize(
         padding: ``"keep"`` computes what the model does for positions that a padding mask leaves out, ``"skip"``
             computes the others alone, packed one behind the other, and gives zeros there. Calls whose padding has an
             influence on other outputs, or that cannot be looked through, run as with ``"keep"``; the report says why.
-            On CPUs, without gradients. Models of sentence-transformers that pool without padding skip it by themselves.
+            On CPUs, without gradients. A model with an argument ``attention_mask`` (or ``src_key_padding_mask``) then
+            takes nested tensors (batch, lengths, …) with ``layout=torch.jagged``, too, and gives such for (batch,
+            sequence, …); PackingError where it cannot. Models of sentence-transformers that pool without padding skip
+            it by themselves.
 
     Raises:
         TypeError: arguments of the wrong type, and models that TorchScript has compiled.

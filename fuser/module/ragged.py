@@ -15,12 +15,13 @@ from torch import Tensor
 from fuser.ir.errors import PackingError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.masks import Mask
-from fuser.ir.packing import TOKENS, PackedGraph
+from fuser.ir.packing import TOKENS, PackedLayout
 from fuser.kernels.documents import band, plan_intervals
 from fuser.kernels.plan import Bools
-from fuser.module.compiler import Compiled
 from fuser.module.forms import Packing
 
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+"""A program: from the tensors of a call to its results."""
 _REMEMBERED = 16
 _COUNTED = 8
 """Batches that are counted before that becomes rare."""
@@ -167,48 +168,45 @@ class Share:
 
 
 def run_packed(
-    packing: Packing,
-    before: Compiled,
-    rows_of: Callable[[Mapping[str, int]], Compiled],
+    layout: PackedLayout,
+    sizes: Mapping[str, int],
+    before: Run,
+    rows_of: Callable[[Mapping[str, int]], Run],
     tensors: Sequence[Tensor],
     share: Share,
-    complete: set[tuple[Any, ...]],
+    complete: set[tuple[Any, ...]] | None,
 ) -> list[Tensor] | None:
-    """The model's outputs, zeros where they are of padding; None where there is no padding. ``before`` is the program
-    of the first part for the tensors of the call, ``rows_of`` gives that of the second for its sizes. ``complete``
-    remembers the numbers of which masks without padding of these shapes consist.
+    """The model's outputs, zeros where they are of padding; None where there is no padding. ``before`` runs the first
+    part for the ``sizes`` of the call, ``rows_of`` gives what runs the second for some. ``complete`` remembers the
+    numbers of which masks without padding of these shapes consist; with None, rows are packed where none is padding.
 
     Raises PackingError where padding cannot be left out of this call.
     """
-    graph: PackedGraph = packing.graph
-    numbers = tuple(_only_number(tensors[i]) for i in graph.mask_inputs)
-    if numbers in complete:
+    numbers = tuple(_only_number(tensors[i]) for i in layout.mask_inputs) if complete is not None else (None,)
+    if complete is not None and numbers in complete:
         return None
-    shapes, patterns, _, length = packing.sizes(before.sizes)
-    made = before.program(tensors)
-    count = len(graph.masks)
+    shapes, patterns, _, length = layout.bound(sizes)
+    made = before(tensors)
+    count = layout.masks
     keys = is_key(made[:count])
     share.add(keys)
-    if keys.all():
+    if complete is not None and keys.all():
         if None not in numbers and len(complete) < _REMEMBERED:
             complete.add(numbers)
         return None
-    if not keys.any() and not graph.picks and None not in graph.outputs:
-        return [
-            torch.zeros(shape, dtype=graph.rows.values[v].dtype)
-            for shape, v in zip(shapes, graph.rows.outputs, strict=True)
-        ]
-    packed = packed_rows(keys, graph.picks, [_band_of(p.causal, p.mask, length) for p in patterns])
-    gathered = made[count : count + len(graph.gathered)]
+    if not keys.any() and not layout.picks and None not in layout.outputs:
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, layout.dtypes, strict=True)]
+    packed = packed_rows(keys, layout.picks, [_band_of(p.causal, p.mask, length) for p in patterns])
+    gathered = made[count : count + len(layout.gathered)]
     inputs = [
-        *(axes.gather(t, packed.rows, length) for axes, t in zip(graph.gathered, gathered, strict=True)),
-        *made[count + len(graph.gathered) :],
+        *(axes.gather(t, packed.rows, length) for axes, t in zip(layout.gathered, gathered, strict=True)),
+        *made[count + len(layout.gathered) :],
         *packed.picks,
         *(tensor for interval in packed.intervals for tensor in interval),
     ]
-    results = rows_of({**before.sizes, TOKENS: packed.tokens}).program(inputs)
+    results = rows_of({**sizes, TOKENS: packed.tokens})(inputs)
     outputs = []
-    for result, axes, shape in zip(results, graph.outputs, shapes, strict=True):
+    for result, axes, shape in zip(results, layout.outputs, shapes, strict=True):
         if axes is None:
             outputs.append(result)
             continue

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fuser.frontend.capture import Signature
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
+from fuser.module.forms import Form
 from fuser.module.quantizing import Precision
+from fuser.module.weights import WeightStore
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,14 @@ class SavedCall(NamedTuple):
     signature: Signature
     compiled: Compiled
     constants: Sequence[Tensor]
+
+
+class SavedForm(NamedTuple):
+    """A capture for all sizes, what its calls have in common, and the store of its weights."""
+
+    key: tuple[Any, ...]
+    form: Form
+    store: WeightStore
 
 
 @dataclass(frozen=True)

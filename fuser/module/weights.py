@@ -186,7 +186,7 @@ class WeightStore:
         device: torch.device | None = None,
     ) -> Tensor:
         """A constant as :meth:`load` gives it, made anew and not kept."""
-        return _made(ref, constants, parameters, device)[ref.index if isinstance(ref, Packed) else 0]
+        return made(ref, constants, parameters, device)
 
     # ---- memory
 
@@ -245,6 +245,13 @@ def _made(
         if isinstance(ref, Packed):
             return ref.pack({value: value_of(value, constants, parameters) for value in ref.values})
         return (value_of(ref, constants, parameters),)
+
+
+def made(
+    ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor], device: torch.device | None
+) -> Tensor:
+    """A constant, made anew: of the original ``parameters`` by name, and what ``constants`` derive from them."""
+    return _made(ref, constants, parameters, device)[ref.index if isinstance(ref, Packed) else 0]
 
 
 def value_of(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
 """Values of saved programs as JSON, and back: plain data of a closed list of types, never code.
 
 ``null``, booleans, integers and strings stand for themselves. An array is tagged by its first element, as in
-``["tuple", 1, 2]`` or ``["operator", "aten::cat", "default"]``. An object is a frozen dataclass of ours, ``{"is":
-"ir.graph.Ref", "index": 0}``: its fields are checked against their annotations, so a value that has been read is of the
-types that the rest of fuser relies on.
+``["tuple", 1, 2]`` or ``["operator", "aten::cat", "default"]``. Objects that several values share are written once:
+``["sharing", [...], value]`` lists them, and ``["shared", 0]`` is the first of them. An object is a frozen dataclass of
+ours, ``{"is": "ir.graph.Ref", "index": 0}``: its fields are checked against their annotations, so a value that has been
+read is of the types that the rest of fuser relies on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,37 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fuser.ir.binding import Late
 from fuser.ir.size import Size
 from fuser.saved.outline import Outline, outline_of_spec
 
-_ROOTS = ("ir", "kernels", "codegen.assemble", "runtime.program", "saved.content", "saved.outline")
+_ROOTS = (
+    "ir",
+    "kernels",
+    "codegen.assemble",
+    "codegen.memory",
+    "frontend.building",
+    "frontend.sizes",
+    "runtime.program",
+    "saved.content",
+    "saved.outline",
+)
 """Modules of fuser, and packages with all their modules, whose frozen dataclasses and enumerations may be saved."""
 _FUNCTIONS = (
+    "fuser.frontend.aten._all_true",
+    "fuser.frontend.attention_masks._is_pattern",
+    "fuser.frontend.attention_masks._late_pattern",
     "fuser.frontend.attention_masks._numbers",
+    "fuser.frontend.attention_masks._pattern",
+    "fuser.frontend.attention_masks._rows_allow",
+    "fuser.frontend.building._is_still",
+    "fuser.frontend.building._of_contents",
     "fuser.frontend.views._strided_copy",
     "fuser.ir.operators.laid_out",
+    "fuser.ir.packing._picked",
+    "fuser.kernels.attention.launch_of",
 )
-"""Functions of fuser that a step may call."""
+"""Functions of fuser that a step may call, or that make a part of a program when its sizes are known."""
 _NAMESPACES = ("aten", "fuser")
 _TYPES: dict[str, type] = {
     t.__name__: t
@@ -48,33 +69,70 @@ _TORCH_CONSTANTS: dict[str, type] = {
     "memory_format": torch.memory_format,
 }
 _ARRAY_KINDS = "biuf"
+Encode = Callable[[Any], Any]
+Decode = Callable[[Any], Any]
 
 
 def dump(value: Any) -> bytes:
     """``value`` as JSON text. Raises TypeError for what is not plain data."""
-    return json.dumps(_encode(value), separators=(",", ":"), allow_nan=False).encode()
+    known: dict[int, list[Any]] = {}
+    whole = _encode(value, known)
+    # What is written for objects that occur more than once, inner ones first, as they were finished.
+    places = {id(text): i for i, text in enumerate(text for text, times, _ in known.values() if times > 1)}
+    if places:
+        shared = [_referring(text, places, whole=True) for text, times, _ in known.values() if times > 1]
+        whole = ["sharing", shared, _referring(whole, places)]
+    return json.dumps(whole, separators=(",", ":"), allow_nan=False).encode()
 
 
 def load(content: bytes) -> Any:
     """The value of a text that :func:`dump` made. Raises ValueError, TypeError or another error for any other text, and
     runs nothing but constructors of ours."""
-    return _decode(json.loads(content))
+    tree, shared = json.loads(content), list[Any]()
+    if isinstance(tree, list) and len(tree) == 3 and tree[0] == "sharing":
+        for part in tree[1]:
+            shared.append(_decode(part, shared))
+        tree = tree[2]
+    return _decode(tree, shared)
 
 
 # ---- writing
 
 
-def _encode(value: Any) -> Any:
+def _referring(text: Any, places: Mapping[int, int], whole: bool = False) -> Any:
+    """``text`` with references to the parts that have a place."""
+    if not whole and id(text) in places:
+        return ["shared", places[id(text)]]
+    if isinstance(text, list):
+        return [_referring(part, places) for part in text]
+    if isinstance(text, dict):
+        return {name: _referring(part, places) for name, part in text.items()}
+    return text
+
+
+def _encode(value: Any, known: dict[int, list[Any]]) -> Any:
+    """What to write for a value; ``known`` has that of objects by identity, and how often they were met."""
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, enum.Enum):
         return ["enum", _name(type(value)), value.name]
     for kind, write in _WRITERS:
         if isinstance(value, kind):
-            return write(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"is": _name(type(value)), **fields}
+            return write(value, functools.partial(_encode, known=known))
+    is_object = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if is_object or isinstance(value, Size):
+        if id(value) in known:
+            known[id(value)][1] += 1
+            return known[id(value)][0]
+        if isinstance(value, Size):
+            terms = ([_encode(monomial, known), factor] for monomial, factor in value.terms)
+            text: Any = ["size", *terms]
+        else:
+            fields = {f.name: _encode(getattr(value, f.name), known) for f in dataclasses.fields(value) if f.init}
+            text = {"is": _name(type(value)), **fields}
+        # The value is kept, so that nothing else gets its identity.
+        known[id(value)] = [text, 1, value]
+        return text
     if isinstance(value, type) and _TYPES.get(value.__name__) is value:
         return ["type", value.__name__]
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
@@ -83,17 +141,17 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} is no plain data: {value!r:.200}")
 
 
-def _items(tag: str) -> Callable[[Any], Any]:
-    return lambda value: [tag, *map(_encode, value)]
+def _items(tag: str) -> Callable[[Any, Encode], Any]:
+    return lambda value, encode: [tag, *map(encode, value)]
 
 
-def _encode_tuple(value: Any) -> Any:
+def _encode_tuple(value: Any, encode: Encode) -> Any:
     if type(value) not in (tuple, torch.Size):
         raise TypeError(f"a {type(value).__name__} is no plain data")
-    return ["tuple", *map(_encode, value)]
+    return ["tuple", *map(encode, value)]
 
 
-def _encode_array(value: Any) -> Any:
+def _encode_array(value: Any, encode: Encode) -> Any:
     if value.dtype.kind not in _ARRAY_KINDS:
         raise TypeError(f"an array of {value.dtype} is no plain data")
     return [
@@ -104,12 +162,12 @@ def _encode_array(value: Any) -> Any:
     ]
 
 
-def _encode_operator(value: Any) -> Any:
+def _encode_operator(value: Any, encode: Encode) -> Any:
     _permit(value)
     return ["operator", value._schema.name, value._overloadname]
 
 
-def _encode_builtin(value: Any) -> Any:
+def _encode_builtin(value: Any, encode: Encode) -> Any:
     name = str(value.__name__)
     if getattr(torch, name, None) is not value:
         raise TypeError(f"the function {name} is not of torch's flat namespace")
@@ -117,20 +175,22 @@ def _encode_builtin(value: Any) -> Any:
     return ["torch", name]
 
 
-_WRITERS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
-    (float, lambda x: ["float", x.hex()]),
-    (complex, lambda x: ["complex", x.real.hex(), x.imag.hex()]),
+_WRITERS: tuple[tuple[Any, Callable[[Any, Encode], Any]], ...] = (
+    (float, lambda x, encode: ["float", x.hex()]),
+    (complex, lambda x, encode: ["complex", x.real.hex(), x.imag.hex()]),
     (tuple, _encode_tuple),
     ((list, immutable_list), _items("list")),
-    ((dict, immutable_dict), lambda x: ["dict", *([_encode(k), _encode(v)] for k, v in x.items())]),
-    (frozenset, lambda x: ["frozenset", *sorted(map(_encode, x), key=json.dumps)]),
-    *((kind, lambda x, tag=tag: [tag, str(x).removeprefix("torch.")]) for tag, kind in _TORCH_CONSTANTS.items()),
-    (torch.device, lambda x: ["device", str(x)]),
-    (Size, lambda x: ["size", *([_encode(monomial), factor] for monomial, factor in x.terms)]),
+    ((dict, immutable_dict), lambda x, encode: ["dict", *([encode(k), encode(v)] for k, v in x.items())]),
+    (frozenset, lambda x, encode: ["frozenset", *sorted(map(encode, x), key=json.dumps)]),
+    *(
+        (kind, lambda x, encode, tag=tag: [tag, str(x).removeprefix("torch.")])
+        for tag, kind in _TORCH_CONSTANTS.items()
+    ),
+    (torch.device, lambda x, encode: ["device", str(x)]),
     (np.ndarray, _encode_array),
     (torch._ops.OpOverload, _encode_operator),
     (types.BuiltinFunctionType, _encode_builtin),
-    (pytree.TreeSpec, lambda x: ["structure", _encode(outline_of_spec(x))]),
+    (pytree.TreeSpec, lambda x, encode: ["structure", encode(outline_of_spec(x))]),
 )
 
 
@@ -144,20 +204,24 @@ def _name(cls: type) -> str:
 # ---- reading
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, shared: Sequence[Any] = ()) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
-    if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in _READERS:
-        return _READERS[value[0]](*value[1:])
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        tag, *parts = value
+        if tag == "shared":
+            (place,) = parts
+            return shared[place if type(place) is int and place >= 0 else len(shared)]
+        if tag in _CONTAINERS:
+            return _CONTAINERS[tag](functools.partial(_decode, shared=shared), *parts)
+        if tag in _READERS:
+            return _READERS[tag](*parts)
     if isinstance(value, dict) and isinstance(value.get("is"), str):
         cls = type_of(value["is"])
         if not dataclasses.is_dataclass(cls):
             raise TypeError(f"{value['is']} is not a class of values")
-        given = {name: _decode(part) for name, part in value.items() if name != "is"}
-        for name, part in given.items():
-            hint = _hints(cls).get(name)
-            if hint is None or not fits(part, hint):
-                raise TypeError(f"the field {name} of a {value['is']} cannot be {part!r:.100}")
+        given = {name: _decode(part, shared) for name, part in value.items() if name != "is"}
+        _check_fields(cls, given)
         return cls(**given)
     raise ValueError(f"{value!r:.100} is no value of ours")
 
@@ -188,6 +252,19 @@ def is_saved(found: Any) -> bool:
     return issubclass(found, enum.Enum) or (dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen)  # type: ignore[attr-defined]
 
 
+def check(value: Any) -> None:
+    """Raise TypeError unless the fields of a dataclass of ours are what their annotations say."""
+    cls: type = type(value)
+    _check_fields(cls, {name: getattr(value, name) for name in _hints(cls)})
+
+
+def _check_fields(cls: type, given: Mapping[str, Any]) -> None:
+    for name, part in given.items():
+        hint = _hints(cls).get(name)
+        if hint is None or not fits(part, hint):
+            raise TypeError(f"the field {name} of a {cls.__name__} cannot be {part!r:.100}")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
@@ -195,14 +272,15 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is what the annotation ``hint`` says, elements included; an integer is also a float."""
-    if hint is Any or isinstance(hint, typing.TypeVar):
+    """Whether ``value`` is what the annotation ``hint`` says, elements included; an integer is also a float, a
+    size an integer, and what is made when sizes are known anything."""
+    if hint is Any or isinstance(hint, typing.TypeVar) or isinstance(value, Late):
         return True
     if hint is None or hint is type(None):
         return value is None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is None:
-        return isinstance(value, (int, float) if hint is float else hint)
+        return isinstance(value, {float: (int, float), int: (int, Size)}.get(hint, hint))
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
     if origin is typing.Literal:
@@ -284,28 +362,30 @@ def _array(kind: str, shape: list[int], content: str) -> Any:
     return np.frombuffer(base64.b64decode(content, validate=True), dtype).reshape(shape).copy()
 
 
-def _structure(value: Any) -> Any:
-    outline = _decode(value)
+def _structure(decode: Decode, value: Any) -> Any:
+    outline = decode(value)
     if not isinstance(outline, Outline):
         raise TypeError("a structure is an outline")
     return outline.spec()
 
 
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "tuple": lambda decode, *items: tuple(map(decode, items)),
+    "list": lambda decode, *items: list(map(decode, items)),
+    "dict": lambda decode, *pairs: {decode(key): decode(item) for key, item in pairs},
+    "frozenset": lambda decode, *items: frozenset(map(decode, items)),
+    "size": lambda decode, *terms: Size({decode(monomial): decode(factor) for monomial, factor in terms}),
+    "structure": _structure,
+}
 _READERS: dict[str, Callable[..., Any]] = {
     "float": float.fromhex,
     "complex": lambda real, imag: complex(float.fromhex(real), float.fromhex(imag)),
-    "tuple": lambda *items: tuple(map(_decode, items)),
-    "list": lambda *items: list(map(_decode, items)),
-    "dict": lambda *pairs: {_decode(key): _decode(item) for key, item in pairs},
-    "frozenset": lambda *items: frozenset(map(_decode, items)),
     **{tag: functools.partial(_torch_constant, tag) for tag in _TORCH_CONSTANTS},
     "device": torch.device,
-    "size": lambda *terms: Size({_decode(monomial): _decode(factor) for monomial, factor in terms}),
     "array": _array,
     "operator": _operator,
     "torch": _torch_function,
     "function": _function,
-    "structure": _structure,
     "enum": _member,
     "type": lambda name: _TYPES[name],
 }

@@ -12,21 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.frontend.capture import Signature, flatten_call
+from fuser.frontend.capture import FlatCall, Signature, flatten_call
 from fuser.ir.errors import KernelError
 from fuser.module.acceptance import unreadable
+from fuser.module.forms import form_key
 from fuser.runtime.cuda_program import arena_of, program_of
 from fuser.runtime.locks import ForkSafeLock
-from fuser.runtime.program import Program, States
+from fuser.runtime.program import CPU, Program, ProgramPlan, States
 from fuser.runtime.targets import threads_now
-from fuser.saved.content import REPORTS, Content, SavedTensor, describe
+from fuser.saved.captures import LoadedCaptures
+from fuser.saved.content import (
+    REPORTS,
+    Content,
+    SavedProgram,
+    SavedTemplate,
+    SavedTensor,
+    describe,
+    describe_capture,
+)
 
 
 class LoadedModule(nn.Module):
     """Programs from a file, called like the model that they were compiled from.
 
-    Calls take the shapes, dtypes and plain arguments that were compiled before saving and return what the saved module
-    returned, bit for bit on as many threads. There are no parameters: weights are constants of the programs, gradients
+    Calls take the dtypes and plain arguments that were compiled before saving, of all sizes where the model was
+    captured for all, else of those shapes, and return what the saved module returned, bit for bit on as many threads.
+    There are no parameters: weights are constants of the programs, gradients
     are not computed, and ``train``, ``to`` and ``half`` change nothing. Programs run on as many threads as they were
     compiled for, or on ``torch.get_num_threads()`` if that is less.
     """
@@ -41,30 +52,52 @@ class LoadedModule(nn.Module):
         self._by_key: dict[Signature, list[int]] = {}
         for i, saved in enumerate(content.programs):
             self._by_key.setdefault(saved.key, []).append(i)
-        self._last = len(content.programs) - 1
+        self._captures = LoadedCaptures(content.captures, self._on_cpu, self._made)
+        every: list[SavedProgram | SavedTemplate] = [t for found in content.captures for t in found.templates]
+        self._last = [*every, *content.programs][-1]
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = flatten_call(args, kwargs)
         if reason := unreadable(call.tensors):
             raise KernelError(f"{reason}; a loaded module has no original to run: pass plain tensors of one device")
-        candidates = self._by_key.get(call.key)
-        if candidates is None:
-            # A call whose tensors lie otherwise in memory has the same results.
-            dense = {id(t): t.contiguous() for t in call.tensors}
-            args, kwargs = call.unflatten([dense[id(t)] for t in call.tensors])
-            call = flatten_call(args, kwargs)
-            candidates = self._by_key.get(call.key)
-        if candidates is None:
-            shapes = "\n  ".join(describe(key) for key in self._by_key)
+        with torch.no_grad():
+            found = self._served(call)
+            if found is None:
+                # A call whose tensors lie otherwise in memory has the same results.
+                dense = {id(t): t.contiguous() for t in call.tensors}
+                args, kwargs = call.unflatten([dense[id(t)] for t in call.tensors])
+                call = flatten_call(args, kwargs)
+                found = self._served(call)
+        if found is None:
+            shapes = "\n  ".join(self.calls)
             raise KernelError(
                 f"no program was saved for the call {describe(call.key)}; {self._content.path} has\n  {shapes}"
             )
+        (output,) = found
+        return output
+
+    def _served(self, call: FlatCall) -> tuple[Any] | None:
+        """The output of a call; None if nothing in the file serves it."""
+        candidates, key = self._by_key.get(call.key), form_key(call)
+        threads = threads_now() if self._content.target.kind == "cpu" else self._content.target.cores
+        found = None if key is None else self._captures.find(key, call)
+        if found is not None and (candidates is None or found[1].packing is not None):
+            output, self._last = self._captures.run(*found, call, threads)
+            return (output,)
+        if candidates is None:
+            return None
         device = call.tensors[0].device if call.tensors else torch.device(self._content.target.device)
         index, program = self._program(candidates, device)
-        self._last = index
-        with torch.no_grad():
-            return self._content.programs[index].output.fill(program(call.tensors))
+        self._last = self._content.programs[index]
+        return (self._content.programs[index].output.fill(program(call.tensors)),)
+
+    def _on_cpu(self, saved: SavedTensor) -> Tensor:
+        return self._tensor(saved, CPU)
+
+    def _made(self, plan: ProgramPlan, constants: Sequence[Tensor]) -> Program:
+        states = self._states.setdefault(CPU, States(arena_of(CPU)))
+        return program_of(plan, self._content.kernels, constants, self._content.target, states.arena, states=states)
 
     def _program(self, candidates: Sequence[int], device: torch.device) -> tuple[int, Program]:
         """The program with the largest team that PyTorch's threads can be, or the smallest of all with fewer."""
@@ -94,23 +127,23 @@ class LoadedModule(nn.Module):
 
     @property
     def calls(self) -> Sequence[str]:
-        """The calls that programs were saved for, as text."""
-        return tuple(map(describe, self._by_key))
+        """The calls that programs were saved for, as text; of all sizes, with formulas of these."""
+        return (*map(describe, self._by_key), *map(describe_capture, self._content.captures))
 
     @property
     def kernels(self) -> Sequence[KernelRecord]:
         """As in :class:`fuser.OptimizedModule`, of the program that ran last."""
-        return self._content.programs[self._last].kernels
+        return self._last.kernels
 
     @property
     def unfused(self) -> Sequence[tuple[str, str]]:
         """As in :class:`fuser.OptimizedModule`, of the program that ran last."""
-        return self._content.programs[self._last].unfused
+        return self._last.unfused
 
     @property
     def outside(self) -> Sequence[tuple[str, str]]:
         """As in :class:`fuser.OptimizedModule`, of the program that ran last."""
-        return self._content.programs[self._last].outside
+        return self._last.outside
 
     def report(self, path: str | Path | None = None) -> str:
         """The report of the module that was saved, as text; with ``path`` also as HTML."""

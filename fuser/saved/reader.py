@@ -27,7 +27,16 @@ from fuser.runtime.cpuinfo import lacking
 from fuser.runtime.library import Kernel
 from fuser.runtime.library import load as load_kernel
 from fuser.saved import codec
-from fuser.saved.content import FORMAT, PROGRAMS, REPORTS, Content, Manifest, SavedPrograms, check_program
+from fuser.saved.content import (
+    FORMAT,
+    PROGRAMS,
+    REPORTS,
+    Content,
+    Manifest,
+    SavedPrograms,
+    check_capture,
+    check_program,
+)
 from fuser.saved.module import LoadedModule
 from fuser.saved.writer import checksum
 
@@ -108,17 +117,19 @@ def _read(parts: Any, path: Path, trust: Trust) -> Content:
     weights = {n.removeprefix("weights/"): part(n) for n in manifest.parts if n.startswith("weights/")}
     try:
         content = codec.load(part(PROGRAMS).numpy().tobytes())
-        if not isinstance(content, SavedPrograms) or not content.programs:
+        if not isinstance(content, SavedPrograms) or not (content.programs or content.captures):
             raise TypeError("it holds no programs")
         for program in content.programs:
             check_program(program, weights)
+        for capture in content.captures:
+            check_capture(capture, weights)
     except Exception as error:
         raise FuserError(
             f"the programs of {path} cannot be read: {str(error) or type(error).__name__:.300}. They were written by "
             f"fuser {manifest.fuser} with torch {manifest.torch}; here are fuser {fuser.__version__} and torch "
             f"{torch.__version__}. If all of these are the same, the file is damaged"
         ) from error
-    symbols = {symbol for program in content.programs for symbol in program.plan.symbols}
+    symbols = {symbol for plan in content.plans for symbol in plan.symbols}
     libraries = {symbol: f"kernels/{symbol}.so" for symbol in sorted(symbols)}
     if absent := sorted(set(libraries.values()) - set(manifest.parts)):
         raise ValueError(f"it lacks {absent[0]}")
@@ -132,7 +143,7 @@ def _read(parts: Any, path: Path, trust: Trust) -> Content:
             spec_of(key)
         except MaskError:
             adopt(key, spec)
-    return Content(path, manifest.target, content.programs, weights, kernels, reports)
+    return Content(path, manifest.target, content.programs, content.captures, weights, kernels, reports)
 
 
 def _loaded(libraries: Mapping[str, Tensor]) -> dict[str, Kernel]:
@@ -148,9 +159,8 @@ def _loaded(libraries: Mapping[str, Tensor]) -> dict[str, Kernel]:
 
 def _built(content: SavedPrograms, target: Target) -> dict[str, Kernel]:
     """The kernels of all programs from their parameters."""
-    specs = {spec.symbol: spec for program in content.programs for spec in program.specs}
     try:
-        sources = [*map(render, specs.values()), runner_source(target)]
+        sources = [*map(render, content.specs.values()), runner_source(target)]
     except Exception as error:
         raise ValueError(f"a kernel cannot be made of its parameters: {error}") from error
     return build_and_load(sources, target, headers=header_folder(target))

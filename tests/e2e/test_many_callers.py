@@ -92,6 +92,51 @@ def test_another_number_of_threads_is_followed() -> None:
     assert len({id(compiled.captured) for compiled in fast.programs}) == 1
 
 
+def test_forks_beside_compilations_and_garbage_collection() -> None:
+    model = encoder()
+    fast = optimize(model)
+    expected = model(X)
+    done = threading.Event()
+
+    def compile_again() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                fast.refresh()
+                fast(X)
+
+    compiling = threading.Thread(target=compile_again)
+    compiling.start()
+    try:
+        codes = []
+        for i in range(20):
+            gc.collect(i % 3)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_wrong_in_a_child(model, fast, expected, compiles=i % 10 == 5))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        done.set()
+        compiling.join()
+    assert codes == [0] * 20
+    assert_same(fast(X), expected)
+
+
+def _wrong_in_a_child(model: Any, fast: Any, expected: Any, compiles: bool) -> int:
+    # A child has one thread; a deadlock is to be seen as one.
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    try:
+        gc.collect()
+        assert_same(model(X), expected)
+        if compiles:
+            fast.refresh()
+        if compiles or fast.programs:
+            assert_same(fast(X), expected)
+        return int(not all(p.data_ptr() for p in fast.parameters()))
+    except BaseException:
+        return 2
+
+
 def test_an_interrupted_compilation_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = encoder()
     fast = optimize(model)

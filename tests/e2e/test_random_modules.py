@@ -1,8 +1,8 @@
 """Random modules agree with eager in values, dtypes, strides, shared memory and writes.
 
 ``python tests/e2e/test_random_modules.py FIRST LAST [kernels]`` tries the seeds FIRST … LAST - 1, without kernels
-(every operator runs as what it means) or with them, and prints those that disagree. Of the seeds 500 … 999,
-none does without kernels.
+(every operator runs as what it means) or with them, and prints those that disagree. None does
+of the seeds 0 … 999 without kernels, and of 0 … 149 with them (AVX2).
 """
 
 from __future__ import annotations

@@ -229,3 +229,10 @@ def test_plans_are_immutable() -> None:
         made.array = made.array  # type: ignore[misc]
     with pytest.raises(ValueError, match="read-only"):
         made.array[0] = 1
+
+
+def test_lengths_beyond_32_bits_are_refused() -> None:
+    none, words = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    groups = dict.fromkeys(("head", "phase", "width", "row_counts", "rows", "run_counts", "key_counts", "keys"), none)
+    with pytest.raises(PlanError, match="too large for 32-bit indices"):
+        AttentionPlan.assemble(1 << 31, 4, None, runs=np.zeros((0, 3), np.int64), lanes=words, **groups)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from attention_cases import LAYOUTS, check, inputs
 from attention_reference import exact
 from hypothesis import given, settings
@@ -40,6 +42,22 @@ def test_masks(name: str, dtype: torch.dtype) -> None:
     out = sparse_attention(q, k, v, MASKS[name])
     assert isinstance(out, Tensor) and out.dtype == dtype and out.shape == q.shape
     check(out, q, k, v, MASKS[name].dense(70, 90))
+
+
+@pytest.mark.parametrize("size", [1, 30])
+def test_errors_of_large_scores_are_those_of_their_rounding(size: int) -> None:
+    """A score s is rounded by some units of 2⁻²⁴ |s|, which is the relative error of its weight: that is the bound, and
+    PyTorch's kernels have the same, though not in the same cases."""
+    ours, theirs = [], []
+    for seed in range(24):
+        q, k, v = inputs(1, 2, 2, (5, 33, 70)[seed % 3], 90, (8, 32, 80)[seed // 8], seed)
+        q = q * size
+        want, sums = exact(q, k, v)
+        unit = 2.0**-24 * (1 + float(sums.abs().max())) * float(v.abs().max())
+        ours.append(float((sparse_attention(q, k, v) - want).abs().max()) / unit)  # type: ignore[operator]
+        theirs.append(float((F.scaled_dot_product_attention(q, k, v) - want).abs().max()) / unit)
+    assert max(ours) < 8
+    assert statistics.median(ours) < 1.5 * statistics.median(theirs)
 
 
 def test_log_sum_exp() -> None:
@@ -289,3 +307,20 @@ def test_dtypes_that_do_not_fit() -> None:
 def test_masks_that_do_not_fit(mask: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         sparse_attention(*inputs(), mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("q", lambda t, cu: sparse_attention(None, t, t)),  # type: ignore[arg-type]
+        ("k", lambda t, cu: sparse_attention(t, t.tolist(), t)),
+        ("k", lambda t, cu: fuser.flat.attention(t, 1.0, t)),  # type: ignore[arg-type]
+        ("q", lambda t, cu: fuser.linear_attention([], t, t)),  # type: ignore[arg-type]
+        ("decay", lambda t, cu: fuser.linear_attention(t, t, t, decay=-0.1)),  # type: ignore[arg-type]
+        ("v", lambda t, cu: fuser.varlen_attention(t[0], t[0], None, cu)),  # type: ignore[arg-type]
+        ("cu_seqlens_q", lambda t, cu: fuser.varlen_attention(t[0], t[0], t[0], [0, 2])),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_tensor_is_named(name: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a tensor"):
+        call(torch.zeros(1, 2, 2, 8), torch.tensor([0, 2]))

@@ -334,3 +334,26 @@ def test_lengths_that_flash_attention_asks_for_are_not_needed() -> None:
     out = varlen_attention(*given, max_seqlen_q=40, max_seqlen_k=40)
     assert torch.equal(out, varlen_attention(*given))  # type: ignore[arg-type]
     assert math.isfinite(float(out.sum()))  # type: ignore[union-attr]
+
+
+def test_nested_tensors_are_packed_ones() -> None:
+    lengths = (5, 0, 17, 3)
+    q, k, v = (
+        torch.nested.nested_tensor([torch.randn(n, h, 16) for n in lengths], layout=torch.jagged, requires_grad=True)
+        for h in (4, 2, 2)
+    )
+    cu = q.offsets()
+    out, lse = fuser.varlen_attention(q, k, v, mask=masks.Causal(), return_lse=True)
+    want, sums = fuser.varlen_attention(q.values(), k.values(), v.values(), cu, mask=masks.Causal(), return_lse=True)
+    assert out.is_nested and torch.equal(out.offsets(), cu)
+    assert torch.equal(out.values(), want) and torch.equal(lse, sums)
+    (gradient,) = torch.autograd.grad(out.values().sum(), v)
+    assert gradient.is_nested and gradient.values().abs().sum() > 0
+    other = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (5, 1, 16, 3)], layout=torch.jagged)
+    for operands in ((q, k.values(), v), (q, k, other), (q, k, v, cu)):
+        with pytest.raises(ValueError, match=r"nested tensors all three|equal lengths"):
+            fuser.varlen_attention(*operands)
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        fuser.varlen_attention(q.values(), k.values(), v.values())
+    with pytest.raises(ValueError, match="second dimension"):
+        fuser.varlen_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -82,6 +82,13 @@ def test_a_mask_that_changes_in_place_is_another(fast: OptimizedModule) -> None:
     check(fast, mask)
 
 
+def test_another_mask_in_the_same_memory_is_another(fast: OptimizedModule) -> None:
+    memory = torch.empty(STRIDED.numel(), dtype=torch.bool)
+    settled(fast, memory.copy_(STRIDED.flatten()).view_as(STRIDED))
+    for mask in (WINDOW, STRIDED, WINDOW):
+        check(fast, memory.copy_(mask.flatten()).view_as(mask))
+
+
 def test_several_masks_and_weights_that_change(fast: OptimizedModule) -> None:
     settled(fast, STRIDED, WINDOW)
     with torch.no_grad():

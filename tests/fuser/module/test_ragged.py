@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fuser
 from fuser import masks
-from fuser.ir.errors import FuserError, IndexRangeError, PackingError
+from fuser.ir.errors import IndexRangeError, KernelError, PackingError
 from fuser.kernels.plan import AttentionPlan
 from fuser.module.ragged import Share, packed_rows, rounded
 
@@ -160,6 +160,15 @@ def test_a_batch_of_one_is_packed_too() -> None:
     for spelling in ("right", "left", "holes"):
         check(fast, model, *padded(spelling, 1, 24))
     assert not any("computed" in line for line in fast.snapshot().padding)
+
+
+def test_an_empty_batch_and_empty_texts_give_what_the_model_gives() -> None:
+    fast, model = made(Encoder(), padding="skip")
+    ids, mask = padded("right")
+    with torch.inference_mode():
+        fast(ids, mask)
+        for given in ((ids[:0], mask[:0]), (ids[:, :0], mask[:, :0])):
+            assert fast(*given).shape == model(*given).shape
 
 
 def test_nothing_is_packed_where_nothing_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,12 +317,28 @@ def test_few_of_many_lengths_are_counted() -> None:
     assert due == [*range(1, 9), 16, 32, 64]
 
 
-def test_a_copy_keeps_the_option_and_files_refuse_it(tmp_path: Path) -> None:
+def test_a_copy_and_a_file_keep_the_option(tmp_path: Path) -> None:
     fast, model = made(Encoder(), padding="skip")
     check(copy.deepcopy(fast), model, *padded("right"))
     check(fast, model, *padded("right"))
-    with pytest.raises(FuserError, match="padding"):
-        fast.save(tmp_path / "model.fuser")
+    fast.save(tmp_path / "model.fuser")
+    loaded = fuser.load(tmp_path / "model.fuser")
+    for spelling in ("right", "left", "holes", "empty", "none", "all"):
+        check(loaded, model, *padded(spelling, 4, 31))
+
+
+def test_a_file_says_why_padding_would_have_to_be_computed(tmp_path: Path) -> None:
+    fast, model = made(Encoder(PICKS["second"]), padding="skip")
+    ids, mask = padded("right")
+    mask[:, :3] = 1
+    with torch.inference_mode():
+        fast(ids, mask)
+    fast.save(tmp_path / "model.fuser")
+    loaded = fuser.load(tmp_path / "model.fuser")
+    torch.testing.assert_close(loaded(*padded("none")), model(*padded("none")), rtol=0, atol=1e-5)
+    mask[0, 1:] = 0
+    with pytest.raises(KernelError, match="position 1 of every entry"):
+        loaded(ids, mask)
 
 
 def test_an_option_is_keep_or_skip() -> None:

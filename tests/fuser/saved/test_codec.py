@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fuser import masks
+from fuser.frontend.sizes import Guard
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.prediction import DEQ, Prediction, Sanger
@@ -63,7 +64,7 @@ CLASSES = sorted(
         and not getattr(found, "__abstractmethods__", None)
         and not issubclass(found, (Mask, Scheme))
         and not _holds_graph(found)
-        and found.__name__ not in ("OperatorGraph", "Operator", "_Unit", "Unfused")
+        and found.__name__ not in ("OperatorGraph", "Operator", "_Unit", "Unfused", "Guard", "Evaluation")
     },
     key=lambda cls: (cls.__module__, cls.__qualname__),
 )
@@ -106,6 +107,9 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     type(None): st.none(),
     torch.dtype: st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+    # What holds one is not saved.
+    torch.Tensor: st.nothing(),
+    Guard: st.nothing(),
     Mask: st.sampled_from(MASKS),
     Size: st.sampled_from([Size({(Name("S"),): 3, (): 1})]),
     np.ndarray: st.lists(st.integers(0, 9), max_size=3).map(lambda x: np.array(x, np.int32)),
@@ -124,6 +128,8 @@ def _of(hint: Any) -> st.SearchStrategy[Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*map(_of, args))
+    if origin is typing.Literal:
+        return st.sampled_from(args)
     if origin is tuple and args[-1] is Ellipsis:
         return st.lists(_of(args[0]), max_size=2).map(tuple)
     if origin is tuple:
@@ -173,6 +179,18 @@ def test_every_type_comes_back_as_it_was(cls: type) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.name)
 def test_masks_come_back_equal(mask: Mask) -> None:
     assert codec.load(codec.dump(mask)) == mask
+
+
+def test_what_several_values_share_is_written_once_and_shared_again() -> None:
+    part = Ref(3)
+    text = codec.dump((part, [part, Ref(4)]))
+    assert text.count(b"ir.operators.Ref") == 2
+    first, (second, other) = codec.load(text)
+    assert first is second and (first, other) == (Ref(3), Ref(4))
+    with pytest.raises(IndexError):
+        codec.load(b'["sharing",[],["shared",0]]')
+    with pytest.raises(IndexError):
+        codec.load(b'["sharing",[1],["shared",-1]]')
 
 
 def test_plain_values_come_back_equal() -> None:
