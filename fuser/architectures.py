@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,11 @@ class Architecture:
 def _tokens(scale: Scale) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {"input_ids": torch.randint(5, _VOCABULARY, (1, scale.length), generator=generator)}
+
+
+def _long_tokens(scale: Scale) -> dict[str, torch.Tensor]:
+    """More than a block-sparse model takes for short."""
+    return _tokens(dataclasses.replace(scale, length=5 * scale.length))
 
 
 def _pair(scale: Scale) -> dict[str, torch.Tensor]:
@@ -185,6 +191,24 @@ def _clip(scale: Scale) -> dict[str, Any]:
     }
 
 
+def _siglip(scale: Scale) -> dict[str, Any]:
+    return {"text_config": {**_encoder(scale), "projection_size": scale.hidden}, "vision_config": _vision()(scale)}
+
+
+def _big_bird(scale: Scale) -> dict[str, Any]:
+    return _encoder(scale, block_size=4, num_random_blocks=1, max_position_embeddings=5 * scale.length)
+
+
+def _led(scale: Scale) -> dict[str, Any]:
+    more = {"attention_window": 4, "max_encoder_position_embeddings": scale.length + 8}
+    return {**_two_towers()(scale), **more, "max_decoder_position_embeddings": scale.length + 8}
+
+
+def _experts(**more: Any) -> Options:
+    """Decoders with experts in their MLPs."""
+    return _decoder(num_experts_per_tok=2, head_dim=16, **more)
+
+
 def _wave(scale: Scale) -> dict[str, Any]:
     return {
         **_encoder(scale),
@@ -201,6 +225,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for name, parts in {
         # Encoders of text.
         "albert": ("AlbertModel", "AlbertConfig", _encoder_with(embedding_size=16), _tokens),
+        "big-bird": ("BigBirdModel", "BigBirdConfig", _big_bird, _long_tokens),
         "bert": ("BertModel", "BertConfig", _encoder_with(), _tokens),
         "camembert": ("CamembertModel", "CamembertConfig", _encoder_with(), _tokens),
         "deberta-v2": (
@@ -255,6 +280,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "granite": ("GraniteForCausalLM", "GraniteConfig", _decoder(), _tokens),
         "llama": ("LlamaForCausalLM", "LlamaConfig", _decoder(), _tokens),
         "mistral": ("MistralForCausalLM", "MistralConfig", _decoder(), _tokens),
+        "mixtral": ("MixtralForCausalLM", "MixtralConfig", _experts(num_local_experts=4), _tokens),
         "olmo": ("OlmoForCausalLM", "OlmoConfig", _decoder(), _tokens),
         "opt": (
             "OPTForCausalLM",
@@ -269,11 +295,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "phi": ("PhiForCausalLM", "PhiConfig", _decoder(), _tokens),
         "phi3": ("Phi3ForCausalLM", "Phi3Config", _decoder(), _tokens),
         "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _decoder(), _tokens),
+        "qwen2-moe": (
+            "Qwen2MoeForCausalLM",
+            "Qwen2MoeConfig",
+            _experts(num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64),
+            _tokens,
+        ),
         "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _decoder(head_dim=16), _tokens),
         "stablelm": ("StableLmForCausalLM", "StableLmConfig", _decoder(), _tokens),
         "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", _decoder(), _tokens),
         # Both.
         "bart": ("BartModel", "BartConfig", _two_towers(), _pair),
+        "led": ("LEDModel", "LEDConfig", _led, _pair),
         "mbart": ("MBartModel", "MBartConfig", _two_towers(), _pair),
         "pegasus": ("PegasusModel", "PegasusConfig", _two_towers(), _pair),
         "t5": ("T5Model", "T5Config", _t5, _pair),
@@ -283,6 +316,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "clip": ("CLIPModel", "CLIPConfig", _clip, _image_and_text),
         "deit": ("DeiTModel", "DeiTConfig", _vision(), _pixels),
         "dinov2": ("Dinov2Model", "Dinov2Config", _vision(), _pixels),
+        "siglip": ("SiglipModel", "SiglipConfig", _siglip, _image_and_text),
+        "swin": ("SwinModel", "SwinConfig", _swin, _pixels),
         "swin-v2": ("Swinv2Model", "Swinv2Config", _swin, _pixels),
         "vit": ("ViTModel", "ViTConfig", _vision(), _pixels),
         "wav2vec2": ("Wav2Vec2Model", "Wav2Vec2Config", _wave, _sound),

@@ -150,6 +150,35 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     return view.slice(dim, start, count, step) if count else None
 
 
+@_handles(aten.index.Tensor)
+def _index(r: Raiser, node: fx.Node) -> Value | None:
+    """Indices of one dimension that are constant and evenly spaced."""
+    view = r.view(node.args[0])
+    given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
+    if len(given) != 1 or traced(given[0][1]).ndim != 1 or not r.is_constant(r.view(given[0][1])):
+        return None
+    ((dim, index),) = given
+    size = view.shape[dim]
+    if isinstance(size, Size) or isinstance(traced(index).shape[0], Size) or traced(index).dtype != torch.int64:
+        return None
+    even = r.decided(_evenly_spaced, r.view(index), size)
+    return None if even is None else view.slice(dim, *even)
+
+
+def _evenly_spaced(indices: Tensor, size: int) -> tuple[int, int, int] | None:
+    """First, count and step of indices of a dimension of so many, if they are rising and evenly spaced."""
+    places = [i + size if i < 0 else i for i in indices.tolist()]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if not places or step <= 0 or places[0] < 0 or places[-1] >= size:
+        return None
+    return (places[0], len(places), step) if places == list(range(places[0], places[-1] + 1, step)) else None
+
+
+@_handles(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(r: Raiser, node: fx.Node) -> Value | None:
+    return None if any(isinstance(n, Size) or n for n in node.args[1]) else r.view(node.args[0])
+
+
 @_handles(aten.as_strided.default, aten.as_strided_copy.default)
 def _as_strided(r: Raiser, node: fx.Node) -> Value | None:
     """Whatever lies in the memory of the operand's root, once that lies as the model has it."""
@@ -195,6 +224,16 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+@_handles(aten.repeat.default)
+def _repeat(r: Raiser, node: fx.Node) -> Value | None:
+    view, counts = r.view(node.args[0]), node.args[1]
+    if 0 in counts:
+        return None
+    whole = view.expand((1,) * (len(counts) - len(view.dims)) + view.shape)
+    each = zip(whole.dims, counts, strict=True)
+    return View(view.base, tuple(f if count == 1 else ((count, 0), *f) for f, count in each), view.offset)
 
 
 @_handles(aten.repeat_interleave.self_int)
@@ -383,7 +422,8 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
     if len(q.dims) > 2 and not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:-2] == v.shape[1:-2]):
         return None
     grouped = len(q.dims) == 4 and q.shape[1] != k.shape[1]
-    if grouped and not (given.get("enable_gqa") and q.shape[1] % k.shape[1] == 0):
+    # One head of keys broadcasts to all.
+    if grouped and k.shape[1] != 1 and not (given.get("enable_gqa") and q.shape[1] % k.shape[1] == 0):
         return None
     scale = given.get("scale")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -20,7 +20,7 @@ from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
 from fuser.ir.operators import Extern, Ref, TorchCall
-from fuser.ir.size import UndecidedSizeError
+from fuser.ir.size import Size, UndecidedSizeError
 
 
 def combined(
@@ -47,17 +47,17 @@ def combined(
             lowered.append((use, constant))
             continue
         value, rest = r.env[use.node], None
-        if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf:
+        if isinstance(value, Conjunction) and not use.inverted and use.fill == -math.inf and use.shape is None:
             constant, _ = _constant_mask(r, use, full, value.constant)
             rest = value.attn_mask if constant is not None else None
         if constant is not None:
             pattern = _conjunction(pattern, constant)
         if constant is None or rest is not None:
-            attn_masks.append(_attn_mask(r, use, rest or r.view(use.node), dtype))
+            attn_masks.append(_attn_mask(r, use, rest or at_scores(r, use, r.view(use.node), full), dtype))
     for use, constant in lowered:
         known = _conjunction(_conjunction(pattern, Causal() if causal else None), constant)
         if attn_masks or (known is not None and not r.assumed(_rows_allow, known, *shape[2:])):
-            attn_masks.append(_attn_mask(r, use, r.view(use.node), dtype))
+            attn_masks.append(_attn_mask(r, use, at_scores(r, use, r.view(use.node), full), dtype))
         else:
             pattern = _conjunction(pattern, constant)
     if isinstance(pattern, Dense):
@@ -66,10 +66,22 @@ def combined(
         pattern = _hashable(pattern, *shape[2:])
     if not attn_masks:
         return pattern, None
+    # Constants meet before a call.
+    attn_masks.sort(key=lambda view: not r.is_constant(view))
     total, *more = attn_masks if len(attn_masks) == 1 else [_additive(r, v, -math.inf, dtype) for v in attn_masks]
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
     return pattern, four_dims(total.expand(full))
+
+
+def at_scores(r: Raiser, use: MaskUse, view: View, full: Sequence[int]) -> View:
+    """A mask operand as it broadcasts to scores of the shape ``full``, as far as batch and heads go."""
+    if use.shape is None or tuple(use.shape) == tuple(full):
+        return view
+    rows = ((1,) * 2 + view.shape)[-2:]
+    if math.prod(view.shape) == math.prod(rows):
+        return r.reshaped(view, rows)
+    return r.reshaped(view.expand((*use.shape[:-2], *rows)), (*full[:-2], *rows))
 
 
 def _attn_mask(r: Raiser, use: MaskUse, view: View, dtype: torch.dtype) -> View:
@@ -97,9 +109,27 @@ def _torch_mask(
     more: tuple[Any, ...],
     dtype: torch.dtype,
 ) -> View:
-    """A mask that PyTorch makes of others."""
+    """A mask that PyTorch makes of others, once for all layers that read it."""
+    key = (function, *views, *more, dtype)
+    if key not in r.masks:
+        r.masks[key] = _made(r, what, function, views, more, dtype)
+    return r.masks[key]
+
+
+def _made(
+    r: Raiser,
+    what: str,
+    function: Callable[..., Tensor],
+    views: Sequence[View],
+    more: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> View:
     spec = TensorSpec.contiguous(broadcast(*(view.shape for view in views)), dtype)
-    made = Extern(TorchCall(function, (*map(Ref, range(len(views))), *more)), "a mask made at run time")
+    call = TorchCall(function, (*map(Ref, range(len(views))), *more))
+    if all(map(r.is_constant, views)) and not isinstance(spec.numel, Size):
+        name = r.derived(f"{views[0].base}_{what}", tuple(map(r.realize, views)), call, spec.shape, dtype)
+        return View.of(name, r.values[name])
+    made = Extern(call, "a mask made at run time")
     return r.emit(made, f"{views[0].base}_{what}", [r.realize(view) for view in views], spec)
 
 
@@ -110,7 +140,7 @@ def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | No
         value = r.env[use.node]
         if isinstance(value, Conjunction) or not r.is_constant(r.view(use.node)):
             return None, False
-        view = r.view(use.node)
+        view = at_scores(r, use, r.view(use.node), full)
     expanded = four_dims(view.expand(full))
     (mask, finite), evaluation = r.evaluated(_pattern, expanded, use.inverted, use.fill)
     if evaluation is None or mask is None or mask in (Dense(), Causal()):

@@ -14,6 +14,7 @@ from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
+from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
 from fuser.ir.masks import Mask
 from fuser.ir.scores import ScoreRule
@@ -46,6 +47,27 @@ def check_restricted(graph: OperatorGraph) -> None:
             )
 
 
+def multiplied(r: Raiser, node: fx.Node, q: View, factors: View) -> View:
+    """Queries (…, Sq, D) of ``node``, times numbers that broadcast to them."""
+    b = Builder()
+    product = kinds.Pointwise(b.build(b.apply(Op.MUL, b.input(0), b.input(1))))
+    spec = TensorSpec.contiguous(q.shape, r.dtype(q))
+    inputs = (r.realize(q), r.realize(factors.expand((*q.shape[:-2], 1, 1))))
+    return r.emit(product, f"{node.name}_scaled", inputs, spec)
+
+
+def _with_rows(r: Raiser, operand: View) -> View:
+    """An operand of attention whose rows are contiguous, a copy if need be: before the scores, since behind them it
+    would part the operators of attention."""
+    strides = operand.strides()
+    if strides is None:
+        r.realize(operand)
+    if strides is None or strides[-1] == 1 or operand.shape[-1] == 1 or r.is_constant(operand):
+        return operand
+    copy = kinds.Extern(operand.copied(), "rows of attention's operands are copied to lie side by side")
+    return r.emit(copy, f"{operand.base}_rows", (operand.base,), TensorSpec.contiguous(operand.shape, r.dtype(operand)))
+
+
 def attention_from(
     r: Raiser,
     node: fx.Node,
@@ -74,24 +96,24 @@ def attention_from(
     dtype = r.dtype(q)
     scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
     name = node.name
-    if v.strides() is None:
-        # A copy of the values behind the scores would part the operators of attention.
-        r.realize(v)
+    q, k, v = (_with_rows(r, t) for t in (q, k, v))
+    if r.attention is not None and q_len == kv_len:
+        pattern = r.attention if pattern is None else pattern & r.attention
+    pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
+    # What PyTorch makes of masks would part the operators of attention as well.
+    added = None if attn_mask is None else r.realize(attn_mask)
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
     if rule is not None:
         s = r.emit(kinds.ChangeScores(rule), f"{name}_rule", (s,), scores).base
-    if r.attention is not None and q_len == kv_len:
-        pattern = r.attention if pattern is None else pattern & r.attention
-    pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
     if causal or pattern is not None:
         s = r.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
     if by_sums is not None:
         s = r.emit(kinds.BiasBySums(), f"{name}_bias", (s, by_sums), scores).base
-    if attn_mask is not None:
-        mask = kinds.AdditiveMask() if r.dtype(attn_mask).is_floating_point else kinds.BooleanMask()
-        s = r.emit(mask, f"{name}_mask", (s, r.realize(attn_mask)), scores).base
+    if added is not None:
+        mask = kinds.AdditiveMask() if r.values[added].dtype.is_floating_point else kinds.BooleanMask()
+        s = r.emit(mask, f"{name}_mask", (s, added), scores).base
     p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
     # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
     width = v.shape[3]

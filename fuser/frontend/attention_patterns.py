@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from fuser.ir.scores import ScoreRule, SoftCap
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_WITH_SUM = aten.baddbmm.default
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default)
 _PASS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 # A kernel keeps scores and probabilities in fp32 between the products, as PyTorch's own attention does. So they may
@@ -32,24 +34,32 @@ class MaskUse:
     """A mask operand: boolean (True = may attend, or its inverse) or additive, as the node's dtype says.
 
     ``fill`` is the score of what a boolean mask forbids. A finite one is so low that nothing is left of the score that
-    it replaces: adding it gives the same. It forbids nothing, though, in a row that consists of it.
+    it replaces: adding it gives the same. It forbids nothing, though, in a row that consists of it. ``shape`` is that
+    of the scores which the operand broadcasts to, where batch and heads are written in another way than in the pattern.
     """
 
     node: fx.Node
     inverted: bool
     fill: float = -math.inf
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """softmax(rule(scale · q · kᵀ) + masks) · v; ``k`` is the transposed key as the product reads it."""
+    """softmax(rule(scale · factors · q · kᵀ) + masks) · v; ``k`` is the transposed key as the product reads it.
+
+    ``shape`` is that of the scores; products may have batch and heads as one dimension. ``factors`` broadcast to the
+    scores as masks do, one number for all queries and keys of a head.
+    """
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     scale: float
     masks: tuple[MaskUse, ...]
-    rule: ScoreRule | None = None
+    rule: ScoreRule | None
+    shape: tuple[int, ...]
+    factors: tuple[MaskUse, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,13 @@ class _Walk:
     scale: float = 1.0
     rule: ScoreRule | None = None
     masks: list[MaskUse] = field(default_factory=list)
+    factors: list[MaskUse] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is added to scores here is added to what the softmax reads."""
+        return self.scale == 1.0 and self.rule is None and not self.factors
 
 
 def find(graph: fx.Graph, numbers: Numbers = lambda _: None) -> Mapping[fx.Node, Role]:
@@ -108,18 +124,24 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     product = _scores(softmax.args[0], walk)
     if product is None:
         return None
-    q, k = product.args[0], product.args[1]
+    q, k = product.args[1:3] if product.target is _WITH_SUM else product.args[:2]
     q = _prescaled(q, walk)
     k = _prescaled(k, walk)
-    shapes = [_value(n) for n in (q, k, output.args[1])]
-    if any(s is None or s.ndim != scores.ndim for s in shapes):
+    v, first, last = _value(output.args[1]), _value(product), _value(output)
+    if v is None or first is None or last is None or max(first.ndim, last.ndim) > 4:
         return None
     # Plain batched products only: PyTorch's broadcasting of batch dimensions is not attention as we know it.
-    batches = {s.shape[:-2] for s in shapes if s is not None}
-    dtypes = {s.dtype for s in (*shapes, _value(output)) if s is not None}
-    if len(batches) != 1 or len(dtypes) != 1:
+    operands = [(_value(q), first), (_value(k), first), (v, last)]
+    if any(t is None or t.ndim < 3 or t.shape[:-2] != of.shape[:-2] for t, of in operands):
         return None
-    pattern = Pattern(q, k, output.args[1], walk.scale, tuple(reversed(walk.masks)), walk.rule)
+    if {traced(use.node).dtype for use in walk.factors} | {t.dtype for t, _ in operands if t} != {last.dtype}:
+        return None
+    shape = max((scores.shape, first.shape, (*last.shape[:-1], scores.shape[-1])), key=len)
+    masks, factors = (
+        tuple(use if use.shape != shape else replace(use, shape=None) for use in reversed(uses))
+        for uses in (walk.masks, walk.factors)
+    )
+    pattern = Pattern(q, k, output.args[1], walk.scale, masks, walk.rule, shape, factors)
     roles = {node: Role("inner") for node in walk.nodes}
     roles[product] = Role("qk")
     roles[output] = Role("pv", pattern)
@@ -139,12 +161,39 @@ def _scores(node: Any, walk: _Walk) -> fx.Node | None:
             return None
         if node.target in _PRODUCTS:
             return node
+        if node.target is _WITH_SUM:
+            return node if _summed(node, walk) else None
         walk.nodes.append(node)
+        if node.target in _RESHAPES:
+            if not _regroups(node):
+                return None
+            node = node.args[0]
+            walk.shape = traced(node).shape
+            continue
         step = _score_step(node, walk)
         if step is None:
             return None
         node = step
     return None
+
+
+def _summed(node: fx.Node, walk: _Walk) -> bool:
+    """Take in what ``beta · bias + alpha · q · kᵀ`` is besides a product."""
+    alpha, beta = (_number(node.kwargs.get(name, 1), walk.numbers) for name in ("alpha", "beta"))
+    if alpha is None or beta not in (0.0, 1.0) or (beta and not walk.is_plain):
+        return False
+    if beta:
+        walk.masks.append(MaskUse(node.args[0], inverted=False, shape=walk.shape))
+    walk.scale *= alpha
+    return True
+
+
+def _regroups(node: fx.Node) -> bool:
+    """Whether scores or probabilities keep their rows and keys in another shape."""
+    before, after = _value(node.args[0]), _value(node)
+    if before is None or after is None or min(before.ndim, after.ndim) < 3:
+        return False
+    return before.shape[-2:] == after.shape[-2:]
 
 
 def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
@@ -162,10 +211,18 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
                     number = 1.0 / number
                 walk.scale *= number
                 return this
+        if target is aten.mul.Tensor:
+            for this, other in ((args[0], args[1]), (args[1], args[0])):
+                factor = _value(other)
+                if factor is None or factor.ndim < 2 or factor.shape[-2:] != (1, 1):
+                    continue
+                if _leads_to_product(this) and traced(this).shape == walk.shape and factor.dtype == traced(this).dtype:
+                    walk.factors.append(MaskUse(other, inverted=False, shape=walk.shape))
+                    return this
         return None
     if target is aten.tanh.default:
         # cap · tanh(x): what makes x is a factor of the scores in the rule, which divides them by the cap.
-        if walk.rule is not None or not 0.0 < walk.scale < math.inf:
+        if walk.rule is not None or walk.factors or not 0.0 < walk.scale < math.inf:
             return None
         walk.rule = SoftCap(walk.scale)
         return args[0]
@@ -175,9 +232,9 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
             if scores is None or bias is None or scores.shape != value.shape:  # type: ignore[union-attr]
                 continue
             if _leads_to_product(this) and bias.dtype.is_floating_point:
-                if walk.scale != 1.0 or walk.rule is not None:
+                if not walk.is_plain:
                     return None
-                walk.masks.append(MaskUse(other, inverted=False))
+                walk.masks.append(MaskUse(other, inverted=False, shape=walk.shape))
                 return this
         return None
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -195,15 +252,18 @@ def _filled(scores: fx.Node, mask: fx.Node, fill: Any, inverted: bool, walk: _Wa
     number = _number(fill, walk.numbers)
     if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR or walk.rule is not None:
         return None
+    if walk.factors:
+        return None
     # What fp32 cannot hold after scaling has become infinite.
     lowest = number * walk.scale
-    walk.masks.append(MaskUse(mask, inverted, lowest if lowest >= torch.finfo(torch.float32).min else -math.inf))
+    lowest = lowest if lowest >= torch.finfo(torch.float32).min else -math.inf
+    walk.masks.append(MaskUse(mask, inverted, lowest, walk.shape))
     return scores
 
 
 def _leads_to_product(node: Any, depth: int = 8) -> bool:
     while isinstance(node, fx.Node) and depth:
-        if node.target in _PRODUCTS:
+        if node.target in _PRODUCTS or node.target is _WITH_SUM:
             return True
         if not node.args:
             return False
@@ -235,7 +295,11 @@ def _constant_number(node: fx.Node, numbers: Numbers) -> float | None:
     if node.target is aten.sqrt.default:
         inner = _number(node.args[0], numbers)
         return None if inner is None or inner < 0 else math.sqrt(inner)
-    if node.target in (*_PASS, aten.lift_fresh_copy.default):
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        factors = [_number(argument, numbers) for argument in node.args]
+        return None if None in factors else math.prod(f for f in factors if f is not None)
+    cast = node.target in _CASTS and traced(node).dtype in (torch.float32, torch.float64)
+    if cast or node.target in (*_PASS, aten.detach_.default, aten.lift_fresh_copy.default):
         return _number(node.args[0], numbers)
     return None
 
@@ -251,7 +315,9 @@ def _probabilities(softmax: fx.Node) -> list[fx.Node] | None:
         if user.target in _PRODUCTS:
             return [*found, user] if user.args[0] is node and user.args[1] is not node else None
         evaluated = user.target is aten.dropout.default and (not user.args[2] or user.args[1] == 0)
-        if not (evaluated or user.target in _PASS or (user.target in _CASTS and _value(user) is not None)):
+        regrouped = user.target in _RESHAPES and _regroups(user)
+        cast = user.target in _CASTS and _value(user) is not None
+        if not (evaluated or regrouped or cast or user.target in _PASS):
             return None
         found.append(user)
         node = user

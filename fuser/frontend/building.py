@@ -109,6 +109,16 @@ class GraphBuilder:
         self._realized[view] = name
         return name
 
+    def reshaped(self, view: View, shape: Sequence[int]) -> View:
+        """A view in another shape, of a copy where it has to be. Raises CaptureError where even that has none."""
+        found = view.reshape(shape)
+        if found is None:
+            name = self.realize(view)
+            found = View.of(name, self.values[name]).reshape(shape)
+        if found is None:
+            raise CaptureError(f"{view.base} of the shape {view.shape} cannot be seen as {tuple(shape)}")
+        return found
+
     # ---- constants
 
     def add_parameter(self, name: str, tensor: Tensor) -> View:

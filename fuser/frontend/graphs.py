@@ -9,7 +9,8 @@ from torch import fx
 
 from fuser.frontend import attention_patterns, rotary_patterns
 from fuser.frontend.aten import HANDLERS
-from fuser.frontend.attention_operators import attention_from
+from fuser.frontend.attention_masks import at_scores
+from fuser.frontend.attention_operators import attention_from, multiplied
 from fuser.frontend.capture import Captured
 from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
@@ -67,4 +68,8 @@ def _written_out(r: Raiser, node: fx.Node, role: attention_patterns.Role) -> Val
         return ()
     k = r.view(p.k)
     key = k.permute((*range(len(k.dims) - 2), len(k.dims) - 1, len(k.dims) - 2))
-    return attention_from(r, node, r.view(p.q), key, r.view(p.v), p.scale, p.masks, rule=p.rule)
+    batch = p.shape[:-2]
+    q, key, v = (r.reshaped(t, (*batch, *t.shape[-2:])) for t in (r.view(p.q), key, r.view(p.v)))
+    for use in p.factors:
+        q = multiplied(r, p.q, q, at_scores(r, use, r.view(use.node), p.shape))
+    return attention_from(r, node, q, key, v, p.scale, p.masks, rule=p.rule)

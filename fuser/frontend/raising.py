@@ -74,6 +74,8 @@ class Raiser(GraphBuilder):
         self._roots = _roots(captured.graph.graph)
         self.roomy: set[str] = set()
         """Values that are returned with strides of ours."""
+        self.masks: dict[tuple[Any, ...], View] = {}
+        """What is made of masks, by how and of which."""
         self._viewing: dict[str, str] = {}
         """By what PyTorch makes, the value that it may be a view of."""
 

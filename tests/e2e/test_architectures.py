@@ -23,23 +23,26 @@ SCALE = Scale()
 SHORTER = Scale(length=9)
 ONE_LENGTH = ("whisper",)
 """Architectures that take one length only."""
-ONE_SHAPE = ("longformer",)
-"""Architectures that cannot be captured for all lengths at once."""
 TOLERANCE = 2e-5
 """Relative L2 distance from eager: rounding of fp32, through layers whose norms divide by small numbers."""
+_EXPERTS = (
+    *("aten::_to_copy", "aten::cumsum", "aten::empty_like", "aten::floor_divide", "aten::histc", "aten::index.Tensor"),
+    *("aten::index_put", "aten::sort", "aten::sum.dim_IntList", "aten::topk", "transformers::grouped_mm_fallback"),
+    *("activation", "pointwise", "reduction", "softmax"),
+)
 LEFT: Mapping[str, Collection[str]] = {
     "beit": ("aten::mean.dim",),
-    "bloom": ("_strided_copy", "aten::baddbmm", "aten::bmm"),
+    "big-bird": ("aten::index_copy", "aten::index_select"),
     "clip": ("aten::index.Tensor", "aten::matmul", "pointwise"),
-    "deberta-v2": (
-        *("_strided_copy", "aten::bmm", "aten::gather", "aten::masked_fill.Scalar", "aten::repeat"),
-        "pointwise",
-    ),
-    "falcon": ("_strided_copy", "aten::index.Tensor", "aten::scaled_dot_product_attention"),
+    "deberta-v2": ("aten::bmm", "aten::gather", "pointwise", "pv", "qk"),
     "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
     "roformer": ("aten::stack",),
+    "mixtral": _EXPERTS,
+    "qwen2-moe": _EXPERTS,
+    "siglip": ("aten::bmm", "aten::matmul", "bias", "pointwise", "residual"),
+    "swin": ("_strided_copy", "aten::cat", "aten::roll", "norm"),
     "swin-v2": (
-        *("_strided_copy", "aten::cat", "aten::index.Tensor", "aten::matmul", "aten::pad", "aten::roll"),
+        *("_strided_copy", "aten::cat", "aten::index.Tensor", "aten::roll", "add"),
         *("activation", "norm", "residual"),
     ),
     "t5": ("aten::where.ScalarOther",),
@@ -50,7 +53,8 @@ LEFT: Mapping[str, Collection[str]] = {
 those that are not here."""
 ROTATED = (
     *("cohere", "eurobert", "falcon", "gemma", "gemma2", "gemma3", "gpt-neox", "gptj", "granite", "llama", "mistral"),
-    *("modernbert", "nomic-bert", "olmo", "phi", "phi3", "qwen2", "qwen3", "roformer", "stablelm", "starcoder2"),
+    *("mixtral", "modernbert", "nomic-bert", "olmo", "phi", "phi3", "qwen2", "qwen2-moe", "qwen3", "roformer"),
+    *("stablelm", "starcoder2"),
 )
 """Architectures whose queries and keys get rotary embeddings."""
 DETAILED = ("albert", "bart", "bert", "distilbert", "gpt2", "llama", "modernbert", "qwen3", "t5", "vit", "whisper")
@@ -173,8 +177,8 @@ def test_an_architecture_called_plainly(without_kernels: None, name: str) -> Non
     if name not in ONE_LENGTH:
         shorter = architecture.call(SHORTER)
         agree(fast(**shorter), model(**shorter))
-    assert name in ONE_SHAPE or (fast.specialized == () and fast.fallbacks == ())
-    assert name in ONE_SHAPE or left(fast) <= set(LEFT.get(name, ()))
+    assert fast.specialized == () and fast.fallbacks == ()
+    assert left(fast) <= set(LEFT.get(name, ()))
     rotations = [reason for _, reason in fast.unfused if "takes this rotary" in reason]
     assert len(rotations) == (2 * SCALE.layers if name in ROTATED else 0)
 

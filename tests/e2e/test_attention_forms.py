@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,14 @@ def some(*shape: int, share: float = 0.7) -> Tensor:
         (lambda s, m: torch.where(m, s * SCALE, torch.tensor(-INF)), (some(B, 1, S, S),)),
         (lambda s, m: torch.where(m, LOWEST, s * SCALE), (~some(B, 1, S, S),)),
         (lambda s, m: (s + m) * SCALE, (torch.randn(B, 1, S, S, generator=RANDOM),)),
+        (lambda s, m: (s + s[:1, :1]) * m, (torch.rand(H, 1, 1, generator=RANDOM),)),
+        (lambda s, m: (s * SCALE + 1) * m, (torch.rand(B, H, 1, 1, generator=RANDOM),)),
+        (lambda s, m: torch.tanh(s * SCALE) * m, (torch.rand(H, 1, 1, generator=RANDOM),)),
+        (lambda s, a, m: (s + a) * m, (torch.randn(B, 1, S, S), torch.rand(H, 1, 1, generator=RANDOM))),
+        (lambda s, a, m: s.masked_fill(a, LOWEST) * m, (~some(B, 1, S, S), torch.rand(H, 1, 1, generator=RANDOM))),
+        (lambda s, a, m: torch.where(a, s * SCALE + m, LOWEST), (some(B, 1, S, S), torch.randn(1, H, S, S))),
+        (lambda s, a, m: s * SCALE + torch.where(a, m, LOWEST), (some(B, 1, S, S), torch.randn(1, H, S, S))),
+        (lambda s, a, m: s * SCALE + torch.where(a, m, -INF), (some(B, 1, S, S), torch.randn(1, H, S, S))),
         (lambda s, a, b: (s * SCALE + a).masked_fill(b, -INF), (torch.randn(B, 1, S, S), ~some(B, 1, S, S))),
         (lambda s, a, b: s.masked_fill(a, -INF).masked_fill(b, -INF), (~some(B, H, S, S), ~some(B, 1, S, S))),
         (lambda s: s.masked_fill(torch.ones(S, S).tril() == 0, -INF), ()),
@@ -108,6 +117,8 @@ def test_masking_and_then_changing_the_sign_lets_the_masked_win() -> None:
         lambda m, q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]),
         lambda m, q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
         lambda m, q, k, v: torch.softmax(q @ k[:, :1].mT, -1) @ v[:, :1],
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[:, [0, 2]], k[:, [-1]], v[:, [-1]]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[:, [2, 0]], k[:, [1, 1]], v[:, [0, 1]]),
         lambda m, q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]),
         lambda m, q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
         lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v[..., :8]),
@@ -126,6 +137,8 @@ def test_masking_and_then_changing_the_sign_lets_the_masked_win() -> None:
         "one key batch",
         "one key head",
         "one key head written",
+        "even indices",
+        "other indices",
         "two dims",
         "five dims",
         "narrow values",
@@ -159,6 +172,44 @@ def test_grouped_queries() -> None:
         check(Model(products), *operands),
     ):
         assert (families(fast), fast.unfused) == ({"attention"}, ())
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        # Batch and heads as one dimension for the products alone (Bloom, DeBERTa).
+        lambda m, q, k: torch.baddbmm(m.bias, q, k.mT, alpha=SCALE).view(B, H, S, S) + m.mask,
+        lambda m, q, k: torch.baddbmm(m.bias, q, k.mT, beta=0.0, alpha=SCALE).view(B, H, S, S).masked_fill(m.no, -INF),
+        lambda m, q, k: (q @ k.mT / 4 + m.bias).view(B, H, S, S).masked_fill(m.no, LOWEST),
+        # Another number for every head, and masks of groups of samples, as windows are (Swin).
+        lambda m, q, k: (q @ k.mT).view(B, H, S, S) * m.factors + m.mask,
+        lambda m, q, k: (((q @ k.mT).view(B, H, S, S) * m.factors).view(1, B, H, S, S) + m.windows).view(B, H, S, S),
+        lambda m, q, k: 3 * torch.tanh((q @ k.mT).view(B, H, S, S) * m.factors),
+    ],
+)
+@pytest.mark.parametrize("constant", [True, False])
+def test_scores_in_other_shapes_than_their_products(scores: Callable[..., Tensor], constant: bool) -> None:
+    operands = {
+        "bias": torch.randn(B * H, 1, S, generator=RANDOM),
+        "mask": torch.randn(1, H, S, S, generator=RANDOM),
+        "no": ~some(B, 1, S, S),
+        "factors": torch.rand(H, 1, 1, generator=RANDOM) + 0.5,
+        "windows": torch.randn(1, B, 1, S, S, generator=RANDOM),
+    }
+
+    names = tuple(operands)
+
+    def run(m: Model, q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
+        held = SimpleNamespace(**dict(zip(names, given, strict=True))) if given else m
+        p = scores(held, q.flatten(0, 1), k.flatten(0, 1)).softmax(-1)
+        return (p.view(B * H, S, S) @ v.flatten(0, 1)).view(B, H, S, D).transpose(1, 2).flatten(2)
+
+    model = Model(run)
+    if constant:
+        for name, value in operands.items():
+            model.register_buffer(name, value)
+    fast = check(model, *qkv(), *([] if constant else operands.values()))
+    assert "attention" in families(fast)
 
 
 @pytest.mark.parametrize("shape", [(6, S, S), (1, S, S), (6, 1, S), (S, S)])
