@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,25 @@ SIZES: Mapping[str, Sizes] = {
     if (name, patch) != ("base", 4)
 }
 """The models of the reference by name."""
+
+
+_Sizes = TypeVar("_Sizes")
+
+
+def resized(known: Mapping[str, _Sizes], name: str, sizes: Mapping[str, Any] | None, what: str) -> _Sizes:
+    """The dataclass ``name`` of those that are ``known``, with other ``sizes`` if given.
+
+    Raises MechanismError, which says ``what`` has no such name, for an unknown name or size.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
+        raise MechanismError(f"there is no {what} {name!r}; {hint}")
+    fields = vars(known[name])
+    unknown = {*(sizes or {})} - {*fields}
+    if unknown:
+        raise MechanismError(f"sizes of {name} are {', '.join(fields)}, not {', '.join(sorted(unknown))}")
+    return type(known[name])(**{**fields, **(sizes or {})})
 
 
 class Mlp(nn.Module):
@@ -121,11 +140,4 @@ def build(
 
     Raises MechanismError for an unknown name, impossible sizes, and arguments that the attention does not have.
     """
-    if name not in SIZES:
-        close = difflib.get_close_matches(name, SIZES, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(SIZES)}"
-        raise MechanismError(f"there is no vision transformer {name!r}; {hint}")
-    unknown = {*(sizes or {})} - {*vars(SIZES[name])}
-    if unknown:
-        raise MechanismError(f"sizes of {name} are {', '.join(vars(SIZES[name]))}, not {', '.join(sorted(unknown))}")
-    return EfficientVit(Sizes(**{**vars(SIZES[name]), **(sizes or {})}), attention, arguments)
+    return EfficientVit(resized(SIZES, name, sizes, "vision transformer"), attention, arguments)

@@ -256,16 +256,22 @@ class LibraryParameters:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one launch: fp32 operations, bytes moved to and from memory, kernels started."""
+    """Work of one launch: operations, bytes moved to and from memory, kernels started. ``efficiency`` is the share of
+    the peak that is reached: that of fp32, or the rate of ``dtype`` where most operations multiply that."""
 
     flops: float
     bytes: float
     launches: int = 1
     efficiency: float = 1.0
+    dtype: torch.dtype | None = None
+
+    def peak(self, target: Target) -> float:
+        """Operations a second that one core cannot exceed."""
+        return target.peak_flops if self.dtype is None else target.rate(self.dtype)
 
     def seconds(self, target: Target) -> float:
         """Roofline time on ``target`` with all cores."""
-        compute = self.flops / (target.peak_flops * target.cores * self.efficiency)
+        compute = self.flops / (self.peak(target) * target.cores * self.efficiency)
         return max(compute, self.bytes / target.bandwidth) + self.launches * target.launch_seconds
 
 

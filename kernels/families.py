@@ -10,6 +10,7 @@ from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
+from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
 from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: Table = {
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
     (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
+    (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
     (FeaturesFamily(), "cpu"): (CpuFeatures(),),
     (MlpFamily(), "cuda"): (CudaMlp(),),

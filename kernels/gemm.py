@@ -158,6 +158,11 @@ class GemmParameters:
         return False
 
     @property
+    def scaled(self) -> bool:
+        """Whether sums are multiplied with a scale for every column (:mod:`fuser.kernels.gemm_int8_weight`)."""
+        return False
+
+    @property
     def scale_words(self) -> int:
         """Words of scratch for the scales of the rows that a thread works on at a time, and their inverses."""
         return -(-2 * self.mc // _LINE) * _LINE if self.integer else 0
@@ -320,6 +325,8 @@ class GemmFamily:
 
     name = "gemm"
     kind: ClassVar[type[Product]] = Gemm
+    weights: ClassVar[frozenset[torch.dtype]] = frozenset()
+    """Dtypes of weights where they are others than those of activations."""
 
     def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
         """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
@@ -333,7 +340,10 @@ class GemmFamily:
             return None
         a, weight, out = (graph.values[v] for v in (*gemm.inputs[:2], gemm.output))
         stride = row_stride(a)
-        if stride is None or len(weight.shape) != 2 or not {a.dtype, weight.dtype, out.dtype} <= floating(target):
+        stored = floating(target)
+        if stride is None or len(weight.shape) != 2 or not {a.dtype, out.dtype} <= stored:
+            return None
+        if weight.dtype not in (self.weights or stored):
             return None
         n, k = weight.shape if gemm.semantics.transposed else weight.shape[::-1]
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
@@ -460,11 +470,9 @@ def product_cost(
     dtype, stored = values[match.a].dtype, values[match.weight].dtype
     if multiplied is not None:
         dtype = stored = multiplied
-    if stored == dtype:
-        efficiency *= target.rate(dtype) / target.peak_flops
     moved = values[match.a].nbytes + padded * match.k * stored.itemsize
     moved += program.bytes(match.group.graph) * passes
-    return Cost(flops, float(moved), launches=launches, efficiency=efficiency)
+    return Cost(flops, float(moved), launches, efficiency, dtype if stored == dtype else None)
 
 
 def register_tiles(n: int, target: Target, tiles: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int]]:

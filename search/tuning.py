@@ -141,33 +141,39 @@ class Tuner:
             return None
 
     def _fastest(self, candidates: Sequence[list[GroupChoice]]) -> list[GroupChoice]:
-        cache = self._store
-        records = [self._record(candidate) for candidate in candidates]
-        if any(record is None for record in records):
-            # All together: only times of one run may be compared.
-            try:
-                times = measure(candidates, self.target, self.threads, cache)
-            except (BuildError, KernelError, torch.OutOfMemoryError) as error:
-                logger.warning("ways to run a product could not be compared, so the first is taken: %s", error)
-                return candidates[0]
-            self.measured += len(candidates)
-            seconds = [t.seconds for t in times]
-            for candidate, time in zip(candidates, times, strict=True):
-                value = {
-                    "seconds": time.seconds,
-                    "spread": time.spread,
-                    "runs": time.runs,
-                    "operators": [op.kind for c in candidate for op in c.group.operators],
-                    "families": [c.family for c in candidate],
-                    "torch": torch.__version__,
-                }
-                cache.write_record(RECORD, self._key(candidate), value)
-        else:
-            seconds = [float(record["seconds"]) for record in records if record is not None]
+        seconds = self.compare(candidates)
+        if seconds is None:
+            return candidates[0]
         best = min(range(1, len(seconds)), key=seconds.__getitem__)
         at = best if seconds[best] < seconds[0] * (1 - _MARGIN) else 0
         share = seconds[at] / len(candidates[at])
         return [dataclasses.replace(c, seconds=share, measured=True) for c in candidates[at]]
+
+    def compare(self, candidates: Sequence[Sequence[GroupChoice]]) -> list[float] | None:
+        """Seconds of ways to do the same work, each a sequence of groups, measured together unless they are remembered;
+        None where one of them cannot be built or run."""
+        cache = self._store
+        records = [self._record(candidate) for candidate in candidates]
+        if all(record is not None for record in records):
+            return [float(record["seconds"]) for record in records if record is not None]
+        # All together: only times of one run may be compared.
+        try:
+            times = measure(candidates, self.target, self.threads, cache)
+        except (BuildError, KernelError, torch.OutOfMemoryError) as error:
+            logger.warning("ways to run a product could not be compared, so the first is taken: %s", error)
+            return None
+        self.measured += len(candidates)
+        for candidate, time in zip(candidates, times, strict=True):
+            value = {
+                "seconds": time.seconds,
+                "spread": time.spread,
+                "runs": time.runs,
+                "operators": [op.kind for c in candidate for op in c.group.operators],
+                "families": [c.family for c in candidate],
+                "torch": torch.__version__,
+            }
+            cache.write_record(RECORD, self._key(candidate), value)
+        return [t.seconds for t in times]
 
     def _key(self, candidate: Sequence[GroupChoice]) -> str:
         """What a time depends on: the kernels, their templates and sizes, the machine, the threads and the libraries.

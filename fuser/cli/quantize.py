@@ -28,6 +28,10 @@ def quantize(
     quality: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least mean cosine of hidden states.")] = 0.999,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of modules to leave as they are.")] = None,
     smooth: Annotated[bool, typer.Option(help="Move factors from activations to weights where that helps.")] = True,
+    trials: Annotated[
+        int, typer.Option(min=0, help="Choices of layers to try for the Pareto front of time and error.")
+    ] = 0,
+    weights_only: Annotated[bool, typer.Option(help="Store weights in int8, and leave activations alone.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the programs for fuser.load to this file.")] = None,
     json: Json = False,
 ) -> None:
@@ -41,7 +45,14 @@ def quantize(
     some = batches[:: max(len(batches) // _CALIBRATION, 1)]
     inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in some]
     exact = demo.embed(encoder, demo.encode_with(encoder.model), batches)
-    options = Int8(inputs, quality=quality, smooth=smooth, exclude=tuple(exclude or ()))
+    options = Int8(
+        inputs,
+        quality=quality,
+        smooth=smooth,
+        weights_only=weights_only,
+        trials=trials,
+        exclude=tuple(exclude or ()),
+    )
     with progress(f"quantizing {model.name}"):
         fast = optimize(encoder.model, quantize=options)
         found = demo.agreement(demo.embed(encoder, demo.encode_with(fast), batches), exact)
@@ -55,8 +66,15 @@ def quantize(
             for x in precision.layers
         ]
         written = None if out is None else str(out)
+        front = [{"seconds": p.seconds, "cosine": p.cosine, "layers": p.layers} for p in precision.front]
         print_json(
-            {"cosine": precision.cosine, "min_cosine_of_embeddings": found.min_cosine, "layers": rows, "file": written}
+            {
+                "cosine": precision.cosine,
+                "min_cosine_of_embeddings": found.min_cosine,
+                "layers": rows,
+                "front": front,
+                "file": written,
+            }
         )
         return
     cells = [
@@ -64,6 +82,9 @@ def quantize(
         for x in precision.layers
     ]
     console().print(table(model.name, ("layer", "precision", ">error", ""), cells))
+    if precision.front:
+        points = [(str(p.layers), f"{1e3 * p.seconds:.4g} ms", f"{p.cosine:.6f}") for p in precision.front]
+        console().print(table("time and error", (">layers in int8", ">time", ">cosine"), points))
     typer.echo(
         f"\nmean cosine of hidden states {precision.cosine:.6f}, of embeddings at least {found.min_cosine:.6f}"
         + ("" if out is None else f"\nwritten: {out}")

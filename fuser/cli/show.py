@@ -28,6 +28,7 @@ class Stage(str, enum.Enum):
     KERNELS = "kernels"
     SOURCE = "source"
     PLAN = "plan"
+    PRECISION = "precision"
 
 
 def show(
@@ -36,7 +37,8 @@ def show(
         Stage,
         typer.Option(
             help="fx: the captured ATen graph. graph: the operators. scheme: regions and which operators share a "
-            "kernel. kernels: the kernels. source: their C++. plan: steps and memory."
+            "kernel. kernels: the kernels. source: their C++. plan: steps and memory. precision: the model in int8, "
+            "calibrated on its example: the numbers and the error of every kernel."
         ),
     ] = Stage.KERNELS,
     profile: Annotated[
@@ -57,6 +59,7 @@ def show(
     search: Annotated[
         str, typer.Option(help="cached: measure kernels and remember; model: trust the cost model.")
     ] = "cached",
+    quality: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of --stage precision: least mean cosine.")] = 0.999,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -86,7 +89,7 @@ def show(
         _show_capture(named, stage, attention, json)
         return
     with progress(f"compiling {named.name}"):
-        optimized = _compile(named, attention, search)
+        optimized = _compile(named, attention, search, quality if stage is Stage.PRECISION else None)
     compiled = optimized.programs[-1]
     if profile:
         _show_profile(named, compiled, optimized, rounds, json)
@@ -95,14 +98,19 @@ def show(
         print_json(sources) if json else typer.echo("\n".join(sources.values()))
     elif stage is Stage.PLAN:
         _show_plan(compiled, json)
+    elif stage is Stage.PRECISION:
+        _show_precision(optimized, json)
     else:
         _show_report(optimized, stage, json)
 
 
-def _compile(named: Named, attention: Mask | None, search: str) -> OptimizedModule:
+def _compile(named: Named, attention: Mask | None, search: str, quality: float | None) -> OptimizedModule:
     from fuser.module.optimized import optimize
+    from fuser.module.quantizing import Int8
 
-    optimized = optimize(named.model, named.args or named.kwargs, attention=attention, search=search)
+    given = [named.args or named.kwargs]
+    how = None if quality is None else Int8(given if quality else None, quality=quality, smooth=quality > 0)
+    optimized = optimize(named.model, named.args or named.kwargs, attention=attention, search=search, quantize=how)
     if not optimized.programs:
         reasons = [*optimized.fallbacks, *(reason for _, reason in optimized.unfused)]
         raise FuserError("; ".join(dict.fromkeys(reasons)) or f"{named.name} was not compiled")
@@ -182,6 +190,22 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
         if reasons:
             out.print()
             out.print(table(title, ("operator", "reason"), reasons))
+
+
+def _show_precision(optimized: OptimizedModule, json: bool) -> None:
+    from fuser.explain.report import collect
+
+    found = collect(optimized.snapshot())
+    if json:
+        widths = [{"operators": w.operators, "width": w.width, "error": w.error} for w in found.widths]
+        print_json({"precision": found.precision, "groups": widths})
+        return
+    out = console()
+    rows = [(w.width, f"{w.error:.1e}" if w.error == w.error else "–", ", ".join(w.operators)) for w in found.widths]
+    out.print(table("precision", ("numbers", ">error", "operators"), rows))
+    out.print()
+    for line in found.precision:
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _show_profile(named: Named, compiled: Compiled, optimized: OptimizedModule, rounds: int, json: bool) -> None:

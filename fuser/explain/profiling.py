@@ -91,7 +91,7 @@ class ProgramProfile:
 def floor_of(cost: Cost, target: Target, threads: int) -> tuple[float, str]:
     """The time in seconds that work of this size cannot beat, and whether compute or memory sets it."""
     cores = min(target.cores, max(threads, 1)) if target.kind == "cpu" else target.cores
-    compute = cost.flops / (target.peak_flops * cores)
+    compute = cost.flops / (cost.peak(target) * cores)
     memory = cost.bytes / target.bandwidth
     return max(compute, memory), "compute" if compute >= memory else "memory"
 

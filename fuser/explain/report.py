@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 
 from fuser.codegen.assemble import KernelRecord
 from fuser.codegen.choice import Choice, GroupChoice
@@ -21,6 +23,7 @@ from fuser.ir.masks import Mask
 from fuser.ir.operators import PatternMask, View
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
+from fuser.module.quantizing import Precision
 from fuser.module.snapshot import Memory, Snapshot
 
 _TEMPLATE = "report.html.j2"
@@ -45,6 +48,16 @@ class RegionRow:
     scheme: str
     seconds: float
     groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Width:
+    """Of one kernel's operators: in which numbers it multiplies, or what it stores, and the relative L2 error of its
+    result to that of the unquantized model on a calibration input, NaN where that is not known."""
+
+    operators: tuple[str, ...]
+    width: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class Report:
     specialized: tuple[str, ...]
     padding: tuple[str, ...]
     precision: tuple[str, ...]
+    widths: tuple[Width, ...]
     memory: Memory
     stages: Mapping[str, float]
 
@@ -107,6 +121,7 @@ def collect(snapshot: Snapshot) -> Report:
         specialized=snapshot.specialized,
         padding=snapshot.padding,
         precision=() if snapshot.precision is None else snapshot.precision.lines,
+        widths=tuple(_widths(last, snapshot.precision)) if last else (),
         memory=snapshot.memory,
         stages=dict(last.seconds) if last else {},
     )
@@ -158,6 +173,24 @@ def _regions(compiled: Compiled) -> Iterator[RegionRow]:
         yield RegionRow(region.hash, count, str(choice.scheme), choice.seconds, groups)
 
 
+_WIDTHS = {"int8_gemm": "int8", "int8_weight_gemm": "int8 weights"}
+
+
+def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:
+    """The groups of a program in order; PyTorch's operators are in what they store."""
+    errors = {} if precision is None else precision.errors
+    for choice in compiled.assembly.choices:
+        operators = choice.group.operators
+        graph = choice.group.graph
+        stored = graph.values[operators[-1].output].dtype
+        width = next((_WIDTHS[op.kind] for op in operators if op.kind in _WIDTHS), _short(stored))
+        yield Width(tuple(op.name for op in operators), width, errors.get(operators[-1].name, math.nan))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def _kernels(compiled: Compiled) -> Iterator[KernelRow]:
     for record in compiled.assembly.kernels:
         choice = choice_of(compiled, record)
@@ -166,6 +199,10 @@ def _kernels(compiled: Compiled) -> Iterator[KernelRow]:
 
 
 # ---- text
+
+
+def _error(error: float) -> str:
+    return "–" if math.isnan(error) else f"{error:.1e}"
 
 
 def render_text(found: Report) -> str:
@@ -198,6 +235,8 @@ def render_text(found: Report) -> str:
     lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
     lines += [f"padding: {line}" for line in found.padding]
     lines += [f"precision: {line}" for line in found.precision]
+    if found.precision:
+        lines += [f"  {w.width:<13} {_error(w.error):>9}  {', '.join(w.operators)}" for w in found.widths]
     memory = found.memory
     lines += [
         "",

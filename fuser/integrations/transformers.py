@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fuser.attention import attend, varlen_attention
 from fuser.integrations.sparse_models import sparsify as sparsify
-from fuser.ir.errors import MaskError
+from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Causal, Mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import SoftCap
 
 logger = logging.getLogger("fuser")
@@ -31,7 +32,7 @@ _UNSUPPORTED = {
 }
 
 
-def register(mask: Mask | None = None, *, name: str = "fuser") -> None:
+def register(mask: Mask | None = None, *, quantize: Prediction | None = None, name: str = "fuser") -> None:
     """Add an attention implementation to transformers; calling it again replaces the one of that ``name``.
 
     Without ``mask`` attention is exactly the model's own: causal or not, with padding and any 4-D mask. With it, every
@@ -44,18 +45,24 @@ def register(mask: Mask | None = None, *, name: str = "fuser") -> None:
     to each document by itself. Where a model masks other documents itself (decoders without a cache whose
     ``position_ids`` start again), nothing is computed across them either.
 
+    ``quantize`` (``fuser.DEQ(...)`` or ``fuser.Sanger(...)``) is that of :func:`fuser.sparse_attention`, in training as
+    well; it takes neither dropout nor documents, and says so by a ValueError when the model runs.
+
     Raises:
         MaskError: ``mask`` is not a mask.
+        ScoreError: ``quantize`` is no specification.
         ImportError: transformers is missing or older than 4.53.
     """
     if mask is not None and not isinstance(mask, Mask):
         raise MaskError(f"register takes one of fuser.masks, not a {type(mask).__name__}")
+    if quantize is not None and not isinstance(quantize, Prediction):
+        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, not a {type(quantize).__name__}")
     try:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
         from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
         raise ImportError("fuser.integrations.transformers needs transformers 4.53 or later") from error
-    AttentionInterface.register(name, _forward_with(mask))
+    AttentionInterface.register(name, _forward_with(mask, quantize))
     _registered.add(name)
     # Boolean 4-D masks, or None where the causal flag or nothing at all says the same.
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -72,7 +79,7 @@ def without_hints(model: nn.Module, arguments: Mapping[str, Any]) -> Mapping[str
     return {name: value for name, value in arguments.items() if name not in _HINTS}
 
 
-def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
+def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> Callable[..., tuple[Tensor, None]]:
     def fuser_attention_forward(
         module: nn.Module,
         query: Tensor,
@@ -101,7 +108,9 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
         packed = cu_q is not None and cu_k is not None
         if packed and (query.shape[0] != 1 or dropout):
             raise ValueError('attn_implementation="fuser" takes cu_seq_lens for one row of documents, without dropout')
-        if not packed and not dropout:
+        if quantize is not None and (packed or dropout):
+            raise ValueError("quantize= takes no dropout, and no documents one behind the other")
+        if not packed and not dropout and quantize is None:
             cu_q = cu_k = _starts(kwargs.get("position_ids"), attn_mask)
         if cu_q is not None and cu_k is not None:
             visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
@@ -121,7 +130,8 @@ def _forward_with(pattern: Mask | None) -> Callable[..., tuple[Tensor, None]]:
         if dropout:
             out = _with_dropout(query, key, value, own, attn_mask, causal, offset, dropout, scaling)
         else:
-            out = attend(query, key, value, own, attn_mask, causal=causal, offset=offset, rule=rule, scale=scaling)
+            how: dict[str, Any] = {"rule": rule, "quantize": quantize, "scale": scaling}
+            out = attend(query, key, value, own, attn_mask, causal=causal, offset=offset, **how)
         return out.transpose(1, 2).contiguous(), None
 
     return fuser_attention_forward

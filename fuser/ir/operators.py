@@ -333,6 +333,21 @@ class Int8Gemm(Product):
         return ((sums * (row_scales * scales.mT)).to(x.dtype),)
 
 
+@kind("int8_weight_gemm")
+@dataclass(frozen=True)
+class Int8WeightGemm(Product):
+    """x · W as :class:`Gemm` with W in int8, and a third input (N,): the fp32 scale of every output, which sums are
+    multiplied with. x and the sums stay in floating point."""
+
+    transposed: bool
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, integers, scales = inputs
+        wide = torch.promote_types(x.dtype, torch.float32)
+        columns = integers.to(wide)
+        return ((x.to(wide) @ (columns.mT if self.transposed else columns) * scales.to(wide)).to(x.dtype),)
+
+
 @kind("qk")
 @dataclass(frozen=True)
 class QK(Semantics):

@@ -44,6 +44,34 @@ def exact_products(a: Tensor, b: Tensor) -> Tensor:
     return sum(part.double() for part in parts).float()  # type: ignore[union-attr]
 
 
+def integers_of(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight, (N, K) if ``transposed``, else (K, N), in int8: (N, K)."""
+    return quantize_rows(weight if transposed else weight.mT)[0]
+
+
+def scales_of(weight: Tensor, transposed: bool) -> Tensor:
+    """The scales (N,) that go with :func:`integers_of`, fp32."""
+    return quantize_rows(weight if transposed else weight.mT)[1][:, 0]
+
+
+def recovered_scales(weight: Tensor, integers: Tensor, transposed: bool) -> Tensor:
+    """The scale (N,) of every output for a ``weight`` that is the product of int8 ``integers`` of its shape and such
+    scales, fp32 and all to rounding.
+
+    Raises ValueError for a weight that is not, such as one with zero points.
+    """
+    if not transposed:
+        weight, integers = weight.mT, integers.mT
+    whole = integers.float()
+    place = whole.abs().argmax(-1, keepdim=True)
+    most = whole.gather(-1, place)
+    scales = torch.where(most == 0, 0.0, weight.float().gather(-1, place) / torch.where(most == 0, 1.0, most))
+    # Two roundings: that of the product, and that of the quotient here.
+    if not torch.allclose(whole * scales, weight.float(), rtol=2.0**-21, atol=0.0):
+        raise ValueError("the weight is not its integers times one scale for each output")
+    return scales[:, 0]
+
+
 class Fixed:
     """A function without arguments whose result is a contiguous tensor on the CPU, made when a model was optimized.
     Equal by its contents."""

@@ -29,7 +29,7 @@ from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer
+from fuser.module.quantizing import Quantizer, with_stored_integers
 from fuser.module.recompute import Routes
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
@@ -182,6 +182,7 @@ def compile_call(
     store.register(captured.parameters)
     lap("capture")
     graph = raise_graph(captured, attention, floating(target))
+    graph = with_stored_integers(graph, captured.parameters, target)
     if quantizer is not None:
         graph = quantizer.apply(graph, captured.parameters, target)
     lap("raise")

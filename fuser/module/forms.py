@@ -38,7 +38,7 @@ from fuser.module.compiler import (
 )
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer
+from fuser.module.quantizing import Quantizer, with_stored_integers
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
@@ -402,6 +402,14 @@ class Form:
         """The named sizes of a call. Raises CaptureError for one that the captured graph does not hold for."""
         return self.captured.sizes.sizes([tensor.shape for tensor in call.tensors])
 
+    def exact(self, call: FlatCall, target: Target) -> OperatorGraph:
+        """The graph of a call without quantization. Raises CaptureError as :meth:`compile` does."""
+        sizes = self.sizes(call)
+        with _evaluating():
+            graph = raise_graph(self.captured, self._attention, floating(target), sizes)
+            graph = with_stored_integers(graph, self.captured.parameters, target)
+            return Binder(graph)(sizes)
+
     def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
         """The graph for these sizes without rows that are padding. Raises PackingError for one that has none, and
         CaptureError as :meth:`compile` does."""
@@ -436,6 +444,7 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
+        graph = with_stored_integers(graph, self.captured.parameters, target)
         if self._quantizer is not None:
             graph = self._quantizer.apply(graph, self.captured.parameters, target)
         variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)

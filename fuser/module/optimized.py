@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fuser.codegen.assemble import KernelRecord
+from fuser.codegen.choice import GroupChoice
 from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
@@ -38,7 +39,7 @@ from fuser.ir.masks import Mask
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.module.acceptance import acceptable, device_of, form_of, kin_of, text_of
-from fuser.module.compiler import Compiled, compile_call, program_constants
+from fuser.module.compiler import Compiled, choose_all, compile_call, program_constants
 from fuser.module.forms import Form, Forms, Packing, Variant, form_key
 from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.methods import BoundMethods
@@ -46,7 +47,7 @@ from fuser.module.nested import is_nested, padded
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
-from fuser.module.quantizing import Int8, Quantizer
+from fuser.module.quantizing import Int8, Quantizer, with_stored_integers
 from fuser.module.ragged import Share, keys_of, run_packed
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, SavedCall, SavedForm, Snapshot
@@ -416,8 +417,10 @@ class OptimizedModule(nn.Module):
                 return None
             start = self._seconds()
             try:
-                self._calibrate(call, key, device)
-                compiled = run_after_fork(self._compile, call, key, device)
+                # A capture that calibration has made may serve the call as well.
+                calibrated = self._calibrate(call, key, device)
+                compiled = self._for_sizes(call, key, device) if calibrated else None
+                compiled = compiled or run_after_fork(self._compile, call, key, device)
             except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
                 raise
             except FuserError as error:
@@ -564,31 +567,56 @@ class OptimizedModule(nn.Module):
             at_once=_AT_ONCE_IN_METHODS if within and common is None else AT_ONCE,
         )
 
-    def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> None:
-        """Decide which layers are quantized, by the inputs that were given for it, or else by a call."""
+    def _calibrate(self, call: FlatCall, key: Key, device: torch.device) -> bool:
+        """Decide which layers are quantized, by the inputs that were given for it, or else by a call; False if that was
+        decided before."""
         quantizer = self._quantizer
         if quantizer is None or quantizer.settled:
-            return
+            return False
         target, _ = self._placed(key, device)
         if target.kind != "cpu":
             quantizer.settled = True
             logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
-            return
+            return False
         calls = [acceptable(self._model, *given, self._options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
                 raise CalibrationError(f"an input in calibrate= cannot be used: {reason}")
             with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
                 try:
-                    captured = run_after_fork(capture, self._model, given)
-                    attention = None if self._options.attention is None else self._options.attention.current()
-                    graph = raise_graph(captured, attention, floating(target))
-                    quantizer.observe(graph, captured.parameters, given.tensors)
+                    quantizer.observe(*self._exact_graph(given, key, target), given.tensors)
                 except FuserError as error:
                     if calls:
                         raise CalibrationError(f"the model cannot run on an input in calibrate=: {error}") from error
                     raise
-        quantizer.settle(target)
+        tuner = None if self._tuner is None or target.emulated else self._tuner.without_trials()
+
+        def choose(graph: OperatorGraph) -> list[GroupChoice]:
+            return choose_all(graph, target, tuner)[0]
+
+        def compare(ways: Sequence[Sequence[GroupChoice]]) -> list[float] | None:
+            return [sum(c.seconds for c in way) for way in ways] if tuner is None else tuner.compare(ways)
+
+        quantizer.settle(target, choose, compare)
+        return True
+
+    def _exact_graph(self, call: FlatCall, key: Key, target: Target) -> tuple[OperatorGraph, Mapping[str, Tensor]]:
+        """The graph of a call without quantization and its parameters, from a capture for all sizes where there can be
+        one, which its program is made of as well."""
+        name, forms = (None, []) if call.objects else self._forms_of(call, key)
+        for form in forms:
+            with contextlib.suppress(CaptureError):
+                return form.exact(call, target), form.captured.parameters
+        made = run_after_fork(
+            self._forms.capture, name, lambda: Form(self._model, call, self._store, self._options, self._quantizer)
+        )
+        if made is not None:
+            with contextlib.suppress(CaptureError):
+                return made.exact(call, target), made.captured.parameters
+        captured = run_after_fork(capture, self._model, call)
+        attention = None if self._options.attention is None else self._options.attention.current()
+        graph = raise_graph(captured, attention, floating(target))
+        return with_stored_integers(graph, captured.parameters, target), captured.parameters
 
     def _compile(self, call: FlatCall, key: Key, device: torch.device) -> Compiled:
         bound = self._for_sizes(call, key, device, capturing=True)

@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fuser.codegen.choice import GroupChoice
 from fuser.ir.errors import CaptureError
 from fuser.ir.evaluation import Evaluation
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
-from fuser.ir.operators import Gemm, Int8Gemm, TorchCall
-from fuser.ir.quantization import MAX_TERMS, Fixed
+from fuser.ir.operators import Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
+from fuser.ir.quantization import MAX_TERMS, Fixed, integers_of, recovered_scales, scales_of
 from fuser.ir.target import Target
 from fuser.module.weights import value_of
 
+Look = Callable[[Operator, Evaluation], None]
+Choose = Callable[[OperatorGraph], Sequence[GroupChoice]]
+Compare = Callable[[Sequence[Sequence[GroupChoice]]], "Sequence[float] | None"]
 _SMALLEST = 32
 """Columns and rows of weights from which on a layer is worth it: smaller ones are heads, cheap and near the result."""
 _SAMPLED = 128
 """Rows of a layer's input that its error is estimated on."""
+_PREFIXES = 8
+"""Choices that a study begins with: the layers with the largest errors kept, in so many steps."""
 _BETTER = 0.9
 """Of the error without smoothing, what smoothing has to fall below to be worth its product a number."""
 
@@ -36,14 +42,22 @@ class Int8:
     activation, residual and norm are computed in fp32 behind them. Before the first program is made, the layers are
     tried on calibration inputs, whose outputs decide: with the layers in int8, the mean cosine between rows of the
     model's outputs and those without quantization must be ``quality`` or more, or the layers with the largest errors
-    stay as they are until it is. The report lists every layer.
+    stay as they are until it is. Layers stay as they are, too, where int8 is no faster on these inputs, as measured, or
+    with ``search="model"`` as predicted. The report lists every layer.
 
     Args:
         calibrate: inputs of a few calls of the model: for each a tensor, a tuple of positional or a mapping of keyword
             arguments. Without them the first call is the calibration.
-        quality: the least mean cosine, in (0, 1]; 0 quantizes without a look at outputs, and needs no calibration.
+        quality: the least mean cosine, in (0, 1]; 0 quantizes without a look at outputs, and needs no calibration:
+            without one, no times are compared either.
+        weights_only: keep activations as they are and only store weights in int8, which are widened as they are read:
+            smaller errors, and as fast where reading weights is the work, in decoding token by token; with many rows,
+            products take what they do without quantization. Nothing is smoothed.
         smooth: whether factors for the columns of activations move to the weights where that makes errors smaller
             (SmoothQuant with α = 0.5, Xiao et al., arXiv:2211.10438, equation 4); needs calibration.
+        trials: how many choices of layers a study of time against error tries (Optuna's NSGA-II); the fastest that has
+            the ``quality`` is taken, and the report lists the Pareto front. Without it, layers with the largest errors
+            stay as they are, as many as it takes.
         include: patterns (as in ``fnmatch``) of the names of modules that may be quantized.
         exclude: patterns of those that may not be; a product of several layers at once is excluded with any of them.
 
@@ -54,12 +68,16 @@ class Int8:
     calibrate: Sequence[Any] | None = None
     quality: float = 0.999
     smooth: bool = True
+    weights_only: bool = False
+    trials: int = 0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.quality <= 1:
             raise ValueError(f"quality is a cosine between 0 and 1, not {self.quality!r}")
+        if type(self.trials) is not int or self.trials < 0:
+            raise ValueError(f"trials is a number of choices to try, not {self.trials!r}")
         if self.calibrate is not None:
             given = self.calibrate
             if isinstance(given, (Tensor, Mapping, str)) or not isinstance(given, Sequence):
@@ -94,6 +112,8 @@ class Layer:
     """Relative error of its result in int8, on calibration inputs."""
     factors: Tensor | None = None
     reason: str = ""
+    saved: float = 0.0
+    """Seconds that int8 saves over the calibration inputs."""
     most: Tensor | None = field(default=None, repr=False)
     sample: Tensor | None = field(default=None, repr=False)
 
@@ -116,18 +136,38 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class FrontPoint:
+    """A choice of layers that no other beats in time and error: ``seconds`` of the calibration inputs of distinct
+    shapes, the mean ``cosine`` of outputs, and how many layers are in int8."""
+
+    seconds: float
+    cosine: float
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers in int8, {1e3 * self.seconds:.4g} ms, cosine {self.cosine:.6f}"
+
+
+@dataclass(frozen=True)
 class Precision:
     """What was decided for the layers of a model: ``cosine`` is the mean one of outputs with and without quantization,
-    on calibration inputs; NaN without any."""
+    on calibration inputs; NaN without any. ``errors`` are the relative L2 errors of operators' results on one of these
+    inputs, with all that was rounded before them, by name."""
 
     cosine: float
     layers: tuple[Layer, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    front: tuple[FrontPoint, ...] = ()
+    """The Pareto front of time and error that a study has found, the fastest first."""
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What the report says."""
         cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
-        return (*cosine, *map(str, self.layers))
+        front = [
+            f"front: {p.layers} layers in int8, {1e3 * p.seconds:.4g} ms, cosine {p.cosine:.6f}" for p in self.front
+        ]
+        return (*cosine, *front, *map(str, self.layers))
 
 
 @dataclass(frozen=True)
@@ -148,8 +188,12 @@ class Quantizer:
         self._modules = {id(p): name.rpartition(".")[0] or name for name, p in model.named_parameters()}
         self._layers: dict[tuple[int, ...], Layer] = {}
         self._calls: list[_Call] = []
+        self._errors: dict[str, float] = {}
+        self._plain_seconds = 0.0
+        self.front: tuple[FrontPoint, ...] = ()
         self.cosine = math.nan
-        self.settled = options.quality == 0 and not (options.smooth and options.calibrate)
+        smooth = options.smooth and not options.weights_only
+        self.settled = options.quality == 0 and not (smooth and options.calibrate)
         """Whether there is nothing left to decide."""
 
     @property
@@ -159,7 +203,7 @@ class Quantizer:
     @property
     def found(self) -> Precision:
         """What is decided by now."""
-        return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)))
+        return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)), dict(self._errors), self.front)
 
     def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
         """``graph`` with the chosen layers in int8."""
@@ -170,6 +214,9 @@ class Quantizer:
             layer = self._layer(graph, op, parameters)
             if layer is None or not layer.quantized:
                 operators.append(op)
+                continue
+            if self.options.weights_only:
+                operators.append(_with_integers(op, values, constants))
                 continue
             inputs = op.inputs
             if layer.factors is not None:
@@ -192,11 +239,11 @@ class Quantizer:
         if key not in self._layers:
             modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
             self._layers[key] = Layer(
-                modules, not (reason := self._refused(modules, graph.values[weight])), reason=reason
+                modules, not (reason := self._refused(modules, op, graph.values[weight])), reason=reason
             )
         return self._layers[key]
 
-    def _refused(self, modules: Sequence[str], weight: TensorSpec) -> str:
+    def _refused(self, modules: Sequence[str], op: Operator, weight: TensorSpec) -> str:
         """Why a layer is kept whatever its error; empty if it is not."""
         if any(not _matches(name, self.options.include) for name in modules):
             return "not among include="
@@ -206,7 +253,8 @@ class Quantizer:
             return "its weight is no parameter of a module"
         if min(weight.shape) < _SMALLEST:
             return f"smaller than {_SMALLEST}"
-        return f"longer than {MAX_TERMS}" if max(weight.shape) > MAX_TERMS else ""
+        terms = weight.shape[1 if op.semantics.transposed else 0]  # type: ignore[attr-defined]
+        return f"sums of more than {MAX_TERMS} products" if terms > MAX_TERMS else ""
 
     # ---- calibration
 
@@ -217,16 +265,18 @@ class Quantizer:
         """
         values = dict(zip(graph.inputs, tensors, strict=True))
 
-        def look(op: Operator, x: Tensor) -> None:
+        def look(op: Operator, evaluation: Evaluation) -> None:
+            if not is_kind(op, Gemm):
+                return
+            x = evaluation[op.inputs[0]]
             layer = self._layer(graph, op, parameters)
             if layer is None or not layer.quantized:
                 return
             rows = x.reshape(-1, x.shape[-1]).float()
             most = rows.abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[-1])
             layer.most = most if layer.most is None else torch.maximum(layer.most, most)
-            step = max(len(rows) // _SAMPLED, 1)
             known = [] if layer.sample is None else [layer.sample[: _SAMPLED // 2]]
-            layer.sample = torch.cat([*known, rows[::step]])[:_SAMPLED]
+            layer.sample = torch.cat([*known, _some(rows)])[:_SAMPLED]
 
         try:
             outputs = _run(graph, parameters, values, look)
@@ -235,8 +285,9 @@ class Quantizer:
             raise CaptureError(f"the model fails on the inputs of a calibration: {error!s:.200}") from error
         self._calls.append(_Call(graph, parameters, {v: t.clone() for v, t in values.items()}, outputs))
 
-    def settle(self, target: Target) -> None:
-        """Decide by what was observed."""
+    def settle(self, target: Target, choose: Choose, compare: Compare) -> None:
+        """Decide by what was observed: ``choose`` gives the kernels of a graph, ``compare`` the seconds of ways to do
+        the same work, None where they are not to be had."""
         self.settled = True
         weights: dict[int, Tensor] = {}
         for call in self._calls:
@@ -249,7 +300,13 @@ class Quantizer:
             if id(layer) in weights and layer.sample is not None and layer.most is not None:
                 self._estimate(layer, weights[id(layer)])
             layer.sample = layer.most = None
+        if not self.options.weights_only:
+            self._keep_fast(target, choose, compare)
         self._keep_quality(target)
+        if self._calls:
+            self._errors = _errors_of(
+                self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters, target)
+            )
         self._calls.clear()
 
     def _estimate(self, layer: Layer, weight: Tensor) -> None:
@@ -260,8 +317,10 @@ class Quantizer:
         if not bool(size.isfinite()):
             layer.quantized, layer.reason = False, "its inputs are not finite"
             return
-        layer.error = float((_int8(layer.sample, weight) - exact).norm() / size.clamp_min(1e-30))
-        if not self.options.smooth:
+        only = self.options.weights_only
+        got = _int8_weight(layer.sample, weight) if only else _int8(layer.sample, weight)
+        layer.error = float((got - exact).norm() / size.clamp_min(1e-30))
+        if only or not self.options.smooth:
             return
         most_of_weights = weight.abs().amax(0)
         used = (layer.most > 0) & (most_of_weights > 0)
@@ -273,7 +332,7 @@ class Quantizer:
             layer.error, layer.factors = error, factors
 
     def _keep_quality(self, target: Target) -> None:
-        """Keep as many of the layers with the largest errors as the outputs ask for."""
+        """Keep as many of the layers with the largest errors as the outputs ask for, or those that a study finds."""
         wanted = self.options.quality
         order = sorted((x for x in self.layers if x.quantized and not math.isnan(x.error)), key=lambda x: -x.error)
 
@@ -283,6 +342,9 @@ class Quantizer:
             return self._cosine(target)
 
         if not self._calls or wanted == 0:
+            return
+        if self.options.trials and order:
+            self._study(order, target)
             return
         self.cosine = cosine(0)
         low, high = 0, len(order)
@@ -294,6 +356,60 @@ class Quantizer:
             self.cosine = cosine(high)
             for layer in order[:high]:
                 layer.reason = f"outputs would fall below a cosine of {wanted:g}"
+
+    def _study(self, order: Sequence[Layer], target: Target) -> None:
+        """Choose layers by a study of time against error, and keep its Pareto front. Times are additive."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        trials, wanted = self.options.trials, self.options.quality
+        sampler = optuna.samplers.NSGAIISampler(seed=0, population_size=max(min(16, trials // 2), 2))
+        study = optuna.create_study(directions=("minimize", "minimize"), sampler=sampler)
+        # The layers with the largest errors, more and more of them; without any the outputs are what they were.
+        for kept in sorted({len(order) * i // _PREFIXES for i in range(_PREFIXES + 1)}, reverse=True):
+            study.enqueue_trial({str(i): i >= kept for i in range(len(order))})
+
+        def judge(trial: optuna.Trial) -> tuple[float, float]:
+            for i, layer in enumerate(order):
+                layer.quantized = trial.suggest_categorical(str(i), [False, True])
+            seconds = self._plain_seconds - math.fsum(layer.saved for layer in order if layer.quantized)
+            return seconds, 1.0 - self._cosine(target)
+
+        study.optimize(judge, n_trials=max(trials, _PREFIXES + 1))
+        front = {}
+        for trial in study.best_trials:
+            seconds, error = trial.values
+            front[seconds, error] = FrontPoint(seconds, 1.0 - error, sum(map(bool, trial.params.values()))), trial
+        self.front = tuple(front[key][0] for key in sorted(front))
+        enough = [key for key in front if 1.0 - key[1] >= wanted] or [max(front)]
+        point, best = front[min(enough)]
+        self.cosine = point.cosine
+        for i, layer in enumerate(order):
+            layer.quantized = bool(best.params[str(i)])
+            if not layer.quantized:
+                layer.reason = f"left out by a study for a cosine of {wanted:g}"
+
+    def _keep_fast(self, target: Target, choose: Choose, compare: Compare) -> None:
+        """Keep layers that int8 makes no faster, by the sum over the calls, and note what others save."""
+        spent: dict[int, tuple[Layer, list[float]]] = {}
+        distinct = {tuple(call.graph.values[v].shape for v in call.graph.inputs): call for call in self._calls}
+        for call in distinct.values():
+            exact = choose(call.graph)
+            rounded = choose(self.apply(call.graph, call.parameters, target))
+            self._plain_seconds += math.fsum(choice.seconds for choice in exact)
+            for op in call.graph.operators:
+                layer = self._layer(call.graph, op, call.parameters)
+                if layer is None or not layer.quantized:
+                    continue
+                seconds = compare(_covering(op.name, exact, rounded))
+                if seconds is not None:
+                    both = spent.setdefault(id(layer), (layer, [0.0, 0.0]))[1]
+                    both[0], both[1] = both[0] + seconds[0], both[1] + seconds[1]
+        for layer, (before, after) in spent.values():
+            layer.saved = before - after
+            if after >= before:
+                layer.quantized = False
+                layer.reason = f"no faster in int8: {1e6 * after:.3g} µs, {1e6 * before:.3g} µs without"
 
     def _cosine(self, target: Target) -> float:
         total, count = 0.0, 0
@@ -309,21 +425,114 @@ class Quantizer:
         return total / count if count else 1.0
 
 
+def _covering(
+    name: str, exact: Sequence[GroupChoice], rounded: Sequence[GroupChoice]
+) -> tuple[list[GroupChoice], list[GroupChoice]]:
+    """The groups of two programs of the same operators that the operator ``name`` is in, and those that share operators
+    with these, so that both do the same work."""
+    covered, grown = {name}, True
+    while grown:
+        before = len(covered)
+        for choice in (*exact, *rounded):
+            if covered & choice.group.names:
+                covered |= choice.group.names
+        grown = len(covered) > before
+    return [c for c in exact if covered & c.group.names], [c for c in rounded if covered & c.group.names]
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(rows: Tensor) -> Tensor:
+    """Rows from everywhere, about as many as errors are estimated on."""
+    return rows[:: max(len(rows) // _SAMPLED, 1)]
+
+
+def _errors_of(call: _Call, graph: OperatorGraph) -> dict[str, float]:
+    """Relative L2 errors of the results of ``graph`` to those of the call's graph, by operator."""
+    exact: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+
+    def sample(op: Operator, evaluation: Evaluation) -> Tensor | None:
+        result = evaluation[op.output]
+        if not result.is_floating_point() or result.dim() == 0 or result.numel() == 0:
+            return None
+        return _some(result.reshape(-1, result.shape[-1])).double()
+
+    def keep(op: Operator, evaluation: Evaluation) -> None:
+        if (found := sample(op, evaluation)) is not None:
+            exact[op.name] = found.float().clone()
+
+    def compare(op: Operator, evaluation: Evaluation) -> None:
+        if (found := sample(op, evaluation)) is not None and op.name in exact:
+            right = exact.pop(op.name).double()
+            finite = right.isfinite()
+            size = right[finite].norm().clamp_min(1e-30)
+            errors[op.name] = float((found[finite] - right[finite]).norm() / size)
+
+    _run(call.graph, call.parameters, call.values, after=keep)
+    _run(graph, call.parameters, call.values, after=compare)
+    return errors
 
 
 def _int8(rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
     return Int8Gemm(True).evaluate(rows, weight, *factors)[0]
 
 
+def _int8_weight(rows: Tensor, weight: Tensor) -> Tensor:
+    return Int8WeightGemm(True).evaluate(rows, integers_of(weight, True), scales_of(weight, True))[0]
+
+
+def _with_integers(op: Operator, values: dict[str, TensorSpec], constants: dict[str, Constant]) -> Operator:
+    """A product with its weight in int8, whose two constants are added."""
+    semantics, weight = op.semantics, op.inputs[1]
+    assert isinstance(semantics, Gemm)
+    n, k = values[weight].shape if semantics.transposed else values[weight].shape[::-1]
+    names = f"{weight}_integers", f"{weight}_scales"
+    for name, shape, dtype, made in zip(
+        names, ((n, k), (n,)), (torch.int8, torch.float32), (integers_of, scales_of), strict=True
+    ):
+        values[name] = TensorSpec.contiguous(shape, dtype)
+        constants[name] = Constant(name, (weight,), TorchCall(made, (Ref(0), semantics.transposed)))
+    return dataclasses.replace(op, semantics=Int8WeightGemm(True), inputs=(op.inputs[0], *names))
+
+
+def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+    """``graph`` with products whose weights are made of int8 tensors of their shape and a scale for each output, as
+    ``torch.ao`` writes them (``dequantize_per_channel``) or as products, on these very integers."""
+    if target.kind != "cpu":
+        return graph
+    operators, values, constants = list(graph.operators), dict(graph.values), dict(graph.constants)
+    for position, op in enumerate(graph.operators):
+        if not is_kind(op, Gemm) or (weight := op.inputs[1]) not in constants:
+            continue
+        spec, transposed = values[weight], op.semantics.transposed  # type: ignore[attr-defined]
+        leaves = [v for v in graph.with_sources([weight]) if graph.constants[v].call is None]
+        stored = [v for v in leaves if values[v].dtype == torch.int8 and values[v].shape == spec.shape]
+        if len(stored) != 1 or spec.dtype != torch.float32 or stored[0] == weight:
+            continue
+        made = TorchCall(recovered_scales, (Ref(0), Ref(1), transposed))
+        try:
+            made(value_of(weight, graph.constants, parameters), parameters[stored[0]])
+        except ValueError:
+            continue
+        name = f"{weight}_scales"
+        values[name] = TensorSpec.contiguous((spec.shape[0 if transposed else 1],), torch.float32)
+        constants[name] = Constant(name, (weight, stored[0]), made)
+        inputs = (op.inputs[0], stored[0], name)
+        operators[position] = dataclasses.replace(op, semantics=Int8WeightGemm(transposed), inputs=inputs)
+    return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+
+
 def _run(
     graph: OperatorGraph,
     parameters: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
-    look: Any = None,
+    before: Look | None = None,
+    after: Look | None = None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of a graph by PyTorch; ``look(op, x)`` sees every product with the rows that it gets."""
+    """The outputs of a graph by PyTorch; ``before`` and ``after`` see every operator with the values at that time."""
     evaluation = Evaluation(graph)
     last: dict[str, int] = {}
     for position, op in enumerate(graph.operators):
@@ -335,9 +544,11 @@ def _run(
         for value in op.inputs:
             if value in graph.constants and value not in evaluation:
                 evaluation[value] = value_of(value, graph.constants, parameters)
-        if look is not None and is_kind(op, Gemm):
-            look(op, evaluation[op.inputs[0]])
+        if before is not None:
+            before(op, evaluation)
         evaluation.run([op])
+        if after is not None:
+            after(op, evaluation)
         for value in (*op.inputs, *op.outputs):
             if last[graph.base(value)] == position and graph.base(value) not in lasting:
                 evaluation.forget(value)

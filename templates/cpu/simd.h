@@ -175,6 +175,12 @@ FUSER_INLINE float reduce_max(vf v) {
 // Sums of integers wrap around, so that what is off by a constant can be put right afterwards.
 FUSER_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
 FUSER_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+FUSER_INLINE vf load(const int8_t* p) {
+  typedef int8_t vb __attribute__((vector_size(kLanes)));
+  vb v;
+  std::memcpy(&v, p, sizeof(v));
+  return to_float(__builtin_convertvector(v, vi));
+}
 // The nearest integers, halves to even.
 FUSER_INLINE vi to_int(vf x) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64

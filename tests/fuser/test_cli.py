@@ -52,6 +52,7 @@ def test_version(run: Any) -> None:
         ("kernels", "fuser_attention_"),
         ("source", 'extern "C" int fuser_attention_'),
         ("plan", "arena"),
+        ("precision", "cosine to the unquantized outputs"),
     ],
 )
 def test_show_prints_every_stage(run: Any, stage: str, expected: str) -> None:

@@ -14,37 +14,17 @@ import fuser.cli
 from fuser import demo
 from fuser.ir.errors import FuserError
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+from tiny_encoder import WORDS, write_encoder
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "from", "home", "rabbit", "time"]
-WORDS += ["late", "tea", "cup", "queen"]
 TEXT = ["The cat sat on a mat.", "A dog ran far away from home and away.", "Late rabbit time!", "Tea, a cup, the queen"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence encoder with random weights in Hugging Face's layout."""
-    path = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.save(str(path / "tokenizer.json"))
-    torch.manual_seed(0)
-    configuration = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=256,
-    )
-    transformers.BertModel(configuration).save_pretrained(path)
-    return path
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,20 @@ import dataclasses
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from gated import Gated
+from int8_cases import NATIVE, Case, target
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
+from fuser.explain.profiling import floor_of
 from fuser.ir.errors import ToolchainError
 from fuser.ir.evaluation import evaluate
-from fuser.ir.expression import Op, layer_norm, unary
-from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, Int8Gemm, Norm, Residual
+from fuser.ir.graph import OperatorGraph
+from fuser.ir.operators import Int8Gemm
 from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
@@ -29,51 +29,14 @@ from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.compilers import find_toolchain
-from fuser.runtime.cpuinfo import cpu_flags, detect_isa
+from fuser.runtime.cpuinfo import cpu_flags
 from fuser.runtime.library import load
 
-NATIVE = detect_isa()
 FEATURES = {Isa.AVX512: "avx512_vnni", Isa.AVX2: "avx_vnni"}
 HERE = [(NATIVE, frozenset[str]())]
 if FEATURES.get(NATIVE) in cpu_flags():
     HERE.append((NATIVE, frozenset({FEATURES[NATIVE]})))
 MACHINES = [*HERE, (Isa.PORTABLE, frozenset[str]())]
-
-
-def target(isa: Isa = NATIVE, features: frozenset[str] = frozenset()) -> Target:
-    return Target("cpu", isa.value, features, 2, (32 << 10, 1 << 20, 32 << 20), 1e11, 2e10, 1e-6)
-
-
-@dataclass(frozen=True)
-class Case:
-    n: int
-    k: int
-    chain: str = "bias"
-    factors: bool = False
-    dtype: torch.dtype = torch.float32
-    transposed: bool = True
-    chunked: bool = False
-
-    def graph(self, rows: int) -> OperatorGraph:
-        weight = (self.n, self.k) if self.transposed else (self.k, self.n)
-        shapes: dict[str, tuple[int, ...]] = {"x": (rows, self.k), "weight": weight, "residual": (rows, self.n)}
-        shapes |= dict.fromkeys(("bias", "gamma", "beta"), (self.n,))
-        shapes |= dict.fromkeys(("product", "biased", "active", "total", "normal"), (rows, self.n))
-        values = {name: TensorSpec.contiguous(shape, self.dtype) for name, shape in shapes.items()}
-        values["factors"] = TensorSpec.contiguous((self.k,), torch.float32)
-        inputs = ("x", "weight", *(["factors"] if self.factors else []))
-        steps = {
-            "none": [],
-            "bias": [Operator("bias", Bias(), ("product", "bias"), ("biased",))],
-            "norm": [
-                Operator("gelu", Activation(unary(Op.GELU)), ("product",), ("active",)),
-                Operator("add", Residual(), ("active", "residual"), ("total",)),
-                Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",)),
-            ],
-        }[self.chain]
-        chain = (Operator("dense", Int8Gemm(self.transposed), inputs, ("product",)), *steps)
-        constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
-        return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
 
 
 CASES = [
@@ -263,3 +226,12 @@ def test_weights_are_a_quarter() -> None:
     values = values_of(graph)
     size = sum(t.nbytes for t in materialized(packed, values))
     assert size <= 1.02 * values["weight"].nbytes / 4
+
+
+def test_a_floor_is_that_of_the_dtype() -> None:
+    vnni = Target("cpu", "avx512", frozenset({"avx512_vnni"}), 2, (32768, 2**20, 2**25), 1e11, 1e12, 0.0)
+    match = match_of(Case(256, 512, "none").graph(64), vnni)
+    cost = CpuInt8Gemm().cost(match, CpuInt8Gemm().space(match, vnni)[0], vnni)
+    seconds, bound = floor_of(cost, vnni, 2)
+    assert bound == "compute" and seconds == pytest.approx(cost.flops / (2 * vnni.rate(torch.int8)))
+    assert vnni.rate(torch.int8) > vnni.peak_flops and cost.seconds(vnni) > seconds

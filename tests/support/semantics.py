@@ -28,6 +28,7 @@ from fuser.ir.operators import (
     Features,
     Gemm,
     Int8Gemm,
+    Int8WeightGemm,
     IntervalMask,
     LinearAttention,
     MergeHeads,
@@ -116,6 +117,11 @@ CASES: Mapping[type[Semantics], Case] = {
         ),
         Case(Gemm(transposed=True), (X, normal(7, 8)), lambda x, w: torch.einsum("bsk,nk->bsn", x, w)),
         Case(Int8Gemm(transposed=True), (X, normal(7, 8)), _int8_product),
+        Case(
+            Int8WeightGemm(transposed=False),
+            (X, normal(8, 7).mul(40).round().to(torch.int8), normal(7).abs().float()),
+            lambda x, w, s: torch.einsum("bsk,kn->bsn", x, w.to(x.dtype) * s.to(x.dtype)),
+        ),
         Case(
             QK(),
             (normal(2, 4, 6, 8), normal(2, 2, 5, 8)),

@@ -116,7 +116,7 @@ class LaraAttention(SoftmaxAttention):
         count, tokens = self.num_landmarks, x.shape[2]
         if tokens <= count:
             return x
-        size, longer = divmod(tokens, count)
+        size, longer = tokens // count, tokens % count
         if not longer:
             return torch.unflatten(x, 2, (count, size)).mean(3)
         split = (count - longer) * size

@@ -13,7 +13,8 @@ from torch import Tensor
 import fuser
 from fuser import masks
 from fuser.integrations import transformers as hook
-from fuser.ir.errors import MaskError
+from fuser.ir.errors import MaskError, ScoreError
+from fuser.runtime.device import cpu_target
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -96,6 +97,29 @@ def test_optimize_fuses_everything(name: str) -> None:
         assert "attention" in {kernel.family for kernel in fast.kernels}
         right = hidden(double, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
         assert relative(hidden(fast, inputs), right) <= 2 * relative(hidden(eager, inputs), right)
+
+
+def test_predicted_scores() -> None:
+    how = fuser.DEQ(threshold=1.0, bits=2)
+    hook.register(quantize=how, name="deq")
+    exact, ours = model_of("bert", "eager"), model_of("bert", "deq")
+    seen: list[Tensor] = []
+    attention = ours.encoder.layer[0].attention.self
+    for part in ("query", "key", "value"):
+        getattr(attention, part).register_forward_hook(lambda _m, _i, out: seen.append(out))
+    attention.register_forward_hook(lambda _m, _i, out: seen.append(out[0]))
+    inputs = {"input_ids": IDS, "attention_mask": PADDING}
+    got = hidden(ours, inputs)
+    q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in seen[:3])
+    added = torch.zeros(2, 1, 1, 21).masked_fill(PADDING[:, None, None] == 0, -torch.inf)
+    want = how.reference(q, k, v, additive_mask=added)[0].transpose(1, 2).flatten(2)
+    rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 1e-5
+    torch.testing.assert_close(seen[3], want, rtol=0, atol=rounding)
+    assert relative(got, hidden(exact, inputs).double()) > 1e-5
+    with pytest.raises(ValueError, match="no dropout"):
+        ours.train()(**inputs)
+    with pytest.raises(ScoreError, match=r"fuser\.DEQ"):
+        hook.register(quantize="deq")  # type: ignore[arg-type]
 
 
 def test_four_dimensional_masks() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,14 @@ from transformers import BertConfig, BertModel
 
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
+from fuser.codegen.choice import GroupChoice
+from fuser.explain.report import collect
 from fuser.ir.errors import CalibrationError
-from fuser.ir.quantization import quantize_rows
+from fuser.ir.quantization import MAX_TERMS, quantize_rows
+from fuser.module import forms
+from fuser.module import optimized as optimized_module
 from fuser.module.quantizing import Layer
+from fuser.search.tuning import Tuner
 
 
 class Encoder(nn.Module):
@@ -62,7 +70,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def kinds(fast: fuser.OptimizedModule) -> list[str]:
-    return [op.kind for op in fast.programs[-1].graph.operators if op.kind in ("gemm", "int8_gemm")]
+    return [op.kind for op in fast.programs[-1].graph.operators if op.kind.endswith("gemm")]
 
 
 def layers(fast: fuser.OptimizedModule) -> tuple[Layer, ...]:
@@ -114,6 +122,21 @@ def test_the_report_lists_layers_with_errors_and_reasons() -> None:
     assert all(3e-3 < error < 3e-2 for error in errors)
     assert lines[3].endswith("among exclude=") and lines[5].endswith("smaller than 32")
     assert kinds(fast) == ["int8_gemm"] * 2 + ["gemm"] * 3
+
+
+def test_the_report_says_the_width_and_the_error_of_every_group() -> None:
+    fast, x = optimized(encoder(), exclude="second.*"), rows(2, 9)
+    fast(x)
+    widths = collect(fast.snapshot()).widths
+    assert [w.width for w in widths if "linear" in " ".join(w.operators)][:4] == ["int8", "int8", "fp32", "fp32"]
+    model = encoder()
+    with torch.no_grad():
+        inner = nn.functional.gelu(int8_linear(x, model.first.up))
+        exact = nn.functional.gelu(model.first.up(x)).double()
+    # Of the first kernel, which nothing was rounded before; integers at ties may differ.
+    assert widths[0].error == pytest.approx(float((inner - exact).norm() / exact.norm()), rel=1e-2)
+    assert all(1e-4 < w.error < 0.1 for w in widths)
+    assert f"  int8            {widths[0].error:.1e}" in fast.report()
 
 
 def test_only_what_is_included() -> None:
@@ -180,6 +203,31 @@ def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
         assert cosine(fast(rows(1, 5))[0], model(rows(1, 5))[0]) > 0.999
 
 
+def test_calibration_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    count: list[object] = []
+    original = forms.capture
+
+    def counted(*given: Any) -> Any:
+        count.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(forms, "capture", counted)
+    monkeypatch.setattr(optimized_module, "capture", counted)
+    fast = optimized(encoder(), calibrate=[rows(3, 8), rows(2, 4), rows(3, 5)])
+    fast(rows(2, 9))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(count) == 1
+
+
+def test_weights_whose_sums_may_not_fit_are_kept() -> None:
+    # Rows are as long as sums; columns may be as many as they like.
+    wide, long = nn.Linear(32, MAX_TERMS + 8, bias=False), nn.Linear(MAX_TERMS + 8, 32, bias=False)
+    fast = optimized(nn.Sequential(wide, long).eval(), quality=0)
+    with torch.no_grad():
+        fast(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
+    assert [layer.quantized for layer in layers(fast)] == [True, False]
+    assert layers(fast)[1].reason == f"sums of more than {MAX_TERMS} products"
+
+
 def test_new_weights_are_rounded_anew_and_the_model_is_its_own() -> None:
     model, x = encoder(), rows(2, 7)
     before = copy.deepcopy(model.state_dict())
@@ -233,6 +281,7 @@ def test_gated_layers_and_tied_embeddings() -> None:
     [
         ({"quality": 1.5}, "between 0 and 1"),
         ({"quality": float("nan")}, "between 0 and 1"),
+        ({"trials": -1}, "number of choices"),
         ({"calibrate": []}, "holds no inputs"),
         ({"calibrate": torch.zeros(3)}, "list of inputs"),
         ({"calibrate": "text"}, "list of inputs"),
@@ -282,3 +331,116 @@ def test_on_a_gpu_nothing_is_rounded(caplog: pytest.LogCaptureFixture) -> None:
         with torch.no_grad():
             torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
     assert "CPUs alone" in caplog.text
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    model, x = encoder(), rows(1, 1)
+    fast = optimized(model, weights_only=True)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (rounded.first.up, rounded.first.down, rounded.second.up, rounded.second.down):
+            integers, scales = quantize_rows(layer.weight)
+            layer.weight.copy_(integers * scales)
+        got, want = fast(x)[0], rounded(x)[0]
+    assert kinds(fast) == ["int8_weight_gemm"] * 4 + ["gemm"]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    errors = [layer.error for layer in layers(fast) if layer.quantized]
+    assert len(errors) == 4 and all(1e-3 < error < 1e-2 for error in errors)
+    fast.save(tmp_path / "weights.fuser")
+    assert torch.equal(fuser.load(tmp_path / "weights.fuser", trust="data")(x)[0], got)
+
+
+class Stored(nn.Module):
+    """A layer as ``torch.ao`` stores it: int8 weights, a scale for each output, zero points."""
+
+    def __init__(self, how: str, points: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        integers, scales = quantize_rows(torch.randn(48, 64))
+        self.how, self.bias = how, nn.Parameter(torch.randn(48))
+        self.register_buffer("integers", integers)
+        self.register_buffer("scales", scales[:, 0].contiguous())
+        self.register_buffer("points", torch.full((48,), points, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        decomposed = torch.ops.quantized_decomposed
+        if self.how == "channel":
+            given = (self.integers, self.scales, self.points, 0, -127, 127, torch.int8)
+            weight = decomposed.dequantize_per_channel(*given)
+        elif self.how == "tensor":
+            weight = decomposed.dequantize_per_tensor(self.integers, 0.01, 0, -127, 127, torch.int8)
+        else:
+            weight = self.integers.to(x.dtype) * self.scales[:, None]
+        return nn.functional.linear(x, weight, self.bias).relu()
+
+
+@pytest.mark.parametrize(
+    ("how", "points", "kind"),
+    [
+        ("channel", 0, "int8_weight_gemm"),
+        ("channel", 3, "gemm"),
+        ("tensor", 0, "int8_weight_gemm"),
+        ("product", 0, "int8_weight_gemm"),
+    ],
+)
+def test_models_that_are_quantized_already(how: str, points: int, kind: str) -> None:
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    model, x = Stored(how, points).eval(), rows(2, 5)
+    for quantize in (None, fuser.Int8()):
+        fast = fuser.optimize(model, quantize=quantize, search="model")
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=0)
+        # Weights that are no parameters of a module are nothing that we round.
+        assert kinds(fast) == [kind] and fast.fallbacks == ()
+
+
+def test_dynamically_quantized_layers_run_the_original() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(encoder(), {nn.Linear}, torch.qint8)
+    fast, x = fuser.optimize(model, search="model"), rows(2, 5)
+    with torch.no_grad():
+        for ours, theirs in zip(fast(x), model(x), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(_: Tuner, ways: Sequence[Sequence[GroupChoice]]) -> list[float]:
+        plain, rounded = ways
+        assert {n for c in plain for n in c.group.names} == {n for c in rounded for n in c.group.names}
+        assert any(op.kind == "int8_gemm" for c in rounded for op in c.group.operators)
+        values, operators = plain[0].group.graph.values, [op for c in plain for op in c.group.operators]
+        wide = any(op.kind == "gemm" and values[op.output].shape[-1] == 128 for op in operators)
+        return [2e-6, 3e-6] if wide else [3e-6, 2e-6]
+
+    monkeypatch.setattr(Tuner, "compare", compare)
+    monkeypatch.setattr(Tuner, "refine", lambda self, choices: [choice for choice, _ in choices])
+    fast, x = fuser.optimize(encoder(), quantize=fuser.Int8()), rows(2, 9)
+    fast(x)
+    kept = {x.modules[0]: x.reason for x in layers(fast) if not x.quantized}
+    assert sorted(kept) == ["first.up", "head", "second.up"]
+    assert kept["first.up"] == "no faster in int8: 3 µs, 2 µs without"
+    assert kinds(fast) == ["gemm", "int8_gemm"] * 2 + ["gemm"]
+    # The layers left change the outputs less than all would.
+    precision = fast.snapshot().precision
+    assert precision is not None and precision.cosine > 0.9999
+
+
+def test_a_study_of_time_against_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = iter([4e-6, 1e-6, 2e-6, 3e-6])
+    monkeypatch.setattr(Tuner, "compare", lambda self, ways: [1e-5, 1e-5 - next(saved)])
+    monkeypatch.setattr(Tuner, "refine", lambda self, choices: [choice for choice, _ in choices])
+    model, x = encoder(), rows(2, 9)
+    fast = fuser.optimize(model, quantize=fuser.Int8(smooth=False, trials=24, quality=0.9999))
+    fast(x)
+    precision = fast.snapshot().precision
+    assert precision is not None and len(precision.front) >= 3
+    times, cosines = [p.seconds for p in precision.front], [p.cosine for p in precision.front]
+    assert times == sorted(times) and cosines == sorted(cosines)
+    assert precision.front[0].layers == 4 and precision.front[-1].cosine > 1 - 1e-9
+    assert times[-1] - times[0] == pytest.approx(10e-6)
+    # The fastest of those that are good enough.
+    good = next(p for p in precision.front if p.cosine >= 0.9999)
+    assert precision.cosine == good.cosine and sum(x.quantized for x in precision.layers) == good.layers
+    assert f"front: {good.layers} layers in int8" in fast.report()
+    assert kinds(fast).count("int8_gemm") == good.layers

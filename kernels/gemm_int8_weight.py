@@ -1,0 +1,117 @@
+"""Products with weights in int8 and the rest in floating point: for few rows, where reading weights is the work.
+
+The template is that of :mod:`fuser.kernels.gemm`; a step widens the numbers of a row of W to fp32, and finished sums
+are multiplied with the scales of their columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuser.ir.operators import Int8WeightGemm
+from fuser.ir.target import Target
+from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
+from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, blocking, pack, register_tiles
+
+_DEPTH = 256
+_SHARE = 0.85
+"""Of the peak of fp32: widening takes a port that multiply-adds leave free."""
+
+
+@dataclass(frozen=True)
+class Int8WeightGemmFamily(GemmFamily):
+    """As :class:`GemmFamily`, for weights in int8 with scales."""
+
+    name = "int8_weight_gemm"
+    kind = Int8WeightGemm
+    weights = frozenset({torch.int8})
+
+
+@dataclass(frozen=True)
+class Int8WeightGemmParameters(GemmParameters):
+    """As :class:`GemmParameters`, with sums that are scaled. ``parts`` weights are multiplied as in
+    :class:`~fuser.kernels.gemm.GatedGemmParameters`."""
+
+    parts: int = 1
+
+    @property
+    def products(self) -> int:
+        return self.parts
+
+    @property
+    def scaled(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Int8WeightLayout(Layout):
+    """Integers and scales by panels: (panels, parts, K, nr) int8 and (panels, parts, nr) float32."""
+
+    nr: int
+    transposed: bool
+    parts: int = 1
+
+    def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        integers, scales = tensors
+        weights = integers.chunk(self.parts, 0 if self.transposed else 1)
+        columns = scales.chunk(self.parts)
+        return (
+            torch.stack([pack(part, self.nr, self.transposed) for part in weights], 1),
+            torch.stack([pack(part[:, None], self.nr).flatten(1) for part in columns], 1),
+        )
+
+
+class CpuInt8WeightGemm(Implementation[GemmMatch, Int8WeightGemmParameters]):
+    """Our template on CPUs."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[Int8WeightGemmParameters]:
+        """Register tiles of the instruction set, the one that wastes the fewest columns first."""
+        if match.k == 0:
+            return []
+        return [*dict.fromkeys(_parameters(match, target, tile) for tile in register_tiles(match.n, target))]
+
+    def cost(self, match: GemmMatch, parameters: Int8WeightGemmParameters, target: Target) -> Cost:
+        """Roofline of the padded product in fp32 with weights of one byte, its epilogue, and every tensor touched
+        once."""
+        program, values = match.program, match.group.graph.values
+        padded = parameters.panels * parameters.nr * match.products
+        flops = program.rows * (2.0 * match.k * padded + 2.0 * match.n * program.expression.flops)
+        efficiency = _SHARE * min(1.0, max(program.rows, 1) * (parameters.nr // target.vector_lanes) / 8)
+        moved = values[match.a].nbytes + padded * match.k + program.bytes(match.group.graph)
+        return Cost(flops, float(moved), 1, efficiency)
+
+    def call(self, match: GemmMatch, parameters: Int8WeightGemmParameters, target: Target, threads: int) -> KernelCall:
+        program, weights = match.program, match.gemm.inputs[1:]
+        layout = Int8WeightLayout(parameters.nr, match.transposed, match.products)
+        return KernelCall(
+            KernelSpec("int8_weight_gemm", "cpu/gemm.cpp.j2", parameters),
+            (match.a, *(Packed(weights, layout, i) for i in range(2)), *program.tensors),
+            GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
+            program.outputs,
+            parameters.workspace_bytes(program.rows, threads),
+        )
+
+
+def _parameters(match: GemmMatch, target: Target, tile: tuple[int, int]) -> Int8WeightGemmParameters:
+    program, values = match.program, match.group.graph.values
+    mr, nr = tile[0], tile[1] * target.vector_lanes
+    blocks = blocking(match.n, match.k, 1, mr, nr, _DEPTH, match.products, program.expression, target)
+    return Int8WeightGemmParameters(
+        n=match.n,
+        k=match.k,
+        a_dtype=STORAGE[values[match.a].dtype],
+        w_dtype=DType.I8,
+        epilogue=program.expression,
+        operands=program.operands,
+        out_dtypes=program.output_dtypes,
+        mr=mr,
+        nr=nr,
+        mc=blocks.mc,
+        kc=blocks.kc,
+        chunk=blocks.chunk,
+        parts=match.products,
+    )
