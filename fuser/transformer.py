@@ -94,12 +94,11 @@ class AdaptiveInput(nn.Module):
         self.embeddings = nn.ModuleList()
         for i, (first, last) in enumerate(itertools.pairwise(self.bands)):
             width = sizes.dim // 4**i
-            band = nn.Sequential(
-                nn.Embedding(last - first, width, padding_idx=PAD), nn.Linear(width, sizes.dim, bias=False)
-            )
-            _initialize_embedding(band[0])
-            nn.init.xavier_uniform_(band[1].weight)
-            self.embeddings.append(band)
+            words = nn.Embedding(last - first, width, padding_idx=PAD)
+            projection = nn.Linear(width, sizes.dim, bias=False)
+            _initialize_embedding(words)
+            nn.init.xavier_uniform_(projection.weight)
+            self.embeddings.append(nn.Sequential(words, projection))
 
     def forward(self, tokens: Tensor) -> Tensor:
         out = None
@@ -140,12 +139,11 @@ class AdaptiveSoftmax(nn.Module):
 
     def __init__(self, words: AdaptiveInput, dropout: float) -> None:
         super().__init__()
-        common = next(words.embeddings[0].children()).weight
+        (common, _), *rare = (list(band.parameters()) for band in words.embeddings)
         self.common = common.shape[0]
         self.head = AdaptiveHead(common, len(words.embeddings) - 1)
         self.tail = nn.ModuleList()
-        for band in list(words.embeddings)[1:]:
-            embedding, projection = (layer.weight for layer in band.children())
+        for embedding, projection in rare:
             self.tail.append(nn.Sequential(Tied(projection, True), nn.Dropout(dropout), Tied(embedding)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,13 +258,17 @@ class Layer(nn.Module):
 
     def _around(self, norm: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.norm_first:
-            return x + self.dropout(part(norm(x)))
+            added: Tensor = x + self.dropout(part(norm(x)))
+            return added
         normed: Tensor = norm(x + self.dropout(part(x)))
         return normed
 
 
 class Stack(nn.Module):
     """Embeddings, positions and layers of an encoder or a decoder: tokens (B, N), int64, → (B, N, C)."""
+
+    adaptive_softmax: nn.Module
+    output_projection: nn.Module
 
     def __init__(self, sizes: Sizes, words: nn.Module, layers: Iterable[Layer]) -> None:
         super().__init__()
@@ -282,7 +284,8 @@ class Stack(nn.Module):
         x = self.dropout(self.embed_tokens(tokens) * self.scale + self.embed_positions(tokens, padded))
         for layer in self.layers:
             x = layer(x, memory, hidden)
-        return x if self.layer_norm is None else self.layer_norm(x)
+        out: Tensor = x if self.layer_norm is None else self.layer_norm(x)
+        return out
 
 
 class _Checkpointed(nn.Module):
@@ -315,7 +318,7 @@ class LanguageModel(_Checkpointed):
     def forward(self, tokens: Tensor) -> Tensor:
         out = self.decoder(tokens)
         last = self.decoder.adaptive_softmax if hasattr(self.decoder, "adaptive_softmax") else None
-        scores: Tensor = self.decoder.output_projection(out) if last is None else last(out)
+        scores: Tensor = (self.decoder.output_projection if last is None else last)(out)
         return scores
 
 

@@ -507,7 +507,7 @@ def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor],
     for position, op in enumerate(graph.operators):
         if not is_kind(op, Gemm) or (weight := op.inputs[1]) not in constants:
             continue
-        spec, transposed = values[weight], op.semantics.transposed  # type: ignore[attr-defined]
+        spec, transposed = values[weight], op.semantics.transposed
         leaves = [v for v in graph.with_sources([weight]) if graph.constants[v].call is None]
         stored = [v for v in leaves if values[v].dtype == torch.int8 and values[v].shape == spec.shape]
         if len(stored) != 1 or spec.dtype != torch.float32 or stored[0] == weight:
@@ -521,7 +521,7 @@ def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor],
         values[name] = TensorSpec.contiguous((spec.shape[0 if transposed else 1],), torch.float32)
         constants[name] = Constant(name, (weight, stored[0]), made)
         inputs = (op.inputs[0], stored[0], name)
-        operators[position] = dataclasses.replace(op, semantics=Int8WeightGemm(transposed), inputs=inputs)
+        operators[position] = Operator(op.name, Int8WeightGemm(transposed), inputs, op.outputs)
     return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 
 
