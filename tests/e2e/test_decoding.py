@@ -244,4 +244,4 @@ def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: An
         fast(prompt(2, 5), use_cache=False)
     fast.save(tmp_path / "program.fuser")
     loaded = fuser.load(tmp_path / "program.fuser")
-    assert len(loaded.calls) == 1
+    assert loaded.calls and all("use_cache=False" in call for call in loaded.calls)

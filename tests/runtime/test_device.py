@@ -15,6 +15,15 @@ from fuser.runtime.cache import KernelCache
 from fuser.runtime.calibration import Rates, calibration_key
 from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.device import cpu_target
+from fuser.runtime.library import openmp_runtime
+
+
+@pytest.fixture(autouse=True)
+def one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that other tests import, such as scikit-learn, bring OpenMP runtimes of their own."""
+    from fuser.runtime import doctor
+
+    monkeypatch.setattr(doctor, "loaded_runtimes", lambda: (openmp_runtime().path,))
 
 
 @pytest.fixture

@@ -73,7 +73,8 @@ def test_kernels_share_the_openmp_runtime_of_torch(path: Path) -> None:
     torch.ones(64, 64) @ torch.ones(64, 64)
     before = loaded_runtimes()
     run_team(load(path, "team"), 2)
-    assert loaded_runtimes() == before == (openmp_runtime().path,)
+    # Packages that other tests import, such as scikit-learn, bring runtimes of their own.
+    assert loaded_runtimes() == before and openmp_runtime().path in before
     # Nor does the library ask for one by name, which would be a second one wherever torch brings its own file.
     needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     assert "SYMTAB" in needed and not any(name in needed for name in ("libgomp", "libomp", "libiomp"))
