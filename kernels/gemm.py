@@ -528,6 +528,29 @@ def parameters(
     return plain if products == 1 else GatedGemmParameters(**vars(plain), parts=products)
 
 
+def int8_fields(match: GemmMatch, target: Target, tile: tuple[int, int], depth: int, width: int) -> dict[str, Any]:
+    """What parameters of products with int8 weights have in common, for a register ``tile`` of rows and vectors and
+    steps of ``width`` elements along K."""
+    program, values = match.program, match.group.graph.values
+    mr, nr = tile[0], tile[1] * target.vector_lanes
+    blocks = blocking(match.n, match.k, width, mr, nr, depth, match.products, program.expression, target)
+    return {
+        "n": match.n,
+        "k": match.k,
+        "a_dtype": STORAGE[values[match.a].dtype],
+        "w_dtype": DType.I8,
+        "epilogue": program.expression,
+        "operands": program.operands,
+        "out_dtypes": program.output_dtypes,
+        "mr": mr,
+        "nr": nr,
+        "mc": blocks.mc,
+        "kc": blocks.kc,
+        "chunk": blocks.chunk,
+        "parts": match.products,
+    }
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Rows, steps of a pass and steps of packed rows that fit the caches (see :class:`GemmParameters`)."""

@@ -18,13 +18,13 @@ from torch import Tensor
 from fuser.ir.operators import Int8Gemm
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
-from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
 from fuser.kernels.gemm import (
     GemmExtents,
     GemmFamily,
     GemmMatch,
     GemmParameters,
-    blocking,
+    int8_fields,
     pack,
     product_cost,
     register_tiles,
@@ -119,27 +119,9 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
 
 def int8_parameters(match: GemmMatch, target: Target, tile: tuple[int, int], depth: int) -> Int8GemmParameters:
     """Parameters with blocks that fit the caches, for a register ``tile`` of rows and vectors."""
-    program, values = match.program, match.group.graph.values
-    mr, nr = tile[0], tile[1] * target.vector_lanes
     quads = _has_quads(target)
-    blocks = blocking(match.n, match.k, 4 if quads else 2, mr, nr, depth, match.products, program.expression, target)
-    return Int8GemmParameters(
-        n=match.n,
-        k=match.k,
-        a_dtype=STORAGE[values[match.a].dtype],
-        w_dtype=DType.I8,
-        epilogue=program.expression,
-        operands=program.operands,
-        out_dtypes=program.output_dtypes,
-        mr=mr,
-        nr=nr,
-        mc=blocks.mc,
-        kc=blocks.kc,
-        chunk=blocks.chunk,
-        quads=quads,
-        factors=len(match.gemm.inputs) > 2,
-        parts=match.products,
-    )
+    fields = int8_fields(match, target, tile, depth, 4 if quads else 2)
+    return Int8GemmParameters(**fields, quads=quads, factors=len(match.gemm.inputs) > 2)
 
 
 def _has_quads(target: Target) -> bool:

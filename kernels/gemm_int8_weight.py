@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fuser.ir.operators import Int8WeightGemm
 from fuser.ir.target import Target
-from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
-from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, blocking, pack, register_tiles
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
+from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, int8_fields, pack, register_tiles
 
 _DEPTH = 256
 _SHARE = 0.85
@@ -72,7 +72,8 @@ class CpuInt8WeightGemm(Implementation[GemmMatch, Int8WeightGemmParameters]):
         """Register tiles of the instruction set, the one that wastes the fewest columns first."""
         if match.k == 0:
             return []
-        return [*dict.fromkeys(_parameters(match, target, tile) for tile in register_tiles(match.n, target))]
+        fields = (int8_fields(match, target, tile, _DEPTH, 1) for tile in register_tiles(match.n, target))
+        return [*dict.fromkeys(Int8WeightGemmParameters(**found) for found in fields)]
 
     def cost(self, match: GemmMatch, parameters: Int8WeightGemmParameters, target: Target) -> Cost:
         """Roofline of the padded product in fp32 with weights of one byte, its epilogue, and every tensor touched
@@ -94,24 +95,3 @@ class CpuInt8WeightGemm(Implementation[GemmMatch, Int8WeightGemmParameters]):
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
-
-
-def _parameters(match: GemmMatch, target: Target, tile: tuple[int, int]) -> Int8WeightGemmParameters:
-    program, values = match.program, match.group.graph.values
-    mr, nr = tile[0], tile[1] * target.vector_lanes
-    blocks = blocking(match.n, match.k, 1, mr, nr, _DEPTH, match.products, program.expression, target)
-    return Int8WeightGemmParameters(
-        n=match.n,
-        k=match.k,
-        a_dtype=STORAGE[values[match.a].dtype],
-        w_dtype=DType.I8,
-        epilogue=program.expression,
-        operands=program.operands,
-        out_dtypes=program.output_dtypes,
-        mr=mr,
-        nr=nr,
-        mc=blocks.mc,
-        kc=blocks.kc,
-        chunk=blocks.chunk,
-        parts=match.products,
-    )

@@ -111,26 +111,18 @@ def _torch_mask(
 ) -> View:
     """A mask that PyTorch makes of others, once for all layers that read it."""
     key = (function, *views, *more, dtype)
-    if key not in r.masks:
-        r.masks[key] = _made(r, what, function, views, more, dtype)
-    return r.masks[key]
-
-
-def _made(
-    r: Raiser,
-    what: str,
-    function: Callable[..., Tensor],
-    views: Sequence[View],
-    more: tuple[Any, ...],
-    dtype: torch.dtype,
-) -> View:
+    if key in r.masks:
+        return r.masks[key]
     spec = TensorSpec.contiguous(broadcast(*(view.shape for view in views)), dtype)
-    call = TorchCall(function, (*map(Ref, range(len(views))), *more))
+    call, label = TorchCall(function, (*map(Ref, range(len(views))), *more)), f"{views[0].base}_{what}"
+    sources = tuple(map(r.realize, views))
     if all(map(r.is_constant, views)) and not isinstance(spec.numel, Size):
-        name = r.derived(f"{views[0].base}_{what}", tuple(map(r.realize, views)), call, spec.shape, dtype)
-        return View.of(name, r.values[name])
-    made = Extern(call, "a mask made at run time")
-    return r.emit(made, f"{views[0].base}_{what}", [r.realize(view) for view in views], spec)
+        name = r.derived(label, sources, call, spec.shape, dtype)
+        made = View.of(name, r.values[name])
+    else:
+        made = r.emit(Extern(call, "a mask made at run time"), label, sources, spec)
+    r.masks[key] = made
+    return made
 
 
 def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | None = None) -> tuple[Mask | None, bool]:
