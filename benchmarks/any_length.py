@@ -188,7 +188,7 @@ def new_lengths(layers: int, count: int) -> dict[str, Any]:
         "quartiles": [round(low, 2), round(high, 2)],
         "binding_ms": round(statistics.median(bound), 2),
         "run_ms": round(statistics.median(runs), 2),
-        "captures": len(list(fast._forms)),
+        "captures": len(list(fast._engine.forms)),
         "specialized": list(fast.specialized),
     }
 

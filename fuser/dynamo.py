@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import OperatorGraph
+from fuser.module.engine import Engine
 from fuser.module.optimized import OptimizedModule
 from fuser.module.options import Options
 from fuser.runtime.locks import ForkSafeLock
@@ -172,8 +173,8 @@ class _Bound(nn.Module):
         return self.graph(*(next(weights) if constant else next(given) for constant in self._constant))
 
 
-class _Graph(OptimizedModule):
-    """A bound graph that shares packed weights with the other graphs over the same weights.
+class _GraphEngine(Engine):
+    """The engine of a bound graph, which shares packed weights with those of the other graphs over the same weights.
 
     Dynamo makes several graphs of one model: for one shape, then for all others, or for another mode.
     """
@@ -184,12 +185,12 @@ class _Graph(OptimizedModule):
             self._siblings = _groups.setdefault(tuple(map(id, weights)), weakref.WeakSet())
             first = next(iter(self._siblings), None)
             if first is not None:
-                self._store, self._lock = first._store, first._lock
+                self.store, self.lock = first.store, first.lock
             self._siblings.add(self)
 
-    def _check_masked(self, graph: OperatorGraph) -> None:
+    def check_masked(self, graph: OperatorGraph) -> None:
         try:
-            super()._check_masked(graph)
+            super().check_masked(graph)
         except MaskError as error:
             # What runs between graphs is never seen.
             raise MaskError(
@@ -197,12 +198,12 @@ class _Graph(OptimizedModule):
                 "the mask: compile with fullgraph=True, or use fuser.optimize(model, attention=...)"
             ) from error
 
-    def _sharing(self) -> list[OptimizedModule]:
-        return [sibling for sibling in self._siblings if sibling._store is self._store]
+    def sharing(self) -> Sequence[Engine]:
+        return [sibling for sibling in self._siblings if sibling.store is self.store]
 
 
 # Identities are those of the graphs' weights, which live as long as the graphs.
-_groups: weakref.WeakValueDictionary[tuple[int, ...], weakref.WeakSet[_Graph]] = weakref.WeakValueDictionary()
+_groups: weakref.WeakValueDictionary[tuple[int, ...], weakref.WeakSet[_GraphEngine]] = weakref.WeakValueDictionary()
 _groups_lock = ForkSafeLock()
 
 
@@ -220,7 +221,7 @@ class _Runner:
         self._constant = constant
         self._options = options
         self._lock = ForkSafeLock()
-        self._bound: collections.OrderedDict[tuple[int, ...], _Graph] = collections.OrderedDict()
+        self._bound: collections.OrderedDict[tuple[int, ...], OptimizedModule] = collections.OrderedDict()
 
     def __call__(self, *inputs: Any) -> Any:
         weights = [x for x, constant in zip(inputs, self._constant, strict=True) if constant]
@@ -243,13 +244,14 @@ class _Runner:
             return self._graph(*inputs)
         return module(*rest)
 
-    def _module(self, weights: Sequence[Tensor]) -> _Graph:
+    def _module(self, weights: Sequence[Tensor]) -> OptimizedModule:
         key = tuple(map(id, weights))
         with self._lock:
             module = self._bound.get(key)
             if module is None:
                 # The module keeps its weights alive, so that their identities stay theirs.
-                module = _Graph(_Bound(self._compiled, self._constant, weights), weights, self._options)
+                bound = _Bound(self._compiled, self._constant, weights)
+                module = OptimizedModule(bound, self._options, _GraphEngine(bound, weights, self._options))
                 _modules.add(module)
                 self._bound[key] = module
                 while len(self._bound) > _SETS_OF_WEIGHTS:

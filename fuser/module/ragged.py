@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.ir.errors import PackingError
+from fuser.ir.errors import FuserError, PackingError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.masks import Mask
 from fuser.ir.packing import TOKENS, PackedLayout
+from fuser.ir.target import Target
 from fuser.kernels.documents import band, plan_intervals
 from fuser.kernels.plan import Bools
-from fuser.module.forms import Packing
+from fuser.module.forms import Form, Packing
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """A program: from the tensors of a call to its results."""
+logger = logging.getLogger("fuser")
 _REMEMBERED = 16
+_MUCH_PADDING = 0.1
+"""The share of padding from which on it is worth a word."""
+_REASONS = 64
 _COUNTED = 8
 """Batches that are counted before that becomes rare."""
 _STEP = 16
@@ -141,21 +147,18 @@ def keys_of(
     return is_key([made[mask] for mask in packing.graph.masks])
 
 
-class Share:
-    """How many of the rows of some calls were padding."""
+class Padding:
+    """How many of the rows of some calls were padding, and why padding was computed, for ``padding=`` of
+    :func:`fuser.optimize`."""
 
-    def __init__(self) -> None:
+    def __init__(self, option: str) -> None:
         self.rows = 0
         self.padded = 0
+        self.kept: dict[str, None] = {}
+        self._option = option
         self._asked = 0
+        self._told = False
         self._lock = threading.Lock()
-
-    def is_due(self) -> bool:
-        """Whether a batch is to be counted where counting takes time: the first ones, then one of so many as there
-        were."""
-        with self._lock:
-            self._asked += 1
-            return self._asked & (self._asked - 1) == 0 or self._asked <= _COUNTED
 
     def add(self, keys: Bools) -> None:
         """Count a batch."""
@@ -163,8 +166,42 @@ class Share:
             self.rows += keys.size
             self.padded += keys.size - int(keys.sum())
 
+    def count(self, form: Form, sizes: Mapping[str, int], target: Target, tensors: Sequence[Tensor]) -> None:
+        """Look how much of a call with a new program is padding that could be left out: of the first calls, then of one
+        of so many as there were, since that takes about as long as binding."""
+        if self._option != "keep" or target.kind != "cpu" or not self.is_due():
+            return
+        try:
+            self.add(keys_of(form.packing(sizes, target), sizes, form.captured.parameters, tensors))
+        except FuserError:
+            return
+        if float(self) >= _MUCH_PADDING and not self._told:
+            self._told = True
+            logger.info("%s", self.lines[0])
+
+    def must_compute(self, reason: str) -> None:
+        """Remember why the padding of a call had to be computed, for the last few reasons."""
+        self.kept[reason] = None
+        while len(self.kept) > _REASONS:
+            del self.kept[next(iter(self.kept))]
+
+    def is_due(self) -> bool:
+        """Whether a batch is to be counted where counting takes time."""
+        with self._lock:
+            self._asked += 1
+            return self._asked & (self._asked - 1) == 0 or self._asked <= _COUNTED
+
     def __float__(self) -> float:
         return self.padded / self.rows if self.rows else 0.0
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """How much of the rows was padding, if any was seen: of all calls with ``padding="skip"``, and why it was
+        computed where it had to be, else of some of those that were compiled."""
+        what = f"{float(self):.0%} of the rows were padding"
+        if self._option == "keep":
+            what += '; fuser.optimize(model, padding="skip") leaves them out'
+        return (*((what,) if self.padded else ()), *(f"was computed: {reason}" for reason in self.kept))
 
 
 def run_packed(
@@ -173,7 +210,7 @@ def run_packed(
     before: Run,
     rows_of: Callable[[Mapping[str, int]], Run],
     tensors: Sequence[Tensor],
-    share: Share,
+    padding: Padding,
     complete: set[tuple[Any, ...]] | None,
 ) -> list[Tensor] | None:
     """The model's outputs, zeros where they are of padding; None where there is no padding. ``before`` runs the first
@@ -189,7 +226,7 @@ def run_packed(
     made = before(tensors)
     count = layout.masks
     keys = is_key(made[:count])
-    share.add(keys)
+    padding.add(keys)
     if complete is not None and keys.all():
         if None not in numbers and len(complete) < _REMEMBERED:
             complete.add(numbers)

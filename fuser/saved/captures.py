@@ -15,7 +15,7 @@ from fuser.ir.binding import Binder
 from fuser.ir.errors import CaptureError, KernelError, PackingError
 from fuser.module.forms import magnitude
 from fuser.module.programs import ProgramCache
-from fuser.module.ragged import Share, run_packed
+from fuser.module.ragged import Padding, run_packed
 from fuser.module.weights import made
 from fuser.runtime.program import Program, ProgramPlan
 from fuser.saved import codec
@@ -46,7 +46,7 @@ class LoadedCaptures:
         self._binders: dict[int, Binder[Any]] = {}
         self._programs: ProgramCache[Any, tuple[Program, SavedTemplate]] = ProgramCache(_PROGRAMS)
         self._lock = threading.RLock()
-        self._share = Share()
+        self._padding = Padding("skip")
 
     def find(self, key: Any, call: FlatCall) -> tuple[SavedCapture, SavedVariant, dict[str, int]] | None:
         """What serves a call with ``key`` (see :func:`fuser.module.forms.form_key`), and its sizes; None if nothing."""
@@ -74,7 +74,7 @@ class LoadedCaptures:
 
             try:
                 before = self._program(packing.before, sizes, threads)[0]
-                results = run_packed(packing.layout, sizes, before, rows, call.tensors, self._share, complete)
+                results = run_packed(packing.layout, sizes, before, rows, call.tensors, self._padding, complete)
             except PackingError as error:
                 results, reason = None, str(error)
             if results is not None:

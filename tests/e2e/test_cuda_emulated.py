@@ -139,7 +139,7 @@ def test_a_token_outside_of_the_table_is_an_error() -> None:
 
 def test_targets_by_name() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
-    assert fuser.optimize(model, target="cpu")._target.kind == "cpu"  # type: ignore[union-attr]
+    assert fuser.optimize(model, target="cpu")._engine.target.kind == "cpu"  # type: ignore[union-attr]
     for name in ("gpu", "cuda:banana", "emulated"):
         with pytest.raises(FuserError, match="cuda:emulated"):
             fuser.optimize(model, target=name)

@@ -92,9 +92,9 @@ def same(pair: tuple[Any, Any], *args: Any, **kwargs: Any) -> None:
 def test_one_program_makes_all_tokens(pair: tuple[Any, Any]) -> None:
     fast = pair[1]
     same(pair, prompt(1, 5), max_new_tokens=4)
-    programs, forms = len(fast.programs), len(list(fast._forms))
+    programs, forms = len(fast.programs), len(list(fast._engine.forms))
     same(pair, prompt(1, 5), max_new_tokens=30)
-    assert (len(fast.programs), len(list(fast._forms))) == (programs, forms)
+    assert (len(fast.programs), len(list(fast._engine.forms))) == (programs, forms)
     assert programs == forms == 2
 
 
@@ -103,9 +103,9 @@ def test_caches_with_windows_have_a_program_before_they_are_full_and_one_after(m
     pair = made(make)
     fast = pair[1]
     same(pair, prompt(1, 5), max_new_tokens=12)
-    assert len(list(fast._forms)) == 3
+    assert len(list(fast._engine.forms)) == 3
     same(pair, prompt(1, 4), max_new_tokens=16)
-    assert len(list(fast._forms)) == 3
+    assert len(list(fast._engine.forms)) == 3
 
     def run(model: Any) -> list[Tensor]:
         # A prompt longer than the window, and a step that appends three rows.

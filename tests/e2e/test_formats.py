@@ -140,7 +140,7 @@ def test_a_kernel_reads_the_integers_that_floats_are_made_of(known: None, tmp_pa
     assert agree(model, fast(x()))
     (compiled,) = fast.programs
     assert [(record.family, record.calls) for record in compiled.assembly.kernels] == [("integer_linear", 2)]
-    assert fast._store.made_bytes == 2 * (WIDTH * WIDTH + 2 * 4 * WIDTH)
+    assert fast._engine.store.made_bytes == 2 * (WIDTH * WIDTH + 2 * 4 * WIDTH)
     model.second.integers.neg_()
     assert agree(model, fast(x()))
     fast.save(tmp_path / "program.fuser")
@@ -157,7 +157,7 @@ def test_floats_that_no_kernel_asks_the_source_of_are_made_once(dtype: torch.dty
     assert agree(model, fast(x()))
     (compiled,) = fast.programs
     assert {record.family for record in compiled.assembly.kernels} == {"gemm"}
-    assert fast._store.made_bytes == 2 * 4 * WIDTH * WIDTH
+    assert fast._engine.store.made_bytes == 2 * 4 * WIDTH * WIDTH
     model.first.integers.add_(1)
     assert agree(model, fast(x()))
 

@@ -142,14 +142,14 @@ def test_three_tensors_of_two_constants_are_packed_once(layer: Layer) -> None:
     assert len({ref.whole for ref in refs}) == 1
     assert PACKINGS == [(WIDTH, WIDTH)]
     assert agree(layer, fast(x()))
-    assert fast._store.made_bytes == WIDTH * WIDTH + 2 * 4 * WIDTH
+    assert fast._engine.store.made_bytes == WIDTH * WIDTH + 2 * 4 * WIDTH
 
 
 @torch.no_grad()
 def test_originals_of_which_only_packed_forms_are_used_move_to_files(layer: Layer) -> None:
     fast = optimized(layer)
-    assert not fast._store.offload_error
-    assert fast._store.offloaded_bytes == layer.linear.weight.nbytes
+    assert not fast._engine.store.offload_error
+    assert fast._engine.store.offloaded_bytes == layer.linear.weight.nbytes
     assert agree(layer, fast(x()))
 
 

@@ -313,7 +313,7 @@ def test_a_model_compiled_in_inference_mode_can_be_trained_afterwards() -> None:
     fast = fuser.optimize(model, search="model")
     with torch.inference_mode():
         fast(X)
-    assert fast._store.offloaded_bytes > 0
+    assert fast._engine.store.offloaded_bytes > 0
     assert agree(model, fast)
     trained(model)
     assert agree(model, fast)
@@ -384,7 +384,7 @@ def test_originals_in_files_are_what_they_were() -> None:
     with torch.no_grad():
         expected = model(X)
     fast = optimized(model)
-    assert fast._store.offloaded_bytes == 2 * WIDTH * WIDTH * 4
+    assert fast._engine.store.offloaded_bytes == 2 * WIDTH * WIDTH * 4
     assert [id(p) for p in model.parameters()] == identities
     resident_and_mapped(model, before)
     with torch.no_grad():
@@ -396,7 +396,7 @@ def test_originals_in_files_are_what_they_were() -> None:
     clone = copy.deepcopy(model)
     assert torch.equal(clone.up.weight, model.up.weight)
     fast.restore()
-    assert fast._store.offloaded_bytes == 0
+    assert fast._engine.store.offloaded_bytes == 0
     resident_and_mapped(model, {**before, "up.weight": before["up.weight"] + 1})
     assert agree(model, fast)
 
@@ -408,8 +408,8 @@ def test_a_full_disk_leaves_the_originals_in_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(weights, "_file_backed", full)
     model = Block()
     fast = optimized(model)
-    assert fast._store.offloaded_bytes == 0
-    assert "No space left" in fast._store.offload_error
+    assert fast._engine.store.offloaded_bytes == 0
+    assert "No space left" in fast._engine.store.offload_error
     assert agree(model, fast)
 
 
@@ -437,26 +437,26 @@ def test_memory_shared_between_processes_stays_shared() -> None:
 
 def test_shapes_share_packed_weights(block: tuple[Block, OptimizedModule]) -> None:
     _, fast = block
-    made = fast._store.made_bytes
+    made = fast._engine.store.made_bytes
     with torch.no_grad():
         fast(X[:1])
     assert len(fast.programs) == 2
-    assert fast._store.made_bytes == made
+    assert fast._engine.store.made_bytes == made
 
 
 def test_old_programs_and_what_only_they_use_are_forgotten(
     block: tuple[Block, OptimizedModule],
 ) -> None:
     model, fast = block
-    fast._programs.places = 2
-    made, watched = fast._store.made_bytes, len(fast._store._contents.tensors)
+    fast._engine.programs.places = 2
+    made, watched = fast._engine.store.made_bytes, len(fast._engine.store._contents.tensors)
     with torch.no_grad():
         for length in (1, 2, 8, 3):
             assert agree(model, fast, X[:, :length])
     kept = {compiled.assembly.plan.inputs[0].shape[1] for compiled in fast.programs}
     assert kept == {8, 3}
-    assert fast._store.made_bytes == made
-    assert len(fast._store._contents.tensors) == watched
+    assert fast._engine.store.made_bytes == made
+    assert len(fast._engine.store._contents.tensors) == watched
     in_place(model)
     for length in (1, 8, 3):
         assert agree(model, fast, X[:, :length])

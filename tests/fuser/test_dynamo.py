@@ -155,8 +155,8 @@ def test_graphs_of_a_model_share_packed_weights() -> None:
     fast = compiled(model)
     fast(X), fast(X[:3])
     first, second = dynamo.modules()
-    assert first._store is second._store
-    pointers = [{t.data_ptr() for t in m.saved_calls()[0].constants} for m in (first, second)]
+    assert first._engine.store is second._engine.store
+    pointers = [{t.data_ptr() for t in m._engine.saved_calls()[0].constants} for m in (first, second)]
     assert pointers[0] == pointers[1]
 
 

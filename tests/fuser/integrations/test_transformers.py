@@ -306,7 +306,7 @@ def test_one_capture_takes_packed_documents_of_all_numbers_and_lengths(name: str
         given, documents = packed_inputs(lengths)
         right = torch.cat([hidden(eager, {"input_ids": one})[0] for one in documents])
         torch.testing.assert_close(hidden(fast, given)[0], right, rtol=0, atol=5e-6)
-    assert len(list(fast._forms)) == 1 and fast.fallbacks == () and fast.specialized == ()
+    assert len(list(fast._engine.forms)) == 1 and fast.fallbacks == () and fast.specialized == ()
 
 
 def test_lengths_of_documents_are_told_to_models_that_take_them() -> None:

@@ -60,13 +60,13 @@ def clock() -> Clock:
 def optimize(model: nn.Module, clock: Clock, compile_seconds: float = 0.5, dynamic: bool = False) -> OptimizedModule:
     """The model optimized for one shape at a time, with compilations that take ``compile_seconds``."""
     fast = fuser.optimize(model.eval(), search="model", dynamic=dynamic)
-    compile_it = fast._compile
+    compile_it = fast._engine.compile
 
     def compiling(*arguments: Any) -> Compiled:
         clock.now += compile_seconds
         return compile_it(*arguments)
 
-    fast._compile, fast._seconds = compiling, clock  # type: ignore[method-assign]
+    fast._engine.compile, fast._engine.clock = compiling, clock  # type: ignore[method-assign]
     return fast
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_captured_is_not_tried_for_every_shape(clock: Clock) -> N
     assert round(compilations) == 3
     assert fast.programs == () and len(fast.fallbacks) == 1
     # Another kind of call may be captured.
-    assert len(fast._policy._failures) == 1
+    assert len(fast._engine.policy._failures) == 1
 
 
 class Unfused(Model):
@@ -160,7 +160,7 @@ def test_a_program_that_is_slower_gives_way_to_the_original(dynamic: bool, clock
     for _ in range(11):
         assert len(fast.programs) == 1
         same(fast, model, X)
-    assert fast.programs == () and fast._store.made_bytes == 0
+    assert fast.programs == () and fast._engine.store.made_bytes == 0
     before = clock.now
     same(fast, model, X)
     assert clock.now == pytest.approx(before + 2 * model.seconds)
@@ -192,7 +192,7 @@ def test_what_is_fused_is_never_compared(clock: Clock) -> None:
 def test_a_mask_is_not_dropped_while_a_call_waits() -> None:
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
     fast = fuser.optimize(layer, attention=fuser.masks.SlidingWindow(1, 1), search="model")
-    fast._policy = CompilationPolicy(at_once=0)
+    fast._engine.policy = CompilationPolicy(at_once=0)
     fast(X[None])
     assert len(fast.programs) == 1 and fast.fallbacks == ()
 
@@ -200,7 +200,7 @@ def test_a_mask_is_not_dropped_while_a_call_waits() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_program_that_gave_way_leaves_nothing_behind(dynamic: bool, clock: Clock) -> None:
     fast = optimize(Model(clock), clock, dynamic=dynamic)
-    fast._programs.places = 1
+    fast._engine.programs.places = 1
 
     def alive() -> dict[str, int]:
         gc.collect()

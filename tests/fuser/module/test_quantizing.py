@@ -22,8 +22,7 @@ from fuser.codegen.choice import GroupChoice
 from fuser.explain.report import collect
 from fuser.ir.errors import CalibrationError
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
-from fuser.module import forms
-from fuser.module import optimized as optimized_module
+from fuser.module import engine, forms
 from fuser.module.quantizing import Layer
 from fuser.search.tuning import Tuner
 
@@ -212,7 +211,7 @@ def test_calibration_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(*given)
 
     monkeypatch.setattr(forms, "capture", counted)
-    monkeypatch.setattr(optimized_module, "capture", counted)
+    monkeypatch.setattr(engine, "capture", counted)
     fast = optimized(encoder(), calibrate=[rows(3, 8), rows(2, 4), rows(3, 5)])
     fast(rows(2, 9))
     assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(count) == 1

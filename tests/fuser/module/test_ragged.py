@@ -20,7 +20,7 @@ import fuser
 from fuser import masks
 from fuser.ir.errors import IndexRangeError, KernelError, PackingError
 from fuser.kernels.plan import AttentionPlan
-from fuser.module.ragged import Share, packed_rows, rounded
+from fuser.module.ragged import Padding, packed_rows, rounded
 
 WIDTH, HEADS, WORDS = 32, 2, 50
 TOLERANCE = 1e-5
@@ -152,7 +152,7 @@ def test_rows_of_tokens_have_the_models_numbers_and_others_are_zero(kind: Callab
     (said,) = fast.snapshot().padding
     assert "rows were padding" in said
     assert fast.fallbacks == () and fast.specialized == () and fast.unfused == ()
-    assert len(list(fast._forms)) == 1
+    assert len(list(fast._engine.forms)) == 1
 
 
 def test_a_batch_of_one_is_packed_too() -> None:
@@ -312,8 +312,8 @@ def test_padding_is_an_attribute_of_the_model_if_it_has_one() -> None:
 
 
 def test_few_of_many_lengths_are_counted() -> None:
-    share = Share()
-    due = [i for i in range(1, 101) if share.is_due()]
+    padding = Padding("keep")
+    due = [i for i in range(1, 101) if padding.is_due()]
     assert due == [*range(1, 9), 16, 32, 64]
 
 
