@@ -35,7 +35,7 @@ def graph_of(
     options = options or Options()
     dtypes = FLOATING if options.target is None else floating(options.target)
     with torch.inference_mode(False), torch.no_grad():
-        return raise_graph(capture(model, flatten_call(args, kwargs or {})), options.attention, dtypes)
+        return raise_graph(capture(model, flatten_call(args, kwargs or {})), options.attention_now(), dtypes)
 
 
 def team_of(target: Target, threads: int | None = None) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fuser.ir.errors import ScoreError
 from fuser.ir.prediction import EmptyRow, Form, Prediction
 from fuser.ir.target import Target
 from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launch, Operands
@@ -106,8 +105,7 @@ class PredictedAttention:
         if self.kernel.keeps_products and plan.phases == 1:
             sums = (plan.most_keys + _KEYS_BEYOND) * _LANES
         words += -(-threads * sums // 2)
-        if self.quantize.calibration == "ema" and self.quantize.thresholds is None:
-            raise ScoreError("ema calibration has no thresholds yet; take what calibrated(q, k) returns")
+        self.quantize.check_calibrated()
         q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
         known = {f.name: getattr(made.extents, f.name) for f in dataclasses.fields(AttentionExtents)}
         extents = PredictedExtents(

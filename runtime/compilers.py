@@ -155,8 +155,8 @@ def _toolchain(command: tuple[str, ...], target: Target, cache: KernelCache | No
 
 def _emulating(host: Toolchain) -> Toolchain:
     """The same compiler for CUDA kernels that run on the CPU."""
-    # No compiled headers: compiling the emulator itself takes longer than reading the system's.
-    return Toolchain(host.command, host.version, emulator.compile_flags(), emulator.link_flags())
+    headers = emulator.STANDARD_HEADERS if host.standard_headers else ""
+    return Toolchain(host.command, host.version, emulator.compile_flags(), emulator.link_flags(), headers)
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,6 +43,32 @@ _CHECKED = (
 )
 # What mma and conversions are quick with: all of it or nothing, so that there are two kinds of libraries.
 _FAST = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}
+STANDARD_HEADERS = """\
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/sysinfo.h>
+#include <time.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <cxxabi.h>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+"""
+"""What the emulator and CUDA's templates include."""
 _LINE = re.compile(r":(\d+)(?: |$)")
 
 

@@ -51,9 +51,9 @@ class Precompiled:
         (folder / HEADER).write_text(toolchain.standard_headers)
         self.flags = f" $(test -e {_COMPILED} && echo -include {HEADER})"
         if not self._found:
-            make = shlex.join(
-                [*toolchain.command, *toolchain.compile_flags, "-x", "c++-header", HEADER, "-o", f"{_COMPILED}.part"]
-            )
+            # -c: where the flags say that sources are C++, g++ would link.
+            options = ("-c", "-x", "c++-header", HEADER, "-o", f"{_COMPILED}.part")
+            make = shlex.join([*toolchain.command, *toolchain.compile_flags, *options])
             command = f"( {make} && mv {_COMPILED}.part {_COMPILED} ) > {HEADER}.log 2>&1 || true"
             self.needs = f" | {_COMPILED}"
             self.lines = [

@@ -120,6 +120,7 @@ def _compile(named: Named, attention: Mask | None, search: str, quality: float |
 def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool) -> None:
     from fuser.frontend.capture import capture
     from fuser.frontend.graphs import raise_graph
+    from fuser.module.options import Options
 
     captured = capture(named.model, named.call)
     if stage is Stage.FX:
@@ -132,7 +133,7 @@ def _show_capture(named: Named, stage: Stage, attention: Mask | None, json: bool
         else:
             typer.echo(captured.graph.print_readable(print_output=False))
         return
-    graph = raise_graph(captured, attention)
+    graph = raise_graph(captured, Options(attention=attention).attention_now())
     if not json:
         typer.echo(str(graph))
         return

@@ -444,15 +444,12 @@ def _sparse_attention(r: Raiser, node: fx.Node) -> Value | None:
     if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
         return None
     spec = spec_of(key)
-    if spec.quantize is not None:
-        # What is predicted for one score decides about others, which the operators of the graph do not say.
-        return None
     if not any(isinstance(length, Size) for length in (q.shape[2], k.shape[2])):
         # Else the plan is made, and the mask checked, when the lengths are known.
         spec.mask.validate(q.shape[2], k.shape[2])
     masks = [] if attn_mask is None else [MaskUse(attn_mask, inverted=False)]
     pattern = None if isinstance(spec.mask, Dense) else spec.mask
-    return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule)
+    return attention_from(r, node, q, k, v, scale, masks, pattern=pattern, rule=spec.rule, quantize=spec.quantize)
 
 
 @_handles(torch.ops.fuser.windowed_attention.default)

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from fuser.attention.registry import enter, pin
 from fuser.frontend.attention_masks import combined, four_dims
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Causal, Dense, Mask
+from fuser.ir.operators import Ref, TorchCall
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
+from fuser.ir.size import Size
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
@@ -32,11 +37,14 @@ def check_restricted(graph: OperatorGraph) -> None:
     """Raise MaskError unless a mask that was given for self-attention reached something, and missed nothing: no product
     that takes a square of each sequence, as weights of tokens for tokens, is left to PyTorch."""
     scores = [graph.values[op.outputs[0]].shape for op in graph.operators if is_kind(op, kinds.QK)]
-    if not any(shape[-2] == shape[-1] for shape in scores):
-        found = "no attention" if not scores else "only attention over other numbers of keys than queries"
+    predicted = [op for op in graph.operators if is_kind(op, kinds.PredictedAttention)]
+    lengths = [tuple(graph.values[name].shape[2] for name in op.inputs[:2]) for op in predicted]
+    if not any(shape[-2] == shape[-1] for shape in (*scores, *lengths)):
+        some = "only attention over other numbers of keys than queries"
+        found = some if scores or predicted else "no attention"
         raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
     for op in graph.operators:
-        if not is_kind(op, kinds.Extern):
+        if not is_kind(op, kinds.Extern) or is_kind(op, kinds.PredictedAttention):
             continue
         shapes = [graph.values[name].shape for name in op.inputs if name not in graph.constants]
         square = any(len(shape) > 2 and shape[-2] == shape[-1] for shape in shapes)
@@ -80,6 +88,7 @@ def attention_from(
     pattern: Mask | None = None,
     causal: bool = False,
     rule: ScoreRule | None = None,
+    quantize: Prediction | None = None,
     by_sums: str | None = None,
 ) -> View:
     """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is
@@ -97,11 +106,19 @@ def attention_from(
     scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
     name = node.name
     q, k, v = (_with_rows(r, t) for t in (q, k, v))
-    if r.attention is not None and q_len == kv_len:
-        pattern = r.attention if pattern is None else pattern & r.attention
+    given = r.attention
+    if given is not None and not isinstance(given.mask, Dense) and q_len == kv_len:
+        pattern = given.mask if pattern is None else pattern & given.mask
     pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
     # What PyTorch makes of masks would part the operators of attention as well.
     added = None if attn_mask is None else r.realize(attn_mask)
+    quantize = given.quantize if quantize is None and given is not None else quantize
+    if quantize is not None and by_sums is None:
+        seen = Dense() if pattern is None else pattern
+        how = AttentionSpec(seen & Causal() if causal else seen, rule, quantize)
+        predicted = _predicted(r, name, q, k, v, how, added, scale).reshape(out_shape)
+        if predicted is not None:
+            return predicted
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
@@ -127,3 +144,30 @@ def attention_from(
     if merged is None:
         raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
     return merged
+
+
+def _predicted(
+    r: Raiser, name: str, q: View, k: View, v: View, spec: AttentionSpec, attn_mask: str | None, scale: float
+) -> View:
+    """Attention whose scores have a width each, which one kernel decides by itself, for q (B, H, Sq, D)."""
+    batch, heads, q_len, _ = q.shape
+    width, dtype = v.shape[3], r.dtype(q)
+    if any(isinstance(length, Size) for length in (q_len, k.shape[2])):
+        key = enter(spec, None, None, any_lengths=True)
+    else:
+        key = enter(spec, q_len, k.shape[2])
+    # The graph holds the key, as a trace does.
+    pin(key)
+    inputs = [r.realize(t) for t in (q, k, v)] + ([] if attn_mask is None else [attn_mask])
+    call = TorchCall(
+        torch.ops.fuser.sparse_attention.default,
+        (Ref(0), Ref(1), Ref(2), key, None if attn_mask is None else Ref(3), scale),
+    )
+    reason = f"one kernel of its own decides the width of each score, as {type(spec.quantize).__name__} says"
+    strides = r.values[inputs[0]].strides
+    if strides[1] < strides[2]:
+        strides = (q_len * heads * width, width, heads * width, 1)
+        out = TensorSpec((batch, heads, q_len, width), dtype, strides)
+    else:
+        out = TensorSpec.contiguous((batch, heads, q_len, width), dtype)
+    return r.emit(kinds.PredictedAttention(call, reason), name, tuple(inputs), out)

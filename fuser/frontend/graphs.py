@@ -16,24 +16,24 @@ from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
 from fuser.frontend.rotary_operators import rotary_from
 from fuser.frontend.views import Value
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import OperatorGraph, ViewCalls
-from fuser.ir.masks import Mask
 from fuser.kernels.base import FLOATING
 
 
 def raise_graph(
     captured: Captured,
-    attention: Mask | None = None,
+    attention: AttentionSpec | None = None,
     floating: frozenset[torch.dtype] = FLOATING,
     sample: Mapping[str, int] | None = None,
 ) -> OperatorGraph:
     """The operator graph of a captured model; of one with named sizes, the graph that is right for the ``sample`` of
     these and for all others for which its assumptions are true.
 
-    ``attention`` is a mask that every self-attention (as many keys as queries) is restricted to; ``floating`` holds the
-    dtypes that kernels of the target store (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that
-    mutate tensors.
+    ``attention`` has a mask that every self-attention (as many keys as queries) is restricted to, and says which scores
+    are computed with few bits; ``floating`` holds the dtypes that kernels of the target store
+    (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that mutate tensors.
     """
     r = Raiser(captured, attention, floating, sample or {})
     roles = attention_patterns.find(captured.graph.graph, r.known_number)

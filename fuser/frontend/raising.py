@@ -22,10 +22,10 @@ from fuser.frontend.capture import Captured
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import operators as kinds
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError
 from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Operator, TensorSpec
-from fuser.ir.masks import Mask
 from fuser.ir.operators import Extern, Ref, Semantics, TorchCall, laid_out
 from fuser.ir.size import Size
 
@@ -62,7 +62,7 @@ class Raiser(GraphBuilder):
     def __init__(
         self,
         captured: Captured,
-        attention: Mask | None,
+        attention: AttentionSpec | None,
         floating: frozenset[torch.dtype],
         sample: Mapping[str, int],
     ) -> None:

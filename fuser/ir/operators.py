@@ -248,6 +248,12 @@ class Extern(_Called):
     reason: str
 
 
+@kind("predicted_attention")
+@dataclass(frozen=True)
+class PredictedAttention(Extern):
+    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full."""
+
+
 @kind("view")
 @dataclass(frozen=True)
 class View(_Called):

@@ -309,13 +309,18 @@ class Prediction(ABC):
         rounded = exact.detach().round().clamp(-self.largest, self.largest)
         return rounded + (exact - exact.detach()), step
 
+    def check_calibrated(self) -> None:
+        """Raise ScoreError if thresholds are still to be found."""
+        if self.calibration == "ema" and self.thresholds is None:
+            raise ScoreError("ema calibration has no thresholds yet; take what calibrated(q, k) returns")
+
     def _threshold(self, x: Tensor, size: Tensor, sound: Tensor, which: int) -> Tensor:
         if self.calibration == "dynamic":
             elements = (x / size).masked_fill(~sound, 0.0).abs()
             top = elements.max() if x.numel() else x.new_zeros(())
             return torch.where(top < SMALLEST, 1.0, top)
-        if self.thresholds is None:
-            raise ScoreError("ema calibration has no thresholds yet; take what calibrated(q, k) returns")
+        self.check_calibrated()
+        assert self.thresholds is not None
         return torch.full((), self.thresholds[which], dtype=x.dtype, device=x.device)
 
     def predicted(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -21,6 +21,7 @@ from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
 from fuser.ir.operators import ScoreMask
@@ -169,7 +170,7 @@ def compile_call(
     CacheError when its kernels cannot be built.
     """
     cache = default_cache() if cache is None else cache
-    attention = None if options.attention is None else options.attention.current()
+    attention = options.attention_now()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -213,10 +214,10 @@ def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> f
     return unfused / (unfused + fused) if unfused else 0.0
 
 
-def functions_of(captured: Captured, attention: Mask | None) -> Iterator[Mask]:
+def functions_of(captured: Captured, attention: AttentionSpec | None) -> Iterator[Mask]:
     """The masks of functions that a program follows from."""
-    if attention is not None and attention.has_functions:
-        yield attention
+    if attention is not None and attention.mask.has_functions:
+        yield attention.mask
     for node in captured.graph.graph.nodes:
         if (key := key_in(node.target, node.args)) is not None:
             found = (spec.mask for spec in specs_of(key))

@@ -83,7 +83,7 @@ class Engine:
         self.padding = Padding(options.padding)
         self.policy = CompilationPolicy()
         self.comparisons: dict[Key, Comparison] = {}
-        self.quantizer = None if options.quantize is None else Quantizer(model, options.quantize)
+        self.quantizer = None if options.int8 is None else Quantizer(model, options.int8)
         self.failed: dict[Key, str] = {}
         self.slower: dict[Key, str] = {}
         self.said: set[str] = set()
@@ -192,7 +192,7 @@ class Engine:
             # It serves calls of its very sizes alone.
             self._by_themselves.add(call.alike)
             key = self.key(call)
-        if compiled.may_be_slower and self.options.attention is None:
+        if compiled.may_be_slower and self.options.attention_now() is None:
             self.comparisons[key] = Comparison()
         else:
             self.policy.succeeded(form_of(call))
@@ -327,8 +327,7 @@ class Engine:
                         captured = run_after_fork(capture, self.model, call)
                         self.masks.keep(call.key, captured)
                     told = knowing(captured, call, plain.mask_inputs)
-                    mask = None if self.options.attention is None else self.options.attention.current()
-                    if not pays(captured, told, mask, target, self._tuner):
+                    if not pays(captured, told, self.options.attention_now(), target, self._tuner):
                         return None
                     states = self._states_of(device)
                     make = functools.partial(
@@ -391,8 +390,7 @@ class Engine:
             with contextlib.suppress(CaptureError):
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self.model, call)
-        attention = None if self.options.attention is None else self.options.attention.current()
-        graph = raise_graph(captured, attention, floating(target))
+        graph = raise_graph(captured, self.options.attention_now(), floating(target))
         return with_stored_integers(graph, captured.parameters, target), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
@@ -482,8 +480,8 @@ class Engine:
             self.packed.clear()
             self.forms.clear()
             self.masks = KnownMasks()
-            if self.options.quantize is not None:
-                self.quantizer = Quantizer(self.model, self.options.quantize)
+            if self.options.int8 is not None:
+                self.quantizer = Quantizer(self.model, self.options.int8)
             self.policy = CompilationPolicy()
             self.store = WeightStore(self.model)
 

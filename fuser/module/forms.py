@@ -281,7 +281,7 @@ class Form:
         self.device = device_of(call)
         self._output: Binder[OutputSpec] = Binder(self.captured.output)
         self._variants: list[Variant] = []
-        self._attention = None if options.attention is None else options.attention.current()
+        self._attention = options.attention_now()
         self._masks = tuple(functions_of(self.captured, self._attention))
         store.register(self.captured.parameters)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fuser.codegen.choice import GroupChoice
 from fuser.frontend.capture import Captured, FlatCall
 from fuser.frontend.graphs import raise_graph
-from fuser.ir.masks import Mask
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
 from fuser.module.compiler import choose_all
@@ -95,7 +95,7 @@ def knowing(captured: Captured, call: FlatCall, places: tuple[int, ...]) -> Capt
     return dataclasses.replace(captured, known=known)
 
 
-def pays(plain: Captured, told: Captured, attention: Mask | None, target: Target, tuner: Tuner | None) -> bool:
+def pays(plain: Captured, told: Captured, attention: AttentionSpec | None, target: Target, tuner: Tuner | None) -> bool:
     """Whether a program that knows its masks is predicted to be faster, and needs nothing of them but the plan."""
     graph, planned = (raise_graph(captured, attention, floating(target)) for captured in (plain, told))
     read = {name for op in planned.operators for name in op.inputs if name in planned.constants}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Dense, Mask
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.target import Target
 from fuser.module.quantizing import Int8
 from fuser.runtime.targets import named_target
@@ -33,7 +35,7 @@ class Options:
     dynamic: bool | Mapping[str, Collection[int]] = True
     concurrency: int = 1
     padding: str = "keep"
-    quantize: Int8 | None = None
+    quantize: Int8 | Prediction | Sequence[Int8 | Prediction] | None = None
 
     def __post_init__(self) -> None:
         if is_block_mask(self.attention):
@@ -44,10 +46,36 @@ class Options:
             raise TypeError(f"dynamic must be a bool or dimensions by input, not a {type(self.dynamic).__name__}")
         if self.padding not in PADDING:
             raise ValueError(f"padding must be {' or '.join(map(repr, PADDING))}, not {self.padding!r}")
-        if self.quantize is not None and not isinstance(self.quantize, Int8):
-            raise TypeError(f"quantize must be fuser.Int8(...), not a {type(self.quantize).__name__}")
+        for how in self._quantize:
+            if not isinstance(how, (Int8, Prediction)):
+                raise TypeError(
+                    "quantize must be fuser.Int8(...) for linear layers, fuser.DEQ(...) or fuser.Sanger(...) for "
+                    f"attention, or one of each, not a {type(how).__name__}"
+                )
+            if isinstance(how, Prediction):
+                how.check_calibrated()
+        if len(self._quantize) != len({isinstance(how, Int8) for how in self._quantize}):
+            raise ValueError("quantize takes one specification for linear layers and one for attention")
         if type(self.concurrency) is not int or self.concurrency < 1:
             raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
+
+    @property
+    def _quantize(self) -> tuple[Any, ...]:
+        if self.quantize is None:
+            return ()
+        return tuple(self.quantize) if isinstance(self.quantize, (tuple, list)) else (self.quantize,)
+
+    @property
+    def int8(self) -> Int8 | None:
+        """How linear layers are quantized."""
+        return next((how for how in self._quantize if isinstance(how, Int8)), None)
+
+    def attention_now(self) -> AttentionSpec | None:
+        """What is done to the model's attention, by the mask as it is now (:meth:`Mask.current`); None for nothing."""
+        prediction = next((how for how in self._quantize if isinstance(how, Prediction)), None)
+        if self.attention is None and prediction is None:
+            return None
+        return AttentionSpec(Dense() if self.attention is None else self.attention.current(), None, prediction)
 
     @classmethod
     def of(cls, **given: Any) -> Options:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+RANKS = 3
+# Where kernels are built once, and not for each test as by the others of this folder.
+CACHE = os.environ["FUSER_CACHE_DIR"]
+# Ranks are forked from a process that has imported what they need, and write to files of their own.
 PROGRAM = """
 import os, sys, time, datetime, torch, torch.distributed as dist
 from fuser import cqs, masks
 from fuser.runtime import distributed
 distributed._PATIENCE_SECONDS = 4.0
+ranks = []
+for rank in range(int(os.environ["WORLD_SIZE"])):
+    ranks.append(os.fork())
+    if ranks[-1] == 0:
+        break
+else:
+    print(*(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks))
+    sys.exit()
+os.environ["RANK"] = str(rank)
+os.dup2(os.open(f"{sys.argv[3]}/rank{rank}", os.O_CREAT | os.O_WRONLY), 1)
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 rank, victim, stage = dist.get_rank(), int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
@@ -66,23 +83,23 @@ os._exit(0)
         (0, "merge", "store of the process group is gone, so what kept it has died: rank 0"),
     ],
 )
-def test_a_dead_rank_is_named(victim: int, stage: str, words: str) -> None:
+def test_a_dead_rank_is_named(victim: int, stage: str, words: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", PROGRAM, str(victim), stage]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(3)
-    ]
+    environment = {**os.environ, "FUSER_CACHE_DIR": CACHE, "WORLD_SIZE": str(RANKS)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", PROGRAM, str(victim), stage, str(tmp_path)]
+    # A session of its own, so that no rank outlives the test.
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        texts = [rank.communicate(timeout=200)[0] for rank in ranks]
+        codes = launcher.communicate(timeout=200)[0].split()
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [9 if r == victim else 0 for r in range(3)]
-    for r, text in enumerate(texts):
-        first, *rest = text.splitlines()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert codes == ["9" if r == victim else "0" for r in range(RANKS)]
+    for r in range(RANKS):
+        first, *rest = (tmp_path / f"rank{r}").read_text().splitlines()
         assert re.match("MemoryError" if r == 1 else "DistributedError.* rank 1: MemoryError", first)
         if r != victim:
             (second,) = rest

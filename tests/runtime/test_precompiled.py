@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import fuser.templates
-from fuser.ir.target import Target
+from fuser.ir.target import Target, emulated_target
 from fuser.runtime import build as building
+from fuser.runtime import emulator
 from fuser.runtime.build import Source, build
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.compilers import STANDARD_HEADERS, find_toolchain
@@ -116,8 +117,17 @@ def test_headers_that_cannot_be_compiled_are_left_to_kernels(
     assert not list((cache.root / "headers").iterdir())
 
 
-def test_the_list_has_all_that_templates_include() -> None:
-    folder = Path(fuser.templates.__file__).parent / "cpu"
-    files = [path for path in folder.rglob("*") if path.suffix in (".h", ".j2")]
+def test_kernels_of_the_emulator_use_them(cache: KernelCache, headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = commands(monkeypatch)
+    text = '#include "cuda/device.cuh"\nFUSER_EXPORT int {}(const FuserArgs*, void*) {{ return {}; }}\n'
+    kernels = [Source(f"kernel{i}", text.format(f"kernel{i}", i), ".cu") for i in range(3)]
+    build(kernels, emulated_target(), headers=headers.parent, cache=cache)
+    assert "c++-header" in seen[0] and len(list((cache.root / "headers").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("kind", "listed"), [("cpu", STANDARD_HEADERS), ("cuda", emulator.STANDARD_HEADERS)])
+def test_the_list_has_all_that_templates_include(kind: str, listed: str) -> None:
+    folder = Path(fuser.templates.__file__).parent / kind
+    files = [path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".j2")]
     included = {name for path in files for name in re.findall(r"#include <([^>]+)>", path.read_text())}
-    assert included - {"sched.h"} <= set(re.findall(r"#include <([^>]+)>", STANDARD_HEADERS))
+    assert included - {"sched.h", "cuda_runtime.h"} <= set(re.findall(r"#include <([^>]+)>", listed))

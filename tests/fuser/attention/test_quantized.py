@@ -17,7 +17,7 @@ from fuser import DEQ, Sanger, masks, sparse_attention
 from fuser.attention import launch, register_mask
 from fuser.attention.registry import spec_of
 from fuser.ir.attention import AttentionSpec
-from fuser.ir.errors import FuserError, MaskError
+from fuser.ir.errors import FuserError
 from fuser.ir.prediction import Prediction
 from fuser.runtime.device import cpu_target
 
@@ -112,14 +112,66 @@ def test_programs_exports_and_files_keep_it(tmp_path: Any) -> None:
     assert counter.frame_count == 1
 
 
-class Both(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.scaled_dot_product_attention(x, x, x))
+class Encoder(Block):
+    """Two attentions, one of them written with few bits already."""
+
+    def __init__(self, how: Prediction | None, causal: bool = False) -> None:
+        super().__init__()
+        self.how, self.mask = how, masks.Causal() if causal else masks.Dense()
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (4 * self.qkv(x)).chunk(3, -1))
+        seen = keep[:, None, None]
+        if self.how is None:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            seen = seen & self.mask.dense(x.shape[1], x.shape[1])
+            y = self.how.reference(q, k, v, additive_mask=torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))[0]
+        y = sparse_attention(y, k, v, self.mask, quantize=HOW)  # type: ignore[assignment]
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def test_attention_of_optimize_is_not_silently_left_out() -> None:
-    with torch.no_grad(), pytest.raises(MaskError, match="restricts all attention"):
-        fuser.optimize(Both().eval(), attention=masks.Causal())(X)
+def batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    keep = torch.arange(length) < torch.tensor([length, *range(2, 2 + rows - 1)])[:, None]
+    return torch.randn(rows, length, 64, generator=torch.Generator().manual_seed(length)), keep
+
+
+@pytest.mark.parametrize("how", [HOW, Sanger(threshold=0.05)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_optimize_quantizes_all_attention(how: Prediction, causal: bool, tmp_path: Any) -> None:
+    fast = fuser.optimize(Encoder(None).eval(), quantize=how, attention=masks.Causal() if causal else None)
+    model = Encoder(how, causal).eval()
+    with torch.inference_mode():
+        for given in (batch(3, 40), batch(2, 23), batch(4, 64)):
+            torch.testing.assert_close(fast(*given), model(*given), rtol=1e-4, atol=1e-5)
+        assert (fast(*given) - Encoder(None).eval()(*given)).abs().max() > 1e-3
+        fast.save(tmp_path / "encoder.fuser")
+        torch.testing.assert_close(fuser.load(tmp_path / "encoder.fuser")(*given), fast(*given))
+    assert fast.fallbacks == () and len(list(fast._engine.forms)) == 1
+    assert sum("decides the width of each score" in reason for _, reason in fast.unfused) == 2
+
+
+def test_optimize_quantizes_layers_and_attention() -> None:
+    given = batch(2, 40)
+    with torch.inference_mode():
+        both = fuser.optimize(Encoder(None).eval(), quantize=(fuser.Int8(quality=0), HOW))
+        got, want = both(*given), Encoder(HOW).eval()(*given)
+    assert {kernel.family for kernel in both.kernels} >= {"int8_gemm"}
+    # What layers round moves decisions, each of which moves an output by some of the steps of 4 bits.
+    assert 0 < (got - want).norm() < 0.2 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ("int8", TypeError, "quantize must be"),
+        ([HOW, Sanger()], ValueError, "one specification for linear layers and one for attention"),
+        (DEQ(calibration="ema"), FuserError, "no thresholds yet"),
+    ],
+)
+def test_optimize_refuses_what_is_no_quantization(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fuser.optimize(Block(), quantize=given)
 
 
 def test_specifications_have_keys_of_their_own() -> None:
