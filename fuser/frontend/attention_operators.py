@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -68,7 +70,18 @@ def _with_rows(r: Raiser, operand: View) -> View:
     return r.emit(copy, f"{operand.base}_rows", (operand.base,), TensorSpec.contiguous(operand.shape, r.dtype(operand)))
 
 
-def attention_from(
+@dataclass(frozen=True)
+class Scores:
+    """Scores of attention as operators: value and ``spec``, operands, and the ``shape`` of what the call makes."""
+
+    value: str
+    spec: TensorSpec
+    q: View
+    v: View
+    shape: tuple[int, ...]
+
+
+def scores_from(
     r: Raiser,
     node: fx.Node,
     q: View,
@@ -81,11 +94,12 @@ def attention_from(
     causal: bool = False,
     rule: ScoreRule | None = None,
     by_sums: str | None = None,
-) -> View:
-    """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is
-    the value of a :class:`~fuser.ir.operators.BiasBySums`."""
-    out_shape = r.spec(node).shape
+    added: str | None = None,
+) -> Scores:
+    """Emit qk, scale, score rule and mask for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is the value of
+    a :class:`~fuser.ir.operators.BiasBySums`, ``added`` one of the scores' shape that is added beside masks."""
     rank = len(q.dims)
+    shape = (*q.shape[:-1], v.shape[-1])
     q, k, v = (four_dims(t) for t in (q, k, v))
     # Heads that are repeated for groups of queries, as they must be where a product has no groups.
     group = math.gcd(k.repeats(1), v.repeats(1))
@@ -101,7 +115,7 @@ def attention_from(
         pattern = r.attention if pattern is None else pattern & r.attention
     pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
     # What PyTorch makes of masks would part the operators of attention as well.
-    added = None if attn_mask is None else r.realize(attn_mask)
+    added = added if attn_mask is None else r.realize(attn_mask)
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
@@ -114,16 +128,37 @@ def attention_from(
     if added is not None:
         mask = kinds.AdditiveMask() if r.values[added].dtype.is_floating_point else kinds.BooleanMask()
         s = r.emit(mask, f"{name}_mask", (s, added), scores).base
-    p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
+    return Scores(s, scores, q, v, shape)
+
+
+def sums_from(r: Raiser, node: fx.Node, scores: Scores) -> View:
+    """Emit the log-sum-exp of scores, (…, Sq)."""
+    spec = TensorSpec.contiguous(scores.spec.shape[:3], torch.float32)
+    made = r.emit(kinds.LogSumExp(), f"{node.name}_sums", (scores.value,), spec)
+    return r.reshaped(made, scores.shape[:-1])
+
+
+def average_from(r: Raiser, node: fx.Node, scores: Scores) -> View:
+    """Emit softmax and pv of scores, (…, Sq, Dv)."""
+    q, v, name = scores.q, scores.v, node.name
+    batch, heads, q_len, _ = scores.spec.shape
+    p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (scores.value,), scores.spec).base
     # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
     width = v.shape[3]
     token = heads * width
     q_strides = q.strides()
     time_first = q_strides is not None and batch > 1 and q_len > 1 and q_strides[2] > q_strides[0] > 0
     batch_stride, row_stride = (token, batch * token) if time_first else (q_len * token, token)
-    spec = TensorSpec((batch, heads, q_len, width), dtype, (batch_stride, width, row_stride, 1))
+    spec = TensorSpec((batch, heads, q_len, width), scores.spec.dtype, (batch_stride, width, row_stride, 1))
     out = r.emit(kinds.PV(), name, (p, r.realize(v)), spec)
-    merged = out.reshape(out_shape)
+    merged = out.reshape(scores.shape)
     if merged is None:
-        raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
+        raise CaptureError(f"{node} has the shape {scores.shape}, which its operands do not give")
     return merged
+
+
+def attention_from(
+    r: Raiser, node: fx.Node, q: View, k: View, v: View, scale: float, masks: Sequence[MaskUse], **more: Any
+) -> View:
+    """Emit all of attention; arguments are those of :func:`scores_from`."""
+    return average_from(r, node, scores_from(r, node, q, k, v, scale, masks, **more))

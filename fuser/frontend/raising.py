@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 # It registers torch.ops.fuser.
+from fuser.attention import landmarks as _landmarks  # noqa: F401
 from fuser.attention import linear as _linear  # noqa: F401
 from fuser.attention import operators as _registered  # noqa: F401
 from fuser.attention import windowed as _windowed  # noqa: F401
