@@ -114,9 +114,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     target = cpu_target(recalibrate=True)
     torch.set_num_threads(options.threads or target.cores)
+    results: list[dict[str, Any]] = []
     with torch.no_grad():
-        results = [run(case, options) for case in options.cases]
-    print(save("modern", target, results, options.output))
+        for case in options.cases:
+            results.append(run(case, options))
+            # What is measured is not lost if a later case fails.
+            path = save("modern", target, results, options.output)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_block_masks_scales_and_grouped_heads() -> None:
 
 def test_keys_of_one_batch_entry_serve_all() -> None:
     q, k, v = inputs(2)
-    mask = torchs.create_block_mask(causal, None, None, QUERIES, KEYS, device="cpu")
+    mask = torchs.create_block_mask(causal, len(q), None, QUERIES, KEYS, device="cpu")
     check(q, k[:1], v[:1], block_mask=mask, score_mod=KNOWN["alibi"], enable_gqa=True)
 
 
