@@ -45,6 +45,8 @@ _EXPORTING = ForkSafeRLock()
 _capturing: int | None = None
 _undo = contextlib.ExitStack()
 """What a capture has changed for the whole process, while it runs."""
+_aside = contextlib.ExitStack()
+"""The same for what it leaves for the collection of what it has made."""
 _EXPORTER = "torch.export._trace"
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
@@ -435,30 +437,36 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
     seen = _Seen()
     wrapper = _Flat(shadow, call, seen)
     watched = GlobalNumbers(model)
-    try:
-        inference = any(parameter.is_inference() for parameter in model.parameters())
-        with _exporting(inference), watched.unchanged(), _python_random():
-            asked = _answer(call)
-            program = torch.export.export(
-                wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
-            )
-            _check_writes(program.graph)
-            _drop_detaching(program.graph)
-            if any(_is_mutable(node) for node in program.graph.nodes):
-                # Operators that change an intermediate in place become functions.
-                program = program.run_decompositions({})
-    except CaptureError:
-        raise
-    except Exception as error:
-        reason = f"the model could not be captured: {_first_line(error)}"
-        # Frames hold tensors of the trace for as long as the reason is kept.
-        _clear_frames(error)
-        raise CaptureError(reason) from error
-    finally:
-        shadow.empty_caches()
-        left = seen.left()
-        if left:
-            forget(left, model)
+    with _setting_aside():
+        try:
+            inference = any(parameter.is_inference() for parameter in model.parameters())
+            with _exporting(inference), watched.unchanged(), _python_random():
+                asked = _answer(call)
+                program = torch.export.export(
+                    wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
+                )
+                _check_writes(program.graph)
+                _drop_detaching(program.graph)
+                if any(_is_mutable(node) for node in program.graph.nodes):
+                    # Operators that change an intermediate in place become functions.
+                    program = program.run_decompositions({})
+        except CaptureError:
+            raise
+        except Exception as error:
+            reason = f"the model could not be captured: {_first_line(error)}"
+            # Frames hold tensors of the trace for as long as the reason is kept.
+            _clear_frames(error)
+            raise CaptureError(reason) from error
+        finally:
+            shadow.empty_caches()
+            left = seen.left()
+            if left:
+                # Perhaps only cycles of older objects hold them.
+                left.clear()
+                _aside.close()
+                left = seen.left()
+            if left:
+                forget(left, model)
     if seen.output is None:
         raise CaptureError("the model returned nothing")
     if written := shadow.written():
@@ -567,6 +575,7 @@ def _python_random() -> Iterator[None]:
 def _after_fork() -> None:
     # The thread that captured does not exist in a forked child, so nobody would undo what it has done to the process.
     _undo.close()
+    _aside.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -595,6 +604,17 @@ def _thread_tracer() -> type:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     return ThreadTracer
+
+
+@contextlib.contextmanager
+def _setting_aside() -> Iterator[None]:
+    """Let collections of garbage look only at objects that are made from now on: to look at all of a process takes as
+    long as the trace of a small model. What a process has set aside itself stays so."""
+    with _EXPORTING, _aside:
+        if not gc.get_freeze_count():
+            gc.freeze()
+            _aside.callback(gc.unfreeze)
+        yield
 
 
 @contextlib.contextmanager

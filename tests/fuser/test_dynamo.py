@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,6 @@ X = torch.randn(6, 20, 64, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    gc.collect()
     # What tests of other files leave alive is not asked about here.
     dynamo._modules.clear()
     dynamo._said.clear()

@@ -7,6 +7,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
+import gc
 import io
 import logging
 import os
@@ -398,6 +399,43 @@ def test_nothing_of_a_failed_trace_stays_in_caches() -> None:
     with pytest.raises(CaptureError, match="not torch"):
         capture(Outside(failing), flatten_call((X,), {}))
     assert type(kept(2)) is Tensor
+
+
+def test_captures_leave_the_collection_of_garbage_as_it_was() -> None:
+    model, call = nn.Linear(8, 8).eval(), flatten_call((X,), {})
+    capture(model, call)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        capture(model, call)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+class Holder:
+    """Refers to itself."""
+
+    def __init__(self) -> None:
+        self.itself, self.kept = self, list[Tensor]()
+
+
+HOLDERS: list[Holder] = []
+
+
+def held_for_a_while(length: int) -> Tensor:
+    made = torch.arange(length).float()[:, None]
+    if HOLDERS:
+        HOLDERS.pop().kept.append(made)
+    return made
+
+
+def test_tensors_of_a_trace_that_only_older_garbage_refers_to_are_not_kept() -> None:
+    HOLDERS.append(Holder())
+    model = Outside(held_for_a_while).eval()
+    captured = capture(model, flatten_call((X,), {}))
+    assert not HOLDERS
+    assert torch.equal(captured.graph(*captured.parameters.values(), X)[0], expected_with(model))
 
 
 def test_hooks_that_keep_what_they_see_are_refused() -> None:
