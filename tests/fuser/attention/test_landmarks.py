@@ -92,4 +92,6 @@ def test_what_lara_consists_of_has_gradients() -> None:
     # Weights that are clamped have none.
     given = [t.requires_grad_() for t in (q, k, v, marks, sums, heuristic + 3, offset)]
     assert torch.autograd.gradcheck(weighted, given)
-    assert torch.autograd.gradcheck(averages, [t.detach().requires_grad_() for t in (k, q, q, q[..., 0].unsqueeze(-2))])
+    assert torch.autograd.gradcheck(
+        averages, [t.detach().clone().requires_grad_() for t in (k, q, q, q[..., 0].unsqueeze(-2))]
+    )
