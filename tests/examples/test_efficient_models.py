@@ -15,11 +15,12 @@ from fuser.ir.errors import MechanismError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WINDOWS = ["--encoder-attn-window-size", "4", "--encoder-attn-num-landmarks", "4"]
+CAUSAL = ["--decoder-attn-chunk-size", "2", "--decoder-attn-causal"]
 COMMANDS = {
     "deit": ["image", "--attn-name", "eva", "--attn-2d", "--window-size", "2", "--num-landmarks", "4", "--use-rpe"],
     "pvt": ["image", "--model", "pvt_nano", "--attn-name", "lara", "--num-landmarks", "4"],
     "translation": ["translate", "--tokens", "16", "--attn-name-encoder", "eva", *WINDOWS],
-    "language": ["lm", "--tokens", "16", "--attn-name-decoder", "causal_eva", "--decoder-attn-chunk-size", "2"],
+    "language": ["lm", "--tokens", "16", "--attn-name-decoder", "causal_eva", *CAUSAL],
 }
 
 
