@@ -70,8 +70,14 @@ def statements(expression: Expression) -> list[str]:
     return [_statement(expression, at) for at in needed(expression, expression.outputs)]
 
 
-def row_function(name: str, expression: Expression, operands: Sequence[Operand], outputs: Sequence[DType]) -> str:
-    """A C++ function that evaluates the expression for one row.
+def row_function(
+    name: str,
+    expression: Expression,
+    operands: Sequence[Operand],
+    outputs: Sequence[DType],
+    narrow: Collection[int] = (),
+) -> str:
+    """A C++ function that evaluates the expression for one row. Outputs at the positions ``narrow`` are one number.
 
     Signature: ``name(int64_t columns, const T0* p0, …, U0* q0, …)``; a pointer for every input (for a COLUMN operand
     to its one number), then for every output. An output may be the same row as an input.
@@ -84,7 +90,7 @@ def row_function(name: str, expression: Expression, operands: Sequence[Operand],
     lines = [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
     for depth in sorted({depths[r] for r in reductions}):
         lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns)
-    lines += _map_pass(expression, columns)
+    lines += _map_pass(expression, columns, narrow)
     used = {i.index for i in expression.instructions if i.op is Op.INPUT}
     unused = [f"(void)p{i};" for i in range(len(operands)) if i not in used]
     body = textwrap.indent("\n".join(unused + lines), "  ")
@@ -151,12 +157,23 @@ def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]
     return lines
 
 
-def _map_pass(expression: Expression, columns: set[int]) -> list[str]:
-    full = _body(expression, expression.outputs, columns, "simd::load({p} + c)")
-    full += [f"simd::store(q{j} + c, v{o});" for j, o in enumerate(expression.outputs)]
-    tail = _body(expression, expression.outputs, columns, "simd::load_n({p} + c, columns - c)")
-    tail += [f"simd::store_n(q{j} + c, v{o}, columns - c);" for j, o in enumerate(expression.outputs)]
+def _map_pass(expression: Expression, columns: set[int], narrow: Collection[int]) -> list[str]:
+    wide = [(j, o) for j, o in enumerate(expression.outputs) if j not in narrow]
+    lines = []
+    if narrow:
+        once = [(j, o) for j, o in enumerate(expression.outputs) if j in narrow]
+        body = _body(expression, [o for _, o in once], columns, "")
+        lines += ["{", *(f"  {line}" for line in body)]
+        lines += [*(f"  simd::store_n(q{j}, v{o}, 1);" for j, o in once), "}"]
+    if not wide:
+        return lines
+    roots = [o for _, o in wide]
+    full = _body(expression, roots, columns, "simd::load({p} + c)")
+    full += [f"simd::store(q{j} + c, v{o});" for j, o in wide]
+    tail = _body(expression, roots, columns, "simd::load_n({p} + c, columns - c)")
+    tail += [f"simd::store_n(q{j} + c, v{o}, columns - c);" for j, o in wide]
     return [
+        *lines,
         "int64_t c = 0;",
         *_loop("for (; c + simd::kLanes <= columns; c += simd::kLanes)", full),
         *_loop("if (c < columns)", tail),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -15,7 +16,20 @@ from fuser.ir.binding import late_fields
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup, TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.operators import PV, QK, BiasBySums, ChangeScores, IntervalMask, PatternMask, Scale, ScoreMask, Softmax
+from fuser.ir.operators import (
+    PV,
+    QK,
+    BiasBySums,
+    ChangeScores,
+    ImportanceBias,
+    IntervalMask,
+    JoinedKeys,
+    LogSumExp,
+    PatternMask,
+    Scale,
+    ScoreMask,
+    Softmax,
+)
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
@@ -37,11 +51,19 @@ HEADS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
+class ScorePolicy:
+    """A score policy of ``templates/cpu/attention/scores.h``, or of another ``header`` beside it."""
+
+    name: str
+    header: str = ""
+
+
+@dataclass(frozen=True)
 class AttentionParameters:
     """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None.
 
-    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output;
-    ``rule`` changes scaled scores before masks do.
+    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output, which
+    is the only one if ``value_dim`` is 0; ``rule`` changes scaled scores before masks do.
     """
 
     head_dim: int
@@ -52,8 +74,7 @@ class AttentionParameters:
     key_block: int = 96
     rule: ScoreRule | None = None
 
-    predicts: ClassVar[bool] = False
-    """Whether scores are predicted with few bits before some are computed in full."""
+    policy: ClassVar[ScorePolicy] = ScorePolicy("Products")
 
     @property
     def spec(self) -> KernelSpec:
@@ -68,6 +89,11 @@ class AttentionParameters:
     def extents_type(self) -> str:
         """The struct of the extents in C."""
         return AttentionExtents.__name__
+
+    @property
+    def constants(self) -> Mapping[str, int | bool | float]:
+        """What the configuration says to the policy, by its names in C++."""
+        return {}
 
     @property
     def few_rows(self) -> int:
@@ -152,6 +178,8 @@ def workspace_bytes(
 
 _KINDS = (QK, Scale, ChangeScores, ScoreMask, Softmax, PV)
 """What becomes of queries, in this order."""
+_BESIDE = (ImportanceBias, JoinedKeys, LogSumExp)
+"""What reads scores, or makes what the chain reads beside them."""
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
 _EXP_FLOPS = 20
@@ -162,20 +190,25 @@ _INTERVAL = 128
 @dataclass(frozen=True)
 class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
-    ``mask`` if any, and out; ``table`` is the value that holds the plan, where that is known at run time alone.
-    The mask is a bias ``by_sums`` of the numbers of query and key, or of the scores' shape."""
+    ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
+    plan, where that is known at run time alone. The mask is a bias ``by_sums`` of the numbers of query and key, or of
+    the scores' shape, or what the operator ``importance`` makes. That is not stored, and neither are keys and values
+    that ``joins`` make."""
 
     group: OperatorGroup
     q: str
     k: str
-    v: str
-    out: str
+    v: str | None
+    out: str | None
     scale: float
     pattern: Mask
     mask: str | None
     rule: ScoreRule | None = None
     table: str | None = None
     by_sums: bool = False
+    lse: str | None = None
+    importance: Operator[ImportanceBias] | None = None
+    joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
 
     @property
     def dtype(self) -> DType:
@@ -190,18 +223,31 @@ class AttentionMatch:
     def widths(self) -> tuple[int, int]:
         """Of queries and keys, and of values."""
         values = self.group.graph.values
-        return values[self.q].shape[-1], values[self.v].shape[-1]
+        return values[self.q].shape[-1], 0 if self.v is None else values[self.v].shape[-1]
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Values that the kernel makes."""
+        return tuple(value for value in (self.out, self.lse) if value is not None)
 
     def call(self, parameters: PlanParameters, target: Target, threads: int) -> KernelCall:
         """The launch of these parameters on the values of the group."""
-        reads = (self.q, self.k, self.v, *([] if self.mask is None else [self.mask]))
-        return call_of(self.pattern, self.operands, reads, (self.out,), self.scale, parameters, target, threads)
+        k, v = self.k, self.v or self.k
+        if self.joins is not None:
+            k, v = (op.inputs[0] for op in self.joins)
+        reads = (self.q, k, v, *([] if self.mask is None else [self.mask]))
+        return call_of(self.pattern, self.operands, reads, self.writes, self.scale, parameters, target, threads)
 
     @property
     def operands(self) -> Operands:
         """The tensors as they lie in memory."""
-        given = (self.q, self.k, self.v, self.out, *([] if self.mask is None else [self.mask]))
+        # Where there are no values, their places are not read.
+        given = (self.q, self.k, self.v or self.k, self.out or self.q, *([] if self.mask is None else [self.mask]))
         q, k, v, out, *masks = (self.group.graph.values[value].layout for value in given)
+        if self.joins is not None:
+            # Keys beyond the tokens lie elsewhere.
+            near = (self.group.graph.values[op.inputs[0]].strides for op in self.joins)
+            k, v = (dataclasses.replace(spec, strides=strides) for spec, strides in zip((k, v), near, strict=True))
         if self.by_sums:
             (row,) = masks
             shape = (*q.shape[:3], k.shape[2])
@@ -210,7 +256,8 @@ class AttentionMatch:
 
     @property
     def moved_bytes(self) -> int:
-        return sum(self.group.graph.values[value].nbytes for value in (self.q, self.k, self.v, self.out))
+        given = (self.q, self.k, self.v, self.out)
+        return sum(self.group.graph.values[value].nbytes for value in given if value is not None)
 
     def plan(self, target: Target) -> AttentionPlan:
         values = self.group.graph.values
@@ -225,21 +272,35 @@ class AttentionFamily:
 
     def match(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
-        if any(not isinstance(op.semantics, _KINDS) for op in group.operators):
+        chain = tuple(op for op in group.operators if not isinstance(op.semantics, _BESIDE))
+        if any(not isinstance(op.semantics, _KINDS) for op in chain):
             return None
         scales, rules, masks = group.of(Scale), group.of(ChangeScores), group.of(ScoreMask)  # type: ignore[type-abstract]
-        if any(len(group.of(kind)) != 1 for kind in (QK, Softmax, PV)) or len(scales) > 1 or len(rules) > 1:
+        if (
+            len(group.of(QK)) != 1
+            or len(scales) > 1
+            or len(rules) > 1
+            or not _is_chain(chain)
+            or not _is_ordered(chain)
+        ):
             return None
-        (qk,), (pv,) = group.of(QK), group.of(PV)
-        if group.outputs != (pv.output,) or not _is_chain(group.operators) or not _is_ordered(group.operators):
+        (qk,), softmaxes, products, sums = group.of(QK), group.of(Softmax), group.of(PV), group.of(LogSumExp)
+        if len(softmaxes) != len(products) or max(len(products), len(sums)) > 1:
+            return None
+        scores = chain[-1 - len(softmaxes) - len(products)].output
+        out, lse = (made[0].output if made else None for made in (products, sums))
+        if {out, lse} - {None} != set(group.outputs) or any(op.inputs[0] != scores for op in sums):
             return None
         q, k = qk.inputs
-        v = pv.inputs[1]
+        v = products[0].inputs[1] if products else None
         tables = [op.inputs[3] for op in group.of(IntervalMask)]
         attn_masks = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, IntervalMask)]
-        if tables and len(masks) > 1:
+        if tables and (len(masks) > 1 or lse is not None):
             return None
-        if len(attn_masks) > 1 or not self._supported(group, (q, k, v), attn_masks, target):
+        operands = (q, k) if v is None else (q, k, v)
+        if len(attn_masks) > 1 or not self._supported(group, operands, attn_masks, target):
+            return None
+        if lse is not None and group.graph.values[lse].dtype != torch.float32:
             return None
         pattern: Mask = Dense()
         for op in group.of(PatternMask):
@@ -255,12 +316,26 @@ class AttentionFamily:
         rule = rules[0].semantics.rule if rules else None
         table = tables[0] if tables else None
         by_sums = bool(group.of(BiasBySums))
-        return AttentionMatch(group, q, k, v, pv.output, scale, pattern, mask, rule, table, by_sums)
+        biases = group.of(ImportanceBias)
+        if biases:
+            (bias,) = biases
+            if len(biases) > 1 or bias.output != mask or bias.inputs[0] != q or bias.semantics.scale != scale:
+                return None
+            if rule is not None or by_sums or not isinstance(pattern, Dense):
+                return None
+            mask = None
+        importance = biases[0] if biases else None
+        joins = None
+        if joining := group.of(JoinedKeys):
+            # Keys and values, of the same tokens and summaries.
+            if len(joining) != 2 or {op.output for op in joining} != {k, v} or table is not None or importance:
+                return None
+            made = {op.output: op for op in joining}
+            joins = made[k], made[v or k]
+        return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, by_sums, lse, importance, joins)
 
     @staticmethod
-    def _supported(
-        group: OperatorGroup, operands: tuple[str, str, str], attn_masks: Sequence[str], target: Target
-    ) -> bool:
+    def _supported(group: OperatorGroup, operands: Sequence[str], attn_masks: Sequence[str], target: Target) -> bool:
         specs = [group.graph.values[value] for value in operands]
         if len({spec.dtype for spec in specs}) != 1 or specs[0].dtype not in floating(target):
             return False
@@ -276,7 +351,10 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
         """Blocks of keys whose scores stay in the first cache."""
-        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, rule=match.rule)]
+        if match.importance is not None or match.joins is not None:
+            return ()
+        lse = match.lse is not None
+        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, lse, rule=match.rule)]
 
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
         batch, heads, rows, _ = match.group.graph.values[match.q].shape
@@ -296,6 +374,7 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
         operands = match.operands
         lengths = operands.q.shape[2], operands.k.shape[2]
         sizes = extents(*operands.heads, *lengths, match.scale, operands.strides)
+        assert match.v is not None and match.out is not None
         # Plans of intervals have one phase, which needs no scratch.
         return KernelCall(parameters.spec, (match.q, match.k, match.v, match.table, match.out), sizes, (match.out,))
 

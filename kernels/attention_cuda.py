@@ -234,10 +234,11 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
         """What shared memory and registers hold: see :func:`choices`. None where the plan is known at run time: how
-        many tiles a launch has follows from it."""
-        if match.table is not None:
+        many tiles a launch has follows from it; nor for sums without values, biases and keys that are not stored."""
+        if match.table is not None or match.out is None or match.importance is not None or match.joins is not None:
             return ()
-        return choices(*match.widths, match.dtype, match.mask_dtype, False, target, match.rule)
+        lse = match.lse is not None
+        return choices(*match.widths, match.dtype, match.mask_dtype, lse, target, match.rule)
 
     def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:
         batch, heads, _, _ = match.group.graph.values[match.q].shape

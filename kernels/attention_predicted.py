@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from fuser.ir.prediction import EmptyRow, Form, Prediction
 from fuser.ir.target import Target
-from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launch, Operands
+from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launch, Operands, ScorePolicy
 from fuser.kernels.base import KernelSpec
 from fuser.kernels.plan import AttentionPlan
 
@@ -38,7 +38,7 @@ class PredictedKernel(AttentionParameters):
 
     form: Form = dataclasses.field(kw_only=True)
 
-    predicts: ClassVar[bool] = True
+    policy: ClassVar[ScorePolicy] = ScorePolicy("Predicted", "predicted.h")
 
     @property
     def extents(self) -> str:
@@ -59,7 +59,7 @@ class PredictedKernel(AttentionParameters):
         return self.mask is None and not self.form.over_rows and self.form.bits <= 4
 
     @property
-    def constants(self) -> Mapping[str, int | bool]:
+    def constants(self) -> Mapping[str, int | bool | float]:
         """What the configuration says of the form, by its names in C++."""
         form = self.form
         return {

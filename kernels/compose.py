@@ -9,7 +9,8 @@ import torch
 
 from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, TensorSpec
-from fuser.ir.operators import Embedding
+from fuser.ir.operators import Embedding, Reduction
+from fuser.ir.size import Size
 from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
 from fuser.kernels.operands import Bound, OperandExtents, bind, bind_groups, row_stride, rows_and_columns
 
@@ -20,7 +21,7 @@ class RowProgram:
 
     ``bounds`` describe the expression's inputs in order, after the ``seeds`` that the caller supplies (the accumulator
     of a GEMM); ``gathers`` are the index values of the gathered operands, in order; ``outputs`` the values written,
-    ``output_strides`` their row strides.
+    ``output_strides`` their row strides, and ``narrow`` the positions of those with one number a row.
     """
 
     expression: Expression
@@ -32,6 +33,7 @@ class RowProgram:
     outputs: tuple[str, ...]
     output_dtypes: tuple[DType, ...]
     output_strides: tuple[int, ...]
+    narrow: tuple[int, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -55,7 +57,8 @@ class RowProgram:
             touched += (
                 (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
             )
-        return touched + sum(self.rows * self.columns * d.bytes for d in self.output_dtypes)
+        widths = (1 if i in self.narrow else self.columns for i in range(len(self.outputs)))
+        return touched + sum(self.rows * n * d.bytes for n, d in zip(widths, self.output_dtypes, strict=True))
 
 
 def same_matrix(spec: TensorSpec, base: TensorSpec) -> bool:
@@ -74,13 +77,15 @@ def compose(
     seeds: Sequence[str] = (),
     storage: frozenset[torch.dtype] = FLOATING,
     groups: bool = False,
+    narrow: bool = False,
 ) -> RowProgram | None:
     """The row program of ``operators``, which must all work on one matrix; None when they do not.
 
     ``seeds`` are values computed before (the GEMM's accumulator, or views of it); they become the expression's first
     inputs.
     ``storage`` holds the dtypes that operands and results may have (:func:`fuser.kernels.base.floating`); ``groups``
-    says that the kernel reads operands whose rows are evenly spaced in groups only.
+    says that the kernel reads operands whose rows are evenly spaced in groups only, ``narrow`` that it also computes
+    and stores one number a row, as a reduction makes.
     """
     graph = group.graph
     builder = Builder()
@@ -90,6 +95,11 @@ def compose(
     gathers: list[str] = []
     shapes = {rows_and_columns(graph.values[op.output].shape) for op in operators}
     shapes |= {rows_and_columns(graph.values[value].shape) for value in seeds}
+    if narrow:
+        reduced = [op.inputs[0] for op in operators if isinstance(op.semantics, Reduction)]
+        shapes |= {rows_and_columns(graph.values[value].shape) for value in reduced}
+        widest = max((columns for _, columns in shapes if not isinstance(columns, Size)), default=1)
+        shapes = {(rows, widest if columns == 1 else columns) for rows, columns in shapes}
     if len(shapes) != 1:
         return None
     rows, columns = shapes.pop()
@@ -133,6 +143,8 @@ def compose(
             continue
         if op.expression is None or op.expression.inputs > len(op.inputs):
             return None
+        if isinstance(op.semantics, Reduction):
+            shape = graph.values[op.inputs[0]].shape
         arguments = [operand(value, shape) for value in op.inputs[: op.expression.inputs]]
         if any(a is None for a in arguments):
             return None
@@ -141,7 +153,8 @@ def compose(
     outputs = tuple(value for value in group.outputs if value in at)
     if set(outputs) != set(group.outputs):
         return None
-    strides = tuple(row_stride(graph.values[value]) for value in outputs)
+    one = tuple(i for i, value in enumerate(outputs) if narrow and graph.values[value].shape[-1] != columns)
+    strides = tuple(row_stride(graph.values[value], i in one) for i, value in enumerate(outputs))
     if not outputs or any(s is None for s in strides):
         return None
     stored = {len(seeds) + i: bound.operand.dtype.torch for i, bound in enumerate(bounds)}
@@ -156,4 +169,5 @@ def compose(
         outputs=outputs,
         output_dtypes=tuple(STORAGE[graph.values[value].dtype] for value in outputs),
         output_strides=tuple(s for s in strides if s is not None),
+        narrow=one,
     )

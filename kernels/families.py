@@ -5,6 +5,8 @@ from __future__ import annotations
 from fuser.kernels.append import AppendFamily, CpuAppend
 from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
+from fuser.kernels.attention_importance import CpuImportanceAttention
+from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
@@ -19,7 +21,7 @@ from fuser.kernels.rowwise_cuda import CudaRowwise
 
 IMPLEMENTATIONS: Table = {
     (AppendFamily(), "cpu"): (CpuAppend(),),
-    (AttentionFamily(), "cpu"): (CpuAttention(),),
+    (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),

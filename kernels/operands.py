@@ -46,11 +46,12 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
-def row_stride(spec: TensorSpec) -> int | None:
+def row_stride(spec: TensorSpec, narrow: bool = False) -> int | None:
     """Distance between the rows of ``spec`` seen as a matrix, or None when rows are not evenly spaced with unit
-    stride along columns."""
+    stride along columns; ``narrow`` says that they are one number each."""
     bound = bind("", spec, spec.shape)
-    if bound is None or bound.operand.access is not Access.MATRIX or bound.operand.periodic:
+    wanted = Access.COLUMN if narrow else Access.MATRIX
+    if bound is None or bound.operand.access is not wanted or bound.operand.periodic:
         return None
     return bound.stride
 

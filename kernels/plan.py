@@ -164,6 +164,16 @@ class AttentionPlan:
         plan._check(merges=False)
         return plan
 
+    def for_keys(self, kv_len: int) -> AttentionPlan:
+        """The plan of so many keys, of this one in which all groups see one run of all keys there are. Raises PlanError
+        for more than 32-bit indices reach."""
+        if kv_len > _LARGEST:
+            raise PlanError(f"a plan for {kv_len} keys is too large for 32-bit indices")
+        array = self.array.copy()
+        array[_HEADER.index("kv_len")] = kv_len
+        _parts(array)["run"][1::3] = kv_len
+        return AttentionPlan(array)
+
     @classmethod
     def from_bytes(cls, data: bytes) -> AttentionPlan:
         """The inverse of ``to_bytes``. Raises PlanError for anything that is not a plan of this format."""
@@ -333,23 +343,8 @@ class AttentionPlan:
 
     @functools.cached_property
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Views of the parts of ``array`` by name, as the kernel sees them."""
-        _, _, _, heads, phases, groups, _, members, runs, keys = map(int, self.array[: len(_HEADER)])
-        words = {"lanes": keys, "resume": groups, "finish": groups}
-        halves = dict.fromkeys(("row_ptr", "run_ptr", "key_ptr"), groups + 1)
-        halves |= {"width": groups, "head": groups, "phase": groups, "sizes": (heads or 1) * phases}
-        halves |= {"row": members, "slot": members, "run": 3 * runs, "key": keys}
-        at = len(_HEADER)
-        views: dict[str, npt.NDArray[Any]] = {}
-        for name, size in words.items():
-            views[name] = self.array[at : at + size]
-            at += size
-        for name, size in halves.items():
-            views[name] = self.array[at : at + (size + 1) // 2].view(np.int32)[:size]
-            at += (size + 1) // 2
-        if at != len(self.array):
-            raise PlanError(f"a plan of {len(self.array)} words should have {at}")
-        return views
+        """Views of the parts of ``array``, by name."""
+        return _parts(self.array)
 
     @functools.cached_property
     def _run_totals(self) -> Int64s:
@@ -503,3 +498,23 @@ def _merges(
         np.bitwise_or.at(word, group[member], np.uint64(1) << lane[member].astype(np.uint64))
         words.append(word)
     return slot, words[0], words[1]
+
+
+def _parts(array: Int64s) -> dict[str, npt.NDArray[Any]]:
+    """Views of the parts of a plan's array by name, as the kernel sees them."""
+    _, _, _, heads, phases, groups, _, members, runs, keys = map(int, array[: len(_HEADER)])
+    words = {"lanes": keys, "resume": groups, "finish": groups}
+    halves = dict.fromkeys(("row_ptr", "run_ptr", "key_ptr"), groups + 1)
+    halves |= {"width": groups, "head": groups, "phase": groups, "sizes": (heads or 1) * phases}
+    halves |= {"row": members, "slot": members, "run": 3 * runs, "key": keys}
+    at = len(_HEADER)
+    views: dict[str, npt.NDArray[Any]] = {}
+    for name, size in words.items():
+        views[name] = array[at : at + size]
+        at += size
+    for name, size in halves.items():
+        views[name] = array[at : at + (size + 1) // 2].view(np.int32)[:size]
+        at += (size + 1) // 2
+    if at != len(array):
+        raise PlanError(f"a plan of {len(array)} words should have {at}")
+    return views

@@ -8,6 +8,7 @@ from their entries (:mod:`fuser.kernels.detection`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -58,8 +59,8 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
         raise MaskError(f"mask must be one of fuser.masks (of a tensor: from_dense), got {type(mask).__name__}")
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
-    if q_len == 1 and isinstance(mask, Dense):
-        return _of_one_row(m)
+    if q_len == 1 and m > 0 and isinstance(mask, Dense):
+        return _one_row().for_keys(m)
     model = COSTS["cpu" if target is None else target.kind]
     if mask.heads is None:
         return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
@@ -71,11 +72,12 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
 
 
-def _of_one_row(kv_len: int) -> AttentionPlan:
-    """The plan of one row that sees all keys, which every step of decoding asks for."""
+@functools.cache
+def _one_row() -> AttentionPlan:
+    """The plan of one row that sees the one key there is; every step of decoding asks for that of more keys."""
     none = np.zeros(0, np.int32)
-    runs = np.array([[0, kv_len, 1]], np.int32)
-    return AttentionPlan.of(1, kv_len, [Group(np.zeros(1, np.int32), runs, none, none.astype(np.uint64), WIDTHS[0])])
+    runs = np.array([[0, 1, 1]], np.int32)
+    return AttentionPlan.of(1, 1, [Group(np.zeros(1, np.int32), runs, none, none.astype(np.uint64), WIDTHS[0])])
 
 
 def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, store: PlanStore | None) -> AttentionPlan:

@@ -24,12 +24,14 @@ _MAX_OPERANDS = 16
 
 @dataclass(frozen=True)
 class RowwiseParameters:
-    """``block``: columns a task handles when rows may be split, 0 when a row is one task."""
+    """``block``: columns a task handles when rows may be split, 0 when a row is one task; ``narrow``: the positions of
+    outputs with one number a row."""
 
     expression: Expression
     operands: tuple[Operand, ...]
     outputs: tuple[DType, ...]
     block: int
+    narrow: tuple[int, ...] = ()
 
     @property
     def extents(self) -> str:
@@ -92,7 +94,7 @@ class RowwiseFamily:
             return None
         if self._is_row(group) != (self.name == "rowwise"):
             return None
-        program = compose(group, group.operators, storage=floating(target), groups=True)
+        program = compose(group, group.operators, storage=floating(target), groups=True, narrow=True)
         if program is None or len(program.bounds) > _MAX_OPERANDS:
             return None
         return RowwiseMatch(self.name, group, program)
@@ -116,7 +118,7 @@ class CpuRowwise(Implementation[RowwiseMatch, RowwiseParameters]):
         """One choice, since the kernel is bound by memory."""
         program = match.program
         block = 0 if program.expression.has_reduction else 4096
-        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block)]
+        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block, program.narrow)]
 
     def cost(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target) -> Cost:
         return match.cost()

@@ -84,7 +84,7 @@ class CudaRowwise(Implementation[RowwiseMatch, CudaRowwiseParameters]):
     """Row expressions of either family on GPUs."""
 
     def space(self, match: RowwiseMatch, target: Target) -> Sequence[CudaRowwiseParameters]:
-        return space(match.program, target)
+        return () if match.program.narrow else space(match.program, target)
 
     def cost(self, match: RowwiseMatch, parameters: CudaRowwiseParameters, target: Target) -> Cost:
         return match.cost()

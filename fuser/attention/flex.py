@@ -38,7 +38,7 @@ def flex_attention(
     """``torch.nn.attention.flex_attention.flex_attention``, by kernels where they know what ``score_mod`` computes.
 
     Args:
-        query, key, value: (B, H, Sq, D), (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv).
+        query, key, value: (B, H, Sq, D), (B or 1, Hkv, Sk, D) and (B or 1, Hkv, Sk, Dv).
         score_mod: a function of a score and its b, h, q_idx and kv_idx. Kernels know factors, ``c * tanh(score / c)``,
             what is added to scores, and -inf for pairs of a condition, in this order, where nothing but the score
             itself depends on the score. A sum is computed for all pairs once a call.
@@ -56,6 +56,8 @@ def flex_attention(
             f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True where heads of keys serve "
             "groups of those of queries"
         )
+    if key.shape[:1] == value.shape[:1] == (1,):
+        key, value = (t.expand(query.shape[0], *t.shape[1:]) for t in (key, value))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     known = _Known() if score_mod is None else _known(score_mod, query, key)
     if known is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fuser.attention.registry import spec_of
-from fuser.frontend.attention_operators import attention_from
+from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser
@@ -461,11 +461,6 @@ def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
     how = Windowed(window, before, after, chunk, columns, bias is not None)
     tokens, summaries = q.shape[2], far_keys.shape[2]
     shape = (*k.shape[:2], tokens + how.gap + summaries, k.shape[3])
-    joined: list[View] = []
-    for name, near, far in (("keys", k, far_keys), ("values", v, far_values)):
-        join = kinds.Extern(TorchCall(how.joined, (Ref(0), Ref(1))), "keys of windows and of chunks are joined once")
-        spec = TensorSpec.contiguous(shape, r.dtype(near))
-        joined.append(r.emit(join, f"{node.name}_{name}", (r.realize(near), r.realize(far)), spec))
     row = None
     if bias is not None:
         table = r.view(bias)
@@ -475,9 +470,47 @@ def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
         row = r.derived(
             f"{node.name}_row", (r.realize(table),), call, (table.shape[0], tokens + shape[2] - 1), r.dtype(table)
         )
+    parts = [(r.realize(near), r.realize(far)) for near, far in ((k, far_keys), (v, far_values))]
+    keys, values = (
+        r.emit(kinds.JoinedKeys(how), f"{node.name}_{name}", pair, TensorSpec.contiguous(shape, r.dtype(q)))
+        for name, pair in zip(("keys", "values"), parts, strict=True)
+    )
     scale = 1.0 / math.sqrt(q.shape[3])
-    keys, values = joined
     return attention_from(r, node, q, keys, values, scale, [], pattern=how.mask, by_sums=row)
+
+
+@_handles(torch.ops.fuser.averages.default)
+def _averages(r: Raiser, node: fx.Node) -> Value | None:
+    q, k, v = (r.view(n) for n in node.args[:3])
+    _, _, _, bias, scale = node.args
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
+        return None
+    masks = [] if bias is None else [MaskUse(bias, inverted=False)]
+    scores = scores_from(r, node, q, k, v, scale, masks)
+    sums = sums_from(r, node, scores)
+    return average_from(r, node, scores), sums
+
+
+@_handles(torch.ops.fuser.log_sums.default)
+def _log_sums(r: Raiser, node: fx.Node) -> Value | None:
+    q, k = (r.view(n) for n in node.args[:2])
+    _, _, bias, scale = node.args
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k)):
+        return None
+    masks = [] if bias is None else [MaskUse(bias, inverted=False)]
+    return sums_from(r, node, scores_from(r, node, q, k, k, scale, masks))
+
+
+@_handles(torch.ops.fuser.importance_attention.default)
+def _importance_attention(r: Raiser, node: fx.Node) -> Value | None:
+    q, k, v, *parts = (r.view(n) for n in node.args[:7])
+    coefficient, scale = node.args[7:]
+    if r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
+        return None
+    spec = TensorSpec.contiguous((*q.shape[:3], k.shape[2]), r.dtype(q))
+    inputs = tuple(map(r.realize, (q, *parts)))
+    bias = r.emit(kinds.ImportanceBias(coefficient, scale), f"{node.name}_weights", inputs, spec)
+    return attention_from(r, node, q, k, v, scale, [], added=bias.base)
 
 
 @_handles(torch.ops.fuser.linear_attention.default)

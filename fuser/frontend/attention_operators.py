@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -76,7 +78,54 @@ def _with_rows(r: Raiser, operand: View) -> View:
     return r.emit(copy, f"{operand.base}_rows", (operand.base,), TensorSpec.contiguous(operand.shape, r.dtype(operand)))
 
 
-def attention_from(
+@dataclass(frozen=True)
+class _Operands:
+    """Queries, keys and values (B, H, S, D) whose rows are contiguous, and the masks of their scores."""
+
+    q: View
+    k: View
+    v: View
+    pattern: Mask | None
+    mask: str | None
+
+    @property
+    def scores(self) -> tuple[int, ...]:
+        """The shape of their scores."""
+        return (*self.q.shape[:3], self.k.shape[2])
+
+
+def _operands(
+    r: Raiser, q: View, k: View, v: View, masks: Sequence[MaskUse], pattern: Mask | None, causal: bool
+) -> _Operands:
+    rank = len(q.dims)
+    q, k, v = (four_dims(t) for t in (q, k, v))
+    # Heads that are repeated for groups of queries, as they must be where a product has no groups.
+    group = math.gcd(k.repeats(1), v.repeats(1))
+    if group > 1:
+        k, v = (t.without_repeats(1, group) for t in (k, v))
+    q, k, v = (_with_rows(r, t) for t in (q, k, v))
+    batch, heads, q_len, _ = q.shape
+    shape = (batch, heads, q_len, k.shape[2])
+    given = None if r.attention is None else r.attention.mask
+    if given is not None and not isinstance(given, Dense) and shape[2] == shape[3]:
+        pattern = given if pattern is None else pattern & given
+    pattern, attn_mask = combined(r, masks, shape, rank, pattern, causal, r.dtype(q))
+    # What PyTorch makes of masks would part the operators of attention as well.
+    return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of attention as operators: value and ``spec``, operands, and the ``shape`` of what the call makes."""
+
+    value: str
+    spec: TensorSpec
+    q: View
+    v: View
+    shape: tuple[int, ...]
+
+
+def scores_from(
     r: Raiser,
     node: fx.Node,
     q: View,
@@ -88,37 +137,17 @@ def attention_from(
     pattern: Mask | None = None,
     causal: bool = False,
     rule: ScoreRule | None = None,
-    quantize: Prediction | None = None,
     by_sums: str | None = None,
-) -> View:
-    """Emit qk, scale, score rule, mask, softmax and pv for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is
-    the value of a :class:`~fuser.ir.operators.BiasBySums`."""
-    out_shape = r.spec(node).shape
-    rank = len(q.dims)
-    q, k, v = (four_dims(t) for t in (q, k, v))
-    # Heads that are repeated for groups of queries, as they must be where a product has no groups.
-    group = math.gcd(k.repeats(1), v.repeats(1))
-    if group > 1:
-        k, v = (t.without_repeats(1, group) for t in (k, v))
-    batch, heads, q_len, _ = q.shape
-    kv_len = k.shape[2]
-    dtype = r.dtype(q)
-    scores = TensorSpec.contiguous((batch, heads, q_len, kv_len), dtype)
+    added: str | None = None,
+) -> Scores:
+    """Emit qk, scale, score rule and mask for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is the value of
+    a :class:`~fuser.ir.operators.BiasBySums`, ``added`` one of the scores' shape that is added beside masks."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    given = _operands(r, q, k, v, masks, pattern, causal)
+    q, k, v, pattern = given.q, given.k, given.v, given.pattern
+    added = added if given.mask is None else given.mask
+    scores = TensorSpec.contiguous(given.scores, r.dtype(q))
     name = node.name
-    q, k, v = (_with_rows(r, t) for t in (q, k, v))
-    given = r.attention
-    if given is not None and not isinstance(given.mask, Dense) and q_len == kv_len:
-        pattern = given.mask if pattern is None else pattern & given.mask
-    pattern, attn_mask = combined(r, masks, (batch, heads, q_len, kv_len), rank, pattern, causal, dtype)
-    # What PyTorch makes of masks would part the operators of attention as well.
-    added = None if attn_mask is None else r.realize(attn_mask)
-    quantize = given.quantize if quantize is None and given is not None else quantize
-    if quantize is not None and by_sums is None:
-        seen = Dense() if pattern is None else pattern
-        how = AttentionSpec(seen & Causal() if causal else seen, rule, quantize)
-        predicted = _predicted(r, name, q, k, v, how, added, scale).reshape(out_shape)
-        if predicted is not None:
-            return predicted
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
     if scale != 1.0:
         s = r.emit(kinds.Scale(scale), f"{name}_scale", (s,), scores).base
@@ -131,43 +160,86 @@ def attention_from(
     if added is not None:
         mask = kinds.AdditiveMask() if r.values[added].dtype.is_floating_point else kinds.BooleanMask()
         s = r.emit(mask, f"{name}_mask", (s, added), scores).base
-    p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (s,), scores).base
+    return Scores(s, scores, q, v, shape)
+
+
+def sums_from(r: Raiser, node: fx.Node, scores: Scores) -> View:
+    """Emit the log-sum-exp of scores, (…, Sq)."""
+    spec = TensorSpec.contiguous(scores.spec.shape[:3], torch.float32)
+    made = r.emit(kinds.LogSumExp(), f"{node.name}_sums", (scores.value,), spec)
+    return r.reshaped(made, scores.shape[:-1])
+
+
+def average_from(r: Raiser, node: fx.Node, scores: Scores) -> View:
+    """Emit softmax and pv of scores, (…, Sq, Dv)."""
+    q, v, name = scores.q, scores.v, node.name
+    batch, heads, q_len, _ = scores.spec.shape
+    p = r.emit(kinds.Softmax(masked=True), f"{name}_softmax", (scores.value,), scores.spec).base
     # Heads lie inside a token and tokens as they do in q, so that merging heads afterwards moves nothing.
     width = v.shape[3]
     token = heads * width
     q_strides = q.strides()
     time_first = q_strides is not None and batch > 1 and q_len > 1 and q_strides[2] > q_strides[0] > 0
     batch_stride, row_stride = (token, batch * token) if time_first else (q_len * token, token)
-    spec = TensorSpec((batch, heads, q_len, width), dtype, (batch_stride, width, row_stride, 1))
+    spec = TensorSpec((batch, heads, q_len, width), scores.spec.dtype, (batch_stride, width, row_stride, 1))
     out = r.emit(kinds.PV(), name, (p, r.realize(v)), spec)
-    merged = out.reshape(out_shape)
+    merged = out.reshape(scores.shape)
     if merged is None:
-        raise CaptureError(f"{node} has the shape {out_shape}, which its operands do not give")
+        raise CaptureError(f"{node} has the shape {scores.shape}, which its operands do not give")
     return merged
 
 
-def _predicted(
-    r: Raiser, name: str, q: View, k: View, v: View, spec: AttentionSpec, attn_mask: str | None, scale: float
+def attention_from(
+    r: Raiser,
+    node: fx.Node,
+    q: View,
+    k: View,
+    v: View,
+    scale: float,
+    masks: Sequence[MaskUse],
+    *,
+    quantize: Prediction | None = None,
+    **more: Any,
 ) -> View:
-    """Attention whose scores have a width each, which one kernel decides by itself, for q (B, H, Sq, D)."""
-    batch, heads, q_len, _ = q.shape
-    width, dtype = v.shape[3], r.dtype(q)
-    if any(isinstance(length, Size) for length in (q_len, k.shape[2])):
+    """Emit all of attention; other arguments are those of :func:`scores_from`."""
+    if quantize is None and r.attention is not None:
+        quantize = r.attention.quantize
+    if quantize is not None and not more.keys() & {"by_sums", "added"}:
+        return _predicted(r, node, q, k, v, scale, masks, quantize, **more)
+    return average_from(r, node, scores_from(r, node, q, k, v, scale, masks, **more))
+
+
+def _predicted(
+    r: Raiser,
+    node: fx.Node,
+    q: View,
+    k: View,
+    v: View,
+    scale: float,
+    masks: Sequence[MaskUse],
+    quantize: Prediction,
+    pattern: Mask | None = None,
+    causal: bool = False,
+    rule: ScoreRule | None = None,
+) -> View:
+    """Emit attention whose scores have a width each."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    given = _operands(r, q, k, v, masks, pattern, causal)
+    _, heads, q_len, kv_len = given.scores
+    seen = Dense() if given.pattern is None else given.pattern
+    spec = AttentionSpec(seen & Causal() if causal else seen, rule, quantize)
+    if any(isinstance(length, Size) for length in (q_len, kv_len)):
         key = enter(spec, None, None, any_lengths=True)
     else:
-        key = enter(spec, q_len, k.shape[2])
+        key = enter(spec, q_len, kv_len)
     # The graph holds the key, as a trace does.
     pin(key)
-    inputs = [r.realize(t) for t in (q, k, v)] + ([] if attn_mask is None else [attn_mask])
-    call = TorchCall(
-        torch.ops.fuser.sparse_attention.default,
-        (Ref(0), Ref(1), Ref(2), key, None if attn_mask is None else Ref(3), scale),
-    )
-    reason = f"one kernel of its own decides the width of each score, as {type(spec.quantize).__name__} says"
-    strides = r.values[inputs[0]].strides
+    inputs = [r.realize(t) for t in (given.q, given.k, given.v)] + ([] if given.mask is None else [given.mask])
+    attn_mask = None if given.mask is None else Ref(3)
+    call = TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), key, attn_mask, scale))
+    width, strides = shape[-1], r.values[inputs[0]].strides
+    out = TensorSpec.contiguous((*given.scores[:3], width), r.dtype(given.q))
     if strides[1] < strides[2]:
-        strides = (q_len * heads * width, width, heads * width, 1)
-        out = TensorSpec((batch, heads, q_len, width), dtype, strides)
-    else:
-        out = TensorSpec.contiguous((batch, heads, q_len, width), dtype)
-    return r.emit(kinds.PredictedAttention(call, reason), name, tuple(inputs), out)
+        out = TensorSpec(out.shape, out.dtype, (q_len * heads * width, width, heads * width, 1))
+    reason = f"one kernel of its own decides the width of each score, as {type(quantize).__name__} says"
+    return r.reshaped(r.emit(kinds.PredictedAttention(call, reason), node.name, tuple(inputs), out), shape)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 # It registers torch.ops.fuser.
+from fuser.attention import landmarks as _landmarks  # noqa: F401
 from fuser.attention import linear as _linear  # noqa: F401
 from fuser.attention import operators as _registered  # noqa: F401
 from fuser.attention import windowed as _windowed  # noqa: F401
@@ -78,6 +79,8 @@ class Raiser(GraphBuilder):
         """What is made of masks, by how and of which."""
         self._viewing: dict[str, str] = {}
         """By what PyTorch makes, the value that it may be a view of."""
+        self._elementwise: dict[tuple[Any, ...] | None, View] = {}
+        """What PyTorch computes element by element, by how and of which: such as one mask for all layers."""
 
     # ---- tensors of the model
 
@@ -242,12 +245,18 @@ class Raiser(GraphBuilder):
         specs = [TensorSpec.contiguous(r.shape, r.dtype) for r in results]
         suffixes = [node.name] if len(specs) == 1 else [f"{node.name}_{i}" for i in range(len(specs))]
         inputs = tuple(self.realize(v) for v in views)
+        extern = Extern(call, f"no kernel family knows {node.target}")
+        once = extern.is_elementwise and isinstance(value, Traced) and _stays_inside(node)
+        key = (extern.signature, node.target, inputs) if once else None
+        if key in self._elementwise:
+            return self._elementwise[key]
         names = tuple(self.add_value(s, spec) for s, spec in zip(suffixes, specs, strict=True))
-        reason = f"no kernel family knows {node.target}"
-        self.operators.append(Operator(names[0], Extern(call, reason), inputs, names))
+        self.operators.append(Operator(names[0], extern, inputs, names))
         if _is_view(node.target):
             self._viewing.update(dict.fromkeys(names, inputs[0]))
         found = tuple(View.of(n, s) for n, s in zip(names, specs, strict=True))
+        if key is not None:
+            self._elementwise[key] = found[0]
         return found if isinstance(value, tuple) else found[0]
 
     def _conjoin(self, node: fx.Node, value: Conjunction) -> View:
@@ -276,6 +285,18 @@ def storage_of(node: fx.Node) -> int:
     """The number of the storage of a node's tensor."""
     storage: int = traced(node).storage
     return storage
+
+
+def _stays_inside(node: fx.Node) -> bool:
+    """Whether no output of the graph is in the memory of the tensor of ``node``, which a caller may write to."""
+    for user in node.users:
+        if user.op == "output":
+            return False
+        value = traced(user)
+        views = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, Traced) and v.storage == storage_of(node) for v in views) and not _stays_inside(user):
+            return False
+    return True
 
 
 def _is_view(target: Any) -> bool:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
+from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
-from fuser.ir.windows import by_sums
+from fuser.ir.windows import Windowed, by_sums
 
 Shape = tuple[int, ...]
 
@@ -391,6 +392,62 @@ class PV(Semantics):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return ""
+
+
+@kind("log-sum-exp")
+@dataclass(frozen=True)
+class LogSumExp(Semantics):
+    """The logarithm of what softmax divides rows of scores (B, H, Sq, Sk) by, (B, H, Sq); -inf for a row of -inf."""
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (scores,) = inputs
+        return (scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 20.0 * math.prod(inputs[0])
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return ""
+
+
+@kind("importance bias")
+@dataclass(frozen=True)
+class ImportanceBias(Semantics):
+    """What LARA's optimal importance weights add to the scores of queries for proposals: see
+    :func:`fuser.ir.importance.importance_bias`.
+
+    Inputs are queries (B, H, N, D), landmarks (B, H, C, D), and sums, heuristic and offset (B, H, C); it makes (B, H,
+    N, C).
+    """
+
+    coefficient: float
+    scale: float
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (importance_bias(*inputs, coefficient=self.coefficient, scale=self.scale),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return (2.0 * inputs[0][-1] + 50) * math.prod(output)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"of {output[-1]} landmarks"
+
+
+@kind("joined keys")
+@dataclass(frozen=True)
+class JoinedKeys(Semantics):
+    """Keys or values of tokens (B, H, N, D) and of summaries (B, H, C, D) in one list, as windows see them."""
+
+    windowed: Windowed
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self.windowed.joined(*inputs),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[0][-2]} and {inputs[1][-2]}"
 
 
 @kind("linear attention")

@@ -387,8 +387,8 @@ class Form:
         plan, own, constants = template.late
         parameters = self.captured.parameters
 
-        def made(ref: Any, constants: Mapping[str, Any]) -> Tensor:
-            return store.made(ref, constants, parameters, device)
+        def made(ref: Any, constants: Mapping[str, Any], known: dict[str, Tensor]) -> Tensor:
+            return store.made(ref, constants, parameters, device, known)
 
         tree = plan, constants, self.captured.output
         return Growing(self.captured.sizes, fixed, tree, own, made, variant.holds)

@@ -30,7 +30,8 @@ class Growing:
     """The plans of one program for all values of the named sizes that calls' objects alone have.
 
     The others are those of the first call. ``tree`` is the plan, the constants that follow from sizes and the output,
-    and ``made`` gives the tensor of such a constant. ``holds`` says whether the plan is right for sizes.
+    and ``made`` gives the tensor of such a constant, with those derived ones that are known by then. ``holds`` says
+    whether the plan is right for sizes.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Growing:
         fixed: Mapping[str, int],
         tree: tuple[ProgramPlan, Mapping[str, Any], OutputSpec],
         own: Sequence[int],
-        made: Callable[[Any, Mapping[str, Any]], Tensor],
+        made: Callable[[Any, Mapping[str, Any], dict[str, Tensor]], Tensor],
         holds: Callable[[Mapping[str, int]], bool],
     ) -> None:
         self._sizes = sizes
@@ -76,7 +77,8 @@ class Growing:
             return last[1]
         plan, constants, output = self._binder(sizes)
         with torch.inference_mode(False), torch.no_grad():
-            own = {i: self._made(plan.constants[i], constants) for i in self._own}
+            known: dict[str, Tensor] = {}
+            own = {i: self._made(plan.constants[i], constants, known) for i in self._own}
         bound = Bound(Rebound(plan, own), output)
         self._last = sizes, bound
         return bound

@@ -184,9 +184,10 @@ class WeightStore:
         constants: Mapping[str, Constant],
         parameters: Mapping[str, Tensor],
         device: torch.device | None = None,
+        known: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """A constant as :meth:`load` gives it, made anew and not kept."""
-        return made(ref, constants, parameters, device)
+        """A constant as :meth:`load` gives it, made anew and not kept; see :func:`value_of` for ``known``."""
+        return made(ref, constants, parameters, device, known)
 
     # ---- memory
 
@@ -237,29 +238,45 @@ def _made(
     constants: Mapping[str, Constant],
     parameters: Mapping[str, Tensor],
     device: torch.device | None,
+    known: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """What a constant is: all tensors of a packed one, else one."""
     with torch.no_grad():
         if isinstance(ref, Literal):
             return (ref.tensor.to(device),)
         if isinstance(ref, Packed):
-            return ref.pack({value: value_of(value, constants, parameters) for value in ref.values})
-        return (value_of(ref, constants, parameters),)
+            return ref.pack({value: value_of(value, constants, parameters, known) for value in ref.values})
+        return (value_of(ref, constants, parameters, known),)
 
 
 def made(
-    ref: TensorRef, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor], device: torch.device | None
+    ref: TensorRef,
+    constants: Mapping[str, Constant],
+    parameters: Mapping[str, Tensor],
+    device: torch.device | None,
+    known: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """A constant, made anew: of the original ``parameters`` by name, and what ``constants`` derive from them."""
-    return _made(ref, constants, parameters, device)[ref.index if isinstance(ref, Packed) else 0]
+    """A constant, made anew: of the original ``parameters`` by name, and what ``constants`` derive from them; see
+    :func:`value_of` for ``known``."""
+    return _made(ref, constants, parameters, device, known)[ref.index if isinstance(ref, Packed) else 0]
 
 
-def value_of(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a constant: a parameter, or what is derived from some."""
+def value_of(
+    name: str,
+    constants: Mapping[str, Constant],
+    parameters: Mapping[str, Tensor],
+    known: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The tensor of a constant: a parameter, or what is derived from some. Derived ones that are ``known`` are taken,
+    and others added, so that what several have in common is computed once."""
     constant = constants[name]
     if constant.call is None:
         return parameters[name].detach()
-    return constant.evaluate([value_of(source, constants, parameters) for source in constant.sources])
+    known = {} if known is None else known
+    if name not in known:
+        sources = [value_of(source, constants, parameters, known) for source in constant.sources]
+        known[name] = constant.evaluate(sources)
+    return known[name]
 
 
 def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> list[Tensor]:

@@ -490,10 +490,18 @@ FUSER_INLINE vf reduce_add_each(const vf* v) {
 #endif
 }
 
+// log(x), within 2 ulp: x = 2^n m with m around 1, and log(m) by the series of atanh(f / (2 + f)), f = m - 1.
 FUSER_INLINE vf log(vf x) {
-  vf r;
-  for (int64_t i = 0; i < kLanes; ++i) r[i] = std::log(x[i]);
-  return r;
+  const vi tiny = (vi)(x < 0x1p-126f);
+  const vi bits = (vi)select(tiny, x * 0x1p25f, x) - 0x3f3504f3;
+  const vf n = to_float((bits >> 23) - (tiny & 25));
+  const vf f = (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const vf s = f / (f + 2.0f), z = s * s, w = z * z;
+  const vf r = z * (0.66666662693f + w * 0.28498786688f) + w * (0.40000972152f + w * 0.24279078841f);
+  const vf half = 0.5f * f * f;
+  const vf y = n * 0.69313812256f - ((half - (s * (half + r) + n * 9.0580006145e-06f)) - f);
+  const vf special = select((vi)(x == 0.0f), set1(-__builtin_inff()), select((vi)(x < 0.0f), set1(__builtin_nanf("")), x));
+  return select((vi)(x > 0.0f) & (vi)(x < __builtin_inff()), y, special);
 }
 
 FUSER_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }

@@ -58,6 +58,14 @@ COMBINED = st.recursive(
 LENGTH = st.integers(1, 150)
 
 
+@pytest.mark.parametrize("keys", [1, 2, 70, 4097])
+def test_one_row_that_sees_all_keys_has_one_run_of_them(keys: int) -> None:
+    found = plan(masks.Dense(), 1, keys)
+    (group,) = found
+    assert group.runs.tolist() == [[0, keys, 1]] and group.rows.tolist() == [0] and not len(group.keys)
+    assert AttentionPlan.of(1, keys, [group]) == found == AttentionPlan.from_bytes(found.to_bytes())
+
+
 def covered(made: AttentionPlan, head: int = 0) -> np.ndarray:
     """How many tiles hold each pair, counted apart from ``validate``."""
     count = np.zeros((made.q_len, made.kv_len), np.int64)

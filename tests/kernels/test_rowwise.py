@@ -155,6 +155,8 @@ CHAINS: dict[str, tuple[str, Callable[..., Any]]] = {
     "rms": ("rowwise", lambda m, x, y, i: F.rms_norm(x, (x.shape[-1],), m.bias, 1e-6)),
     "gate": ("pointwise", lambda m, x, y, i: F.silu(x) * y),
     "activation": ("pointwise", lambda m, x, y, i: F.gelu(x + m.bias) / 3 - y),
+    "lengths": ("rowwise", lambda m, x, y, i: (x * y).square().sum(-1, keepdim=True) * -0.5),
+    "largest and rest": ("rowwise", lambda m, x, y, i: (lambda t: (t.exp(), x - t))(x.amax(-1, keepdim=True))),
     "column": ("pointwise", lambda m, x, y, i: x * y[..., :1]),
 }
 

@@ -27,10 +27,13 @@ from fuser.ir.operators import (
     Extern,
     Features,
     Gemm,
+    ImportanceBias,
     Int8Gemm,
     Int8WeightGemm,
     IntervalMask,
+    JoinedKeys,
     LinearAttention,
+    LogSumExp,
     MergeHeads,
     Norm,
     PatternMask,
@@ -47,6 +50,7 @@ from fuser.ir.operators import (
     View,
 )
 from fuser.ir.scores import SoftCap
+from fuser.ir.windows import Windowed
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,14 @@ def _positive(on: Tensor, x: Tensor) -> Tensor:
     return math.e ** (on - (x * x / 4).sum(-1, keepdim=True) - most) / 5**0.5 + 1e-4
 
 
+def _importance(q: Tensor, landmarks: Tensor, sums: Tensor, heuristic: Tensor, offset: Tensor) -> Tensor:
+    """LARA's weights, one landmark after another."""
+    close = [((q * landmarks[:, :, None, c]).sum(-1) / 2 - sums[:, :, None, c]).exp() for c in range(5)]
+    mean = sum(close) / 5
+    alpha = [heuristic[:, :, None, c] + 2 * (close[c] - mean) for c in range(5)]
+    return torch.stack([a.clamp(min=1e-8).log() + offset[:, :, None, c] for c, a in enumerate(alpha)], -1)
+
+
 ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
 CASES: Mapping[type[Semantics], Case] = {
@@ -145,6 +157,23 @@ CASES: Mapping[type[Semantics], Case] = {
             Features(FeatureMap.FAVOR_KEYS),
             (normal(2, 3, 6, 4), normal(3, 5, 4)),
             lambda x, w: _positive(torch.einsum("bhnd,hmd->bhnm", x, w) / 2**0.5, x),
+        ),
+        Case(
+            LogSumExp(),
+            (SCORES,),
+            lambda s: torch.stack([torch.log(sum(head.exp().unbind(-1))) for head in s.unbind(1)], 1),
+        ),
+        Case(
+            ImportanceBias(2.0, 0.5),
+            (normal(2, 3, 7, 4), normal(2, 3, 5, 4), *(normal(2, 3, 5).abs() for _ in range(3))),
+            _importance,
+        ),
+        Case(
+            JoinedKeys(Windowed(4, before=2, chunk=2, relative=True)),
+            (normal(2, 3, 8, 5), normal(2, 3, 4, 5)),
+            lambda near, far: torch.stack(
+                [*near.unbind(2)[::-1], *[torch.zeros(2, 3, 5)] * 5, *far.unbind(2)[::-1]], 2
+            ),
         ),
         Case(Bias(), (X, ROW), lambda x, b: x + b),
         Case(Activation(unary(Op.GELU)), (X,), lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),

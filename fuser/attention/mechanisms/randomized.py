@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fuser.attention.landmarks import averages, importance_attention, log_sums
 from fuser.attention.mechanisms.configuration import Configuration, LaraConfiguration, RandomizedConfiguration
-from fuser.attention.mechanisms.features import attend, attend_features, lphi, wide
+from fuser.attention.mechanisms.features import attend, attend_features, half_norms, lphi, wide
 from fuser.attention.mechanisms.softmax import SoftmaxAttention, for_scores, initialize, projection
 from fuser.attention.mechanisms.windows import heads_of, qkv_of
 from fuser.ir.errors import MechanismError
@@ -137,6 +138,15 @@ class LaraAttention(SoftmaxAttention):
 
     def _pooled(self, x: Tensor, grid: Sequence[int], generator: nn.Module, dense: bool) -> Tensor:
         """Landmarks (B, H, C, D) of heads (B, H, N, D) on a grid, each by itself or all together."""
+        side = self._side()
+        if not any(length % side for length in grid):
+            # Equal rectangles, whose tokens stay where they are.
+            rows, columns = (length // side for length in grid)
+            means = torch.unflatten(x, 2, (side, rows, side, columns)).mean((3, 5)).flatten(2, 3)
+            means = means.transpose(1, 2).flatten(2) if dense else means
+            for layer in list(generator.children())[2:]:
+                means = layer(means)
+            return heads_of(means, self.num_heads) if dense else means
         channels = x.mT.flatten(1, 2) if dense else x.mT.flatten(0, 1)
         pooled: Tensor = generator(torch.unflatten(channels, -1, tuple(grid)))
         return heads_of(pooled, self.num_heads) if dense else torch.unflatten(pooled, 0, x.shape[:2])
@@ -147,24 +157,24 @@ class LaraAttention(SoftmaxAttention):
         dtype = q.dtype
         q, k, v, q_bar, mu = wide(q), wide(k), wide(v), wide(q_bar), wide(q_bar) + wide(k_bar)
         omega, copies = self._sample(mu)
-        log_phi = lphi(k, omega)
+        bias = -half_norms(k)
         if hidden is not None:
-            log_phi = log_phi.masked_fill(hidden, -math.inf)
-        values = attend_features(omega, k, v, hidden)
-        # (B, H, 1, C) from here on.
-        mass = log_phi.logsumexp(-1).unsqueeze(-2)
+            bias = bias.masked_fill(hidden, -math.inf)
+        # (B, H, C, D) and (B, H, C).
+        values, mass = averages(omega, k, v, bias)
+        if copies > 1:
+            mu, q_bar = (x.repeat(1, 1, copies, 1) for x in (mu, q_bar))
+        density = lphi(mu, omega)
         if self.mis_type == "mis-opt":
-            mu = mu.repeat(1, 1, copies, 1)
-            density = lphi(mu, omega)
             own = density.diagonal(dim1=-2, dim2=-1)
-            heuristic = torch.exp(own - density.logsumexp(-1)).unsqueeze(-2)
-            closeness = (q @ q_bar.mT * self.scale).softmax(2).repeat(1, 1, 1, copies)
-            alpha = heuristic + self.alpha_coeff * (closeness - closeness.mean(-1, keepdim=True))
-            bias = alpha.clamp(min=1e-8).log() + (mass - own.unsqueeze(-2))
-            return attend(q, omega, values, bias=bias).to(dtype)
-        bias = mass - lphi(mu, omega).logsumexp(-1).unsqueeze(-2)
-        keys = omega + mu.repeat(1, 1, copies, 1) if self.mis_type == "mis-biased" else omega
-        return attend(q, keys, values, bias=bias).to(dtype)
+            heuristic = torch.exp(own - density.logsumexp(-1))
+            # How close a landmark is to all queries together.
+            sums = log_sums(q_bar, q)
+            return importance_attention(q, omega, values, q_bar, sums, heuristic, mass - own, self.alpha_coeff).to(
+                dtype
+            )
+        offset = (mass - density.logsumexp(-1)).unsqueeze(-2)
+        return attend(q, omega + mu if self.mis_type == "mis-biased" else omega, values, bias=offset).to(dtype)
 
     def _sample(self, mu: Tensor) -> tuple[Tensor, int]:
         """Proposals ω (B, H, copies · C, D), and how often each of ``mu`` is among them."""

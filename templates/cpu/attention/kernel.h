@@ -154,7 +154,9 @@ void look_ahead(const Plan& plan, const Head<C>& t, const Group& g, int64_t i, i
     for (int64_t r = plan.row_ptr[following]; r < plan.row_ptr[following + 1]; ++r)
       ahead.add(t.q + plan.row[r] * t.q_row);
     if (plan.keys_of(following) <= kMostAhead)
-      plan.each_key(following, [&](int64_t key) { ahead.add(t.k + key * t.k_row), ahead.add(t.v + key * t.v_row); });
+      plan.each_key(following, [&](int64_t key) {
+        ahead.add(C::Scores::key_row(t, key)), ahead.add(C::Scores::value_row(t, key));
+      });
   }
   constexpr int64_t step = kAccumulators / kTileVectors;
   const int64_t keys = plan.keys_of(i), blocks = (keys + C::kKeyBlock - 1) / C::kKeyBlock;
@@ -213,7 +215,7 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
       t.v = static_cast<const Element*>(args->tensors[2]) + b * e.v.batch + kv * e.v.head;
       t.mask = static_cast<const MaskElement*>(args->tensors[3]) + b * e.mask.batch + h * e.mask.head;
       t.out = static_cast<Element*>(after_mask[1]) + b * e.out.batch + h * e.out.head;
-      t.lse = C::kLse ? static_cast<float*>(after_mask[2]) + index * plan.q_len : nullptr;
+      t.lse = C::kLse ? static_cast<float*>(after_mask[C::kValueDim ? 2 : 1]) + index * plan.q_len : nullptr;
       t.state = state + (plan.phases > 1 ? index % in_flight * state_size : 0);
       t.state_top = t.state + plan.slots * kStateRow<C>, t.state_sum = t.state_top + plan.slots;
       t.q_row = e.q.row, t.k_row = e.k.row, t.v_row = e.v.row, t.out_row = e.out.row;
@@ -226,7 +228,8 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
   }
 }
 
-// tensors: q, k, v, mask (if kMask), plan (plan.h), out, lse (if kLse)
+// tensors: q, k, v, mask (if kMask), plan (plan.h), out, lse (if kLse), then what the score policy reads. Without values
+//   (kValueDim 0) there is no out, and v is not read.
 // extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is contiguous (batch,
 //   heads, queries).
 // workspace (64-byte aligned, see workspace_bytes): a 64-bit counter for every (batch, head, phase), then for every head
@@ -242,7 +245,7 @@ FUSER_INLINE int run(const FuserArgs* args) {
   if (plan.heads != 0 && plan.heads != e.heads) return 1;
   if constexpr (Scores::kSurveys) Scores::survey(args, plan);
   each_group<C>(args, plan, [&](Head<C>& t, const Group& g, Scratch<C>& w, int64_t i, int64_t index) {
-    if constexpr (Scores::kSurveys) Scores::open(args, t, index);
+    Scores::open(args, t, index);
     // Groups are taken in turn, so this thread is likely to get the one that is as many on as there are threads.
     look_ahead(plan, t, g, i, i + args->threads, w.ahead);
     if (!attend<false>(t, g, w)) attend<true>(t, g, w);

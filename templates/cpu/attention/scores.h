@@ -1,6 +1,8 @@
 // Score policies: how the scores of a block of keys are made, changed, and turned into weights.
 //
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
+//   open(args, t, index)       once a head, which is number `index`: what the policy keeps of it, in t.scores
+//   key_row(t, key), value_row where the rows of a key lie
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
 //   value_keys(t, w, n)        the same in w.v_row of their values
@@ -14,6 +16,7 @@
 // exact run; kSurveys that it
 // must see all scores before the first is used (predicted.h).
 #pragma once
+#include "abi.h"
 #include "attention/scratch.h"
 
 namespace attention {
@@ -114,6 +117,10 @@ struct Products {
   struct OfHead {};
   struct OfThread {};
 
+  FUSER_INLINE void open(const FuserArgs*, Head<C>&, int64_t) {}
+  FUSER_INLINE auto key_row(const Head<C>& t, int64_t key) { return t.k + key * t.k_row; }
+  FUSER_INLINE auto value_row(const Head<C>& t, int64_t key) { return t.v + key * t.v_row; }
+
   // Rows lie in lanes; few of them one after another.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     const int64_t last = g.count - 1;
@@ -136,14 +143,14 @@ struct Products {
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
     for (int64_t j = 0; j < n; ++j)
-      w.k_row[j] = row_as(t.k + w.key[j] * t.k_row, w.k + (kCopyKeys<C> ? j * kWords : 0), D);
+      w.k_row[j] = row_as(C::Scores::key_row(t, w.key[j]), w.k + (kCopyKeys<C> ? j * kWords : 0), D);
     // Tiles read rows of keys beyond n as well.
     for (int64_t j = n; j < n + kRepeated; ++j) w.k_row[j] = w.k_row[n - 1];
   }
 
   FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
-      const typename C::Element* const row = t.v + w.key[j] * t.v_row;
+      const typename C::Element* const row = C::Scores::value_row(t, w.key[j]);
       if constexpr (kCopyValues<C>)
         w.v_row[j] = row_as(row, w.v + j * C::kValueDim, C::kValueDim);
       else

@@ -103,6 +103,12 @@ def test_block_masks_scales_and_grouped_heads() -> None:
         fuser.flex_attention(*inputs(2))
 
 
+def test_keys_of_one_batch_entry_serve_all() -> None:
+    q, k, v = inputs(2)
+    mask = torchs.create_block_mask(causal, len(q), None, QUERIES, KEYS, device="cpu")
+    check(q, k[:1], v[:1], block_mask=mask, score_mod=KNOWN["alibi"], enable_gqa=True)
+
+
 def test_gradients_reach_what_a_function_reads() -> None:
     q, k, v = (t.requires_grad_() for t in inputs())
     table = TABLE.clone().requires_grad_()

@@ -235,6 +235,24 @@ def test_outputs_that_eager_copies_are_copied() -> None:
     assert sum("copy" in op.reason for op in graph.compute) == 2
 
 
+def test_a_mask_that_every_layer_makes_is_made_once_unless_it_is_returned() -> None:
+    allowed, bias = torch.rand(S, S) > 0.5, torch.randn(HEADS, S, S)
+
+    def mask(allowed: Tensor, bias: Tensor, lowest: float) -> Tensor:
+        return torch.where(allowed, bias, lowest)
+
+    def run(m: Any, x: Tensor, allowed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        returned = mask(allowed, bias, -5.0), mask(allowed, bias, -5.0)[:, None]
+        for lowest in (-math.inf, -math.inf, -1e4):
+            q = heads(m.a(x))
+            x = F.scaled_dot_product_attention(q, q, q, mask(allowed, bias, lowest)).transpose(1, 2).flatten(2)
+        return x, *returned
+
+    graph = raised(run, X, allowed, bias)
+    # Two that are returned, and one for each number.
+    assert sum("where" in str(op.semantics) for op in graph.operators) == 4
+
+
 def test_random_operators_keep_their_order() -> None:
     def run(m: Any, x: Tensor) -> Any:
         return m.a(x) + torch.rand_like(m.a(x).cumsum(0)), torch.rand(3), torch.rand(4)
