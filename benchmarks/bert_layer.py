@@ -11,6 +11,7 @@ from fuser import zoo
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import SchemeError
 from fuser.ir.graph import Region
 from fuser.ir.masks import Mask
@@ -27,7 +28,7 @@ def layer(mask: Mask | None, batch: int, length: int) -> list[Region]:
     configuration = zoo.configuration("bert-base")
     model, sizes = configuration.build(layers=1, batch=batch, seq=length)
     captured = capture(model, flatten_call((), configuration.example(sizes, False)))
-    found = {region.hash: region for region in raise_graph(captured, mask).regions}
+    found = {region.hash: region for region in raise_graph(captured, mask and AttentionSpec(mask)).regions}
     return [region for region in found.values() if is_half(region)]
 
 

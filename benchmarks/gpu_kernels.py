@@ -27,6 +27,7 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder, render
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.expression import Builder, Op
 from fuser.ir.masks import Mask
 from fuser.ir.target import Target, cuda_target, emulated_target
@@ -99,7 +100,7 @@ def compiled(case: str, target: Target) -> Assembly:
     """The steps that a case becomes on ``target``; needs no GPU."""
     model, inputs, mask = encoder(case)
     with torch.no_grad():
-        graph = raise_graph(capture(model, flatten_call((), inputs)), mask, floating(target))
+        graph = raise_graph(capture(model, flatten_call((), inputs)), mask and AttentionSpec(mask), floating(target))
     choices, _ = choose_all(graph, target)
     return assemble(graph, choices, target, 1)
 

@@ -26,6 +26,7 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder
 from fuser.frontend.capture import Captured, capture, flatten_call
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.graph import OperatorGraph, TensorSpec
 from fuser.ir.masks import Mask, SlidingWindow
 from fuser.ir.operators import TorchCall
@@ -49,12 +50,12 @@ class Example:
 
     model: str
     padded: bool = False
-    attention: Mask | None = None
+    attention: AttentionSpec | None = None
 
 
 EXAMPLES: Mapping[str, Example] = {
     "bert-base": Example("bert-base", padded=True),
-    "bert-base with a window": Example("bert-base", attention=SlidingWindow(8, 8)),
+    "bert-base with a window": Example("bert-base", attention=AttentionSpec(SlidingWindow(8, 8))),
     "minilm": Example("minilm"),
     "vit-b16": Example("vit-b16"),
     "gpt2": Example("gpt2", padded=True),
