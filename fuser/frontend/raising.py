@@ -79,6 +79,8 @@ class Raiser(GraphBuilder):
         """What is made of masks, by how and of which."""
         self._viewing: dict[str, str] = {}
         """By what PyTorch makes, the value that it may be a view of."""
+        self._laid: dict[tuple[str, tuple[int, ...]], str] = {}
+        """Constants with other strides, by value and these."""
         self._elementwise: dict[tuple[Any, ...] | None, View] = {}
         """What PyTorch computes element by element, by how and of which: such as one mask for all layers."""
 
@@ -214,9 +216,10 @@ class Raiser(GraphBuilder):
 
         def convert(argument: Any) -> Any:
             if isinstance(argument, fx.Node):
-                view = self.view(argument)
+                view, strides = self.view(argument), traced(argument).strides
+                if self.is_constant(view) and not free:
+                    view = self._laid_out(view, strides)
                 views.append(view)
-                strides = traced(argument).strides
                 if free or self.values[self.realize(view)].has_strides(strides):
                     return Ref(len(views) - 1)
                 return Ref(len(views) - 1, strides)
@@ -258,6 +261,20 @@ class Raiser(GraphBuilder):
         if key is not None:
             self._elementwise[key] = found[0]
         return found if isinstance(value, tuple) else found[0]
+
+    def _laid_out(self, view: View, strides: tuple[int, ...]) -> View:
+        """A constant with these strides, so that no call has to lay it out."""
+        name = self.realize(view)
+        spec = self.values[name]
+        if spec.has_strides(strides) or isinstance(spec.numel, Size) or not spec.numel:
+            return view
+        key = name, strides
+        if key not in self._laid:
+            call = TorchCall(laid_out, (Ref(0), strides))
+            made = self.derived(f"{name}_laid_out", (name,), call, spec.shape, spec.dtype)
+            self.values[made] = TensorSpec(spec.shape, spec.dtype, strides)
+            self._laid[key] = made
+        return View.of(self._laid[key], self.values[self._laid[key]])
 
     def _conjoin(self, node: fx.Node, value: Conjunction) -> View:
         inputs = (self.realize(value.constant), self.realize(value.attn_mask))

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from fuser.ir.expression import Expression
-from fuser.ir.operators import Extern, Semantics, TorchCall, View, canonical
+from fuser.ir.operators import Extern, Semantics, TorchCall, View, canonical, laid_out
 from fuser.ir.quantization import Fixed
 from fuser.ir.size import Size
 
@@ -134,11 +134,12 @@ class Constant:
     call: TorchCall | None = None
 
     def evaluate(self, sources: Sequence[Tensor]) -> Tensor:
-        """The tensor of a derived constant, contiguous whatever layout PyTorch would give it."""
+        """The tensor of a derived constant, contiguous whatever layout PyTorch would give it, unless it is laid out."""
         if self.call is None:
             raise ValueError(f"{self.name} is a parameter, not derived")
         with torch.no_grad():
-            return self.call(*sources)[0].detach().contiguous()
+            made = self.call(*sources)[0].detach()
+        return made if self.call.target is laid_out else made.contiguous()
 
 
 ViewCalls = tuple[tuple[TorchCall, int], ...]

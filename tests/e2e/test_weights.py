@@ -7,6 +7,7 @@ import errno
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,6 +307,23 @@ def test_weights_that_are_computed(make: Callable[[nn.Module], nn.Module]) -> No
 
 
 # ---- modes
+
+
+class Distances(Block):
+    """One operator of PyTorch's reads weights with other strides than theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cdist(x, self.up.weight.t()))
+
+
+def test_weights_that_are_laid_out_anew(tmp_path: Path) -> None:
+    model = Distances().eval()
+    fast = optimized(model)
+    assert agree(model, fast)
+    fast.save(tmp_path / "model.fuser")
+    assert agree(model, fuser.load(tmp_path / "model.fuser"))
+    in_place(model)
+    assert agree(model, fast)
 
 
 def test_a_model_compiled_in_inference_mode_can_be_trained_afterwards() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import Operator, OperatorGraph, is_kind
 from fuser.ir.masks import Causal, SlidingWindow
@@ -23,6 +24,7 @@ from fuser.ir.operators import (
     AdditiveMask,
     BooleanMask,
     ChangeScores,
+    Extern,
     Gemm,
     PatternMask,
     Scale,
@@ -171,13 +173,13 @@ def test_a_constant_and_a_runtime_mask_stay_apart() -> None:
 
 def test_the_attention_argument_restricts_self_attention() -> None:
     window = SlidingWindow(2, 2)
-    assert only(raised(attention(), attention=window), PatternMask).semantics.pattern == window
+    assert only(raised(attention(), attention=AttentionSpec(window)), PatternMask).semantics.pattern == window
     other = torch.randn(2, 5, WIDTH)
     cross = raised(
         lambda m, x, y: F.scaled_dot_product_attention(heads(m.a(x)), heads(m.b(y)), heads(m.c(y))),
         X,
         other,
-        attention=window,
+        attention=AttentionSpec(window),
     )
     assert kinds(cross)["mask"] == 0
 
@@ -279,8 +281,18 @@ def test_scalars_that_are_parameters_are_remembered() -> None:
 
 def test_masks_with_functions_inside_get_a_hash() -> None:
     mask = from_dense(torch.ones(S, S, dtype=torch.bool).tril()) & SlidingWindow(3, 0)
-    graph = raised(attention(), attention=mask)
+    graph = raised(attention(), attention=AttentionSpec(mask))
     assert graph.regions[-1].hash
+
+
+def test_constants_lie_as_operators_of_pytorch_read_them() -> None:
+    graph = raised(lambda m, x: torch.cdist(x[0], m.a.weight.t()) + torch.cdist(x[1], m.a.weight.t()))
+    read = {op.inputs[1] for op in graph.operators if is_kind(op, Extern) and len(op.inputs) == 2}
+    (name,) = (name for name in read if name in graph.constants)
+    assert graph.values[name].strides == (1, WIDTH)
+    weight = torch.randn(WIDTH, WIDTH)
+    made = graph.constants[name].evaluate([graph.constants[graph.constants[name].sources[0]].evaluate([weight])])
+    assert made.stride() == (1, WIDTH) and made.equal(weight.t())
 
 
 def test_equal_layers_are_equal_regions() -> None:
