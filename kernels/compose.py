@@ -145,6 +145,9 @@ def compose(
             return None
         if isinstance(op.semantics, Reduction):
             shape = graph.values[op.inputs[0]].shape
+            if rows_and_columns(shape)[1] != columns:
+                # What is one number already would be counted once for every column.
+                return None
         arguments = [operand(value, shape) for value in op.inputs[: op.expression.inputs]]
         if any(a is None for a in arguments):
             return None

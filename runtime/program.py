@@ -154,12 +154,12 @@ class Arena:
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[Arena]:
-        """One of the arenas with its lock held: the first that is free, or, if none is, each in turn."""
-        free = (arena for arena in self._lanes if arena.lock.acquire(blocking=False))
-        arena = next(free, None)
-        if arena is None:
-            arena = next(self._turns)
-            arena.lock.acquire()
+        """One of the arenas with its lock held: the first that is free, or, if none is, whichever is next."""
+        arena = None
+        while arena is None:
+            arena = next((arena for arena in self._lanes if arena.lock.acquire(blocking=False)), None)
+            if arena is None and (turn := next(self._turns)).lock.acquire(timeout=_PATIENCE_SECONDS):
+                arena = turn
         try:
             yield arena
         finally:
@@ -223,6 +223,8 @@ def _described(tensor: Tensor | Slot) -> str:
 
 
 _CACHE_LINE = 64
+_PATIENCE_SECONDS = 0.001
+"""How long a call waits for one lane before it looks for others."""
 
 
 class Program:
@@ -317,13 +319,13 @@ class Program:
                 return self._run_alone(inputs, rebound)
         # In this order: constants that are replaced meanwhile leave these to nobody.
         twins, constants = self._twins, self._given
-        with self._arena.lane() as arena:
-            program = self if arena is self._arena else twins.get(arena)
-            if program is not None:
-                return program._run_alone(inputs, rebound)
-        twin = twins[arena] = Program(self.plan, self._kernels, constants, arena)
-        with arena.lock:
-            return twin._run_alone(inputs, rebound)
+        while True:
+            with self._arena.lane() as arena:
+                program = self if arena is self._arena else twins.get(arena)
+                if program is not None:
+                    return program._run_alone(inputs, rebound)
+            # Another call may be in this lane by the time the twin is made, and others be free.
+            twins[arena] = Program(self.plan, self._kernels, constants, arena)
 
     def _run_alone(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
         if rebound is not None and rebound.plan is not self.plan:
