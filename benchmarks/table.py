@@ -1,4 +1,4 @@
-"""The tables of results in README.md and docs/models.md, from benchmarks/results/*.json: text and results agree.
+"""The tables of results in README.md and docs, from benchmarks/results/*.json: text and results agree.
 
 python benchmarks/table.py            print the tables
 python benchmarks/table.py --write    put them between the markers in these files
@@ -199,6 +199,31 @@ def any_length(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{_machine(report['machine'])}"
 
 
+def efficient(report: Mapping[str, Any]) -> str:
+    """Mechanisms of efficient attention: milliseconds of every arm, and what many tokens need."""
+    measured = [result for result in report["results"] if "times" in result]
+    arms = _union(result["times"] for result in measured)
+    rows = [
+        [
+            result["mechanism"],
+            str(result["tokens"]),
+            *(_ms(result["times"].get(arm, {}).get("median_ms")) for arm in arms),
+            *(f"{result['faster_than'][arm]:.2f}×" for arm in ("eager", "compile")),
+        ]
+        for result in measured
+    ]
+    header = ["mechanism", "tokens", *arms, "over eager", "over torch.compile"]
+    title = "One module, fp32, milliseconds a call (“softmax” and “local”: exact attention by our own kernels)"
+    text = _table(title, header, rows)
+    for result in report["results"]:
+        if "peak_gb" in result:
+            text += (
+                f"\n\n{result['mechanism']} on {result['tokens']:,} tokens: {result['seconds']:.1f} s, "
+                f"{result['peak_gb']:.2f} GB at the most."
+            )
+    return f"{text}\n\n{_machine(report['machine'])}"
+
+
 def packed(report: Mapping[str, Any]) -> str:
     """Attention over documents side by side: milliseconds of every arm."""
     arms = _union(result["timings"] for result in report["results"])
@@ -253,10 +278,12 @@ TABLES = {
     "packed": packed,
     "search": search,
     "architectures": architectures,
+    "efficient": efficient,
 }
 FILES = {
     "README.md": ("encoders", "decoding", "any_length", "int8", "attention", "packed", "search"),
     "docs/models.md": ("architectures",),
+    "docs/efficient-attention.md": ("efficient",),
 }
 """Which tables stand in which file."""
 

@@ -181,7 +181,7 @@ def test_only_what_is_between_the_markers_changes(table: ModuleType) -> None:
         table.replaced("no markers", "new")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "docs/efficient-attention.md"])
 def test_files_show_the_stored_results(table: ModuleType, name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert table.replaced(text, table.tables(table.FILES[name])) == text, "run `python benchmarks/table.py --write`"
