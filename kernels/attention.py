@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -59,57 +59,6 @@ class ScorePolicy:
 
 
 @dataclass(frozen=True)
-class AttentionParameters:
-    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None.
-
-    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output, which
-    is the only one if ``value_dim`` is 0; ``rule`` changes scaled scores before masks do.
-    """
-
-    head_dim: int
-    value_dim: int
-    dtype: DType = DType.F32
-    mask: DType | None = None
-    lse: bool = False
-    key_block: int = 96
-    rule: ScoreRule | None = None
-
-    policy: ClassVar[ScorePolicy] = ScorePolicy("Products")
-
-    @property
-    def spec(self) -> KernelSpec:
-        return KernelSpec("attention", TEMPLATE, self)
-
-    @property
-    def extents(self) -> str:
-        """The kernel's extents in C."""
-        return AttentionExtents.declaration()
-
-    @property
-    def extents_type(self) -> str:
-        """The struct of the extents in C."""
-        return AttentionExtents.__name__
-
-    @property
-    def constants(self) -> Mapping[str, int | bool | float]:
-        """What the configuration says to the policy, by its names in C++."""
-        return {}
-
-    @property
-    def few_rows(self) -> int:
-        """The most rows of a group that is computed with the elements of a row in lanes."""
-        return FEW_ROWS
-
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
-        batch, heads, key_heads = operands.heads
-        return Launch(
-            Literal(f"plan:{plan.hash}", plan.array),
-            extents(batch, heads, key_heads, *plan.lengths, scale, operands.strides, operands.mask_strides),
-            workspace_bytes(batch, heads, self.value_dim, plan),
-        )
-
-
-@dataclass(frozen=True)
 class HeadStrides(Extents):
     """Elements between batch entries, heads and rows of q, k, v or out."""
 
@@ -145,6 +94,58 @@ class AttentionExtents(Extents):
     v: HeadStrides
     out: HeadStrides
     mask: MaskStrides
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None.
+
+    ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output, which
+    is the only one if ``value_dim`` is 0; ``rule`` changes scaled scores before masks do.
+    """
+
+    head_dim: int
+    value_dim: int
+    dtype: DType = DType.F32
+    mask: DType | None = None
+    lse: bool = False
+    key_block: int = 96
+    rule: ScoreRule | None = None
+
+    policy: ClassVar[ScorePolicy] = ScorePolicy("Products")
+    extents_kind: ClassVar[type[AttentionExtents]] = AttentionExtents
+
+    @property
+    def spec(self) -> KernelSpec:
+        return KernelSpec("attention", TEMPLATE, self)
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return self.extents_kind.declaration()
+
+    @property
+    def extents_type(self) -> str:
+        """The struct of the extents in C."""
+        return self.extents_kind.__name__
+
+    @property
+    def constants(self) -> Mapping[str, int | bool | float]:
+        """What the configuration says to the policy, by its names in C++."""
+        return {}
+
+    @property
+    def few_rows(self) -> int:
+        """The most rows of a group that is computed with the elements of a row in lanes."""
+        return FEW_ROWS
+
+    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        batch, heads, key_heads = operands.heads
+        return Launch(
+            Literal(f"plan:{plan.hash}", plan.array),
+            extents(batch, heads, key_heads, *plan.lengths, scale, operands.strides, operands.mask_strides),
+            workspace_bytes(batch, heads, self.value_dim, plan),
+        )
 
 
 def extents(
@@ -412,6 +413,11 @@ class Launch:
     plan: Literal
     extents: Extents
     workspace_bytes: int
+
+    def extended(self, kind: type[AttentionExtents], **more: Any) -> Launch:
+        """The same with extents of a kind that says ``more``."""
+        known = {field.name: getattr(self.extents, field.name) for field in dataclasses.fields(AttentionExtents)}
+        return dataclasses.replace(self, extents=kind(**known, **more))
 
 
 class PlanParameters(Protocol):

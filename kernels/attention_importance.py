@@ -44,14 +44,7 @@ class ImportanceParameters(AttentionParameters):
     """The parameters of one kernel, whose block of keys holds all landmarks."""
 
     policy: ClassVar[ScorePolicy] = ScorePolicy("Importance", "importance.h")
-
-    @property
-    def extents(self) -> str:
-        return ImportanceExtents.declaration()
-
-    @property
-    def extents_type(self) -> str:
-        return ImportanceExtents.__name__
+    extents_kind: ClassVar[type[AttentionExtents]] = ImportanceExtents
 
     @property
     def constants(self) -> Mapping[str, int | bool | float]:
@@ -111,14 +104,12 @@ class _Weighted:
 
     def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
-        known = {f.name: getattr(made.extents, f.name) for f in dataclasses.fields(AttentionExtents)}
         landmarks, sums, heuristic, offset = self.strides
-        extents = ImportanceExtents(
-            **known,
+        return made.extended(
+            ImportanceExtents,
             landmarks=landmarks,
             sums=sums,
             heuristic=heuristic,
             offset=offset,
             coefficient=self.coefficient,
         )
-        return dataclasses.replace(made, extents=extents)

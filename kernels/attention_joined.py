@@ -40,14 +40,7 @@ class JoinedParameters(AttentionParameters):
     """The parameters of one kernel."""
 
     policy: ClassVar[ScorePolicy] = ScorePolicy("Joined", "joined.h")
-
-    @property
-    def extents(self) -> str:
-        return JoinedExtents.declaration()
-
-    @property
-    def extents_type(self) -> str:
-        return JoinedExtents.__name__
+    extents_kind: ClassVar[type[AttentionExtents]] = JoinedExtents
 
 
 class CpuJoinedAttention(Implementation[AttentionMatch, JoinedParameters]):
@@ -92,11 +85,10 @@ class _Placed:
 
     def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
-        known = {f.name: getattr(made.extents, f.name) for f in dataclasses.fields(AttentionExtents)}
         tokens, step, near_first, far_first = self.places
         far_k, far_v = self.far
-        extents = JoinedExtents(
-            **known,
+        return made.extended(
+            JoinedExtents,
             tokens=tokens,
             step=step,
             near_first=near_first,
@@ -104,4 +96,3 @@ class _Placed:
             far_k=far_k,
             far_v=far_v,
         )
-        return dataclasses.replace(made, extents=extents)

@@ -39,14 +39,7 @@ class PredictedKernel(AttentionParameters):
     form: Form = dataclasses.field(kw_only=True)
 
     policy: ClassVar[ScorePolicy] = ScorePolicy("Predicted", "predicted.h")
-
-    @property
-    def extents(self) -> str:
-        return PredictedExtents.declaration()
-
-    @property
-    def extents_type(self) -> str:
-        return PredictedExtents.__name__
+    extents_kind: ClassVar[type[AttentionExtents]] = PredictedExtents
 
     @property
     def few_rows(self) -> int:
@@ -107,13 +100,12 @@ class PredictedAttention:
         words += -(-threads * sums // 2)
         self.quantize.check_calibrated()
         q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
-        known = {f.name: getattr(made.extents, f.name) for f in dataclasses.fields(AttentionExtents)}
-        extents = PredictedExtents(
-            **known,
+        extended = made.extended(
+            PredictedExtents,
             workspace=made.workspace_bytes,
             sums=sums,
             limit=self.quantize.limit,
             q_threshold=q_threshold,
             k_threshold=k_threshold,
         )
-        return dataclasses.replace(made, extents=extents, workspace_bytes=made.workspace_bytes + 4 * words)
+        return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * words)

@@ -54,7 +54,7 @@ attributes, and PyTorch's modes if it asks for them."""
 
 
 @dataclass(frozen=True)
-class Packed:
+class Unpadded:
     """How calls of one shape leave out padding, and the program that comes before there are rows."""
 
     form: Form
@@ -77,7 +77,7 @@ class Engine:
         self.lock = ForkSafeRLock()
         self.store = WeightStore(model)
         self.programs: ProgramCache[Key, Compiled] = ProgramCache(_PROGRAMS)
-        self.packed: ProgramCache[Key, Packed] = ProgramCache(_PROGRAMS)
+        self.packed: ProgramCache[Key, Unpadded] = ProgramCache(_PROGRAMS)
         self.forms = Forms()
         self.masks = KnownMasks()
         self.padding = Padding(options.padding)

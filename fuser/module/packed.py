@@ -13,7 +13,7 @@ from torch import Tensor
 from fuser.frontend.capture import FlatCall
 from fuser.ir.errors import CaptureError, FuserError, PackingError
 from fuser.module.acceptance import acceptable, device_of
-from fuser.module.engine import Engine, Key, Packed, making
+from fuser.module.engine import Engine, Key, Unpadded, making
 from fuser.module.forms import Form
 from fuser.module.nested import padded
 from fuser.module.ragged import run_packed
@@ -54,13 +54,13 @@ def of_nested(engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return found.before.output.build(given.outputs(outputs, found.packing.graph.layout.outputs))
 
 
-def _run(engine: Engine, found: Packed, call: FlatCall, key: Key) -> list[Tensor] | None:
+def _run(engine: Engine, found: Unpadded, call: FlatCall, key: Key) -> list[Tensor] | None:
     rows, before = functools.partial(_rows, engine, found, key), found.before
     layout = found.packing.graph.layout
     return run_packed(layout, before.sizes, before.program, rows, call.tensors, engine.padding, found.complete)
 
 
-def _packing(engine: Engine, call: FlatCall, key: Key) -> Packed | None:
+def _packing(engine: Engine, call: FlatCall, key: Key) -> Unpadded | None:
     """How padding is left out of a call; None where it is not known yet. Raises PackingError where it cannot be."""
     found = engine.packed.use(key)
     if found is None or engine.store.changed or not found.before.is_current:
@@ -82,7 +82,7 @@ def _packing(engine: Engine, call: FlatCall, key: Key) -> Packed | None:
                     return None
                 sizes = form.sizes(call)
                 packing = form.packing(sizes, target)
-                found = Packed(form, packing, engine.part(form, packing.before, sizes, key, device))
+                found = Unpadded(form, packing, engine.part(form, packing.before, sizes, key, device))
             engine.packed.add(key, found)
     routes = found.before.routes
     if torch.is_grad_enabled() and (routes.unregistered or routes.sources(call.tensors)):
@@ -106,7 +106,7 @@ def _form(engine: Engine, call: FlatCall, key: Key, device: torch.device) -> For
     return made
 
 
-def _rows(engine: Engine, packed: Packed, key: Key, sizes: Mapping[str, int]) -> Program:
+def _rows(engine: Engine, packed: Unpadded, key: Key, sizes: Mapping[str, int]) -> Program:
     """The program that computes so many rows."""
     part = packed.packing.rows
     wanted = tuple((name, sizes[name]) for name in part.binder.names)
