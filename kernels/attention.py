@@ -19,10 +19,10 @@ from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.operators import (
     PV,
     QK,
-    BiasBySums,
+    BiasByDistance,
     ChangeScores,
+    DocumentMask,
     ImportanceBias,
-    IntervalMask,
     JoinedKeys,
     LogSumExp,
     PatternMask,
@@ -78,9 +78,19 @@ class MaskStrides(Extents):
 
 
 @dataclass(frozen=True)
+class Distances(Extents):
+    """Elements between heads of a bias by distance; which that of query 0 and key 0 is; and how many it is from a key
+    to the next, -1 or 1. From a query to the next it is 1."""
+
+    head: int
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
 class AttentionExtents(Extents):
-    """``mask`` is zero where there is no run-time mask, and where it is broadcast. ``in_flight`` is how many heads may
-    be at work whose rows several phases share."""
+    """``mask`` is zero where there is no run-time mask, and where it is broadcast, ``distances`` where there is no bias
+    by distance. ``in_flight`` is how many heads may be at work whose rows several phases share."""
 
     batch: int
     heads: int
@@ -94,11 +104,13 @@ class AttentionExtents(Extents):
     v: HeadStrides
     out: HeadStrides
     mask: MaskStrides
+    distances: Distances
 
 
 @dataclass(frozen=True)
 class AttentionParameters:
-    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None.
+    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), F32 or BF16 (added to scores), or None;
+    ``distances`` that of a bias by distance, or None.
 
     ``key_block`` keys are scored before their probabilities meet the values; ``lse`` adds the log-sum-exp output, which
     is the only one if ``value_dim`` is 0; ``rule`` changes scaled scores before masks do.
@@ -111,6 +123,7 @@ class AttentionParameters:
     lse: bool = False
     key_block: int = 96
     rule: ScoreRule | None = None
+    distances: DType | None = None
 
     policy: ClassVar[ScorePolicy] = ScorePolicy("Products")
     extents_kind: ClassVar[type[AttentionExtents]] = AttentionExtents
@@ -143,7 +156,10 @@ class AttentionParameters:
         batch, heads, key_heads = operands.heads
         return Launch(
             Literal(f"plan:{plan.hash}", plan.array),
-            extents(batch, heads, key_heads, *plan.lengths, scale, operands.strides, operands.mask_strides),
+            extents(
+                *(batch, heads, key_heads, *plan.lengths, scale),
+                *(operands.strides, operands.mask_strides, operands.distances),
+            ),
             workspace_bytes(batch, heads, self.value_dim, plan),
         )
 
@@ -157,13 +173,15 @@ def extents(
     scale: float,
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
+    distances: Distances | None = None,
     in_flight: int = HEADS_IN_FLIGHT,
 ) -> AttentionExtents:
-    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
-    (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
+    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, ``mask_strides``
+    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance."""
     q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
     mask = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
-    return AttentionExtents(batch, heads, key_heads, q_len, kv_len, float(scale), in_flight, q, k, v, out, mask)
+    far = distances or Distances(0, 0, 0)
+    return AttentionExtents(batch, heads, key_heads, q_len, kv_len, float(scale), in_flight, q, k, v, out, mask, far)
 
 
 def workspace_bytes(
@@ -192,9 +210,8 @@ _INTERVAL = 128
 class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
     ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
-    plan, where that is known at run time alone. The mask is a bias ``by_sums`` of the numbers of query and key, or of
-    the scores' shape, or what the operator ``importance`` makes. That is not stored, and neither are keys and values
-    that ``joins`` make."""
+    plan, where that is known at run time alone; ``bias`` adds one by ``distances``. The mask may be what the operator
+    ``importance`` makes. That is not stored, and neither are keys and values that ``joins`` make."""
 
     group: OperatorGroup
     q: str
@@ -206,7 +223,7 @@ class AttentionMatch:
     mask: str | None
     rule: ScoreRule | None = None
     table: str | None = None
-    by_sums: bool = False
+    bias: Operator[BiasByDistance] | None = None
     lse: str | None = None
     importance: Operator[ImportanceBias] | None = None
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
@@ -219,6 +236,21 @@ class AttentionMatch:
     def mask_dtype(self) -> DType | None:
         """Storage of the run-time mask."""
         return None if self.mask is None else STORAGE[self.group.graph.values[self.mask].dtype]
+
+    @property
+    def distances(self) -> str | None:
+        """The bias by distance."""
+        return None if self.bias is None else self.bias.inputs[1]
+
+    @property
+    def distances_dtype(self) -> DType | None:
+        """Storage of the bias by distance."""
+        return None if self.distances is None else STORAGE[self.group.graph.values[self.distances].dtype]
+
+    @property
+    def of_scores(self) -> dict[str, Any]:
+        """Parameters of what becomes of scores."""
+        return {"rule": self.rule, "distances": self.distances_dtype}
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -236,8 +268,13 @@ class AttentionMatch:
         k, v = self.k, self.v or self.k
         if self.joins is not None:
             k, v = (op.inputs[0] for op in self.joins)
-        reads = (self.q, k, v, *([] if self.mask is None else [self.mask]))
+        reads = (self.q, k, v, *self.added)
         return call_of(self.pattern, self.operands, reads, self.writes, self.scale, parameters, target, threads)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Run-time mask and bias by distance, as far as there are any."""
+        return tuple(value for value in (self.mask, self.distances) if value is not None)
 
     @property
     def operands(self) -> Operands:
@@ -249,11 +286,11 @@ class AttentionMatch:
             # Keys beyond the tokens lie elsewhere.
             near = (self.group.graph.values[op.inputs[0]].strides for op in self.joins)
             k, v = (dataclasses.replace(spec, strides=strides) for spec, strides in zip((k, v), near, strict=True))
-        if self.by_sums:
-            (row,) = masks
-            shape = (*q.shape[:3], k.shape[2])
-            masks = [TensorSpec(shape, row.dtype, (0, 0 if row.shape[0] == 1 else row.strides[0], 1, 1))]
-        return Operands(q, k, v, out, *masks)
+        far = None
+        if self.bias is not None:
+            row, how = self.group.graph.values[self.bias.inputs[1]], self.bias.semantics
+            far = Distances(0 if row.shape[0] == 1 else row.strides[0], how.first, 1 if how.reversed else -1)
+        return Operands(q, k, v, out, *masks, distances=far)
 
     @property
     def moved_bytes(self) -> int:
@@ -294,9 +331,11 @@ class AttentionFamily:
             return None
         q, k = qk.inputs
         v = products[0].inputs[1] if products else None
-        tables = [op.inputs[3] for op in group.of(IntervalMask)]
-        attn_masks = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, IntervalMask)]
-        if tables and (len(masks) > 1 or lse is not None):
+        tables = [op.inputs[4] for op in group.of(DocumentMask)]
+        others = (DocumentMask, BiasByDistance)
+        attn_masks = [op.inputs[1] for op in masks if len(op.inputs) > 1 and not isinstance(op.semantics, others)]
+        far = group.of(BiasByDistance)
+        if len(far) > 1 or (tables and (len(masks) > 1 + len(far) or lse is not None)):
             return None
         operands = (q, k) if v is None else (q, k, v)
         if len(attn_masks) > 1 or not self._supported(group, operands, attn_masks, target):
@@ -316,13 +355,15 @@ class AttentionFamily:
         mask = attn_masks[0] if attn_masks else None
         rule = rules[0].semantics.rule if rules else None
         table = tables[0] if tables else None
-        by_sums = bool(group.of(BiasBySums))
+        bias = far[0] if far else None
+        if bias is not None and not self._has_distances(group, bias, target):
+            return None
         biases = group.of(ImportanceBias)
         if biases:
             (bias,) = biases
             if len(biases) > 1 or bias.output != mask or bias.inputs[0] != q or bias.semantics.scale != scale:
                 return None
-            if rule is not None or by_sums or not isinstance(pattern, Dense):
+            if rule is not None or bias is not None or not isinstance(pattern, Dense):
                 return None
             mask = None
         importance = biases[0] if biases else None
@@ -333,7 +374,13 @@ class AttentionFamily:
                 return None
             made = {op.output: op for op in joining}
             joins = made[k], made[v or k]
-        return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, by_sums, lse, importance, joins)
+        return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins)
+
+    @staticmethod
+    def _has_distances(group: OperatorGroup, bias: Operator[BiasByDistance], target: Target) -> bool:
+        """Whether numbers by distance lie as kernels read them."""
+        spec, heads = (group.graph.values[value] for value in (bias.inputs[1], bias.inputs[0]))
+        return spec.dtype in floating(target) and spec.strides[1] == 1 and spec.shape[0] in (1, heads.shape[1])
 
     @staticmethod
     def _supported(group: OperatorGroup, operands: Sequence[str], attn_masks: Sequence[str], target: Target) -> bool:
@@ -355,7 +402,7 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
         if match.importance is not None or match.joins is not None:
             return ()
         lse = match.lse is not None
-        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, lse, rule=match.rule)]
+        return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, lse, **match.of_scores)]
 
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
         batch, heads, rows, _ = match.group.graph.values[match.q].shape
@@ -374,22 +421,28 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
             return match.call(parameters, target, threads)
         operands = match.operands
         lengths = operands.q.shape[2], operands.k.shape[2]
-        sizes = extents(*operands.heads, *lengths, match.scale, operands.strides)
+        sizes = extents(
+            *(*operands.heads, *lengths, match.scale, operands.strides),
+            *(operands.mask_strides, operands.distances),
+        )
         assert match.v is not None and match.out is not None
-        # Plans of intervals have one phase, which needs no scratch.
-        return KernelCall(parameters.spec, (match.q, match.k, match.v, match.table, match.out), sizes, (match.out,))
+        # Plans of packed rows have one phase, which needs no scratch.
+        return KernelCall(
+            parameters.spec, (match.q, match.k, match.v, *match.added, match.table, match.out), sizes, (match.out,)
+        )
 
 
 @dataclass(frozen=True)
 class Operands:
     """The tensors of one attention as they lie in memory: q, k, v and out (B, H, S, D) with contiguous rows, and the
-    run-time ``mask`` of the scores' shape."""
+    run-time ``mask`` of the scores' shape; and where a bias by distance has its elements."""
 
     q: TensorSpec
     k: TensorSpec
     v: TensorSpec
     out: TensorSpec
     mask: TensorSpec | None = None
+    distances: Distances | None = None
 
     @property
     def heads(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fuser.ir.extents import Extents
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AttentionMatch, HeadStrides, Launch, MaskStrides, Operands
+from fuser.kernels.attention import AttentionMatch, Distances, HeadStrides, Launch, MaskStrides, Operands
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -32,7 +32,8 @@ _GATHER_SHARE = 2 / 3
 
 @dataclass(frozen=True)
 class CudaAttentionParameters:
-    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), or the type of one added to scores.
+    """``mask`` is the storage of the run-time mask: BOOL (True = may attend), or the type of one added to scores,
+    ``distances`` that of a bias by distance.
 
     ``rows`` (64 or 128) query rows make a tile, sixteen a warp; ``keys`` (16, 32 or 64) travel together through
     ``stages`` buffers; ``blocks`` a multiprocessor are what registers are limited for. fp32 is computed with fused
@@ -51,6 +52,7 @@ class CudaAttentionParameters:
     stages: int = 2
     blocks: int = 2
     rule: ScoreRule | None = None
+    distances: DType | None = None
 
     @property
     def spec(self) -> KernelSpec:
@@ -91,7 +93,8 @@ class CudaAttentionParameters:
         return Launch(
             Literal(chosen.tiles.key, chosen.tiles.array),
             extents(
-                batch, heads, key_heads, plan, chosen, scale, target.cores, operands.strides, operands.mask_strides
+                *(batch, heads, key_heads, plan, chosen, scale, target.cores),
+                *(operands.strides, operands.mask_strides, operands.distances),
             ),
             chosen.workspace_bytes,
         )
@@ -105,6 +108,7 @@ def choices(
     lse: bool,
     target: Target,
     rule: ScoreRule | None = None,
+    distances: DType | None = None,
 ) -> list[CudaAttentionParameters]:
     """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow.
 
@@ -123,7 +127,8 @@ def choices(
         for stages in _STAGES:
             for fewer in sorted({keys, 16}, reverse=True):
                 made = CudaAttentionParameters(
-                    head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages, max(1, blocks * 64 // rows), rule
+                    *(head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages),
+                    *(max(1, blocks * 64 // rows), rule, distances),
                 )
                 if made.shared_bytes <= target.shared_bytes:
                     found.append(made)
@@ -183,6 +188,7 @@ class CudaAttentionExtents(Extents):
     v: HeadStrides
     out: HeadStrides
     mask: MaskStrides
+    distances: Distances
 
 
 def extents(
@@ -195,15 +201,16 @@ def extents(
     multiprocessors: int,
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
+    distances: Distances | None = None,
 ) -> CudaAttentionExtents:
-    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, and ``mask_strides``
-    (batch, head, row, key) of the run-time mask, 0 where it is broadcast."""
+    """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, ``mask_strides``
+    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance."""
     cut = chosen.tiles
     sizes = (batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale))
     of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, multiprocessors, *cut.offsets)
     q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
     masks = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
-    return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, masks)
+    return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, masks, distances or Distances(0, 0, 0))
 
 
 def cost(
@@ -238,7 +245,7 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
         if match.table is not None or match.out is None or match.importance is not None or match.joins is not None:
             return ()
         lse = match.lse is not None
-        return choices(*match.widths, match.dtype, match.mask_dtype, lse, target, match.rule)
+        return choices(*match.widths, match.dtype, match.mask_dtype, lse, target, **match.of_scores)
 
     def cost(self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target) -> Cost:
         batch, heads, _, _ = match.group.graph.values[match.q].shape

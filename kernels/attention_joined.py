@@ -54,7 +54,7 @@ class CpuJoinedAttention(Implementation[AttentionMatch, JoinedParameters]):
         if any(s.strides[3] != 1 and s.shape[3] > 1 for s in parts) or len({s.dtype for s in parts}) > 1:
             return ()
         lse = match.lse is not None
-        return [JoinedParameters(*match.widths, match.dtype, match.mask_dtype, lse, rule=match.rule)]
+        return [JoinedParameters(*match.widths, match.dtype, match.mask_dtype, lse, **match.of_scores)]
 
     def cost(self, match: AttentionMatch, parameters: JoinedParameters, target: Target) -> Cost:
         return CpuAttention().cost(match, parameters, target)

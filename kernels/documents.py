@@ -7,14 +7,17 @@ plans of single documents are put side by side. Either way nothing here runs onc
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from fuser.ir.masks import And, Causal, Dense, Mask, SlidingWindow
+from fuser.ir.masks import And, Causal, Dense, Mask, SlidingWindow, from_dense
 from fuser.ir.target import Target
-from fuser.kernels.plan import WIDTHS, AttentionPlan, Int64s, Words, low_bits, ramp, segments
+from fuser.kernels.plan import WIDTHS, AttentionPlan, Bools, Int64s, Words, low_bits, ramp, segments
 from fuser.kernels.planner import plan
 
 _ROWS = max(WIDTHS)
@@ -66,12 +69,87 @@ def plan_documents(mask: Mask, q_bounds: Int64s, k_bounds: Int64s, target: Targe
     return AttentionPlan.assemble(int(q_bounds[-1]), int(k_bounds[-1]), mask.heads, **joined._asdict())
 
 
-def plan_intervals(bounds: Int64s, first: Int64s, last: Int64s) -> AttentionPlan:
-    """The plan for rows of documents that begin at ``bounds`` (documents + 1,), of which each sees the keys from its
-    ``first`` to its ``last`` (rows,) alone, none where that is less. Both ascend."""
-    rows = int(bounds[-1])
-    groups = _of_intervals(bounds[:-1], np.diff(bounds), first, last)
-    return AttentionPlan.assemble(rows, rows, None, **groups._asdict())
+@dataclass(frozen=True)
+class Documents:
+    """Rows of documents one behind the other: row r is position r % ``length`` of document r // ``length``. ``rows``
+    (R,) int64 ascend, ``is_key`` (R,) bool says which of them may be seen."""
+
+    rows: Int64s
+    length: int
+    is_key: Bools
+
+    def plan(self, mask: Mask) -> AttentionPlan:
+        """The plan of rows that see the keys of their document that ``mask`` allows for its positions.
+
+        Raises MaskError where the mask does not fit the length.
+        """
+        around = _band_at(mask, self.length)
+        heads = None if around is not None else mask.heads
+        groups = self._of_band(*around) if around is not None else self._one_by_one(mask)
+        return AttentionPlan.assemble(len(self.rows), len(self.rows), heads, **groups._asdict())
+
+    @functools.cached_property
+    def _starts(self) -> Int64s:
+        """Where documents begin, and the end."""
+        starts = np.flatnonzero(np.diff(self.rows // self.length, prepend=-1))
+        return np.append(starts, len(self.rows))
+
+    def _of_band(self, low: int, high: int) -> _Groups:
+        places = np.flatnonzero(self.is_key)
+        keys, begin = self.rows[places], self.rows // self.length * self.length
+        at = self.rows - begin
+        first = np.searchsorted(keys, begin + np.clip(at + low, 0, self.length))
+        end = np.searchsorted(keys, begin + np.clip(at + high + 1, 0, self.length))
+        first, last = np.append(places, len(self.rows))[first], np.insert(places, 0, -1)[end]
+        return _of_intervals(self._starts[:-1], np.diff(self._starts), first, last)
+
+    def _one_by_one(self, mask: Mask) -> _Groups:
+        at = self.rows % self.length
+        kinds: list[_Groups] = []
+        numbers: dict[bytes, int] = {}
+        which = []
+        for start, stop in itertools.pairwise(self._starts.tolist()):
+            positions, seen = at[start:stop], self.is_key[start:stop]
+            name = positions.tobytes() + seen.tobytes()
+            if name not in numbers:
+                numbers[name] = len(kinds)
+                kinds.append(_part(mask, self.length, positions.tobytes(), seen.tobytes()))
+            which.append(numbers[name])
+        return _beside(kinds, np.array(which, np.int64), self._starts[:-1], self._starts[:-1])
+
+
+def sees(mask: Mask, is_key: Bools, position: int) -> bool:
+    """Whether, in all entries of (B, S), a row at a position sees one of the keys there."""
+    length = is_key.shape[1]
+    around = _band_at(mask, length)
+    if around is None:
+        return bool((mask.dense(length, length)[..., position, :].numpy()[None] & is_key[:, None]).any(-1).all())
+    low, high = around
+    return bool(is_key[:, max(position + low, 0) : max(position + high + 1, 0)].any(1).all())
+
+
+@functools.lru_cache(maxsize=64)
+def _band_at(mask: Mask, length: int) -> tuple[int, int] | None:
+    """The keys around each row that a mask allows at this length, if that is what it does."""
+    found = band(mask)
+    if found is None and mask.heads is None:
+        allowed = mask.dense(length, length)
+        pairs = allowed.nonzero()
+        reach = pairs[:, 1] - pairs[:, 0]
+        found = (int(reach.min()), int(reach.max())) if len(reach) else (length, length)
+        steps = torch.arange(length)
+        between = steps[None] - steps[:, None]
+        found = found if torch.equal((between >= found[0]) & (between <= found[1]), allowed) else None
+    return None if found is None else (max(-length, found[0]), min(length, found[1]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _part(mask: Mask, length: int, positions: bytes, is_key: bytes) -> _Groups:
+    """The groups of one document of some positions."""
+    at = torch.from_numpy(np.frombuffer(positions, np.int64).copy())
+    seen = torch.from_numpy(np.frombuffer(is_key, np.bool_).copy())
+    allowed = mask.dense(length, length)[..., at[:, None], at] & seen
+    return _groups_of(plan(from_dense(allowed), len(at)))
 
 
 def _blind(q_bounds: Int64s, counts: Int64s, head: int) -> _Groups:
@@ -152,7 +230,10 @@ def _of_intervals(begin: Int64s, rows: Int64s, first: Int64s, last: Int64s) -> _
 @functools.lru_cache(maxsize=1024)
 def _document(mask: Mask, q_len: int, kv_len: int, target: Target | None) -> _Groups:
     """The groups of one document by itself."""
-    made = plan(document_mask(mask, q_len, kv_len), q_len, kv_len, target)
+    return _groups_of(plan(document_mask(mask, q_len, kv_len), q_len, kv_len, target))
+
+
+def _groups_of(made: AttentionPlan) -> _Groups:
     a = made._arrays
     row_ptr, run_ptr, key_ptr = (a[name].astype(np.int64) for name in ("row_ptr", "run_ptr", "key_ptr"))
     head, phase, width, rows, keys = (a[name].astype(np.int64) for name in ("head", "phase", "width", "row", "key"))
@@ -168,6 +249,11 @@ def _side_by_side(
     lengths, which = np.unique(np.stack([rows, keys], axis=1), axis=0, return_inverse=True)
     which = which.reshape(-1)
     kinds: Sequence[_Groups] = [_document(mask, n, m, target) for n, m in lengths.tolist()]
+    return _beside(kinds, which, first, k_first)
+
+
+def _beside(kinds: Sequence[_Groups], which: Int64s, first: Int64s, k_first: Int64s) -> _Groups:
+    """Groups of documents, ``which`` of the ``kinds`` they are, from these rows and keys on."""
     if not kinds:
         return _blind(np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
     sizes = np.array([len(kind.head) for kind in kinds])

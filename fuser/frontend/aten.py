@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fuser.attention.registry import spec_of
+from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
@@ -476,7 +477,8 @@ def _windowed_attention(r: Raiser, node: fx.Node) -> Value | None:
         for name, pair in zip(("keys", "values"), parts, strict=True)
     )
     scale = 1.0 / math.sqrt(q.shape[3])
-    return attention_from(r, node, q, keys, values, scale, [], pattern=how.mask, by_sums=row)
+    distances = None if row is None else Distances(row, 0, reversed=True)
+    return attention_from(r, node, q, keys, values, scale, [], pattern=how.mask, distances=distances)
 
 
 @_handles(torch.ops.fuser.averages.default)

@@ -5,22 +5,34 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.attention_patterns import FLOOR, MaskUse
 from fuser.frontend.building import Evaluation
 from fuser.frontend.raising import Raiser
-from fuser.frontend.sizes import broadcast
+from fuser.frontend.sizes import broadcast, traced
 from fuser.frontend.views import Conjunction, View
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Causal, Dense, Mask, from_dense
 from fuser.ir.masks.late import LateMask
-from fuser.ir.operators import Extern, Ref, TorchCall
+from fuser.ir.operators import Embedding, Extern, Ref, TorchCall
 from fuser.ir.size import Size, UndecidedSizeError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Distances:
+    """A bias by distance, as :class:`~fuser.ir.operators.BiasByDistance` has it: ``value`` (1 or H, distances)."""
+
+    value: str
+    first: int
+    reversed: bool = False
 
 
 def combined(
@@ -31,9 +43,11 @@ def combined(
     pattern: Mask | None,
     causal: bool,
     dtype: torch.dtype,
-) -> tuple[Mask | None, View | None]:
-    """All masks of one attention over scores of ``rank`` dimensions: a constant pattern of what is forbidden, and
-    one run-time tensor, expanded to ``shape``.
+    *,
+    whole: bool = False,
+) -> tuple[Mask | None, View | None, Distances | None]:
+    """All masks of one attention over scores of ``rank`` dimensions: a constant pattern of what is forbidden, one
+    run-time tensor, expanded to ``shape``, and, unless what is added is to be ``whole``, a bias by distance.
 
     Only -inf forbids. A finite minimum that a mask adds, or fills in, gives exactly zero in every row that allows
     something, as a pattern does, and a uniform average in a row that does not: that needs the numbers.
@@ -41,6 +55,9 @@ def combined(
     full = {4: shape, 3: (shape[0], *shape[2:]), 2: shape[2:]}[rank]
     lowered: list[tuple[MaskUse, Mask | None]] = []
     attn_masks: list[View] = []
+    distances = None
+    if not whole:
+        uses, distances = _apart(r, uses, shape, full)
     for use in uses:
         constant, finite = _constant_mask(r, use, full)
         if finite:
@@ -65,13 +82,85 @@ def combined(
     if pattern is not None:
         pattern = _hashable(pattern, *shape[2:])
     if not attn_masks:
-        return pattern, None
+        return pattern, None, distances
     # Constants meet before a call.
     attn_masks.sort(key=lambda view: not r.is_constant(view))
     total, *more = attn_masks if len(attn_masks) == 1 else [_additive(r, v, -math.inf, dtype) for v in attn_masks]
     for view in more:
         total = _torch_mask(r, "sum", torch.add, (total, view), (), dtype)
-    return pattern, four_dims(total.expand(full))
+    return pattern, four_dims(total.expand(full)), distances
+
+
+def _apart(
+    r: Raiser, uses: Sequence[MaskUse], shape: tuple[int, int, int, int], full: Sequence[int]
+) -> tuple[list[MaskUse], Distances | None]:
+    """Masks without one that follows from distances alone, perhaps within a sum, and that one."""
+    rest: list[MaskUse] = []
+    waiting, found = list(uses), None
+    while waiting:
+        use = waiting.pop(0)
+        if found is None and not use.inverted:
+            found = _by_distance(r, use, shape, full)
+            if found is not None:
+                continue
+            parts = _summands(use)
+            if any(_by_distance(r, part, shape, full) for part in parts if traced(part.node).dtype != torch.bool):
+                waiting[:0] = parts
+                continue
+        rest.append(use)
+    return rest, found
+
+
+def _summands(use: MaskUse) -> list[MaskUse]:
+    """What a mask is the sum of; nothing where it is none."""
+    node = use.node
+    while node.target is aten.clone.default:
+        node = node.args[0]
+    args = node.args
+    if node.target is aten.add.Tensor and not node.kwargs and all(isinstance(n, fx.Node) for n in args):
+        parts = [replace(use, node=n) for n in args]
+        return parts if all(traced(part.node).dtype.is_floating_point for part in parts) else []
+    if node.target is aten.where.ScalarOther and args[2] <= FLOOR:
+        # What is as low as that is the same with any number added.
+        return [replace(use, node=args[1]), replace(use, node=args[0], fill=args[2])]
+    if node.target is aten.masked_fill.Scalar and args[2] <= FLOOR:
+        return [replace(use, node=args[0]), replace(use, node=args[1], fill=args[2], inverted=True)]
+    return []
+
+
+def _by_distance(r: Raiser, use: MaskUse, shape: tuple[int, int, int, int], full: Sequence[int]) -> Distances | None:
+    """A bias whose rows are looked up by indices that are the same for all pairs of a distance, as in T5."""
+    value = r.env[use.node]
+    if not isinstance(value, View) or r.dtype(value) not in r.floating:
+        return None
+    op = r.producer(value.base)
+    if op is None or not isinstance(op.semantics, Embedding) or not all(name in r.constants for name in op.inputs):
+        return None
+    table, indices = (r.values[name] for name in op.inputs)
+    view = four_dims(at_scores(r, use, value, full).expand(full))
+    _, heads, q_len, kv_len = shape
+    strides, width = view.strides(), table.shape[1]
+    if strides is None or view.offset != 0 or strides != (0, int(width > 1), kv_len * width, width):
+        return None
+    places = View.of(op.inputs[1], indices).reshape((q_len, kv_len))
+    if width not in (1, heads) or places is None or not r.decided(_is_of_distances, places):
+        return None
+    key = (_distances_of, *op.inputs)
+    if key not in r.masks:
+        call = TorchCall(_distances_of, (Ref(0), Ref(1), q_len, kv_len))
+        name = r.derived(f"{value.base}_distances", op.inputs, call, (width, q_len + kv_len - 1), table.dtype)
+        r.masks[key] = View.of(name, r.values[name])
+    return Distances(r.masks[key].base, kv_len - 1)
+
+
+def _is_of_distances(indices: Tensor) -> bool:
+    return bool((indices[1:, 1:] == indices[:-1, :-1]).all())
+
+
+def _distances_of(table: Tensor, indices: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """The rows of ``table`` by distance, from the last key seen by the first query to the first by the last."""
+    pairs = indices.reshape(q_len, kv_len)
+    return table[torch.cat([pairs[0].flip(0), pairs[1:, 0]])].t().contiguous()
 
 
 def at_scores(r: Raiser, use: MaskUse, view: View, full: Sequence[int]) -> View:
@@ -110,9 +199,12 @@ def _torch_mask(
     dtype: torch.dtype,
 ) -> View:
     """A mask that PyTorch makes of others, once for all layers that read it."""
+    shape = broadcast(*(view.shape for view in views))
+    # What is the same all along a dimension is made once.
+    views = [_unrepeated(view) for view in views]
     key = (function, *views, *more, dtype)
     if key in r.masks:
-        return r.masks[key]
+        return r.masks[key].expand(shape)
     spec = TensorSpec.contiguous(broadcast(*(view.shape for view in views)), dtype)
     call, label = TorchCall(function, (*map(Ref, range(len(views))), *more)), f"{views[0].base}_{what}"
     sources = tuple(map(r.realize, views))
@@ -122,7 +214,14 @@ def _torch_mask(
     else:
         made = r.emit(Extern(call, "a mask made at run time"), label, sources, spec)
     r.masks[key] = made
-    return made
+    return made.expand(shape)
+
+
+def _unrepeated(view: View) -> View:
+    for dim, size in enumerate(view.shape):
+        if size != 1 and view.repeats(dim) == size:
+            view = view.without_repeats(dim, size)
+    return view
 
 
 def _constant_mask(r: Raiser, use: MaskUse, full: Sequence[int], view: View | None = None) -> tuple[Mask | None, bool]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fuser.attention.registry import enter, pin
-from fuser.frontend.attention_masks import combined, four_dims
+from fuser.frontend.attention_masks import Distances, combined, four_dims
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
@@ -87,6 +87,7 @@ class _Operands:
     v: View
     pattern: Mask | None
     mask: str | None
+    distances: Distances | None
 
     @property
     def scores(self) -> tuple[int, ...]:
@@ -95,7 +96,15 @@ class _Operands:
 
 
 def _operands(
-    r: Raiser, q: View, k: View, v: View, masks: Sequence[MaskUse], pattern: Mask | None, causal: bool
+    r: Raiser,
+    q: View,
+    k: View,
+    v: View,
+    masks: Sequence[MaskUse],
+    pattern: Mask | None,
+    causal: bool,
+    *,
+    whole: bool = False,
 ) -> _Operands:
     rank = len(q.dims)
     q, k, v = (four_dims(t) for t in (q, k, v))
@@ -109,9 +118,9 @@ def _operands(
     given = None if r.attention is None else r.attention.mask
     if given is not None and not isinstance(given, Dense) and shape[2] == shape[3]:
         pattern = given if pattern is None else pattern & given
-    pattern, attn_mask = combined(r, masks, shape, rank, pattern, causal, r.dtype(q))
+    pattern, attn_mask, distances = combined(r, masks, shape, rank, pattern, causal, r.dtype(q), whole=whole)
     # What PyTorch makes of masks would part the operators of attention as well.
-    return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask))
+    return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask), distances)
 
 
 @dataclass(frozen=True)
@@ -137,15 +146,16 @@ def scores_from(
     pattern: Mask | None = None,
     causal: bool = False,
     rule: ScoreRule | None = None,
-    by_sums: str | None = None,
+    distances: Distances | None = None,
     added: str | None = None,
 ) -> Scores:
-    """Emit qk, scale, score rule and mask for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv); ``by_sums`` is the value of
-    a :class:`~fuser.ir.operators.BiasBySums`, ``added`` one of the scores' shape that is added beside masks."""
+    """Emit qk, scale, score rule and mask for q (…, Sq, D), k (…, Sk, D) and v (…, Sk, Dv);
+    ``distances`` are a bias by distance, ``added`` is a value of the scores' shape that is added beside masks."""
     shape = (*q.shape[:-1], v.shape[-1])
-    given = _operands(r, q, k, v, masks, pattern, causal)
+    given = _operands(r, q, k, v, masks, pattern, causal, whole=distances is not None)
     q, k, v, pattern = given.q, given.k, given.v, given.pattern
     added = added if given.mask is None else given.mask
+    distances = distances or given.distances
     scores = TensorSpec.contiguous(given.scores, r.dtype(q))
     name = node.name
     s = r.emit(kinds.QK(), f"{name}_qk", (r.realize(q), r.realize(k)), scores).base
@@ -155,8 +165,9 @@ def scores_from(
         s = r.emit(kinds.ChangeScores(rule), f"{name}_rule", (s,), scores).base
     if causal or pattern is not None:
         s = r.emit(kinds.PatternMask(causal, pattern), f"{name}_mask", (s,), scores).base
-    if by_sums is not None:
-        s = r.emit(kinds.BiasBySums(), f"{name}_bias", (s, by_sums), scores).base
+    if distances is not None:
+        bias = kinds.BiasByDistance(distances.first, distances.reversed)
+        s = r.emit(bias, f"{name}_bias", (s, distances.value), scores).base
     if added is not None:
         mask = kinds.AdditiveMask() if r.values[added].dtype.is_floating_point else kinds.BooleanMask()
         s = r.emit(mask, f"{name}_mask", (s, added), scores).base
@@ -204,7 +215,7 @@ def attention_from(
     """Emit all of attention; other arguments are those of :func:`scores_from`."""
     if quantize is None and r.attention is not None:
         quantize = r.attention.quantize
-    if quantize is not None and not more.keys() & {"by_sums", "added"}:
+    if quantize is not None and not more.keys() & {"distances", "added"}:
         return _predicted(r, node, q, k, v, scale, masks, quantize, **more)
     return average_from(r, node, scores_from(r, node, q, k, v, scale, masks, **more))
 
@@ -224,7 +235,7 @@ def _predicted(
 ) -> View:
     """Emit attention whose scores have a width each."""
     shape = (*q.shape[:-1], v.shape[-1])
-    given = _operands(r, q, k, v, masks, pattern, causal)
+    given = _operands(r, q, k, v, masks, pattern, causal, whole=True)
     _, heads, q_len, kv_len = given.scores
     seen = Dense() if given.pattern is None else given.pattern
     spec = AttentionSpec(seen & Causal() if causal else seen, rule, quantize)

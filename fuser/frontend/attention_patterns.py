@@ -26,7 +26,8 @@ _HOLDS = {
     torch.bfloat16: (torch.bfloat16, torch.float32, torch.float64),
     torch.float32: (torch.float32, torch.float64),
 }
-_FLOOR = -1e30
+FLOOR = -1e30
+"""What adds so little leaves a probability of exactly zero next to any ordinary score."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _filled(scores: fx.Node, mask: fx.Node, fill: Any, inverted: bool, walk: _Wa
     """The scores below a mask whose ``fill``, scaled as they are afterwards, is so low that its probability is exactly
     zero next to any ordinary score."""
     number = _number(fill, walk.numbers)
-    if number is None or not walk.scale > 0 or not number * walk.scale <= _FLOOR or walk.rule is not None:
+    if number is None or not walk.scale > 0 or not number * walk.scale <= FLOOR or walk.rule is not None:
         return None
     if walk.factors:
         return None

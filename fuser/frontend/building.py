@@ -198,6 +198,10 @@ class GraphBuilder:
 
     # ---- operators
 
+    def producer(self, value: str) -> Operator | None:
+        """The operator that makes a value, if one does."""
+        return next((op for op in reversed(self.operators) if value in op.outputs), None)
+
     def emit(self, semantics: Semantics, name: str, inputs: Sequence[str], spec: TensorSpec) -> View:
         """Append an operator with one output of its own storage."""
         return self.emit_all(semantics, name, inputs, [spec])[0]

@@ -77,6 +77,7 @@ class Raiser(GraphBuilder):
         """Values that are returned with strides of ours."""
         self.masks: dict[tuple[Any, ...], View] = {}
         """What is made of masks, by how and of which."""
+        self._conjoined: dict[fx.Node, View] = {}
         self._viewing: dict[str, str] = {}
         """By what PyTorch makes, the value that it may be a view of."""
         self._laid: dict[tuple[str, tuple[int, ...]], str] = {}
@@ -90,8 +91,9 @@ class Raiser(GraphBuilder):
         """The view that an FX argument stands for; a conjunction is computed."""
         value = self.env[node]
         if isinstance(value, Conjunction):
-            value = self._conjoin(node, value)
-            self.env[node] = value
+            if node not in self._conjoined:
+                self._conjoined[node] = self._conjoin(node, value)
+            value = self._conjoined[node]
         if not isinstance(value, View):
             raise CaptureError(f"{node} is a tuple where a tensor is expected")
         return value

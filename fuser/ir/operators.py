@@ -25,7 +25,7 @@ from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
-from fuser.ir.windows import Windowed, by_sums
+from fuser.ir.windows import Windowed
 
 Shape = tuple[int, ...]
 
@@ -806,12 +806,18 @@ class AdditiveMask(ScoreMask, _RowWise):
 
 @kind("mask")
 @dataclass(frozen=True)
-class BiasBySums(ScoreMask):
-    """The sum with a bias of which query i and key j have element i + j: the second input, (1 or H, Sq + Sk - 1)."""
+class BiasByDistance(ScoreMask):
+    """The sum with a bias of which query i and key j have element ``first`` + i - j, or + j where keys are
+    ``reversed``: the second input, (1 or H, distances). Masked scores may have none."""
+
+    first: int
+    reversed: bool = False
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         scores, row = inputs
-        return (scores + by_sums(row, *scores.shape[-2:]),)
+        query, key = (torch.arange(size, device=scores.device) for size in scores.shape[-2:])
+        element = self.first + query[:, None] + (key if self.reversed else -key)
+        return (scores + row[:, element.clamp(0, row.shape[1] - 1)],)
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return float(math.prod(output))
@@ -822,21 +828,32 @@ class BiasBySums(ScoreMask):
 
 @kind("mask")
 @dataclass(frozen=True)
-class IntervalMask(ScoreMask):
-    """-inf outside of one interval of keys for each query: from its ``first`` to its ``last``, (Sq,) int64 each, both
-    included; none where that is less.
+class DocumentMask(ScoreMask):
+    """-inf for pairs of rows that are not of one document, or that the document's own mask forbids: its ``pattern``,
+    and what is behind the query if it is ``causal``.
 
-    Inputs are the scores, ``first``, ``last`` and a plan of the same intervals (see :mod:`fuser.kernels.plan`), which
-    attention kernels read in their place. How long that is, is known when it is there.
+    Inputs are the scores, the ``rows`` (S,) and ``length`` (1,), both int64, ``is_key`` (S,) bool, and a plan of the
+    same pairs (see :mod:`fuser.kernels.plan`), which attention kernels read in their place. Row r is position r %
+    length of document r // length. How long the plan is, is known when it is there.
     """
 
+    causal: bool = False
+    pattern: Mask | None = None
+
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        scores, first, last, _ = inputs
-        key = torch.arange(scores.shape[-1], device=scores.device)
-        return (scores.masked_fill((key < first[:, None]) | (key > last[:, None]), -math.inf),)
+        scores, rows, length, is_key, _ = inputs
+        size = int(length)
+        document, at = rows // size, rows % size
+        allowed = (document[:, None] == document) & is_key
+        if self.causal:
+            allowed = allowed & (at[:, None] >= at)
+        if self.pattern is not None:
+            allowed = allowed & self.pattern.dense(size, size).to(rows.device)[..., at[:, None], at]
+        return (scores.masked_fill(~allowed, -math.inf),)
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return float(math.prod(output))
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
-        return "an interval for each row"
+        pattern = "" if self.pattern is None else str(self.pattern)
+        return ", ".join(part for part in ("packed", "causal" if self.causal else "", pattern) if part)

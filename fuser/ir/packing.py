@@ -23,11 +23,12 @@ from fuser.ir.operators import (
     PV,
     QK,
     AdditiveMask,
+    BiasByDistance,
     BooleanMask,
     ChangeScores,
+    DocumentMask,
     Embedding,
     Extern,
-    IntervalMask,
     PatternMask,
     Product,
     Ref,
@@ -40,7 +41,7 @@ from fuser.ir.size import Size, named, names
 
 TOKENS = "tokens"
 """The name of the number of packed rows."""
-_SCORES = (Scale, ChangeScores, PatternMask, BooleanMask, AdditiveMask, Softmax)
+_SCORES = (Scale, ChangeScores, PatternMask, BiasByDistance, BooleanMask, AdditiveMask, Softmax)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class PackedLayout:
     gathered: tuple[RowAxes, ...]
     picks: tuple[int, ...]
     patterns: tuple[Pattern, ...]
+    by_distance: bool
+    """Whether rows that are neighbours have to be neighbours in the sequence."""
     outputs: tuple[RowAxes | None, ...]
     """Where the rows of an output are; None for one that has none."""
     shapes: tuple[tuple[int, ...], ...]
@@ -115,9 +118,9 @@ class PackedGraph:
 
     ``before`` takes the model's inputs and makes the masks, then the values gathered by rows, then those that ``rows``
     takes as they are. ``rows`` takes the gathered ones with ``tokens`` rows, those others, for each of the layout's
-    ``picks`` (positions) the rows that are at this position, (B,) int64, and for each of its ``patterns`` the three
-    inputs of an :class:`~fuser.ir.operators.IntervalMask`. ``masks`` are (B, S): whether a position is a key of its
-    entry, or numbers to add.
+    ``picks`` (positions) the rows that are at this position, (B,) int64, and what a
+    :class:`~fuser.ir.operators.DocumentMask` reads: rows, length, keys, and for each of its ``patterns`` the plan.
+    ``masks`` are (B, S): whether a position is a key of its entry, or numbers to add.
     """
 
     before: OperatorGraph
@@ -158,6 +161,7 @@ class _Packer:
         self.picks: dict[int, str] = {}
         self.picked: dict[str, TensorSpec] = {}
         self.patterns: dict[tuple[bool, Mask | None], Pattern] = {}
+        self.by_distance = False
         self.done: set[str] = set()
 
     def packed(self) -> PackedGraph:
@@ -299,7 +303,7 @@ class _Packer:
         operands = (*qk.inputs, chain[-1].inputs[1])
         if any(value not in self.rows for value in operands):
             raise PackingError(f"{qk.name} attends to something that is no part of the sequence")
-        causal, pattern, attn_masks = False, None, []
+        causal, pattern, attn_masks, biases = False, None, [], []
         for op in chain:
             if isinstance(op.semantics, PatternMask):
                 causal |= op.semantics.causal
@@ -307,20 +311,23 @@ class _Packer:
                     pattern = op.semantics.pattern if pattern is None else pattern & op.semantics.pattern
             elif isinstance(op.semantics, (BooleanMask, AdditiveMask)):
                 attn_masks.append(op.inputs[1])
+            elif isinstance(op.semantics, BiasByDistance):
+                biases.append(op)
         if not attn_masks:
             raise PackingError(f"{qk.name} attends to all positions, with no mask of padding")
         for value in attn_masks:
             self._mask(qk, value)
         self.patterns.setdefault((causal, pattern), Pattern(causal, pattern))
         number = list(self.patterns).index((causal, pattern))
+        self.by_distance |= bool(biases)
         masked = False
         previous = ""
         for op in chain:
             self.done.add(op.name)
             if isinstance(op.semantics, (PatternMask, BooleanMask, AdditiveMask)):
                 if not masked:
-                    scores = (previous, *_interval_inputs(number))
-                    self._emit(Operator(op.name, IntervalMask(), scores, op.outputs), None)
+                    mask = DocumentMask(causal, pattern)
+                    self._emit(Operator(op.name, mask, (previous, *_ROWS, _plan_input(number)), op.outputs), None)
                     previous, masked = op.output, True
                 continue
             inputs = op.inputs if op is qk else (previous, *op.inputs[1:])
@@ -393,20 +400,24 @@ class _Packer:
         packed = [op for op in self.body if op.name in self.is_packed]
         made = {value: graph.values[value] for op in packed for value in op.outputs}
         whole = {_packed_name(v): _contiguous(graph.values[v]) for v in self.gathered}
-        binder = Binder((tuple(op.semantics for op in packed), {**made, **whole}))
+        # What is said by positions of a document is not said by rows.
+        by_rows = [None if isinstance(op.semantics, (DocumentMask, BiasByDistance)) else op.semantics for op in packed]
+        binder = Binder((tuple(by_rows), {**made, **whole}))
         if other := sorted(binder.names.keys() - sizes.keys()):
             raise PackingError(f"its rows depend on {', '.join(other)}")
         semantics, specs = binder.renamed(sizes)
-        by_name = {op.name: replace(op, semantics=s) for op, s in zip(packed, semantics, strict=True)}
+        by_name = {op.name: replace(op, semantics=s or op.semantics) for op, s in zip(packed, semantics, strict=True)}
         body = [by_name.get(op.name, op) for op in self.body]
         late = {value: graph.values[value] for value in self.late} | self.picked
         inputs: dict[str, TensorSpec] = {}
         for name in self.picks.values():
             inputs[name] = TensorSpec.contiguous((self.batch,), torch.int64)
+        numbers, length, is_key = _ROWS
+        inputs[numbers] = TensorSpec.contiguous((tokens,), torch.int64)
+        inputs[length] = TensorSpec.contiguous((1,), torch.int64)
+        inputs[is_key] = TensorSpec.contiguous((tokens,), torch.bool)
         for number in range(len(self.patterns)):
-            first, last, plan = _interval_inputs(number)
-            inputs |= dict.fromkeys((first, last), TensorSpec.contiguous((tokens,), torch.int64))
-            inputs[plan] = TensorSpec.contiguous((1,), torch.int64)
+            inputs[_plan_input(number)] = TensorSpec.contiguous((1,), torch.int64)
         there = {*specs, *late, *inputs}
         reads = dict.fromkeys(value for op in body for value in op.inputs)
         carried = [v for v in reads if v not in there and v not in graph.constants]
@@ -425,6 +436,7 @@ class _Packer:
             gathered=tuple(self.gathered.values()),
             picks=tuple(self.picks),
             patterns=tuple(self.patterns.values()),
+            by_distance=self.by_distance,
             outputs=outputs,
             shapes=tuple(graph.values[value].shape for value in graph.outputs),
             dtypes=tuple(rows.values[value].dtype for value in rows.outputs),
@@ -502,8 +514,12 @@ def _packed_name(value: str) -> str:
     return f"{value}_packed"
 
 
-def _interval_inputs(number: int) -> tuple[str, str, str]:
-    return f"first_{number}", f"last_{number}", f"plan_{number}"
+_ROWS = ("packed_rows", "packed_length", "packed_keys")
+"""What all masks of packed rows read besides their plans."""
+
+
+def _plan_input(number: int) -> str:
+    return f"packed_plan_{number}"
 
 
 def _contiguous(spec: TensorSpec) -> TensorSpec:

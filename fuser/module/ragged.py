@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from fuser.ir.errors import FuserError, PackingError
 from fuser.ir.evaluation import evaluate
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Causal, Dense, Mask
 from fuser.ir.packing import TOKENS, PackedLayout
 from fuser.ir.target import Target
-from fuser.kernels.documents import band, plan_intervals
+from fuser.kernels.documents import Documents, sees
 from fuser.kernels.plan import Bools
 from fuser.module.forms import Form, Packing
 
@@ -40,13 +39,15 @@ _LOW = {dtype: torch.finfo(dtype).min / 2 for dtype in (torch.float16, torch.bfl
 class Packed:
     """Where the rows of a batch are: ``rows`` (tokens,) numbers the positions of (B, S), entry by entry, that are
     computed, a few of them twice at the end; ``keys`` are those of ``rows`` that are no padding. ``picks`` holds the
-    places in ``rows`` of certain positions of all entries, ``intervals`` first keys, last keys and plan for each
-    pattern."""
+    places in ``rows`` of certain positions of all entries, ``plans`` the plan of each pattern. ``masked`` are rows,
+    length and keys as a :class:`~fuser.ir.operators.DocumentMask` takes them, as if what is computed twice were of
+    entries of its own."""
 
     rows: Tensor
     keys: Tensor
     picks: tuple[Tensor, ...]
-    intervals: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    masked: tuple[Tensor, Tensor, Tensor]
+    plans: tuple[Tensor, ...]
     tokens: int
 
 
@@ -64,11 +65,19 @@ def is_key(masks: Sequence[Tensor]) -> Bools:
     return found[0]
 
 
-def packed_rows(keys: Bools, positions: Sequence[int], bands: Sequence[tuple[int, int]]) -> Packed:
+def packed_rows(
+    keys: Bools,
+    positions: Sequence[int],
+    masks: Sequence[Mask],
+    *,
+    by_distance: bool = False,
+    target: Target | None = None,
+) -> Packed:
     """The rows of a batch whose positions ``keys`` (B, S) are no padding, and those at ``positions`` of every entry,
-    which see the keys of their entry in each of the ``bands`` around them.
+    which see the keys of their entry that each of the ``masks`` of an entry allows.
 
-    Raises PackingError where a row at one of the positions is padding with keys before it, or sees none.
+    Raises PackingError where a row at one of the positions is padding with keys before it, or sees none; and, where
+    something is said ``by_distance``, where padding is between the rows of an entry.
     """
     entries, length = keys.shape
     computed = keys.copy()
@@ -79,28 +88,22 @@ def packed_rows(keys: Bools, positions: Sequence[int], bands: Sequence[tuple[int
     rows = np.flatnonzero(computed)
     places = np.flatnonzero(keys.reshape(-1)[rows])
     count, tokens = len(rows), rounded(len(rows))
-    entry, at = np.divmod(rows, length)
-    of_keys = rows[places]
-    bounds = np.concatenate([[0], np.cumsum(computed.sum(1)), [tokens]]).astype(np.int64)
-    rest = np.arange(count, tokens)
-    intervals = []
+    sizes = computed.sum(1)
+    if by_distance and (sizes != np.where(sizes, length - computed.argmax(1) - computed[:, ::-1].argmax(1), 0)).any():
+        raise PackingError("something follows from the distance of positions, and padding is between tokens")
     picks = tuple(np.searchsorted(rows, np.arange(entries) * length + position) for position in positions)
-    for low, high in bands:
-        begin = np.searchsorted(of_keys, entry * length + np.clip(at + low, 0, length))
-        end = np.searchsorted(of_keys, entry * length + np.clip(at + high + 1, 0, length))
-        first, last = np.append(places, count)[begin], np.insert(places, 0, -1)[end]
-        if any((last < first)[pick].any() for pick in picks):
-            raise PackingError("the model takes a row of every entry, and some entries have no token")
-        # What is computed twice is an entry of its own.
-        first, last = np.append(first, rest * 0 + count), np.append(last, rest * 0 + tokens - 1)
-        plan = plan_intervals(bounds, first, last)
-        intervals.append((torch.from_numpy(first), torch.from_numpy(last), torch.from_numpy(plan.array.copy())))
-    padded = np.append(rows, np.repeat(rows[:1], len(rest)))
+    if not all(sees(mask, keys, position) for mask in masks for position in positions):
+        raise PackingError("the model takes a row of every entry, and some entries have no token")
+    # What is computed twice is of entries of its own, no longer than others.
+    rest = np.arange(tokens - count)
+    numbers = np.append(rows, entries * length + rest)
+    documents = Documents(numbers, length, np.append(keys.reshape(-1)[rows], np.ones(len(rest), bool)))
     return Packed(
-        torch.from_numpy(padded),
+        torch.from_numpy(np.append(rows, np.repeat(rows[:1], len(rest)))),
         torch.from_numpy(places),
         tuple(map(torch.from_numpy, picks)),
-        tuple(intervals),
+        (torch.from_numpy(numbers), torch.tensor([length]), torch.from_numpy(documents.is_key)),
+        tuple(torch.from_numpy(documents.plan(mask).array.copy()) for mask in masks),
         tokens,
     )
 
@@ -112,24 +115,11 @@ def rounded(count: int) -> int:
     return max(-(-count // step), 1) * step
 
 
-@functools.lru_cache(maxsize=64)
-def _band_of(causal: bool, mask: Mask | None, length: int) -> tuple[int, int]:
-    """The keys around each row that constants allow at this length. Raises PackingError where they are no band."""
-    low, high = -length, 0 if causal else length
+def _mask_of(causal: bool, mask: Mask | None) -> Mask:
+    """What constants allow within an entry."""
     if mask is None:
-        return low, high
-    found = band(mask)
-    if found is None and mask.heads is None:
-        allowed = mask.dense(length, length)
-        at = allowed.nonzero()
-        reach = at[:, 1] - at[:, 0]
-        found = (int(reach.min()), int(reach.max())) if len(reach) else (length, length)
-        steps = torch.arange(length)
-        between = steps[None] - steps[:, None]
-        found = found if torch.equal((between >= found[0]) & (between <= found[1]), allowed) else None
-    if found is None:
-        raise PackingError(f"the mask {mask.name} of its attention is no band around each position")
-    return max(low, found[0]), min(high, found[1])
+        return Causal() if causal else Dense()
+    return mask & Causal() if causal else mask
 
 
 def keys_of(
@@ -233,13 +223,15 @@ def run_packed(
         return None
     if not keys.any() and not layout.picks and None not in layout.outputs:
         return [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, layout.dtypes, strict=True)]
-    packed = packed_rows(keys, layout.picks, [_band_of(p.causal, p.mask, length) for p in patterns])
+    masks = [_mask_of(p.causal, p.mask) for p in patterns]
+    packed = packed_rows(keys, layout.picks, masks, by_distance=layout.by_distance)
     gathered = made[count : count + len(layout.gathered)]
     inputs = [
         *(axes.gather(t, packed.rows, length) for axes, t in zip(layout.gathered, gathered, strict=True)),
         *made[count + len(layout.gathered) :],
         *packed.picks,
-        *(tensor for interval in packed.intervals for tensor in interval),
+        *packed.masked,
+        *packed.plans,
     ]
     results = rows_of({**sizes, TOKENS: packed.tokens})(inputs)
     outputs = []

@@ -25,6 +25,7 @@ SIZES = {
 DISTIL = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
 MODERN = {"local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0, "cls_token_id": 1}
 MODERN |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
     "bert, eager": lambda: transformers.BertModel(transformers.BertConfig(**SIZES, attn_implementation="eager")),
@@ -33,8 +34,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "modernbert": lambda: transformers.ModernBertModel(transformers.ModernBertConfig(**SIZES, **MODERN)),
     "classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)),
     "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**SIZES)),
+    "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(**T5)),
 }
-REFUSED = {"mpnet": "differs by head, or by query"}
+# Its pooler takes the first position, between which and tokens there is padding on the left.
+REFUSED = {"mpnet": "distance"}
 
 
 def batch(seed: int, left: bool = False) -> dict[str, Tensor]:

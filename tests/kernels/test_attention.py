@@ -31,6 +31,7 @@ from fuser.kernels.attention import (
     AttentionMatch,
     AttentionParameters,
     CpuAttention,
+    Distances,
     extents,
     workspace_bytes,
 )
@@ -53,6 +54,10 @@ PLAIN = AttentionParameters(59, 16, lse=True)
 BOOLEAN = AttentionParameters(32, 32, mask=DType.BOOL, lse=True)
 ADDITIVE = AttentionParameters(32, 32, mask=DType.F32, lse=True)
 CAPPED = AttentionParameters(32, 32, lse=True, rule=SoftCap(2.0))
+FAR = [
+    AttentionParameters(32, 32, mask=mask, lse=True, distances=kind)
+    for mask, kind in ((None, DType.F32), (DType.BOOL, DType.F32), (DType.F32, DType.BF16))
+]
 SPECIAL = [
     AttentionParameters(32, 32, mask=DType.BOOL, lse=True, rule=SoftCap(2.0)),
     AttentionParameters(32, 32, mask=DType.F32, lse=True, rule=SoftCap(2.0)),
@@ -70,7 +75,7 @@ def target(isa: Isa = NATIVE) -> Target:
 @functools.cache
 def libraries(isa: Isa) -> dict[str, Path]:
     """All kernels of this file for one instruction set, built side by side."""
-    wanted = [PLAIN, BOOLEAN, ADDITIVE, CAPPED, *(SPECIAL if isa is NATIVE else ())]
+    wanted = [PLAIN, BOOLEAN, ADDITIVE, CAPPED, *FAR, *(SPECIAL if isa is NATIVE else ())]
     cache = KernelCache(Path(tempfile.mkdtemp(prefix="fuser-test-")))
     return build([render(p.spec) for p in wanted], target(isa), headers=header_folder(target(isa)), cache=cache)
 
@@ -115,11 +120,15 @@ def attend(
     in_flight: int = 2,
     rule: ScoreRule | None = None,
     dot: str | None = None,
+    distances: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given. ``dot``: of DOTS."""
     (batch, heads, q_len, dim), (_, key_heads, kv_len, value_dim) = q.shape, v.shape
     kind = None if mask is None else STORAGE[mask.dtype]
     parameters = AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse, rule=rule)
+    if distances is not None:
+        parameters = dataclasses.replace(parameters, distances=STORAGE[distances.dtype])
     symbol = parameters.spec.symbol
     run = kernel(parameters, isa) if dot is None else load(dots(dot)[symbol], symbol)
     if out is None:
@@ -127,7 +136,10 @@ def attend(
     sums = torch.full((batch, heads, q_len), 777.0)
     whole = None if mask is None else mask.expand(batch, heads, q_len, kv_len)
     array = torch.from_numpy(tiles.array.copy())
-    tensors = [q, k, v, *([] if whole is None else [whole]), array, out, *([sums] if lse else [])]
+    far = None
+    if distances is not None:
+        far = Distances(distances.stride(0), 0 if reverse else kv_len - 1, 1 if reverse else -1)
+    tensors = [q, k, v, *(t for t in (whole, distances) if t is not None), array, out, *([sums] if lse else [])]
     sizes = extents(
         batch,
         heads,
@@ -136,6 +148,7 @@ def attend(
         1 / math.sqrt(dim) if scale is None else scale,
         [t.stride()[:3] for t in (q, k, v, out)],
         None if whole is None else whole.stride(),
+        far,
         in_flight,
     )
     scratch = torch.empty(workspace_bytes(batch, heads, value_dim, tiles, in_flight) + 64, dtype=torch.uint8)
@@ -221,6 +234,27 @@ def test_runtime_masks_compose_with_plans(shape: tuple[int, ...], isa: Isa) -> N
             check(attend(q, k, v, tiles, bias, isa=isa), exact(q, k, v, pattern, bias))
         bias = torch.where(allowed, noise, -math.inf).expand(2, 4, 130, 200).mT.contiguous().mT
         check(attend(q, k, v, tiles, bias, isa=isa), exact(q, k, v, pattern, bias))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("parameters", FAR, ids=lambda p: str(p.mask))
+def test_biases_by_distance_meet_masks(parameters: AttentionParameters, isa: Isa) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for q_len, kv_len, pattern in ((70, 70, masks.Dense()), (70, 90, masks.Strided(5)), (3, 120, masks.Dense())):
+        q, k, v = heads(1, 2, 4, q_len, 32), heads(2, 2, 2, kv_len, 32), heads(3, 2, 2, kv_len, 32)
+        row = torch.randn(4, q_len + kv_len - 1, generator=generator).to(parameters.distances.torch)
+        at, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
+        seen = torch.rand(2, 1, q_len, kv_len, generator=generator) > 0.3
+        for mask in (seen, seen[:, :, :1]):
+            allowed, bias, given = pattern.dense(q_len, kv_len), torch.zeros(()), None
+            if parameters.mask is DType.BOOL:
+                allowed, given = allowed & mask, mask
+            elif parameters.mask is not None:
+                given = bias = torch.where(mask, torch.randn(mask.shape, generator=generator), -math.inf)
+            for reverse in (False, True):
+                far = row[:, at + key if reverse else kv_len - 1 + at - key]
+                result = attend(q, k, v, plan(pattern, q_len, kv_len), given, isa=isa, distances=row, reverse=reverse)
+                check(result, exact(q, k, v, allowed, bias=far.double() + bias))
 
 
 def test_half_precision_masks() -> None:

@@ -19,7 +19,7 @@ from fuser.ir.operators import PV, QK, BooleanMask, PatternMask, Scale, Semantic
 from fuser.ir.scores import SoftCap
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels import attention_cuda
-from fuser.kernels.attention import AttentionFamily, cached_plan
+from fuser.kernels.attention import AttentionFamily, Distances, cached_plan
 from fuser.kernels.attention_cuda import CudaAttention, CudaAttentionParameters, Schedule, choices, extents, schedule
 from fuser.kernels.base import STORAGE, DType, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -40,6 +40,11 @@ EXACT_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=
 EXACT_BOOLEAN = CudaAttentionParameters(64, 64, DType.F32, mask=DType.BOOL, lse=True, rows=128, keys=32, stages=3)
 TF32_ADDITIVE = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, tf32=True, rows=128, stages=3)
 WIDE_ADDITIVE = CudaAttentionParameters(136, 40, mask=DType.F16, keys=16)
+FAR = [
+    CudaAttentionParameters(32, 32, lse=True, distances=DType.F32),
+    CudaAttentionParameters(32, 32, DType.BF16, mask=DType.BOOL, lse=True, distances=DType.BF16),
+    CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, keys=16, distances=DType.F32),
+]
 CAPPED = CudaAttentionParameters(32, 32, lse=True, rule=SoftCap(2.0))
 EXACT_CAPPED = CudaAttentionParameters(32, 32, DType.F32, mask=DType.F32, lse=True, keys=16, rule=SoftCap(2.0))
 WIDTHS = [
@@ -54,7 +59,7 @@ WIDTHS = [
 ]
 KINDS = [HALF, LARGE, EXACT, TF32]
 BIASES = [ADDITIVE, HALF_ADDITIVE, EXACT_ADDITIVE, TF32_ADDITIVE, WIDE_ADDITIVE]
-ALL = [*KINDS, BOOLEAN, EXACT_BOOLEAN, CAPPED, EXACT_CAPPED, *BIASES, *WIDTHS]
+ALL = [*KINDS, BOOLEAN, EXACT_BOOLEAN, CAPPED, EXACT_CAPPED, *BIASES, *FAR, *WIDTHS]
 DESIGN = [
     masks.Dense(),
     masks.Causal(),
@@ -93,6 +98,7 @@ def attend(
     cores: int = TARGET.cores,
     out: Tensor | None = None,
     chosen: Schedule | None = None,
+    distances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, width = q.shape
     assert (width, v.shape[3], STORAGE[q.dtype]) == (p.head_dim, p.value_dim, p.dtype)
@@ -100,7 +106,8 @@ def attend(
     out = torch.full((batch, heads, rows, v.shape[3]), 7.0, dtype=q.dtype) if out is None else out
     lse = torch.full((batch, heads, rows), math.nan)
     full = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
-    tensors = [q, k, v, *([] if full is None else [full]), torch.from_numpy(chosen.tiles.array.copy()), out]
+    given = (t for t in (full, distances) if t is not None)
+    tensors = [q, k, v, *given, torch.from_numpy(chosen.tiles.array.copy()), out]
     sizes = extents(
         batch,
         heads,
@@ -111,6 +118,7 @@ def attend(
         cores,
         [t.stride()[:3] for t in (q, k, v, out)],
         None if full is None else full.stride(),
+        None if distances is None else Distances(distances.stride(0), k.shape[2] - 1, -1),
     )
     given = [*tensors, lse] if p.lse else tensors
     status = run(p.spec, given, sizes, workspace_bytes=chosen.workspace_bytes)
@@ -320,6 +328,26 @@ def test_runtime_masks_compose_with_plans(run_cuda: Run, shape: tuple[int, ...])
                 assert error(result[0], expected) <= (1e-3 if p.tf32 else BIASED[p.dtype])
                 if p.lse and not p.tf32:
                     assert torch.allclose(result[1].double(), sums, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("p", FAR, ids=name)
+def test_biases_by_distance_meet_masks(run_cuda: Run, p: CudaAttentionParameters) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = operands(p, 2, 4, 2, 90, 110)
+    row = torch.randn(4, 199, generator=generator).to(p.distances.torch)
+    far = row[:, 109 + torch.arange(90)[:, None] - torch.arange(110)]
+    seen = torch.rand(2, 1, 90, 110, generator=generator) > 0.4
+    pattern = masks.Strided(9)
+    allowed, given, bias = pattern.dense(90, 110), None, far.double()
+    if p.mask is DType.BOOL:
+        allowed, given = allowed & seen, seen
+    elif p.mask is not None:
+        given = torch.where(seen, torch.randn(seen.shape, generator=generator), -math.inf)
+        bias = bias + given
+    out, sums = attend(run_cuda, p, q, k, v, cached_plan(pattern, 90, 110, TARGET), given, distances=row)
+    expected, exact_sums = attention(q, k, v, allowed, bias)
+    assert error(out, expected) <= BIASED[p.dtype]
+    assert torch.allclose(sums.double(), exact_sums, rtol=1e-6, atol=4e-6)
 
 
 def test_rows_that_see_only_the_lowest_bias_are_uniform(run_cuda: Run) -> None:

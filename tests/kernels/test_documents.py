@@ -15,7 +15,7 @@ from fuser import masks
 from fuser.ir.errors import MaskError
 from fuser.ir.target import cuda_target
 from fuser.kernels import documents
-from fuser.kernels.documents import plan_documents, plan_intervals
+from fuser.kernels.documents import plan_documents
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import plan
 
@@ -141,17 +141,3 @@ def test_a_mask_that_does_not_fit_a_document_is_refused() -> None:
     planned(fixed, [(8, 8), (3, 8)]).validate(expected(fixed, [(8, 8), (3, 8)]))
     with pytest.raises(MaskError):
         planned(fixed, [(8, 8), (9, 9)])
-
-
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_any_ascending_intervals(data: st.DataObject) -> None:
-    """Rows with gaps between their keys, without keys, and with keys of several documents."""
-    lengths = data.draw(st.lists(length, min_size=1, max_size=4))
-    rows = max(sum(lengths), 1)
-    lengths[-1] += rows - sum(lengths)
-    edges = st.lists(st.integers(0, rows), min_size=rows, max_size=rows)
-    first, last = np.sort(data.draw(edges)), np.sort(data.draw(edges)) - 1
-    key = np.arange(rows)
-    allowed = (key >= first[:, None]) & (key <= last[:, None])
-    plan_intervals(bounds(lengths), first, last).validate(masks.from_dense(torch.from_numpy(allowed)))

@@ -21,9 +21,10 @@ from fuser.ir.operators import (
     AdditiveMask,
     Append,
     Bias,
-    BiasBySums,
+    BiasByDistance,
     BooleanMask,
     ChangeScores,
+    DocumentMask,
     Embedding,
     Extern,
     Features,
@@ -31,7 +32,6 @@ from fuser.ir.operators import (
     ImportanceBias,
     Int8Gemm,
     Int8WeightGemm,
-    IntervalMask,
     JoinedKeys,
     LinearAttention,
     LogSumExp,
@@ -72,7 +72,7 @@ def normal(*shape: int) -> Tensor:
 X, ROW, SCORES = normal(2, 5, 8), normal(8), normal(2, 4, 6, 6)
 BEYOND_ONE = [[abs(i - j) > 1 for j in range(6)] for i in range(6)]
 OUTSIDE = ~torch.tensor(
-    [[c == "x" for c in row] for row in ("xx....", "xx....", ".xxx..", "......", "....xx", "....xx")]
+    [[c == "x" for c in row] for row in ("xx....", "xx....", ".x....", "...xx.", "...xxx", "....xx")]
 )
 FORBIDDEN = torch.tensor(BEYOND_ONE)
 RUNTIME = torch.rand(2, 1, 1, 6, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -201,14 +201,14 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(
-            IntervalMask(),
-            (SCORES, torch.tensor([0, 0, 1, 3, 4, 4]), torch.tensor([1, 1, 3, 2, 5, 5]), torch.tensor([0])),
-            lambda s, first, last, _: s.masked_fill(OUTSIDE, -math.inf),
+            DocumentMask(pattern=SlidingWindow(1, 1)),
+            (SCORES, torch.tensor([0, 1, 2, 5, 6, 7]), torch.tensor([5]), torch.arange(6) != 2, torch.tensor([0])),
+            lambda s, *_: s.masked_fill(OUTSIDE, -math.inf),
         ),
         Case(
-            BiasBySums(),
+            BiasByDistance(5),
             (SCORES, normal(4, 11)),
-            lambda s, b: s + torch.stack([torch.stack([head[i : i + 6] for i in range(6)]) for head in b]),
+            lambda s, b: s + torch.stack([torch.stack([head[i : i + 6].flip(0) for i in range(6)]) for head in b]),
         ),
         Case(BooleanMask(), (SCORES, RUNTIME), lambda s, m: torch.where(m, s, -math.inf)),
         Case(AdditiveMask(), (SCORES, RUNTIME.double()), lambda s, m: s + m),

@@ -27,7 +27,8 @@ struct Block {
   const Group& g;
   Scratch<C>& w;
   const bool exact;
-  const bool row_mask = C::kMask && t.mask_row != 0;
+  const bool row_mask = C::kMask && t.mask_row != 0, row_bias = C::kDistances || row_mask;
+  const bool rows_in_turn = C::kDistances && in_turn();
   int64_t run = 0, at = 0, next = 0;
   int64_t n = 0;
   bool masked = false, skipped = false;
@@ -76,6 +77,7 @@ struct Block {
       for (int64_t j = 0; j < n; ++j) lanes |= w.lanes[j];
       range = vectors_of(lanes & (~0ull >> (64 - g.count)));
     }
+    if constexpr (C::kDistances) add_distances();
     return n > 0;
   }
 
@@ -115,6 +117,36 @@ struct Block {
         } else {
           n += *m != 0;
         }
+      }
+    }
+  }
+
+  bool in_turn() const {
+    for (int64_t r = 1; r < g.count; ++r)
+      if (g.row[r] != g.row[0] + r) return false;
+    return true;
+  }
+
+  // w.bias of all keys and rows: that of the run-time mask, if it is one, and that of their distance.
+  void add_distances() {
+    float by_key[C::kKeyBlock];
+    const bool of_keys = C::kBias && !row_mask;
+    if (of_keys) std::memcpy(by_key, w.bias, n * sizeof(float));
+    for (int64_t j = 0; j < n; ++j) {
+      const typename C::DistanceElement* const d = t.distances + w.key[j] * t.distance_step;
+      float* const to = w.bias + j * w.pitch;
+      for (int64_t r = 0; r < g.count; r += L) {
+        const int64_t size = g.count - r < L ? g.count - r : L;
+        vf x;
+        if (rows_in_turn) {
+          x = size == L ? load(d + g.row[r]) : load_n(d + g.row[r], size);
+        } else {
+          float lane[L] = {};
+          for (int64_t i = 0; i < size; ++i) lane[i] = to_float(d[g.row[r + i]]);
+          x = load(lane);
+        }
+        if (of_keys) x += by_key[j];
+        store(to + r, C::kBias && row_mask ? x + load(to + r) : x);
       }
     }
   }

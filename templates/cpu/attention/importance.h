@@ -11,7 +11,7 @@ namespace attention {
 template <class C>
 struct Importance : Products<C> {
   using Base = Products<C>;
-  static_assert(std::is_same<typename C::Element, float>::value && !C::kMask && !kRule<C>);
+  static_assert(std::is_same<typename C::Element, float>::value && !C::kMask && !C::kDistances && !kRule<C>);
   struct OfHead {
     const float *landmark, *sum, *heuristic, *offset;
     int64_t landmark_row, sum_row, heuristic_row, offset_row;

@@ -19,7 +19,7 @@ struct Joined : Products<C> {
   FUSER_INLINE void open(const FuserArgs* args, Head<C>& t, int64_t index) {
     const auto& e = *static_cast<const typename C::Extents*>(args->extents);
     const int64_t b = index / e.heads, kv = index % e.heads / (e.heads / e.key_heads);
-    void* const* const more = args->tensors + 5 + C::kMask + C::kLse;
+    void* const* const more = args->tensors + kFirstAfterMasks<C> + 2 + C::kLse;
     const auto* const k = static_cast<const Element*>(more[0]) + b * e.far_k.batch + kv * e.far_k.head;
     const auto* const v = static_cast<const Element*>(more[1]) + b * e.far_v.batch + kv * e.far_v.head;
     t.scores = {k, v, e.far_k.row, e.far_v.row, e.tokens, e.step, e.near_first, e.far_first};

@@ -108,13 +108,13 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
     const bool changes = Scores::kChanges || (block.masked && !Scores::kMasks);
     if (few) {
       Scores::score_few(w, n, g.count);
-      softmax<1, kExact, false>(w, n, 0, changes, block.row_mask);
+      softmax<1, kExact, false>(w, n, 0, changes, block.row_bias);
       if constexpr (!kExact) values_of_few(w, n, g.count);
     } else {
       by_tiles(block.range, [&](auto size, int64_t v) {
         const int64_t kept = Scores::template score<size(), kExact>(w, n, v);
         if (kept == 0 && !first && !kExact) return;
-        softmax<size(), kExact, Scores::kPairValues && !kExact>(w, kept, v, changes, block.row_mask);
+        softmax<size(), kExact, Scores::kPairValues && !kExact>(w, kept, v, changes, block.row_bias);
         if constexpr (kExact) return;
         if constexpr (Scores::kPairValues) {
           if (Scores::kPrunes || v == block.range.first) pair_values(w, Scores::value_rows(w), kept);
@@ -125,7 +125,7 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
       });
     }
     if constexpr (kExact) values_exact(w, n, block.range, first);
-    masked |= block.masked || C::kBias || Scores::kPrunes;
+    masked |= block.masked || kBiased<C> || Scores::kPrunes;
     first = false;
   }
   if (first) std::memset(w.o, 0, DV * pitch * sizeof(float));
@@ -170,6 +170,9 @@ static inline void wait_until(const std::atomic<int64_t>& counter, int64_t count
     if (spins > 1000) sched_yield();
 }
 
+template <class C>
+constexpr int kFirstAfterMasks = 3 + C::kMask + C::kDistances;
+
 // Calls f(t, g, w, i, index) for every group g, number i of the plan, of every head t, which is number `index`, with the
 // scratch w of a thread.
 template <class C, class F>
@@ -178,7 +181,7 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
   using MaskElement = typename C::MaskElement;
   const auto& e = *static_cast<const typename C::Extents*>(args->extents);
   const int64_t batch = e.batch, heads = e.heads, in_flight = e.in_flight;
-  void* const* const after_mask = args->tensors + (C::kMask ? 4 : 3);
+  void* const* const after_masks = args->tensors + kFirstAfterMasks<C>;
   const int64_t items = (plan.heads ? batch : batch * heads) * plan.groups;
   std::atomic<int64_t> next{0};
   auto* done = static_cast<std::atomic<int64_t>*>(args->workspace);
@@ -214,8 +217,12 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
       t.k = static_cast<const Element*>(args->tensors[1]) + b * e.k.batch + kv * e.k.head;
       t.v = static_cast<const Element*>(args->tensors[2]) + b * e.v.batch + kv * e.v.head;
       t.mask = static_cast<const MaskElement*>(args->tensors[3]) + b * e.mask.batch + h * e.mask.head;
-      t.out = static_cast<Element*>(after_mask[1]) + b * e.out.batch + h * e.out.head;
-      t.lse = C::kLse ? static_cast<float*>(after_mask[C::kValueDim ? 2 : 1]) + index * plan.q_len : nullptr;
+      if constexpr (C::kDistances) {
+        t.distances = static_cast<const typename C::DistanceElement*>(after_masks[-1]) + h * e.distances.head;
+        t.distances += e.distances.first, t.distance_step = e.distances.step;
+      }
+      t.out = static_cast<Element*>(after_masks[1]) + b * e.out.batch + h * e.out.head;
+      t.lse = C::kLse ? static_cast<float*>(after_masks[C::kValueDim ? 2 : 1]) + index * plan.q_len : nullptr;
       t.state = state + (plan.phases > 1 ? index % in_flight * state_size : 0);
       t.state_top = t.state + plan.slots * kStateRow<C>, t.state_sum = t.state_top + plan.slots;
       t.q_row = e.q.row, t.k_row = e.k.row, t.v_row = e.v.row, t.out_row = e.out.row;
@@ -228,7 +235,7 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
   }
 }
 
-// tensors: q, k, v, mask (if kMask), plan (plan.h), out, lse (if kLse), then what the score policy reads. Without values
+// tensors: q, k, v, mask (if kMask), distances (if kDistances), plan (plan.h), out, lse (if kLse), then what the score policy reads. Without values
 //   (kValueDim 0) there is no out, and v is not read.
 // extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is contiguous (batch,
 //   heads, queries).
@@ -240,7 +247,7 @@ template <class C>
 FUSER_INLINE int run(const FuserArgs* args) {
   using Scores = typename C::Scores;
   const auto& e = *static_cast<const typename C::Extents*>(args->extents);
-  const Plan plan(static_cast<const int64_t*>(args->tensors[C::kMask ? 4 : 3]));
+  const Plan plan(static_cast<const int64_t*>(args->tensors[kFirstAfterMasks<C>]));
   if (plan.format != kPlanFormat || plan.q_len != e.q_len || plan.kv_len != e.kv_len) return 1;
   if (plan.heads != 0 && plan.heads != e.heads) return 1;
   if constexpr (Scores::kSurveys) Scores::survey(args, plan);

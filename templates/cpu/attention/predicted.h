@@ -293,7 +293,7 @@ struct Predicted : Products<C> {
 
   FUSER_INLINE void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
-    own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kMask && t.mask_row != 0;
+    own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
     for (int64_t r = 0; r < w.pitch; ++r) {
       int32_t code[kWords];
       const bool used = r < g.count;

@@ -112,7 +112,7 @@ template <class C>
 struct Products {
   static constexpr int64_t D = C::kHeadDim;
   static constexpr int64_t kWords = kWordsOfRow<C>;
-  static constexpr bool kChanges = C::kBias || kRule<C>, kMasks = false, kPrunes = false, kSurveys = false;
+  static constexpr bool kChanges = kBiased<C> || kRule<C>, kMasks = false, kPrunes = false, kSurveys = false;
   static constexpr bool kPairValues = kPairs<C>;
   struct OfHead {};
   struct OfThread {};
@@ -202,7 +202,7 @@ struct Products {
   FUSER_INLINE vf change(const Scratch<C>& w, vf x, int64_t j, int64_t v, bool row_bias) {
     const vf lowest = set1(-kInf);
     if constexpr (kRule<C>) x = C::Rule::apply(x);
-    if constexpr (C::kBias) {
+    if constexpr (kBiased<C>) {
       const vf b = row_bias ? load(w.bias + j * w.pitch + v * L) : set1(w.bias[j]);
       x = select((vi)(b == lowest), lowest, x + b);
     }

@@ -6,7 +6,9 @@
 //   kHeadDim, kValueDim           widths of the heads of q and k, and of v and out
 //   kKeyBlock                     keys that are scored before their weights meet the values
 //   kFewRows                      rows for which a product over lanes is less work than a vector of rows
+//   DistanceElement               type of the bias by distance (float where there is none)
 //   kMask, kBias, kLse            whether there is a run-time mask, it is added to scores, lse is wanted
+//   kDistances                    whether there is a bias by distance
 //   Rule                          what changes a scaled score before masks do (such as soft_cap.h), or void
 //   Scores                        the score policy (scores.h)
 #pragma once
@@ -51,6 +53,9 @@ constexpr bool kCopyValues = sizeof(Value<C>) > sizeof(typename C::Element);
 // Pairs of values from one pair of keys to the next.
 template <class C>
 constexpr int64_t kPairRow = (C::kValueDim + L - 1) / L * L;
+// Whether numbers are added to scores.
+template <class C>
+constexpr bool kBiased = C::kBias || C::kDistances;
 // Floats from one row of partial results to the next.
 template <class C>
 constexpr int64_t kStateRow = (C::kValueDim + 15) / 16 * 16;
@@ -60,9 +65,10 @@ template <class C>
 struct Head {
   const typename C::Element *q, *k, *v;
   const typename C::MaskElement* mask;
+  const typename C::DistanceElement* distances;  // of row 0 and key 0
   typename C::Element* out;
   float *lse, *state, *state_top, *state_sum;
-  int64_t q_row, k_row, v_row, out_row, mask_row, mask_key;
+  int64_t q_row, k_row, v_row, out_row, mask_row, mask_key, distance_step;
   float scale;
   typename C::Scores::OfHead scores;
 };
@@ -91,7 +97,7 @@ struct alignas(64) Scratch {
   float s[(kBlock + kMostKeys) * kGroup];  // scores, then weights, then perhaps pairs of them
   bf16x2 pairs[kPaired * kPairRow<C>];  // the values of two keys
   float top[kGroup], peak[kGroup], sum[kGroup], decay[kGroup], zero[kStateRow<C>];
-  float bias[C::kBias ? (kBlock + L) * kGroup : 1];
+  float bias[kBiased<C> ? (kBlock + L) * kGroup : 1];
   Word<C> k[kCopyKeys<C> ? kBlock * kWordsOfRow<C> : 1];
   float v[kCopyValues<C> ? kBlock * C::kValueDim : 1];
   const Word<C>* k_row[kBlock + kRepeated];

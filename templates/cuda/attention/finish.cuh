@@ -150,8 +150,7 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
             float x = 0.0f;
             for (int d = lane; d < S::kHeadDim; d += 32)
               x = fmaf(float(query[d]), float(place.k[c * p.of_k.row + d]), x);
-            float y = 0.0f;
-            if constexpr (S::kMask) y = to_float<S>(place.mask[member.x * p.of_mask.row + c * p.of_mask.key]);
+            const float y = place.added(p, member.x, c);
             if (y == -kInf) continue;
             x = S::Scores::one(p, warp_sum(x), y);
             const float before = most;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
     const Copier<S, S::kHeadDim, S::kKeyWidth, S::kKPitch> copy_keys(place.k, thread);
     const Copier<S, S::kValueDim, S::kValueWidth, S::kVPitch> copy_values(place.v, thread);
     const MaskElement<S>* mask = place.mask;
-    const bool row_mask = S::kMask && p.of_mask.row != 0;
+    const bool row_mask = S::kDistances || (S::kMask && p.of_mask.row != 0);
     const int steps = place.item.y * S::kParts;
     const int4* members = place.members + warp * 16;
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
                       w.k + stage * S::kKeys * S::kKPitch, lane);
         const auto by_row = [&](int j, int e) {
           const int c = w.keys[slot * S::kKeys + key_of<S>(lane, j, e)], r = row[which_row<S>(e)];
-          return to_float<S>(mask[max(r, 0) * p.of_mask.row + c * p.of_mask.key]);
+          return place.added(p, max(r, 0), c);
         };
         const auto by_key = [&](int j, int e) { return w.bias[slot * S::kKeys + key_of<S>(lane, j, e)]; };
         low |= row_mask ? Scores::change(p, s, by_row) : Scores::change(p, s, by_key);
@@ -136,7 +136,7 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
   }
 }
 
-// tensors: q, k, v, mask (if kMask), tiles (see kernels/attention_tiles.py), out, lse (if kLse)
+// tensors: q, k, v, mask (if kMask), distances (if kDistances), tiles (see kernels/attention_tiles.py), out, lse (if kLse)
 // extents: CudaAttentionExtents of kernels/attention_cuda.py. Heads of q, k, v and out are contiguous; lse is contiguous
 //   (batch, heads, queries).
 // A unit is a (batch, head), or a batch where heads have tiles of their own. Tiles are taken longest first from a few
@@ -147,18 +147,22 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
 template <class S, class Kernel>
 int run(const FuserArgs* args, void* stream, Kernel attend) {
   const auto& e = *static_cast<const typename S::Extents*>(args->extents);
-  void* const* const after_mask = args->tensors + (S::kMask ? 4 : 3);
+  void* const* const after_masks = args->tensors + 3 + S::kMask + S::kDistances;
   const auto aligned = [](const void* address, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(address) % bytes == 0;
   };
-  const int4* tiles = static_cast<const int4*>(after_mask[0]);
+  const int4* tiles = static_cast<const int4*>(after_masks[0]);
   Problem<S> p{};
   p.q = static_cast<const Element<S>*>(args->tensors[0]);
   p.k = static_cast<const Element<S>*>(args->tensors[1]);
   p.v = static_cast<const Element<S>*>(args->tensors[2]);
   if (S::kMask) p.mask = static_cast<const MaskElement<S>*>(args->tensors[3]);
-  p.out = static_cast<Element<S>*>(after_mask[1]);
-  if (S::kLse) p.lse = static_cast<float*>(after_mask[2]);
+  if (S::kDistances) {
+    p.distances = static_cast<const DistanceElement<S>*>(after_masks[-1]) + e.distances.first;
+    p.distance_head = e.distances.head, p.distance_step = int(e.distances.step);
+  }
+  p.out = static_cast<Element<S>*>(after_masks[1]);
+  if (S::kLse) p.lse = static_cast<float*>(after_masks[2]);
   p.heads = int(e.heads), p.group = int(e.heads / e.key_heads), p.q_len = e.q_len;
   p.tiles = e.items, p.states = e.states, p.per_head = e.per_head != 0, p.in_flight = e.in_flight;
   p.units = p.per_head ? e.batch : e.batch * e.heads;

@@ -132,14 +132,6 @@ __device__ __forceinline__ float finite_shift(float top) {
 }
 
 template <class S>
-__device__ __forceinline__ float to_float(MaskElement<S> x) {
-  if constexpr (S::kBias)
-    return float(x);
-  else
-    return x ? 0.0f : -kInf;
-}
-
-template <class S>
 constexpr bool kRule = !std::is_void<typename S::Rule>::value;
 
 // rule(scale * q k^T) + mask. Without rule and bias scores are q k^T, and the scale comes with the exponent.
@@ -164,7 +156,7 @@ struct Products {
   template <class Mask>
   static __device__ __forceinline__ bool change(const Problem<S>& p, float (&s)[S::kTiles][4], const Mask& mask) {
     bool low = false;
-    if constexpr (S::kMask) {
+    if constexpr (S::kMask || S::kDistances) {
 #pragma unroll
       for (int j = 0; j < S::kTiles; ++j)
 #pragma unroll

@@ -6,7 +6,9 @@
 //   Element, MaskElement              types of q, k, v and out, and of the run-time mask (uint8_t where there is none)
 //   kHeadDim, kValueDim               widths of the heads of q and k, and of v and out
 //   kRows, kKeys, kStages             query rows of a tile, keys that travel together, buffers that they travel through
-//   kMask, kBias, kLse                whether there is a run-time mask, it is added to scores, lse is wanted
+//   DistanceElement                   type of the bias by distance (float where there is none)
+//   kMask, kDistances, kBias, kLse    whether there is a run-time mask, or a bias by distance, numbers are added to
+//                                     scores, lse is wanted
 //   kTf32                             whether fp32 is rounded for tensor cores
 //   Rule                              what changes a scaled score before masks do (such as soft_cap.h), or void
 //   Scores                            the score policy (scores.cuh)
@@ -56,6 +58,8 @@ template <class S>
 using Element = typename S::Element;
 template <class S>
 using MaskElement = typename S::MaskElement;
+template <class S>
+using DistanceElement = typename S::DistanceElement;
 
 struct Strides {
   int64_t batch, head;
@@ -69,6 +73,7 @@ template <class S>
 struct Problem {
   const Element<S>*q, *k, *v;
   const MaskElement<S>* mask;
+  const DistanceElement<S>* distances;  // of row 0 and key 0
   Element<S>* out;
   float* lse;
   const int4 *items, *members, *records;
@@ -76,8 +81,8 @@ struct Problem {
   const uint32_t* words;
   Strides of_q, of_k, of_v, of_out;
   MaskStrides of_mask;
-  int64_t units, in_flight, tiles, states, q_len;
-  int heads, group;
+  int64_t units, in_flight, tiles, states, q_len, distance_head;
+  int heads, group, distance_step;
   // The exponents of scores are taken after a multiplication with unit.
   float scale, unit;
   bool negative, per_head, vectors, pairs;
@@ -154,11 +159,20 @@ __device__ __forceinline__ int4 next_work(const Problem<S>& p) {
   return make_int4(tile, unit, p.per_head ? unit : unit / p.heads, p.per_head ? p.items[tile].z : unit % p.heads);
 }
 
+template <class S>
+__device__ __forceinline__ float to_float(MaskElement<S> x) {
+  if constexpr (!std::is_same<MaskElement<S>, uint8_t>::value)
+    return float(x);
+  else
+    return x ? 0.0f : -kInf;
+}
+
 // Where a tile's operands are.
 template <class S>
 struct Place {
   const Element<S>*q, *k, *v;
   const MaskElement<S>* mask;
+  const DistanceElement<S>* distances;
   Element<S>* out;
   float* lse;
   const int4* members;
@@ -170,10 +184,19 @@ struct Place {
     k = p.k + b * p.of_k.batch + kv * p.of_k.head;
     v = p.v + b * p.of_v.batch + kv * p.of_v.head;
     mask = p.mask + b * p.of_mask.batch + h * p.of_mask.head;
+    distances = p.distances + h * p.distance_head;
     out = p.out + b * p.of_out.batch + h * p.of_out.head;
     lse = p.lse + (b * p.heads + h) * p.q_len;
     members = p.members + int64_t(work.x) * S::kRows;
     item = p.items[work.x];
+  }
+
+  // What is added to the score of a row and a key.
+  __device__ __forceinline__ float added(const Problem<S>& p, int64_t row, int64_t key) const {
+    float x = 0.0f;
+    if constexpr (S::kMask) x = to_float<S>(mask[row * p.of_mask.row + key * p.of_mask.key]);
+    if constexpr (S::kDistances) x += float(distances[row + key * p.distance_step]);
+    return x;
   }
 };
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fuser
 from fuser import masks
 from fuser.ir.errors import IndexRangeError, KernelError, PackingError
+from fuser.ir.operators import DocumentMask
 from fuser.kernels.plan import AttentionPlan
 from fuser.module.ragged import Padding, packed_rows, rounded
 
@@ -37,18 +38,25 @@ def batches(draw: st.DrawFn) -> np.ndarray:
     return np.array(flags).reshape(entries, length)
 
 
-@given(batches(), st.sampled_from([(-99, 99), (-99, 0), (-3, 2), (0, 0), (2, 5)]), st.booleans())
+MASKS = [
+    *(masks.Dense(), masks.Causal(), masks.SlidingWindow(3, 2), masks.SlidingWindow(3, 2) & masks.Causal()),
+    *(masks.Strided(3), masks.SlidingWindow(2, 2) | masks.Strided(4)),
+    masks.PerHead([masks.SlidingWindow(1, 1), masks.Strided(2)]),
+]
+
+
+@given(batches(), st.sampled_from(MASKS), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_rows_see_the_tokens_of_their_entry_in_the_band(keys: np.ndarray, band: tuple[int, int], picks: bool) -> None:
+def test_rows_see_the_tokens_of_their_entry_that_a_mask_allows(keys: np.ndarray, mask: masks.Mask, picks: bool) -> None:
     if not keys.any():
         return
     try:
-        found = packed_rows(keys, (0,) if picks else (), [band])
+        found = packed_rows(keys, (0,) if picks else (), [mask])
     except PackingError as error:
         assert picks and "no token" in str(error)
         return
     entries, length = keys.shape
-    rows, (first, last, plan) = found.rows.numpy(), found.intervals[0]
+    rows, (plan,) = found.rows.numpy(), found.plans
     count = int(keys.sum()) + (int((~keys[:, 0]).sum()) if picks else 0)
     assert found.tokens == len(rows) == rounded(count) and (np.diff(rows[:count]) > 0).all()
     assert rows[found.keys.numpy()].tolist() == np.flatnonzero(keys).tolist()
@@ -56,13 +64,22 @@ def test_rows_see_the_tokens_of_their_entry_in_the_band(keys: np.ndarray, band: 
         assert rows[found.picks[0].numpy()].tolist() == [entry * length for entry in range(entries)]
     entry, at = np.divmod(rows, length)
     is_key = keys.reshape(-1)[rows]
-    between = at[None] - at[:, None]
-    seen = (entry[None] == entry[:, None]) & is_key[None] & (between >= band[0]) & (between <= band[1])
-    seen[:, count:] = seen[count:] = False
-    index = torch.arange(len(rows))
-    allowed = (index >= first[:, None]) & (index <= last[:, None])
-    assert allowed[:count].tolist() == seen[:count].tolist()
-    AttentionPlan(plan.numpy().copy()).validate(masks.from_dense(allowed))
+    allowed = mask.dense(length, length).numpy()[..., at[:, None], at]
+    seen = (entry[None] == entry[:, None]) & is_key & allowed
+    scores = torch.zeros(1, mask.heads or 1, len(rows), len(rows))
+    operator = DocumentMask(pattern=mask)
+    (masked,) = operator.evaluate(scores, *found.masked, plan)
+    made = masked[0] == 0
+    assert (made[:, :count, :count].numpy() == seen[..., :count, :count]).all()
+    assert not made[:, :count, count:].any() and not made[:, count:, :count].any()
+    AttentionPlan(plan.numpy().copy()).validate(masks.from_dense(made if mask.heads else made[0]))
+
+
+def test_what_follows_from_distances_needs_neighbours() -> None:
+    keys = np.array([[False, True, True, False], [True, True, True, True], [False, False, False, False]])
+    assert packed_rows(keys, (), [masks.Dense()], by_distance=True).tokens == 16
+    with pytest.raises(PackingError, match="distance"):
+        packed_rows(np.array([[True, False, True]]), (), [masks.Dense()], by_distance=True)
 
 
 def test_a_position_between_tokens_is_not_taken_from_padding() -> None:
@@ -105,6 +122,21 @@ class Encoder(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, allowed)
         x = self.norm(x + self.out(mixed.transpose(1, 2).reshape(b, s, WIDTH)))
         return self.end(x + self.down(nn.functional.gelu(self.up(x))), attention_mask)
+
+
+class Far(Encoder):
+    """With a bias by distance and a mask that is no band."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buckets = nn.Embedding(5, HEADS)
+
+    def mask(self, attention_mask: Tensor) -> Tensor:
+        at = torch.arange(attention_mask.shape[1])
+        between = at - at[:, None]
+        bias = self.buckets(between.clamp(-2, 2) + 2).permute(2, 0, 1)[None]
+        allowed = attention_mask[:, None, None].bool() & ((between % 4 == 0) | (between.abs() < 2))
+        return torch.where(allowed, bias, -math.inf)
 
 
 class Additive(Encoder):
@@ -153,6 +185,16 @@ def test_rows_of_tokens_have_the_models_numbers_and_others_are_zero(kind: Callab
     assert "rows were padding" in said
     assert fast.fallbacks == () and fast.specialized == () and fast.unfused == ()
     assert len(list(fast._engine.forms)) == 1
+
+
+def test_biases_by_distance_and_masks_that_are_no_band() -> None:
+    torch.manual_seed(0)
+    fast, model = made(Far(), padding="skip")
+    for i, spelling in enumerate(("right", "left", "empty", "right")):
+        check(fast, model, *padded(spelling, 3 - i // 3, 20 + i, i))
+    assert len(fast.snapshot().padding) == 1 and fast.unfused == ()
+    check(fast, model, *padded("holes"), zeros=False)
+    assert "distance" in fast.snapshot().padding[-1]
 
 
 def test_a_batch_of_one_is_packed_too() -> None:
