@@ -280,8 +280,9 @@ class AttentionMatch:
     def operands(self) -> Operands:
         """The tensors as they lie in memory."""
         # Where there are no values, their places are not read.
-        given = (self.q, self.k, self.v or self.k, self.out or self.q, *([] if self.mask is None else [self.mask]))
-        q, k, v, out, *masks = (self.group.graph.values[value].layout for value in given)
+        given = (self.q, self.k, self.v or self.k, self.out or self.q)
+        q, k, v, out = (self.group.graph.values[value].layout for value in given)
+        mask = None if self.mask is None else self.group.graph.values[self.mask].layout
         if self.joins is not None:
             # Keys beyond the tokens lie elsewhere.
             near = (self.group.graph.values[op.inputs[0]].strides for op in self.joins)
@@ -290,7 +291,7 @@ class AttentionMatch:
         if self.bias is not None:
             row, how = self.group.graph.values[self.bias.inputs[1]], self.bias.semantics
             far = Distances(0 if row.shape[0] == 1 else row.strides[0], how.first, 1 if how.reversed else -1)
-        return Operands(q, k, v, out, *masks, distances=far)
+        return Operands(q, k, v, out, mask, far)
 
     @property
     def moved_bytes(self) -> int:
@@ -358,15 +359,16 @@ class AttentionFamily:
         bias = far[0] if far else None
         if bias is not None and not self._has_distances(group, bias, target):
             return None
-        biases = group.of(ImportanceBias)
+        biases, importance = group.of(ImportanceBias), None
         if biases:
-            (bias,) = biases
-            if len(biases) > 1 or bias.output != mask or bias.inputs[0] != q or bias.semantics.scale != scale:
+            importance = biases[0]
+            if len(biases) > 1 or importance.output != mask or importance.inputs[0] != q:
                 return None
-            if rule is not None or bias is not None or not isinstance(pattern, Dense):
+            if importance.semantics.scale != scale or not isinstance(pattern, Dense):
+                return None
+            if rule is not None or bias is not None:
                 return None
             mask = None
-        importance = biases[0] if biases else None
         joins = None
         if joining := group.of(JoinedKeys):
             # Keys and values, of the same tokens and summaries.

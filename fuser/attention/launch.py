@@ -108,7 +108,8 @@ def run_plan(
     reads, writes = {"q": q, "k": k, "v": v}, {"out": out}
     if attn_mask is not None:
         reads["mask"] = attn_mask.detach().resolve_neg().expand(*q.shape[:3], k.shape[2])
-    operands = Operands(**{n: TensorSpec(t.shape, t.dtype, t.stride()) for n, t in (reads | writes).items()})
+    specs = {name: TensorSpec(t.shape, t.dtype, t.stride()) for name, t in (reads | writes).items()}
+    operands = Operands(specs["q"], specs["k"], specs["v"], specs["out"], specs.get("mask"))
     if lse is not None:
         writes["lse"] = lse
     parameters = _parameters(operands, lse is not None, rule, quantize, plan, target)
