@@ -147,7 +147,7 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     start = min(max(start + size if start < 0 else start, 0), size)
     step = node.args[4] if len(node.args) > 4 else 1
     count = traced(node).shape[dim]
-    return view.slice(dim, start, count, step) if count else None
+    return view.slice(dim, start, count, step) if count != 0 else None
 
 
 @_handles(aten.index.Tensor)
