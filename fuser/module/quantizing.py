@@ -18,7 +18,6 @@ from fuser.ir.evaluation import Evaluation
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
 from fuser.ir.operators import Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
 from fuser.ir.quantization import MAX_TERMS, Fixed, integers_of, recovered_scales, scales_of
-from fuser.ir.target import Target
 from fuser.module.weights import value_of
 
 Look = Callable[[Operator, Evaluation], None]
@@ -36,7 +35,7 @@ _BETTER = 0.9
 
 @dataclass(frozen=True)
 class Int8:
-    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8 on CPUs.
+    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8.
 
     Weights have a scale for each output, rows of activations one that is found at run time; sums are exact, and bias,
     activation, residual and norm are computed in fp32 behind them. Before the first program is made, the layers are
@@ -205,10 +204,8 @@ class Quantizer:
         """What is decided by now."""
         return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)), dict(self._errors), self.front)
 
-    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
         """``graph`` with the chosen layers in int8."""
-        if target.kind != "cpu":
-            return graph
         operators, values, constants = [], dict(graph.values), dict(graph.constants)
         for op in graph.operators:
             layer = self._layer(graph, op, parameters)
@@ -222,7 +219,7 @@ class Quantizer:
             if layer.factors is not None:
                 name = f"{op.inputs[1]}_factors"
                 values[name] = TensorSpec.contiguous(layer.factors.shape, torch.float32)
-                constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors)))
+                constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors.cpu())))
                 inputs = (*inputs, name)
             semantics = op.semantics
             assert isinstance(semantics, Gemm)
@@ -285,7 +282,7 @@ class Quantizer:
             raise CaptureError(f"the model fails on the inputs of a calibration: {error!s:.200}") from error
         self._calls.append(_Call(graph, parameters, {v: t.clone() for v, t in values.items()}, outputs))
 
-    def settle(self, target: Target, choose: Choose, compare: Compare) -> None:
+    def settle(self, choose: Choose, compare: Compare) -> None:
         """Decide by what was observed: ``choose`` gives the kernels of a graph, ``compare`` the seconds of ways to do
         the same work, None where they are not to be had."""
         self.settled = True
@@ -301,12 +298,10 @@ class Quantizer:
                 self._estimate(layer, weights[id(layer)])
             layer.sample = layer.most = None
         if not self.options.weights_only:
-            self._keep_fast(target, choose, compare)
-        self._keep_quality(target)
+            self._keep_fast(choose, compare)
+        self._keep_quality()
         if self._calls:
-            self._errors = _errors_of(
-                self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters, target)
-            )
+            self._errors = _errors_of(self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters))
         self._calls.clear()
 
     def _estimate(self, layer: Layer, weight: Tensor) -> None:
@@ -331,7 +326,7 @@ class Quantizer:
         if error < _BETTER * layer.error:
             layer.error, layer.factors = error, factors
 
-    def _keep_quality(self, target: Target) -> None:
+    def _keep_quality(self) -> None:
         """Keep as many of the layers with the largest errors as the outputs ask for, or those that a study finds."""
         wanted = self.options.quality
         order = sorted((x for x in self.layers if x.quantized and not math.isnan(x.error)), key=lambda x: -x.error)
@@ -339,12 +334,12 @@ class Quantizer:
         def cosine(kept: int) -> float:
             for number, layer in enumerate(order):
                 layer.quantized = number >= kept
-            return self._cosine(target)
+            return self._cosine()
 
         if not self._calls or wanted == 0:
             return
         if self.options.trials and order:
-            self._study(order, target)
+            self._study(order)
             return
         self.cosine = cosine(0)
         low, high = 0, len(order)
@@ -357,7 +352,7 @@ class Quantizer:
             for layer in order[:high]:
                 layer.reason = f"outputs would fall below a cosine of {wanted:g}"
 
-    def _study(self, order: Sequence[Layer], target: Target) -> None:
+    def _study(self, order: Sequence[Layer]) -> None:
         """Choose layers by a study of time against error, and keep its Pareto front. Times are additive."""
         import optuna
 
@@ -373,7 +368,7 @@ class Quantizer:
             for i, layer in enumerate(order):
                 layer.quantized = trial.suggest_categorical(str(i), [False, True])
             seconds = self._plain_seconds - math.fsum(layer.saved for layer in order if layer.quantized)
-            return seconds, 1.0 - self._cosine(target)
+            return seconds, 1.0 - self._cosine()
 
         study.optimize(judge, n_trials=max(trials, _PREFIXES + 1))
         front = {}
@@ -389,13 +384,13 @@ class Quantizer:
             if not layer.quantized:
                 layer.reason = f"left out by a study for a cosine of {wanted:g}"
 
-    def _keep_fast(self, target: Target, choose: Choose, compare: Compare) -> None:
+    def _keep_fast(self, choose: Choose, compare: Compare) -> None:
         """Keep layers that int8 makes no faster, by the sum over the calls, and note what others save."""
         spent: dict[int, tuple[Layer, list[float]]] = {}
         distinct = {tuple(call.graph.values[v].shape for v in call.graph.inputs): call for call in self._calls}
         for call in distinct.values():
             exact = choose(call.graph)
-            rounded = choose(self.apply(call.graph, call.parameters, target))
+            rounded = choose(self.apply(call.graph, call.parameters))
             self._plain_seconds += math.fsum(choice.seconds for choice in exact)
             for op in call.graph.operators:
                 layer = self._layer(call.graph, op, call.parameters)
@@ -411,10 +406,10 @@ class Quantizer:
                 layer.quantized = False
                 layer.reason = f"no faster in int8: {1e6 * after:.3g} µs, {1e6 * before:.3g} µs without"
 
-    def _cosine(self, target: Target) -> float:
+    def _cosine(self) -> float:
         total, count = 0.0, 0
         for call in self._calls:
-            graph = self.apply(call.graph, call.parameters, target)
+            graph = self.apply(call.graph, call.parameters)
             outputs = _run(graph, call.parameters, call.values)
             for got, exact in zip(outputs, call.outputs, strict=True):
                 if not exact.is_floating_point() or exact.numel() == 0 or exact.dim() == 0:
@@ -498,11 +493,9 @@ def _with_integers(op: Operator, values: dict[str, TensorSpec], constants: dict[
     return dataclasses.replace(op, semantics=Int8WeightGemm(True), inputs=(op.inputs[0], *names))
 
 
-def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
     """``graph`` with products whose weights are made of int8 tensors of their shape and a scale for each output, as
     ``torch.ao`` writes them (``dequantize_per_channel``) or as products, on these very integers."""
-    if target.kind != "cpu":
-        return graph
     operators, values, constants = list(graph.operators), dict(graph.values), dict(graph.constants)
     for position, op in enumerate(graph.operators):
         if not is_kind(op, Gemm) or (weight := op.inputs[1]) not in constants:
@@ -533,7 +526,7 @@ def _run(
     after: Look | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of a graph by PyTorch; ``before`` and ``after`` see every operator with the values at that time."""
-    evaluation = Evaluation(graph)
+    evaluation = Evaluation(graph, device=next((t.device for t in values.values()), torch.device("cpu")))
     last: dict[str, int] = {}
     for position, op in enumerate(graph.operators):
         last.update((graph.base(value), position) for value in (*op.inputs, *op.outputs))
