@@ -9,6 +9,7 @@ from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
+from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
@@ -26,6 +27,8 @@ IMPLEMENTATIONS: Table = {
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
+    (Bf16GemmFamily(), "cpu"): (CpuBf16Gemm(),),
+    (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
     (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
     (Int8GemmFamily(), "cuda"): (CudaInt8Gemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),

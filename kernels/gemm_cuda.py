@@ -155,6 +155,11 @@ class CudaGemmParameters:
         return self.dtype
 
     @property
+    def a_loaded(self) -> DType:
+        """The type that A has in memory when a tile of it is copied."""
+        return self.dtype
+
+    @property
     def integer(self) -> bool:
         """Whether integers are multiplied, with scales of rows and columns (:mod:`fuser.kernels.gemm_int8_cuda`)."""
         return False
@@ -461,6 +466,22 @@ def cost_of(match: GemmMatch, seconds: float, launches: int, target: Target, sto
     return Cost(flops, moved_bytes(match, stored), launches, efficiency)
 
 
+def match_tiles(match: GemmMatch, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
+    """Legal tiles for a match whose factors are multiplied as ``dtype``, those with the least predicted time first."""
+    program, columns, gated = match.program, match.n * match.products, match.products > 1
+    reduces = program.expression.has_reduction
+    tiles = best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
+    return [tile for tile in tiles if tile.bn % (32 * match.products) == 0]
+
+
+def match_seconds(match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> float:
+    """Predicted time of the product without the start of its kernels, of which the roofline adds all but one's."""
+    p, columns = parameters, match.n * match.products
+    rows = match.program.rows
+    seconds = tile_seconds(p.tile, rows, columns, match.k, p.dtype, p.tensor_cores, p.reduces, target)
+    return seconds - target.launch_seconds if p.separate else seconds
+
+
 class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
     """Our template on GPUs."""
 
@@ -470,7 +491,6 @@ class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
             return []
         program, dtype = match.program, product_dtype(match)
         tensor_cores = has_tensor_cores(dtype, target)
-        reduces, columns, gated = program.expression.has_reduction, match.n * match.products, match.products > 1
         return [
             parameters(
                 match.n,
@@ -483,22 +503,13 @@ class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
                 tensor_cores,
                 match.products,
             )
-            for tile in best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
-            if tile.bn % (32 * match.products) == 0
+            for tile in match_tiles(match, dtype, tensor_cores, target)
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> Cost:
         """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory
         where a second kernel applies it."""
-        p, dtype = parameters, product_dtype(match)
-        columns = match.n * match.products
-        seconds = tile_seconds(
-            p.tile, match.program.rows, columns, match.k, dtype, has_tensor_cores(dtype, target), p.reduces, target
-        )
-        if not p.separate:
-            return cost_of(match, seconds, 1, target)
-        # The roofline adds the second launch.
-        return cost_of(match, seconds - target.launch_seconds, 2, target)
+        return cost_of(match, match_seconds(match, parameters, target), 2 if parameters.separate else 1, target)
 
     def call(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program

@@ -19,12 +19,11 @@ from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_cuda import (
     CudaGatedGemmParameters,
     CudaGemmExtents,
-    Tile,
-    best_tiles,
     cost_of,
     has_tensor_cores,
+    match_seconds,
+    match_tiles,
     product_dtype,
-    tile_seconds,
 )
 
 _ALIGNMENT = 16
@@ -117,12 +116,12 @@ class CudaInt8Gemm(Implementation[GemmMatch, CudaInt8GemmParameters]):
                 a_dtype,
                 len(match.gemm.inputs) > 2,
             )
-            for tile in _tiles(match, DType.I8, True, target)
+            for tile in match_tiles(match, DType.I8, True, target)
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaInt8GemmParameters, target: Target) -> Cost:
         """Whole tiles on whole SMs, every tensor touched once, the integers of A twice, and another launch for them."""
-        seconds = _seconds(match, parameters, target)
+        seconds = match_seconds(match, parameters, target)
         seconds += 2.0 * match.program.rows * match.k / (target.l2_bandwidth * target.cores)
         return cost_of(match, seconds, 3 if parameters.separate else 2, target, DType.I8)
 
@@ -153,12 +152,12 @@ class CudaInt8WeightGemm(Implementation[GemmMatch, CudaInt8WeightGemmParameters]
                 tile,
                 match.products,
             )
-            for tile in _tiles(match, dtype, tensor_cores, target)
+            for tile in match_tiles(match, dtype, tensor_cores, target)
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaInt8WeightGemmParameters, target: Target) -> Cost:
         """As products of A's type, with weights of one byte in memory."""
-        seconds = _seconds(match, parameters, target)
+        seconds = match_seconds(match, parameters, target)
         return cost_of(match, seconds, 2 if parameters.separate else 1, target, DType.I8)
 
     def call(
@@ -185,21 +184,6 @@ def _call(
         program.outputs,
         parameters.workspace_bytes(program.rows),
     )
-
-
-def _tiles(match: GemmMatch, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
-    program, columns, gated = match.program, match.n * match.products, match.products > 1
-    reduces = program.expression.has_reduction
-    tiles = best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
-    return [tile for tile in tiles if tile.bn % (32 * match.products) == 0]
-
-
-def _seconds(match: GemmMatch, parameters: CudaGatedGemmParameters, target: Target) -> float:
-    """Predicted time of the product without the start of its kernels, of which the roofline adds all but one's."""
-    p, columns = parameters, match.n * match.products
-    rows = match.program.rows
-    seconds = tile_seconds(p.tile, rows, columns, match.k, p.dtype, p.tensor_cores, p.reduces, target)
-    return seconds - target.launch_seconds if p.separate else seconds
 
 
 def _rounded(size: int) -> int:

@@ -371,7 +371,7 @@ class Engine:
         def compare(ways: Sequence[Sequence[GroupChoice]]) -> list[float] | None:
             return [sum(c.seconds for c in way) for way in ways] if tuner is None else tuner.compare(ways)
 
-        quantizer.settle(choose, compare)
+        quantizer.settle(target, choose, compare)
         return True
 
     def _exact_graph(self, call: FlatCall, key: Key, target: Target) -> tuple[OperatorGraph, Mapping[str, Tensor]]:
