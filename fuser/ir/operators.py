@@ -322,6 +322,19 @@ class Gemm(Product):
         return (x @ (weight.mT if self.transposed else weight),)
 
 
+@kind("bf16_gemm")
+@dataclass(frozen=True)
+class Bf16Gemm(Product):
+    """x · W as :class:`Gemm`, x and W rounded to bf16; sums are of fp32 or wider."""
+
+    transposed: bool
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(inputs[0].dtype, torch.float32)
+        rows, columns = (t.to(torch.bfloat16).to(wide) for t in inputs)
+        return ((rows @ (columns.mT if self.transposed else columns)).to(inputs[0].dtype),)
+
+
 @kind("int8_gemm")
 @dataclass(frozen=True)
 class Int8Gemm(Product):

@@ -188,9 +188,9 @@ def compile_call(
     store.register(captured.parameters)
     lap("capture")
     graph = raise_graph(captured, attention, floating(target))
-    graph = with_stored_integers(graph, captured.parameters, target)
+    graph = with_stored_integers(graph, captured.parameters)
     if quantizer is not None:
-        graph = quantizer.apply(graph, captured.parameters, target)
+        graph = quantizer.apply(graph, captured.parameters)
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")

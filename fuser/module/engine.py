@@ -352,10 +352,6 @@ class Engine:
         if quantizer is None or quantizer.settled:
             return False
         target, _ = self.placed(key, device)
-        if target.kind != "cpu":
-            quantizer.settled = True
-            logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
-            return False
         calls = [acceptable(self.model, *given, self.options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
@@ -391,7 +387,7 @@ class Engine:
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self.model, call)
         graph = raise_graph(captured, self.options.attention_now(), floating(target))
-        return with_stored_integers(graph, captured.parameters, target), captured.parameters
+        return with_stored_integers(graph, captured.parameters), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
         """What to compile for, and for how many threads."""

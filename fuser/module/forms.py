@@ -408,7 +408,7 @@ class Form:
         sizes = self.sizes(call)
         with _evaluating():
             graph = raise_graph(self.captured, self._attention, floating(target), sizes)
-            graph = with_stored_integers(graph, self.captured.parameters, target)
+            graph = with_stored_integers(graph, self.captured.parameters)
             return Binder(graph)(sizes)
 
     def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
@@ -445,9 +445,9 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
-        graph = with_stored_integers(graph, self.captured.parameters, target)
+        graph = with_stored_integers(graph, self.captured.parameters)
         if self._quantizer is not None:
-            graph = self._quantizer.apply(graph, self.captured.parameters, target)
+            graph = self._quantizer.apply(graph, self.captured.parameters)
         variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)
         self._variants.append(variant)
         return variant

@@ -371,7 +371,7 @@ def optimize(
             first call compiles.
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
-        quantize: ``fuser.Int8(...)`` runs linear layers in int8 on CPUs, as many as keep the model's outputs what they
+        quantize: ``fuser.Int8(...)`` runs linear layers in int8, as many as keep the model's outputs what they
             are to a bound; the report lists them. ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` compute all attention
             as their ``reference`` does, scores in full only where a prediction by few bits says that they matter. A
             sequence has one for layers and one for attention.

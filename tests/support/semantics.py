@@ -20,6 +20,7 @@ from fuser.ir.operators import (
     Activation,
     AdditiveMask,
     Append,
+    Bf16Gemm,
     Bias,
     BiasBySums,
     BooleanMask,
@@ -141,6 +142,11 @@ CASES: Mapping[type[Semantics], Case] = {
             lambda x: x.reshape(2, 4, 24),
         ),
         Case(Gemm(transposed=True), (X, normal(7, 8)), lambda x, w: torch.einsum("bsk,nk->bsn", x, w)),
+        Case(
+            Bf16Gemm(transposed=True),
+            (X, normal(7, 8)),
+            lambda x, w: torch.einsum("bsk,nk->bsn", x.bfloat16().double(), w.bfloat16().double()),
+        ),
         Case(Int8Gemm(transposed=True), (X, normal(7, 8)), _int8_product),
         Case(
             Int8WeightGemm(transposed=False),
