@@ -59,6 +59,19 @@ def encoders(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{_machine(report['machine'])}"
 
 
+def modern(report: Mapping[str, Any]) -> str:
+    """Models of today: milliseconds of every arm, and why an arm is missing."""
+    arms = _union(result["timings"] for result in report["results"])
+    rows, notes = [], []
+    for result in report["results"]:
+        times = [_ms(result["timings"].get(arm, {}).get("median_ms")) for arm in arms]
+        rows.append([result["case"], *times, f"**{result['speedup_over_best']:.2f}×**"])
+        notes += [f"{result['case']} without {arm}: {reason}" for arm, reason in result["missing"].items()]
+    title = "Models of today, whole, random weights, milliseconds a call (medians, all arms interleaved in one run)"
+    text = _table(title, ["model: batch × tokens", *arms, "over the fastest other"], rows)
+    return "\n\n".join([text, *notes, _machine(report["machine"])])
+
+
 def decoding(report: Mapping[str, Any]) -> str:
     """Decoding: tokens a second of every arm, and the share of the machine's bandwidth that ours reads weights at."""
     arms = _union(result["tokens_a_second"] for result in report["results"])
@@ -300,6 +313,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 TABLES = {
     "encoders": encoders,
+    "modern": modern,
     "decoding": decoding,
     "any_length": any_length,
     "int8": int8,
@@ -311,7 +325,7 @@ TABLES = {
     "efficient_models": efficient_models,
 }
 FILES = {
-    "README.md": ("encoders", "decoding", "any_length", "int8", "attention", "packed", "search"),
+    "README.md": ("encoders", "modern", "decoding", "any_length", "int8", "attention", "packed", "search"),
     "docs/models.md": ("architectures",),
     "docs/efficient-attention.md": ("efficient", "efficient_models"),
 }

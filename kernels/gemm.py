@@ -75,7 +75,7 @@ class GemmParameters:
     as input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs. ``mr`` × ``nr`` is the
     register tile, ``mc`` the rows of A that a thread works on at a time, ``chunk`` the steps for which it packs them at
     a time, ``kc`` the steps of one pass over registers; a step is one element along K, or two of bf16 where the target
-    multiplies ``pairs`` of them in one instruction.
+    multiplies ``pairs`` of them in one instruction, to which an A in fp32 is rounded.
     Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
     multiply-adds, one thread does all.
     """
@@ -376,10 +376,17 @@ def _parts(group: OperatorGroup, gemm: Operator[Product]) -> tuple[str, ...]:
 class CpuGemm(Implementation[GemmMatch, GemmParameters]):
     """Our template on CPUs."""
 
+    family = "gemm"
+
     def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters]:
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
-        values, program = match.group.graph.values, match.program
+        values = match.group.graph.values
         a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
+        return self.choices(match, target, w_dtype, a_dtype is w_dtype is DType.BF16 and multiplies_bf16(target))
+
+    def choices(self, match: GemmMatch, target: Target, w_dtype: DType, pairs: bool) -> Sequence[GemmParameters]:
+        """The :meth:`space` of weights that are stored as ``w_dtype``."""
+        program, a_dtype = match.program, STORAGE[match.group.graph.values[match.a].dtype]
 
         def choice(tile: tuple[int, int], depth: int) -> GemmParameters:
             mr, vectors = tile
@@ -396,6 +403,7 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
                 vectors=vectors,
                 depth=depth,
                 products=match.products,
+                pairs=pairs,
             )
 
         tiles = register_tiles(match.n, target)
@@ -412,7 +420,7 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
         panels = PanelLayout(parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
         layout = panels if match.products == 1 else GatedLayout(panels, match.products)
         return KernelCall(
-            KernelSpec("gemm", "cpu/gemm.cpp.j2", parameters),
+            KernelSpec(self.family, "cpu/gemm.cpp.j2", parameters),
             (match.a, Packed((match.weight,), layout), *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
@@ -483,9 +491,9 @@ def register_tiles(n: int, target: Target, tiles: Sequence[tuple[int, int]] | No
     return sorted(set(order), key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
 
 
-def _multiplies_pairs(a_dtype: DType, w_dtype: DType, target: Target) -> bool:
-    """Whether one instruction multiplies and adds pairs of these, twice the fp32 rate."""
-    return a_dtype is w_dtype is DType.BF16 and Isa(target.arch) is Isa.AVX512 and "avx512_bf16" in target.features
+def multiplies_bf16(target: Target) -> bool:
+    """Whether one instruction multiplies and adds pairs of bf16 numbers, at twice the fp32 rate."""
+    return Isa(target.arch) is Isa.AVX512 and "avx512_bf16" in target.features
 
 
 def parameters(
@@ -502,13 +510,16 @@ def parameters(
     vectors: int | None = None,
     depth: int = _DEPTHS[0],
     products: int = 1,
+    pairs: bool | None = None,
 ) -> GemmParameters:
     """Parameters with blocks that fit the caches of ``target``; the register tile (``mr`` rows, ``vectors`` vectors)
-    defaults to its best."""
+    defaults to its best. ``pairs`` of bf16 numbers are multiplied, by default where A and W have them and the target
+    can."""
     best = register_tiles(n, target)[0]
     mr = best[0] if mr is None else mr
     nr = (best[1] if vectors is None else vectors) * target.vector_lanes
-    pairs = _multiplies_pairs(a_dtype, w_dtype, target)
+    if pairs is None:
+        pairs = a_dtype is w_dtype is DType.BF16 and multiplies_bf16(target)
     blocks = blocking(n, k, 2 if pairs else 1, mr, nr, depth, products, epilogue, target)
     plain = GemmParameters(
         n=n,

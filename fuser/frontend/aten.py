@@ -14,7 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
-from fuser.frontend.raising import Handler, Raiser
+from fuser.frontend.raising import Handler, Raiser, storage_of
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -224,6 +224,38 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+@_handles(aten.index_copy.default)
+def _index_copy(r: Raiser, node: fx.Node) -> Value | None:
+    """Rows of a cache that a call leaves it with, or that a new one of zeros has."""
+    before, dim, at, rows = node.args
+    value = traced(node)
+    if value.ndim != 4 or dim % 4 != 2 or 0 in (*value.shape, *traced(rows).shape) or traced(at).dtype != torch.int64:
+        return None
+    width, shape = value.shape[3], value.shape
+    if before.target is aten.zeros.default and r.is_returned(node):
+        call = TorchCall(torch.zeros, ((width,),), (("dtype", value.dtype),))
+        zeros = r.derived(f"{node.name}_zeros", (), call, (width,), value.dtype)
+        blank = r.alias(f"{node.name}_blank", zeros, shape, (0, 0, 0, 1), 0)
+    elif _is_update(r, node, before) and len(before.users) == 1:
+        blank = r.realize(r.view(before))
+    else:
+        return None
+    inputs = (blank, r.realize(r.view(rows)), r.realize(r.view(at)))
+    written = r.emit(kinds.WriteRows(), node.name, inputs, TensorSpec.contiguous(shape, value.dtype))
+    r.roomy.add(written.base)
+    return written
+
+
+def _is_update(r: Raiser, node: fx.Node, given: fx.Node) -> bool:
+    """Whether the tensor of ``node`` is what the graph leaves in the input ``given``, and no other result has its
+    memory."""
+    if given.op != "placeholder" or given.name not in r.captured.updated:
+        return False
+    leaves = node.graph.output_node().args[0]
+    place = len(leaves) - len(r.captured.updated) + r.captured.updated.index(given.name)
+    return leaves[place] is node and sum(storage_of(leaf) == storage_of(node) for leaf in leaves) == 1
 
 
 def _is_kept(r: Raiser, node: fx.Node) -> bool:

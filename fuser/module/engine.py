@@ -164,7 +164,7 @@ class Engine:
         gets to do so."""
         compiled = self.program(call, key, wanted=True)
         if compiled is None and key in self._excused:
-            args, kwargs = call.unflatten(call.tensors)
+            args, kwargs = call.unflatten([tensor.clone() for tensor in call.tensors])
             with torch.no_grad():
                 self.model(*args, **kwargs)
             compiled = self.program(call, key, wanted=True)
@@ -352,10 +352,6 @@ class Engine:
         if quantizer is None or quantizer.settled:
             return False
         target, _ = self.placed(key, device)
-        if target.kind != "cpu":
-            quantizer.settled = True
-            logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
-            return False
         calls = [acceptable(self.model, *given, self.options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
@@ -391,7 +387,7 @@ class Engine:
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self.model, call)
         graph = raise_graph(captured, self.options.attention_now(), floating(target))
-        return with_stored_integers(graph, captured.parameters, target), captured.parameters
+        return with_stored_integers(graph, captured.parameters), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
         """What to compile for, and for how many threads."""
@@ -487,7 +483,7 @@ class Engine:
 
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now; without those for
-        calls with objects, such as caches, which a file cannot tell from others."""
+        calls with objects, such as caches, which a file cannot tell from others, and those that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -499,11 +495,11 @@ class Engine:
                 )
                 for (signature, _, variant), c in self.programs.items()
                 if variant[0] == self.store.configuration and not c.captured.known
-                if not isinstance(signature[0], Packing) and not has_objects(signature)
+                if not isinstance(signature[0], Packing) and not has_objects(signature) and not c.updated
             ]
 
     def saved_forms(self) -> list[SavedForm]:
-        """What has been captured for all sizes on CPUs, but of calls with objects."""
+        """What has been captured for all sizes on CPUs, but of calls with objects, or that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -511,6 +507,7 @@ class Engine:
                 SavedForm(name[0], form, self.store)
                 for name, form in self.forms.items()
                 if name[1][0] == self.store.configuration and form.device.type == "cpu" and not has_objects(name[0])
+                if not form.captured.updated
             ]
 
     def _states_of(self, device: torch.device) -> States:

@@ -79,6 +79,18 @@ def test_attention(table: ModuleType) -> None:
     assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 
+def test_modern(table: ModuleType) -> None:
+    whole = {"fuser": {"median_ms": 50.04}, "eager": {"median_ms": 123.4}, "OpenVINO": {"median_ms": 75.0}}
+    part = {"fuser": {"median_ms": 2.0}, "eager": {"median_ms": 4.0}}
+    results = [
+        {"case": "llama:1x512", "timings": whole, "speedup_over_best": 1.499, "missing": {}},
+        {"case": "t5:1x7", "timings": part, "speedup_over_best": 2, "missing": {"OpenVINO": "it does not convert"}},
+    ]
+    lines = table.modern({"machine": MACHINE, "results": results}).splitlines()
+    assert "| llama:1x512 | 50 | 123 | 75 | **1.50×** |" in lines and "| t5:1x7 | 2 | 4 | – | **2.00×** |" in lines
+    assert "t5:1x7 without OpenVINO: it does not convert" in lines
+
+
 def test_int8(table: ModuleType) -> None:
     arms = {"fuser int8": (10.04, 0.99976), "ONNX Runtime int8": (12.0, 0.9994)}
     case = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, target
+from int8_cases import NATIVE, Case, as_int8, quantized_values, target
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
@@ -19,7 +19,6 @@ from fuser.explain.profiling import floor_of
 from fuser.ir.errors import ToolchainError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.operators import Int8Gemm
 from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
@@ -54,15 +53,6 @@ CASES = [
 @pytest.fixture(scope="module")
 def cache() -> KernelCache:
     return default_cache()
-
-
-def values_of(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    names = (*graph.inputs, *graph.constants)
-    found = {v: torch.randn(graph.values[v].shape, generator=g).to(graph.values[v].dtype) for v in names}
-    if "factors" in found:
-        found["factors"] = found["factors"].abs() + 0.3
-    return found
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
@@ -113,7 +103,7 @@ def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[
         assert case.chunked == (parameters.chunk < parameters.steps)
         for rows in (1, 2, 2 * parameters.mr + 1, 61):
             graph = case.graph(rows)
-            values = values_of(graph, rows)
+            values = quantized_values(graph, rows)
             (want,) = evaluate(graph, values).values()
             (got,), *others = (
                 [*run(graph, values, aim, parameters, library, threads).values()] for threads in (1, 2, 3)
@@ -129,7 +119,7 @@ def test_rows_that_have_no_scale(cache: KernelCache) -> None:
     """NaN and infinities make their rows NaN and no others; zeros, tiny and huge numbers are what they are."""
     case = Case(40, 70, "none")
     graph = case.graph(8)
-    values = values_of(graph)
+    values = quantized_values(graph)
     x = values["x"]
     x[1, 5], x[2, 69], x[3, 0] = torch.nan, torch.inf, -torch.inf
     x[4], x[5], x[6, 3], x[7] = 0, 1e-35, 1e4, 1e30
@@ -148,20 +138,13 @@ def test_rows_that_have_no_scale(cache: KernelCache) -> None:
 def test_products_that_meet_in_the_epilogue(cache: KernelCache) -> None:
     case = Gated(41, 70, transposed=False)
 
-    def quantized(rows: int) -> OperatorGraph:
-        graph = case.graph(rows)
-        operators = [
-            dataclasses.replace(op, semantics=Int8Gemm(False)) if op.kind == "gemm" else op for op in graph.operators
-        ]
-        return dataclasses.replace(graph, operators=tuple(operators))
-
     for isa, features in MACHINES:
         aim = target(isa, features)
-        parameters = CpuInt8Gemm().space(match_of(quantized(1), aim), aim)[0]
+        parameters = CpuInt8Gemm().space(match_of(as_int8(case.graph(1)), aim), aim)[0]
         assert parameters.products == 2
         (library,) = built([parameters], aim, cache)
-        graph = quantized(19)
-        values = values_of(graph)
+        graph = as_int8(case.graph(19))
+        values = quantized_values(graph)
         (want,) = evaluate(graph, values).values()
         (got,) = run(graph, values, aim, parameters, library, 2).values()
         # A product of two numbers behind an exponential of one of them.
@@ -223,7 +206,7 @@ def test_weights_are_a_quarter() -> None:
     match = match_of(graph, target())
     call = ways.call(match, ways.space(match, target())[0], target(), 2)
     packed = [ref for ref in call.tensors if isinstance(ref, Packed)]
-    values = values_of(graph)
+    values = quantized_values(graph)
     size = sum(t.nbytes for t in materialized(packed, values))
     assert size <= 1.02 * values["weight"].nbytes / 4
 
