@@ -20,9 +20,11 @@ from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
+from fuser.kernels.write_rows import CpuWriteRows, WriteRowsFamily
 
 IMPLEMENTATIONS: Table = {
     (AppendFamily(), "cpu"): (CpuAppend(),),
+    (WriteRowsFamily(), "cpu"): (CpuWriteRows(),),
     (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),

@@ -14,7 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
-from fuser.frontend.raising import Handler, Raiser
+from fuser.frontend.raising import Handler, Raiser, storage_of
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -147,7 +147,7 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     start = min(max(start + size if start < 0 else start, 0), size)
     step = node.args[4] if len(node.args) > 4 else 1
     count = traced(node).shape[dim]
-    return view.slice(dim, start, count, step) if count else None
+    return view.slice(dim, start, count, step) if count != 0 else None
 
 
 @_handles(aten.index.Tensor)
@@ -224,6 +224,38 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+@_handles(aten.index_copy.default)
+def _index_copy(r: Raiser, node: fx.Node) -> Value | None:
+    """Rows of a cache that a call leaves it with, or that a new one of zeros has."""
+    before, dim, at, rows = node.args
+    value = traced(node)
+    if value.ndim != 4 or dim % 4 != 2 or 0 in (*value.shape, *traced(rows).shape) or traced(at).dtype != torch.int64:
+        return None
+    width, shape = value.shape[3], value.shape
+    if before.target is aten.zeros.default and r.is_returned(node):
+        call = TorchCall(torch.zeros, ((width,),), (("dtype", value.dtype),))
+        zeros = r.derived(f"{node.name}_zeros", (), call, (width,), value.dtype)
+        blank = r.alias(f"{node.name}_blank", zeros, shape, (0, 0, 0, 1), 0)
+    elif _is_update(r, node, before) and len(before.users) == 1:
+        blank = r.realize(r.view(before))
+    else:
+        return None
+    inputs = (blank, r.realize(r.view(rows)), r.realize(r.view(at)))
+    written = r.emit(kinds.WriteRows(), node.name, inputs, TensorSpec.contiguous(shape, value.dtype))
+    r.roomy.add(written.base)
+    return written
+
+
+def _is_update(r: Raiser, node: fx.Node, given: fx.Node) -> bool:
+    """Whether the tensor of ``node`` is what the graph leaves in the input ``given``, and no other result has its
+    memory."""
+    if given.op != "placeholder" or given.name not in r.captured.updated:
+        return False
+    leaves = node.graph.output_node().args[0]
+    place = len(leaves) - len(r.captured.updated) + r.captured.updated.index(given.name)
+    return leaves[place] is node and sum(storage_of(leaf) == storage_of(node) for leaf in leaves) == 1
 
 
 def _is_kept(r: Raiser, node: fx.Node) -> bool:
@@ -745,7 +777,28 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 
 @_handles(*_REDUCTIONS)
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
-    return _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
+    given = _given(node, "dim", "keepdim")
+    found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
+    return _one_by_one(r, node, given) if found is None else found
+
+
+def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A reduction of axes that do not follow each other, as of squares of a grid, one axis after the other: PyTorch
+    takes many times as long for all at once. 16-bit numbers would be rounded in between."""
+    result, source, dims = traced(node), traced(node.args[0]), given.get("dim")
+    if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or result.dtype.itemsize < 4:
+        return None
+    dims = sorted(d % source.ndim for d in dims)
+    x = r.view(node.args[0])
+    if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or r.is_constant(x):
+        return None
+    shape = list(source.shape)
+    for dim in reversed(dims):
+        shape[dim] = 1
+        call = TorchCall(node.target, (Ref(0), [dim], True))
+        step = kinds.Extern(call, "PyTorch reduces one axis after the other")
+        x = r.emit(step, f"{node.name}_{dim}", (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
+    return x.reshape(result.shape)
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)

@@ -747,6 +747,27 @@ class Append(Semantics):
         return f"{inputs[1][-2]} behind {inputs[0][-2]}"
 
 
+@kind("write rows")
+@dataclass(frozen=True)
+class WriteRows(Semantics):
+    """Rows (B, H, n, D) at the positions (n,), int64, of a cache (B, H, m, D): the cache with these rows.
+
+    Where it is what a call leaves in the cache that is given, it lies in the memory of that, and the other rows stay
+    where they are. A position outside of the cache raises IndexRangeError.
+    """
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        before, rows, at = inputs
+        # A row of zeros may stand for all of them.
+        return (before.contiguous().index_copy(2, at, rows),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][-2]} of {output[-2]}"
+
+
 def room(rows: int) -> int:
     """Rows for which a cache of so many has room behind them: a quarter, in multiples of 64."""
     capacity = 64

@@ -87,6 +87,11 @@ class Compiled:
         return output.build(results, call.objects)
 
     @functools.cached_property
+    def updated(self) -> frozenset[int]:
+        """The positions of the inputs that it writes."""
+        return frozenset(self.assembly.plan.updated.values())
+
+    @functools.cached_property
     def choices(self) -> Mapping[str, Choice]:
         """What was decided by the hash of the regions; for the sizes that kernels were chosen for, if others are bound
         now."""

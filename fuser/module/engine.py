@@ -164,7 +164,7 @@ class Engine:
         gets to do so."""
         compiled = self.program(call, key, wanted=True)
         if compiled is None and key in self._excused:
-            args, kwargs = call.unflatten(call.tensors)
+            args, kwargs = call.unflatten([tensor.clone() for tensor in call.tensors])
             with torch.no_grad():
                 self.model(*args, **kwargs)
             compiled = self.program(call, key, wanted=True)
@@ -483,7 +483,7 @@ class Engine:
 
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now; without those for
-        calls with objects, such as caches, which a file cannot tell from others."""
+        calls with objects, such as caches, which a file cannot tell from others, and those that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -495,11 +495,11 @@ class Engine:
                 )
                 for (signature, _, variant), c in self.programs.items()
                 if variant[0] == self.store.configuration and not c.captured.known
-                if not isinstance(signature[0], Packing) and not has_objects(signature)
+                if not isinstance(signature[0], Packing) and not has_objects(signature) and not c.updated
             ]
 
     def saved_forms(self) -> list[SavedForm]:
-        """What has been captured for all sizes on CPUs, but of calls with objects."""
+        """What has been captured for all sizes on CPUs, but of calls with objects, or that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -507,6 +507,7 @@ class Engine:
                 SavedForm(name[0], form, self.store)
                 for name, form in self.forms.items()
                 if name[1][0] == self.store.configuration and form.device.type == "cpu" and not has_objects(name[0])
+                if not form.captured.updated
             ]
 
     def _states_of(self, device: torch.device) -> States:

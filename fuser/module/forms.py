@@ -74,18 +74,19 @@ def dynamic_dimensions(
     batch and sequence, as far as one can tell.
 
     Those are the first two dimensions of tensors with less than four; else the first (of images, say), and those that
-    are as long as one of these (of masks). Of tensors in objects, such as caches, they are all.
+    are as long as one of these, or of a cache (of masks). Of tensors in objects, such as caches, they are all.
     """
     given = call.tensors[: len(call.slots)]
     flat = [tensor for tensor in given if tensor.ndim < 4]
-    lengths = {size for tensor in flat for size in tensor.shape[:2] if size > 1}
+    held = call.tensors[len(given) :]
+    lengths = {n for sizes in (*(t.shape[:2] for t in flat), *(t.shape for t in held)) for n in sizes if n > 1}
     found: list[Collection[int]] = []
     for tensor in given:
         if tensor.ndim < 4:
             found.append(range(min(tensor.ndim, 2)))
         else:
             found.append([d for d, size in enumerate(tensor.shape) if d == 0 or (d > 1 and size in lengths)])
-    found += [range(tensor.ndim) for tensor in call.tensors[len(given) :]]
+    found += [range(tensor.ndim) for tensor in held]
     if isinstance(wanted, Mapping):
         for i, name in _names(model, call).items():
             if name in wanted:

@@ -51,6 +51,7 @@ from fuser.ir.operators import (
     SplitHeads,
     TorchCall,
     View,
+    WriteRows,
 )
 from fuser.ir.prediction import DEQ
 from fuser.ir.scores import SoftCap
@@ -205,6 +206,11 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
+        Case(
+            WriteRows(),
+            (SCORES, SCORES[:, :, :2], torch.tensor([3, 0])),
+            lambda a, b, _: torch.stack([b[:, :, 1], a[:, :, 1], a[:, :, 2], b[:, :, 0], *a.unbind(2)[4:]], 2),
+        ),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(
             IntervalMask(),
