@@ -92,11 +92,10 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, normalize: fl
 @contextlib.contextmanager
 def pytorch_alone() -> Iterator[None]:
     """Modules run no kernel of ours."""
-    never = lambda *_: False  # noqa: E731
-    with (
-        mock.patch.object(performer, "linear_attention", _by_products),
-        *(mock.patch.object(module, "is_known_to", never) for module in (local, eva, causal_eva)),
-    ):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(performer, "linear_attention", _by_products))
+        for mechanism in (local, eva, causal_eva):
+            patches.enter_context(mock.patch.object(mechanism, "is_known_to", lambda *_: False))
         yield
 
 
