@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sympy
 import torch
@@ -296,10 +296,10 @@ def _least(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     found: dict[sympy.Symbol, int] = {}
     for value in (leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))):
         for size in value.shape if isinstance(value, Tensor) else ():
-            expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            for factor in sympy.Mul.make_args(expression) if expression is not None else ():
+            factors: Any = sympy.Mul.make_args(size.node.expr) if isinstance(size, torch.SymInt) else ()
+            for factor in factors:
                 if isinstance(factor, formulas.FloorDiv) and isinstance(factor.args[1], sympy.Integer):
-                    symbol, divisor = factor.args
+                    symbol, divisor = cast("tuple[sympy.Symbol, Any]", factor.args)
                     found[symbol] = max(found.get(symbol, 0), int(divisor))
     return found
 

@@ -70,9 +70,11 @@ class SoftmaxAttention(nn.Module):
         qkv = self.qkv(x.flatten(1, -2))
         padded_qkv, hidden = padded(qkv, hidden, self.missing(qkv, hidden, grid))
         if padded_qkv is qkv:
-            return self.proj_drop(self.proj(self.mix(qkv, hidden, grid))).reshape(x.shape)
-        mixed = first_tokens(self.mix(padded_qkv, hidden, padded_qkv.shape[1:2]), qkv.shape[1])
-        return self.proj_drop(self.proj(mixed)).reshape(x.shape)
+            mixed = self.mix(qkv, hidden, grid)
+        else:
+            mixed = first_tokens(self.mix(padded_qkv, hidden, padded_qkv.shape[1:2]), qkv.shape[1])
+        out: Tensor = self.proj_drop(self.proj(mixed))
+        return out.reshape(x.shape)
 
     def grid(self, shape: Sequence[int]) -> Sequence[int]:
         """How the mechanism sees tokens of this shape: as a sequence or as a grid."""
