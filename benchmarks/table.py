@@ -228,6 +228,14 @@ def efficient(report: Mapping[str, Any]) -> str:
     header = ["mechanism", "tokens", *arms, "over eager", "over torch.compile"]
     title = "One module, fp32, milliseconds a call (“softmax” and “local”: exact attention by our own kernels)"
     text = _table(title, header, rows)
+    faster = [result for result in report["results"] if "faster_from" in result]
+    if faster:
+        exact = _union(result["faster_from"] for result in faster)
+        rows = [
+            [result["mechanism"], *(_since(result["faster_from"].get(other, "–")) for other in exact)]
+            for result in faster
+        ]
+        text += "\n\n" + _table("Tokens from which a mechanism is faster than exact attention", ["", *exact], rows)
     for result in report["results"]:
         if "peak_gb" in result:
             text += (
@@ -235,6 +243,27 @@ def efficient(report: Mapping[str, Any]) -> str:
                 f"{result['peak_gb']:.2f} GB at the most."
             )
     return f"{text}\n\n{_machine(report['machine'])}"
+
+
+def efficient_models(report: Mapping[str, Any]) -> str:
+    """Vision models with efficient attention: milliseconds of every arm."""
+    arms = _union(result["times"] for result in report["results"])
+    rows = [
+        [
+            result["model"],
+            *(_ms(result["times"][arm]["median_ms"]) for arm in arms),
+            *(f"{result['faster_than'][arm]:.2f}×" for arm in ("eager", "compile")),
+        ]
+        for result in report["results"]
+    ]
+    title = "Whole models, one image of 224 × 224, fp32, milliseconds a call (medians, all arms interleaved in one run)"
+    return (
+        f"{_table(title, ['model', *arms, 'over eager', 'over torch.compile'], rows)}\n\n{_machine(report['machine'])}"
+    )
+
+
+def _since(tokens: int | str | None) -> str:
+    return "slower" if tokens is None else str(tokens)
 
 
 def packed(report: Mapping[str, Any]) -> str:
@@ -293,11 +322,12 @@ TABLES = {
     "search": search,
     "architectures": architectures,
     "efficient": efficient,
+    "efficient_models": efficient_models,
 }
 FILES = {
     "README.md": ("encoders", "modern", "decoding", "any_length", "int8", "attention", "packed", "search"),
     "docs/models.md": ("architectures",),
-    "docs/efficient-attention.md": ("efficient",),
+    "docs/efficient-attention.md": ("efficient", "efficient_models"),
 }
 """Which tables stand in which file."""
 

@@ -11,7 +11,15 @@ import torch
 from fuser.ir.operators import Bf16Gemm
 from fuser.ir.target import Target
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Packed
-from fuser.kernels.gemm import CpuGemm, GemmFamily, GemmMatch, GemmParameters, multiplies_bf16, product_cost
+from fuser.kernels.gemm import (
+    CpuGemm,
+    GemmFamily,
+    GemmMatch,
+    GemmParameters,
+    multiplies_bf16,
+    product_cost,
+    share_of,
+)
 from fuser.kernels.gemm_cuda import (
     CudaGatedGemmParameters,
     CudaGemmExtents,
@@ -40,8 +48,8 @@ class CpuBf16Gemm(CpuGemm):
 
     def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
         """As products of bf16 tensors; activations are read in the type that they have."""
-        nr = parameters.nr
-        return product_cost(match, target, nr=nr, share=0.9, passes=1, launches=1, multiplied=torch.bfloat16)
+        nr, share = parameters.nr, share_of(parameters, target, "amx_bf16", 0.9)
+        return product_cost(match, target, nr=nr, share=share, passes=1, launches=1, multiplied=torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     start = min(max(start + size if start < 0 else start, 0), size)
     step = node.args[4] if len(node.args) > 4 else 1
     count = traced(node).shape[dim]
-    return view.slice(dim, start, count, step) if count else None
+    return view.slice(dim, start, count, step) if count != 0 else None
 
 
 @_handles(aten.index.Tensor)
@@ -834,7 +834,28 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 
 @_handles(*_REDUCTIONS)
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
-    return _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
+    given = _given(node, "dim", "keepdim")
+    found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
+    return _one_by_one(r, node, given) if found is None else found
+
+
+def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A reduction of axes that do not follow each other, as of squares of a grid, one axis after the other: PyTorch
+    takes many times as long for all at once. 16-bit numbers would be rounded in between."""
+    result, source, dims = traced(node), traced(node.args[0]), given.get("dim")
+    if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or result.dtype.itemsize < 4:
+        return None
+    dims = sorted(d % source.ndim for d in dims)
+    x = r.view(node.args[0])
+    if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or r.is_constant(x):
+        return None
+    shape = list(source.shape)
+    for dim in reversed(dims):
+        shape[dim] = 1
+        call = TorchCall(node.target, (Ref(0), [dim], True))
+        step = kinds.Extern(call, "PyTorch reduces one axis after the other")
+        x = r.emit(step, f"{node.name}_{dim}", (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
+    return x.reshape(result.shape)
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)

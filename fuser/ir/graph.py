@@ -40,7 +40,7 @@ class TensorSpec:
         strides, step = [], 1
         for size in reversed(shape):
             strides.append(step)
-            step *= max(size, 1)
+            step *= size if size != 0 else 1
         return cls(shape, dtype, tuple(reversed(strides)))
 
     @property

@@ -18,7 +18,7 @@ from fuser.codegen.choice import GroupChoice
 from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
-from fuser.frontend.capture import FlatCall, Signature, StateError, capture
+from fuser.frontend.capture import Captured, FlatCall, Signature, StateError, capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CalibrationError, CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
@@ -90,6 +90,8 @@ class Engine:
         self.clock = time.perf_counter
         self._excused: set[Key] = set()
         self._by_themselves: set[Signature] = set()
+        self._calibrated: dict[Signature, Captured] = {}
+        """What calibration has captured for calls of one size, until the call is compiled that it was made for."""
         self._states: dict[torch.device, States] = {}
         self._tuner: Tuner | None = None
         self.asks_modes = False
@@ -146,6 +148,7 @@ class Engine:
                 calibrated = self.calibrate(call, key, device)
                 compiled = self.for_sizes(call, key, device) if calibrated else None
                 compiled = compiled or run_after_fork(self.compile, call, key, device)
+                self._calibrated.clear()
             except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
                 raise
             except FuserError as error:
@@ -290,7 +293,7 @@ class Engine:
                 options=self.options,
                 tuner=self._tuner,
                 states=self._states_of(device),
-                captured=None if like is None else like.captured,
+                captured=self._calibrated.get(call.key) if like is None else like.captured,
                 quantizer=self.quantizer,
             )
         self.check_masked(compiled.graph)
@@ -386,6 +389,7 @@ class Engine:
             with contextlib.suppress(CaptureError):
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self.model, call)
+        self._calibrated[call.key] = captured
         graph = raise_graph(captured, self.options.attention_now(), floating(target))
         return with_stored_integers(graph, captured.parameters), captured.parameters
 

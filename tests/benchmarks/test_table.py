@@ -177,6 +177,17 @@ def test_architectures(table: ModuleType) -> None:
     ]
 
 
+def test_efficient_attention(table: ModuleType) -> None:
+    times = {"fuser": {"median_ms": 2}, "eager": {"median_ms": 4}, "compile": {"median_ms": 3}}
+    found = {"times": times, "faster_than": {"eager": 2, "compile": 1.5}}
+    modules = [{"mechanism": "eva", "tokens": 784, **found}]
+    modules += [{"mechanism": "eva", "faster_from": {"softmax": 500, "local": None}}]
+    made = table.efficient({"machine": MACHINE, "results": modules})
+    assert "| eva | 784 | 2 | 4 | 3 | 2.00× | 1.50× |" in made and "| eva | 500 | slower |" in made
+    models = [{"model": "DeiT", **found}]
+    assert "| DeiT | 2 | 4 | 3 | 2.00× | 1.50× |" in table.efficient_models({"machine": MACHINE, "results": models})
+
+
 def test_all_files_of_a_folder(table: ModuleType, tmp_path: Path) -> None:
     names = ("encoders", "attention")
     assert "No results" in table.tables(names, tmp_path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, quantized_values, target
+from int8_cases import NATIVE, Case, assembly, quantized_values, target
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
@@ -17,6 +18,7 @@ from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import Bf16Gemm
 from fuser.ir.target import Isa, Target, cuda_target, emulated_target
+from fuser.kernels import gemm
 from fuser.kernels.base import DType, KernelSpec, materialized
 from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
@@ -113,6 +115,46 @@ def test_products_that_meet_in_the_epilogue() -> None:
 
     check(graph, 4 * 70, run)
     check(graph, 4 * 70, on_cpu)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+def test_matrix_tiles(case: Case) -> None:
+    """By the model of the tiles' instructions, on machines without them."""
+    machine = target(NATIVE)
+
+    def run(graph: OperatorGraph, values: dict[str, Tensor]) -> Tensor:
+        match = match_of(graph, machine)
+        program = match.program
+        vectors = -(-min(case.n, 32) // 16) * 16 // machine.vector_lanes
+        choice = gemm.parameters(
+            match.n,
+            match.k,
+            program.expression,
+            program.operands,
+            program.output_dtypes,
+            machine,
+            w_dtype=DType.BF16,
+            mr=32,
+            vectors=vectors,
+            pairs=True,
+            tiles=True,
+        )
+        small = {"kc": 64, "chunk": 128} if case.k > 1000 else {}
+        choice = dataclasses.replace(choice, mc=64, serial_below=0, **small)
+        return _run(CpuBf16Gemm().call(match, choice, machine, 2), graph, values, machine)
+
+    for rows in (1, 19, 75):
+        check(in_bf16(case.graph(rows)), case.k, run)
+
+
+def test_matrix_tiles_are_compiled(tmp_path: Path) -> None:
+    aim = target(Isa.AVX512, frozenset({"amx_tile", "amx_bf16", "avx512_bf16"}))
+    match = match_of(in_bf16(Case(768, 768).graph(128)), aim)
+    choices = CpuBf16Gemm().space(match, aim)
+    seconds = [CpuBf16Gemm().cost(match, c, aim).seconds(aim) for c in choices]
+    assert choices[seconds.index(min(seconds))].tiles and not all(c.tiles for c in choices)
+    text = assembly(KernelSpec("bf16_gemm", "cpu/gemm.cpp.j2", choices[0]), aim, tmp_path)
+    assert text.count("tdpbf16ps") >= 4 and "ldtilecfg" in text
 
 
 def test_only_where_pairs_are_multiplied() -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from fuser.codegen.render import header_folder, render
+from fuser.ir.errors import ToolchainError
 from fuser.ir.expression import Op, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Int8Gemm, Int8WeightGemm, Norm, Residual
 from fuser.ir.target import Isa, Target
+from fuser.kernels.base import KernelSpec
+from fuser.runtime.compilers import find_toolchain
 from fuser.runtime.cpuinfo import detect_isa
 
 NATIVE = detect_isa()
@@ -51,6 +58,21 @@ class Case:
         chain = (Operator("dense", Int8Gemm(self.transposed), inputs, ("product",)), *steps)
         constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
         return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+
+
+def assembly(spec: KernelSpec, aim: Target, folder: Path) -> str:
+    """What the compiler makes of a kernel, assembled as well; skips for instructions that it does not know."""
+    source = folder / "kernel.cpp"
+    source.write_text(render(spec).text)
+    try:
+        tools = find_toolchain(aim)
+        command = [*tools.command, *tools.compile_flags, "-I", str(header_folder(aim)), str(source)]
+        text = subprocess.run([*command, "-S", "-o", "-"], capture_output=True, text=True, check=True).stdout
+        assembler = [*tools.command, "-c", "-x", "assembler", "-", "-o", str(folder / "kernel.o")]
+        subprocess.run(assembler, input=text, capture_output=True, text=True, check=True)
+        return text
+    except (subprocess.CalledProcessError, ToolchainError) as error:
+        pytest.skip(f"this compiler knows no {' '.join(sorted(aim.features))}: {error}")
 
 
 def as_int8(graph: OperatorGraph) -> OperatorGraph:

@@ -26,7 +26,7 @@ from fuser.ir.graph import OperatorGraph
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
-from fuser.module import engine, forms
+from fuser.module import compiler, engine, forms
 from fuser.module.compiler import choose_all
 from fuser.module.quantizing import Layer, Quantizer
 from fuser.runtime.targets import named_target
@@ -367,6 +367,23 @@ def test_a_call_that_the_model_refuses_decides_nothing() -> None:
     with torch.no_grad():
         assert cosine(fast(torch.tensor([[3, 9, 1]])), model(torch.tensor([[3, 9, 1]]))) > 0.999
     assert layers(fast)[0].quantized
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_calibration_on_the_first_call_captures_it_once(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    captures = []
+    for module in (compiler, engine, forms):
+        if hasattr(module, "capture"):
+            before = module.capture
+
+            def counted(*args: Any, of: Any = before, **kwargs: Any) -> Any:
+                captures.append(of)
+                return of(*args, **kwargs)
+
+            monkeypatch.setattr(module, "capture", counted)
+    fast = fuser.optimize(encoder(), quantize=fuser.Int8(), search="model", dynamic=dynamic)
+    fast(rows(2, 9))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(captures) == 1
 
 
 def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None:
