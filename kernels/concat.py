@@ -77,9 +77,9 @@ class CpuConcat(Implementation[OperatorGroup, ConcatParameters]):
         out, dim, start = match.graph.values[op.output], concat.semantics.dim, 0
         parts = []
         for value in op.inputs:
-            spec = match.graph.values[value]
-            parts.append(_part(spec, out, start * out.strides[dim] * out.dtype.itemsize))
-            start += spec.shape[dim]
+            part = match.graph.values[value]
+            parts.append(_part(part, out, start * out.strides[dim] * out.dtype.itemsize))
+            start += part.shape[dim]
         spec = KernelSpec("concat", "cpu/concat.cpp.j2", parameters)
         return KernelCall(spec, (*op.inputs, op.output), ConcatExtents(tuple(parts)), op.outputs)
 

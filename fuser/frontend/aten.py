@@ -213,9 +213,8 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
     if len(filled) == 1:
         return r.view(filled[0])
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(value.ndim, 1)
-    before = filled[0] if filled else None
-    given = before is not None and before.op == "placeholder" and before.name in r.captured.inputs
-    if len(filled) != 2 or value.ndim != 4 or dim != 2 or not _is_kept(r, node) or not given or len(before.users) > 1:
+    given = [part for part in filled[:1] if part.name in r.captured.inputs and len(part.users) == 1]
+    if len(filled) != 2 or value.ndim != 4 or dim != 2 or not _is_kept(r, node) or not given:
         return _between_kernels(r, node, filled, dim)
     _, heads, rows, width = value.shape
     space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
