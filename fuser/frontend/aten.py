@@ -14,7 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
-from fuser.frontend.raising import Handler, Raiser, storage_of
+from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -212,18 +212,27 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
         return None
     if len(filled) == 1:
         return r.view(filled[0])
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not _is_kept(r, node):
-        return None
-    before = filled[0]
-    if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
-        return None
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(value.ndim, 1)
+    given = [part for part in filled[:1] if part.name in r.captured.inputs and len(part.users) == 1]
+    if len(filled) != 2 or value.ndim != 4 or dim != 2 or not _is_kept(r, node) or not given:
+        return _between_kernels(r, node, filled, dim)
     _, heads, rows, width = value.shape
     space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
     spec = TensorSpec(value.shape, value.dtype, (heads * space * width, space * width, width, 1))
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+def _between_kernels(r: Raiser, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Value | None:
+    """What is joined of results of kernels, such as patches of an image and the token before them."""
+    views = [r.view(part) for part in parts]
+    if not 2 <= len(views[0].dims if views else ()) <= 4 or any(r.dtype(v) not in r.floating for v in views):
+        return None
+    made = {value for op in r.operators if op.semantics.fusible for value in op.outputs}
+    if made.isdisjoint(view.base for view in views):
+        return None
+    return r.emit(kinds.Concat(dim), node.name, [r.realize(view) for view in views], r.spec(node))
 
 
 @_handles(aten.index_copy.default)
@@ -371,6 +380,53 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
         part = out.slice(len(out.dims) - 1, start, size, 1) if out is not None else None
         r.env[n] = part if part is not None else r.extern(n) or ()
         start += size
+
+
+@_handles(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def _patches(r: Raiser, node: fx.Node) -> Value | None:
+    """A convolution whose windows lie side by side: the product of its patches, as rows, with all of its weight. What
+    remains at the ends is left out."""
+    x, weight = r.view(node.args[0]), r.view(node.args[1])
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+    batch, channels, *sizes = x.shape
+    kernel = weight.shape[2:]
+    beside = tuple(_each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
+    dense = not any(_each(given.get("padding", 0), len(kernel))) and set(_each(given.get("dilation", 1), 1)) == {1}
+    if not beside or not dense or math.prod(kernel) == 1 or len(sizes) != len(kernel):
+        return None
+    if not stays_inside(node):
+        # A caller gets channels first, which a product would have to be copied to.
+        return None
+    bias = None if given.get("bias") is None else r.view(given["bias"])
+    if r.is_constant(x) or not all(r.is_constant(t) for t in (weight, bias) if t is not None):
+        return None
+    if any(isinstance(size, Size) for size in sizes):
+        return None
+    counts = [size // width for size, width in zip(sizes, kernel, strict=True)]
+    for d, (count, width) in enumerate(zip(counts, kernel, strict=True), 2):
+        cut = x.slice(d, 0, count * width, 1)
+        if cut is None:
+            return None
+        x = cut
+    x = r.reshaped(x, (batch, channels, *(n for pair in zip(counts, kernel, strict=True) for n in pair)))
+    # Within a patch in the order of memory, so that a copy of it moves runs as long as can be.
+    inner = [1, *range(3, len(x.dims), 2)]
+    if (strides := x.strides()) is not None:
+        inner.sort(key=lambda d: -strides[d])
+    rows = x.permute((0, *range(2, len(x.dims), 2), *inner)).reshape((batch, *counts, math.prod(weight.shape[1:])))
+    matrix = weight.permute((0, *((d + 1) // 2 for d in inner)))
+    if rows is None:
+        return None
+    matrix = r.reshaped(matrix, (weight.shape[0], math.prod(weight.shape[1:])))
+    out = linear(r, node, rows, matrix, bias, transposed=True)
+    return None if out is None else out.permute((0, len(counts) + 1, *range(1, len(counts) + 1)))
+
+
+def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
+    """An argument of a convolution for every dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
 
 
 @_handles(aten.addmm.default)

@@ -725,6 +725,23 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+@kind("concat")
+@dataclass(frozen=True)
+class Concat(Semantics):
+    """Its inputs one behind the other along the dimension ``dim``."""
+
+    dim: int
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(inputs, self.dim),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return " + ".join(str(shape[self.dim]) for shape in inputs)
+
+
 # ---- caches
 
 

@@ -25,6 +25,7 @@ from fuser.ir.operators import (
     BiasBySums,
     BooleanMask,
     ChangeScores,
+    Concat,
     Embedding,
     Extern,
     Features,
@@ -206,6 +207,7 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
+        Case(Concat(1), (X, X[:, :2]), lambda a, b: torch.stack([*a.unbind(1), *b.unbind(1)], 1)),
         Case(
             WriteRows(),
             (SCORES, SCORES[:, :, :2], torch.tensor([3, 0])),
