@@ -38,6 +38,7 @@ golden: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/encoders.py
+	$(BIN)/python benchmarks/modern.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/architectures.py
 	$(BIN)/python benchmarks/search.py

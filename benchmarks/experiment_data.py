@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 import string
 from collections import Counter
@@ -171,6 +172,35 @@ def read_cloth(folder: Path, *, train: bool) -> list[Cloze]:
     if not found:
         raise DataError(f"{part} has no files of CLOTH")
     return found
+
+
+def manual_clozes(*, train: bool, words: int = 80, blanks: int = 8) -> list[Cloze]:
+    """Clozes in the form of CLOTH of the topics of Python's manual, which every Python has: passages of so many words,
+    some of which are left out, each offered beside three others of the passage. One in ten is for validation."""
+    from pydoc_data import topics
+
+    generator = random.Random(0)
+    found = []
+    for name in sorted(topics.topics):
+        text = re.sub(r"[^A-Za-z0-9.,;:()' ]+", " ", topics.topics[name]).split()
+        for start in range(0, len(text) - words, words):
+            passage = text[start : start + words]
+            plain = [i for i, word in enumerate(passage) if word.isalpha() and len(word) > 3]
+            distinct = sorted({passage[i] for i in plain})
+            if len(plain) < blanks or len(distinct) < 4:
+                continue
+            options, answers = [], []
+            for place in sorted(generator.sample(plain, blanks)):
+                right = passage[place]
+                offered = [right, *generator.sample([word for word in distinct if word != right], 3)]
+                generator.shuffle(offered)
+                options.append(tuple(offered))
+                answers.append(offered.index(right))
+                passage[place] = "_"
+            found.append(Cloze(" ".join(passage), tuple(options), tuple(answers)))
+    generator.shuffle(found)
+    cut = len(found) // 10
+    return found[cut:] if train else found[:cut]
 
 
 # ---- metrics

@@ -59,6 +59,19 @@ def encoders(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{_machine(report['machine'])}"
 
 
+def modern(report: Mapping[str, Any]) -> str:
+    """Models of today: milliseconds of every arm, and why an arm is missing."""
+    arms = _union(result["timings"] for result in report["results"])
+    rows, notes = [], []
+    for result in report["results"]:
+        times = [_ms(result["timings"].get(arm, {}).get("median_ms")) for arm in arms]
+        rows.append([result["case"], *times, f"**{result['speedup_over_best']:.2f}×**"])
+        notes += [f"{result['case']} without {arm}: {reason}" for arm, reason in result["missing"].items()]
+    title = "Models of today, whole, random weights, milliseconds a call (medians, all arms interleaved in one run)"
+    text = _table(title, ["model: batch × tokens", *arms, "over the fastest other"], rows)
+    return "\n\n".join([text, *notes, _machine(report["machine"])])
+
+
 def decoding(report: Mapping[str, Any]) -> str:
     """Decoding: tokens a second of every arm, and the share of the machine's bandwidth that ours reads weights at."""
     arms = _union(result["tokens_a_second"] for result in report["results"])
@@ -215,6 +228,14 @@ def efficient(report: Mapping[str, Any]) -> str:
     header = ["mechanism", "tokens", *arms, "over eager", "over torch.compile"]
     title = "One module, fp32, milliseconds a call (“softmax” and “local”: exact attention by our own kernels)"
     text = _table(title, header, rows)
+    faster = [result for result in report["results"] if "faster_from" in result]
+    if faster:
+        exact = _union(result["faster_from"] for result in faster)
+        rows = [
+            [result["mechanism"], *(_since(result["faster_from"].get(other, "–")) for other in exact)]
+            for result in faster
+        ]
+        text += "\n\n" + _table("Tokens from which a mechanism is faster than exact attention", ["", *exact], rows)
     for result in report["results"]:
         if "peak_gb" in result:
             text += (
@@ -222,6 +243,27 @@ def efficient(report: Mapping[str, Any]) -> str:
                 f"{result['peak_gb']:.2f} GB at the most."
             )
     return f"{text}\n\n{_machine(report['machine'])}"
+
+
+def efficient_models(report: Mapping[str, Any]) -> str:
+    """Vision models with efficient attention: milliseconds of every arm."""
+    arms = _union(result["times"] for result in report["results"])
+    rows = [
+        [
+            result["model"],
+            *(_ms(result["times"][arm]["median_ms"]) for arm in arms),
+            *(f"{result['faster_than'][arm]:.2f}×" for arm in ("eager", "compile")),
+        ]
+        for result in report["results"]
+    ]
+    title = "Whole models, one image of 224 × 224, fp32, milliseconds a call (medians, all arms interleaved in one run)"
+    return (
+        f"{_table(title, ['model', *arms, 'over eager', 'over torch.compile'], rows)}\n\n{_machine(report['machine'])}"
+    )
+
+
+def _since(tokens: int | str | None) -> str:
+    return "slower" if tokens is None else str(tokens)
 
 
 def packed(report: Mapping[str, Any]) -> str:
@@ -271,6 +313,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 TABLES = {
     "encoders": encoders,
+    "modern": modern,
     "decoding": decoding,
     "any_length": any_length,
     "int8": int8,
@@ -279,11 +322,12 @@ TABLES = {
     "search": search,
     "architectures": architectures,
     "efficient": efficient,
+    "efficient_models": efficient_models,
 }
 FILES = {
-    "README.md": ("encoders", "decoding", "any_length", "int8", "attention", "packed", "search"),
+    "README.md": ("encoders", "modern", "decoding", "any_length", "int8", "attention", "packed", "search"),
     "docs/models.md": ("architectures",),
-    "docs/efficient-attention.md": ("efficient",),
+    "docs/efficient-attention.md": ("efficient", "efficient_models"),
 }
 """Which tables stand in which file."""
 

@@ -16,7 +16,7 @@ from fuser.codegen.render import render
 from fuser.codegen.template import ProgramTemplate
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Append, Extern, Semantics, View
+from fuser.ir.operators import Append, Extern, Semantics, View, WriteRows
 from fuser.ir.size import maximum
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall, KernelSpec, LibraryCall, TensorRef
@@ -116,6 +116,7 @@ def assemble(graph: OperatorGraph, choices: Sequence[GroupChoice], target: Targe
         returns=tuple(layout.slot(v) for v in graph.outputs),
         aliases=dict(graph.aliases),
         appended=layout.appended,
+        updated=layout.updated,
         states=layout.states,
         constants=layout.constants,
         result_count=layout.result_count,
@@ -213,12 +214,18 @@ class _Layout:
     @property
     def appended(self) -> dict[int, int]:
         """The outputs that may lie in the memory of inputs, by position."""
-        grown = [op for op in self.graph.operators if isinstance(op.semantics, Append)]
+        grown = [op for op in self.graph.operators if isinstance(op.semantics, (Append, WriteRows))]
         return {
             self._output_index[op.output]: self._input_index[op.inputs[0]]
             for op in grown
             if op.output in self._output_index and op.inputs[0] in self._input_index
         }
+
+    @property
+    def updated(self) -> dict[int, int]:
+        """The inputs whose contents are results, by position of these."""
+        first = len(self.graph.outputs) - len(self.graph.updated)
+        return {first + i: self._input_index[value] for i, value in enumerate(self.graph.updated)}
 
     @property
     def states(self) -> dict[str, Slot]:

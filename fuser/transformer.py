@@ -23,7 +23,8 @@ from fuser.attention import build as build_attention
 from fuser.attention import configure
 from fuser.attention.mechanisms.causal_eva import CausalEvaAttention
 from fuser.attention.mechanisms.features import attend
-from fuser.attention.mechanisms.windows import heads_of
+from fuser.attention.mechanisms.windows import first_tokens, heads_of, missing_tokens
+from fuser.attention.windowed import attend_windows, is_known_to
 from fuser.evit import resized
 from fuser.ir.errors import MechanismError
 
@@ -195,23 +196,26 @@ class ProjectedAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        count = x.shape[1]
-        if self.window:
-            x = torch.unflatten(F.pad(x, (0, 0, 0, -count % self.window)), 1, (-1, self.window)).flatten(0, 1)
         memory = x if memory is None else memory
-        q, k, v = (
-            heads_of(layer(of), self.heads)
-            for layer, of in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
-        )
+        q, k, v = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
         dropout = self.dropout if self.training else 0.0
-        if self.causal:
+        count, joined = x.shape[1], not self.window or (not dropout and is_known_to(q, k, v))
+        if not joined:
+            # Windows are entries of the batch.
+            padding = (0, 0, 0, missing_tokens(count, self.window))
+            q, k, v = (torch.unflatten(F.pad(t, padding), 1, (-1, self.window)).flatten(0, 1) for t in (q, k, v))
+        q, k, v = (heads_of(t, self.heads) for t in (q, k, v))
+        if self.window and joined:
+            out = attend_windows(q, k, v, window=self.window, causal=True)
+        elif self.causal:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             out = attend(q, k, v, None if hidden is None else hidden[:, None, None], dropout=dropout)
-        mixed: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return (
-            torch.unflatten(mixed, 0, (-1, -(-count // self.window))).flatten(1, 2)[:, :count] if self.window else mixed
-        )
+        mixed = out.transpose(1, 2).flatten(2)
+        if not joined:
+            mixed = first_tokens(torch.unflatten(mixed, 0, (x.shape[0], -1)).flatten(1, 2), count)
+        projected: Tensor = self.out_proj(mixed)
+        return projected
 
 
 class MixedTokens(nn.Module):

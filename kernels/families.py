@@ -8,25 +8,35 @@ from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
+from fuser.kernels.concat import ConcatFamily, CpuConcat
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
+from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
+from fuser.kernels.gemm_int8_cuda import CudaInt8Gemm, CudaInt8WeightGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
 from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
+from fuser.kernels.write_rows import CpuWriteRows, WriteRowsFamily
 
 IMPLEMENTATIONS: Table = {
     (AppendFamily(), "cpu"): (CpuAppend(),),
+    (WriteRowsFamily(), "cpu"): (CpuWriteRows(),),
+    (ConcatFamily(), "cpu"): (CpuConcat(),),
     (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
+    (Bf16GemmFamily(), "cpu"): (CpuBf16Gemm(),),
+    (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
     (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
+    (Int8GemmFamily(), "cuda"): (CudaInt8Gemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
+    (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
     (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
     (FeaturesFamily(), "cpu"): (CpuFeatures(),),
     (MlpFamily(), "cuda"): (CudaMlp(),),

@@ -47,6 +47,10 @@ _DEPTHS = (256, 384)  # longer passes add up more roundings than a library's GEM
 _MAX_BLOCK = 168
 _SHARED_ROWS = 512
 _SERIAL_BELOW = 1 << 18
+_TILE_STEPS = 16
+_TILE_ROWS, _TILE_COLUMNS = 32, 32
+_TILES_SHARE = 0.5  # of AMX's rate: an estimate, nothing was measured on a CPU that has it
+_TILES_RATIO = 8.0  # of AMX's rate over that of vectors, for int8 as for bf16
 
 # (rows, vectors) of the register tile: accumulators, one row of W and a broadcast element fill the register file.
 _TILES = {
@@ -75,7 +79,8 @@ class GemmParameters:
     as input 0 and ``operands`` as inputs 1, 2, …; ``out_dtypes`` are the types of its outputs. ``mr`` × ``nr`` is the
     register tile, ``mc`` the rows of A that a thread works on at a time, ``chunk`` the steps for which it packs them at
     a time, ``kc`` the steps of one pass over registers; a step is one element along K, or two of bf16 where the target
-    multiplies ``pairs`` of them in one instruction.
+    multiplies ``pairs`` of them in one instruction, to which an A in fp32 is rounded. With ``tiles``, the register tile
+    is up to 32 × 32 in matrix tiles (AMX), which multiply 16 steps at a time; K is padded to a multiple of that.
     Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
     multiply-adds, one thread does all.
     """
@@ -93,6 +98,7 @@ class GemmParameters:
     kc: int
     chunk: int
     pairs: bool = False
+    tiles: bool = False
     shared: int = _SHARED_ROWS
     serial_below: int = _SERIAL_BELOW
 
@@ -123,7 +129,12 @@ class GemmParameters:
     @property
     def steps(self) -> int:
         """32-bit words along K, and registers of W read for each of them: steps of the inner loop."""
-        return -(-self.k // self.width)
+        return _steps(self.k, self.width, self.tiles)
+
+    @property
+    def tile_product(self) -> str:
+        """What multiplies matrix tiles, in ``cpu/tiles.h``."""
+        return "multiply_bytes" if self.integer else "multiply_bf16"
 
     @property
     def pitch(self) -> int:
@@ -180,21 +191,33 @@ class GatedGemmParameters(GemmParameters):
         return self.parts
 
 
+def _steps(k: int, width: int, tiles: bool) -> int:
+    steps = -(-k // width)
+    return -(-steps // _TILE_STEPS) * _TILE_STEPS if tiles else steps
+
+
 def _odd_lines(floats: int) -> int:
     return _LINE * (-(-floats // _LINE) | 1)
 
 
-def pack(weight: Tensor, nr: int, transposed: bool = True, dtype: DType | None = None, width: int = 1) -> Tensor:
+def pack(
+    weight: Tensor,
+    nr: int,
+    transposed: bool = True,
+    dtype: DType | None = None,
+    width: int = 1,
+    tiles: bool = False,
+) -> Tensor:
     """The weight of a linear layer in the microkernel's layout.
 
     ``weight`` is (N, K) when ``transposed`` (as in ``torch.nn.Linear``), else (K, N). Returns a contiguous tensor of
     ``dtype`` (default: the weight's): (ceil(N / nr), ceil(K / width), nr, width), without the last dimension for a
-    ``width`` of one; zero beyond N and K.
+    ``width`` of one; zero beyond N and K. For ``tiles``, steps are padded to a multiple of 16.
     """
     columns = weight if transposed else weight.t()
     n, k = columns.shape
     panels, step = -(-n // nr), width
-    packed = torch.zeros(panels, -(-k // step), nr, step, dtype=weight.dtype if dtype is None else dtype.torch)
+    packed = torch.zeros(panels, _steps(k, step, tiles), nr, step, dtype=weight.dtype if dtype is None else dtype.torch)
     # Whole panels and the last one, whole steps and the last one: four rectangles, each copied once.
     for rows in (slice(0, n - n % nr), slice(n - n % nr, n)):
         for depth in (slice(0, k - k % step), slice(k - k % step, k)):
@@ -223,10 +246,11 @@ class PanelLayout(Layout):
     transposed: bool
     dtype: DType
     pairs: bool
+    tiles: bool = False
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         (weight,) = tensors
-        return (pack(weight, self.nr, self.transposed, self.dtype, 2 if self.pairs else 1),)
+        return (pack(weight, self.nr, self.transposed, self.dtype, 2 if self.pairs else 1, self.tiles),)
 
 
 @dataclass(frozen=True)
@@ -376,12 +400,19 @@ def _parts(group: OperatorGroup, gemm: Operator[Product]) -> tuple[str, ...]:
 class CpuGemm(Implementation[GemmMatch, GemmParameters]):
     """Our template on CPUs."""
 
+    family = "gemm"
+
     def space(self, match: GemmMatch, target: Target) -> Sequence[GemmParameters]:
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
-        values, program = match.group.graph.values, match.program
+        values = match.group.graph.values
         a_dtype, w_dtype = STORAGE[values[match.a].dtype], STORAGE[values[match.weight].dtype]
+        return self.choices(match, target, w_dtype, a_dtype is w_dtype is DType.BF16 and multiplies_bf16(target))
 
-        def choice(tile: tuple[int, int], depth: int) -> GemmParameters:
+    def choices(self, match: GemmMatch, target: Target, w_dtype: DType, pairs: bool) -> Sequence[GemmParameters]:
+        """The :meth:`space` of weights that are stored as ``w_dtype``."""
+        program, a_dtype = match.program, STORAGE[match.group.graph.values[match.a].dtype]
+
+        def choice(tile: tuple[int, int], depth: int, tiles: bool = False) -> GemmParameters:
             mr, vectors = tile
             return parameters(
                 match.n,
@@ -396,23 +427,29 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
                 vectors=vectors,
                 depth=depth,
                 products=match.products,
+                pairs=pairs,
+                tiles=tiles,
             )
 
         tiles = register_tiles(match.n, target)
-        choices = [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
+        wide = matrix_tiles(match.n, target, "amx_bf16") if pairs else []
+        choices = [choice(tile, depth, True) for tile in wide for depth in _DEPTHS]
+        choices += [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
         return [*dict.fromkeys(choices)]
 
     def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:
         """Roofline of the padded product, its epilogue, and every tensor touched once; 95 % of the peak and more was
         measured on BERT's shapes."""
-        return product_cost(match, target, nr=parameters.nr, share=0.95, passes=1, launches=1)
+        share = share_of(parameters, target, "amx_bf16", 0.95) if parameters.pairs else 0.95
+        return product_cost(match, target, nr=parameters.nr, share=share, passes=1, launches=1)
 
     def call(self, match: GemmMatch, parameters: GemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
-        panels = PanelLayout(parameters.nr, match.transposed, parameters.w_dtype, parameters.pairs)
+        p = parameters
+        panels = PanelLayout(p.nr, match.transposed, p.w_dtype, p.pairs, p.tiles)
         layout = panels if match.products == 1 else GatedLayout(panels, match.products)
         return KernelCall(
-            KernelSpec("gemm", "cpu/gemm.cpp.j2", parameters),
+            KernelSpec(self.family, "cpu/gemm.cpp.j2", parameters),
             (match.a, Packed((match.weight,), layout), *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
@@ -483,9 +520,24 @@ def register_tiles(n: int, target: Target, tiles: Sequence[tuple[int, int]] | No
     return sorted(set(order), key=lambda tile: (-(-n // (tile[1] * lanes)) * tile[1], order.index(tile)))
 
 
-def _multiplies_pairs(a_dtype: DType, w_dtype: DType, target: Target) -> bool:
-    """Whether one instruction multiplies and adds pairs of these, twice the fp32 rate."""
-    return a_dtype is w_dtype is DType.BF16 and Isa(target.arch) is Isa.AVX512 and "avx512_bf16" in target.features
+def matrix_tiles(n: int, target: Target, feature: str) -> list[tuple[int, int]]:
+    """The register tile (rows, vectors) in matrix tiles, if the target has them with this ``feature``."""
+    if not {"amx_tile", feature} <= target.features:
+        return []
+    return [(_TILE_ROWS, min(_TILE_COLUMNS, -(-n // 16) * 16) // target.vector_lanes)]
+
+
+def share_of(parameters: GemmParameters, target: Target, feature: str, share: float) -> float:
+    """What a product reaches of the target's rate where vectors reach ``share`` of theirs; ``feature`` is that of
+    matrix tiles."""
+    if parameters.tiles:
+        return _TILES_SHARE
+    return share / _TILES_RATIO if matrix_tiles(parameters.n, target, feature) else share
+
+
+def multiplies_bf16(target: Target) -> bool:
+    """Whether one instruction multiplies and adds pairs of bf16 numbers, at twice the fp32 rate."""
+    return Isa(target.arch) is Isa.AVX512 and "avx512_bf16" in target.features
 
 
 def parameters(
@@ -502,14 +554,18 @@ def parameters(
     vectors: int | None = None,
     depth: int = _DEPTHS[0],
     products: int = 1,
+    pairs: bool | None = None,
+    tiles: bool = False,
 ) -> GemmParameters:
     """Parameters with blocks that fit the caches of ``target``; the register tile (``mr`` rows, ``vectors`` vectors)
-    defaults to its best."""
+    defaults to its best. ``pairs`` of bf16 numbers are multiplied, by default where A and W have them and the target
+    can."""
     best = register_tiles(n, target)[0]
     mr = best[0] if mr is None else mr
     nr = (best[1] if vectors is None else vectors) * target.vector_lanes
-    pairs = _multiplies_pairs(a_dtype, w_dtype, target)
-    blocks = blocking(n, k, 2 if pairs else 1, mr, nr, depth, products, epilogue, target)
+    if pairs is None:
+        pairs = a_dtype is w_dtype is DType.BF16 and multiplies_bf16(target)
+    blocks = blocking(n, k, 2 if pairs else 1, mr, nr, depth, products, epilogue, target, tiles)
     plain = GemmParameters(
         n=n,
         k=k,
@@ -524,16 +580,19 @@ def parameters(
         kc=blocks.kc,
         chunk=blocks.chunk,
         pairs=pairs,
+        tiles=tiles,
     )
     return plain if products == 1 else GatedGemmParameters(**vars(plain), parts=products)
 
 
-def int8_fields(match: GemmMatch, target: Target, tile: tuple[int, int], depth: int, width: int) -> dict[str, Any]:
+def int8_fields(
+    match: GemmMatch, target: Target, tile: tuple[int, int], depth: int, width: int, tiles: bool = False
+) -> dict[str, Any]:
     """What parameters of products with int8 weights have in common, for a register ``tile`` of rows and vectors and
     steps of ``width`` elements along K."""
     program, values = match.program, match.group.graph.values
     mr, nr = tile[0], tile[1] * target.vector_lanes
-    blocks = blocking(match.n, match.k, width, mr, nr, depth, match.products, program.expression, target)
+    blocks = blocking(match.n, match.k, width, mr, nr, depth, match.products, program.expression, target, tiles)
     return {
         "n": match.n,
         "k": match.k,
@@ -547,6 +606,7 @@ def int8_fields(match: GemmMatch, target: Target, tile: tuple[int, int], depth: 
         "mc": blocks.mc,
         "kc": blocks.kc,
         "chunk": blocks.chunk,
+        "tiles": tiles,
         "parts": match.products,
     }
 
@@ -561,14 +621,23 @@ class Blocks:
 
 
 def blocking(
-    n: int, k: int, width: int, mr: int, nr: int, depth: int, products: int, epilogue: Expression, target: Target
+    n: int,
+    k: int,
+    width: int,
+    mr: int,
+    nr: int,
+    depth: int,
+    products: int,
+    epilogue: Expression,
+    target: Target,
+    tiles: bool = False,
 ) -> Blocks:
     """Blocks of a product whose steps are ``width`` elements along K, for passes of about ``depth`` steps."""
-    steps = -(-k // width)
+    steps = _steps(k, width, tiles)
     # A panel of W for one pass takes an eighth of L2, the packed rows of A and their accumulators up to a half each.
     l2 = target.cache_bytes[1] // 4
     passes = max(-(-steps // max(min(depth, l2 // 8 // nr), 64)), 1)
-    kc = max(-(-steps // passes), 1)
+    kc = _steps(max(-(-steps // passes), 1), 1, tiles)
     # W is read once for every block of rows. Rows that are packed for a part of K at a time may be more, but need
     # accumulators of all columns, which a norm needs anyway.
     all_columns = -(-n // nr) * nr * products

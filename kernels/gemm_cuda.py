@@ -150,6 +150,27 @@ class CudaGemmParameters:
     tile: Tile
 
     @property
+    def w_dtype(self) -> DType:
+        """The storage type of W."""
+        return self.dtype
+
+    @property
+    def a_loaded(self) -> DType:
+        """The type that A has in memory when a tile of it is copied."""
+        return self.dtype
+
+    @property
+    def integer(self) -> bool:
+        """Whether integers are multiplied, with scales of rows and columns (:mod:`fuser.kernels.gemm_int8_cuda`)."""
+        return False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether W is int8 and sums are multiplied with a scale for every column
+        (:mod:`fuser.kernels.gemm_int8_cuda`)."""
+        return False
+
+    @property
     def extents(self) -> str:
         """The kernel's extents in C."""
         return CudaGemmExtents.declaration(operands=len(self.operands), output_strides=len(self.out_dtypes))
@@ -314,10 +335,10 @@ def product_dtype(match: GemmMatch) -> DType:
     return STORAGE[match.group.graph.values[match.a].dtype]
 
 
-def moved_bytes(match: GemmMatch) -> float:
-    """Every tensor once to or from memory."""
+def moved_bytes(match: GemmMatch, stored: DType | None = None) -> float:
+    """Every tensor once to or from memory, the weight as it is ``stored``, by default as A is."""
     graph = match.group.graph
-    weight = match.products * match.n * match.k * product_dtype(match).bytes
+    weight = match.products * match.n * match.k * (stored or product_dtype(match)).bytes
     return float(graph.values[match.a].nbytes + weight + match.program.bytes(graph))
 
 
@@ -358,7 +379,7 @@ def best_tiles(
     ``whole``, only those whose sums no other block shares."""
 
     def seconds(tile: Tile) -> float:
-        return _seconds(tile, rows, n, k, dtype, tensor_cores, reduces, target)
+        return tile_seconds(tile, rows, n, k, dtype, tensor_cores, reduces, target)
 
     legal = legal_tiles(n, k, dtype, tensor_cores, target)
     ranked = sorted((tile for tile in legal if tile.split == 1 or not whole), key=seconds)
@@ -384,7 +405,7 @@ def legal_tiles(n: int, k: int, dtype: DType, tensor_cores: bool, target: Target
     return tiles
 
 
-def _seconds(
+def tile_seconds(
     tile: Tile, rows: int, n: int, k: int, dtype: DType, tensor_cores: bool, reduces: bool, target: Target
 ) -> float:
     """Predicted time of the kernels without their start: the busiest SM's tiles, each bounded by its multiply-adds,
@@ -428,7 +449,7 @@ def resident_blocks(tile: Tile, dtype: DType, target: Target) -> int:
     return max(1, min(shared, tile.blocks(dtype.bytes)))
 
 
-def _tensor_cores(dtype: DType, target: Target) -> bool:
+def has_tensor_cores(dtype: DType, target: Target) -> bool:
     return dtype is not DType.F32 or TF32 in target.features
 
 
@@ -438,11 +459,27 @@ def is_multiplied(match: GemmMatch) -> bool:
     return product_dtype(match) is DType.F32 or values[match.weight].dtype == values[match.a].dtype
 
 
-def _cost(match: GemmMatch, seconds: float, launches: int, target: Target) -> Cost:
-    """Every tensor touched once, and the product in ``seconds``."""
+def cost_of(match: GemmMatch, seconds: float, launches: int, target: Target, stored: DType | None = None) -> Cost:
+    """Every tensor touched once, and the product in ``seconds``; the weight is ``stored`` as A is, or otherwise."""
     flops = max(2.0 * match.program.rows * match.n * match.products * match.k, 1.0)
     efficiency = flops / (target.peak_flops * target.cores * max(seconds, 1e-9))
-    return Cost(flops, moved_bytes(match), launches, efficiency)
+    return Cost(flops, moved_bytes(match, stored), launches, efficiency)
+
+
+def match_tiles(match: GemmMatch, dtype: DType, tensor_cores: bool, target: Target) -> list[Tile]:
+    """Legal tiles for a match whose factors are multiplied as ``dtype``, those with the least predicted time first."""
+    program, columns, gated = match.program, match.n * match.products, match.products > 1
+    reduces = program.expression.has_reduction
+    tiles = best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
+    return [tile for tile in tiles if tile.bn % (32 * match.products) == 0]
+
+
+def match_seconds(match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> float:
+    """Predicted time of the product without the start of its kernels, of which the roofline adds all but one's."""
+    p, columns = parameters, match.n * match.products
+    rows = match.program.rows
+    seconds = tile_seconds(p.tile, rows, columns, match.k, p.dtype, p.tensor_cores, p.reduces, target)
+    return seconds - target.launch_seconds if p.separate else seconds
 
 
 class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
@@ -453,8 +490,7 @@ class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
         if not is_multiplied(match):
             return []
         program, dtype = match.program, product_dtype(match)
-        tensor_cores = _tensor_cores(dtype, target)
-        reduces, columns, gated = program.expression.has_reduction, match.n * match.products, match.products > 1
+        tensor_cores = has_tensor_cores(dtype, target)
         return [
             parameters(
                 match.n,
@@ -467,22 +503,13 @@ class CudaGemm(Implementation[GemmMatch, CudaGemmParameters]):
                 tensor_cores,
                 match.products,
             )
-            for tile in best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
-            if tile.bn % (32 * match.products) == 0
+            for tile in match_tiles(match, dtype, tensor_cores, target)
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> Cost:
         """Roofline with whole tiles on whole SMs, every tensor touched once, and the epilogue's way through memory
         where a second kernel applies it."""
-        p, dtype = parameters, product_dtype(match)
-        columns = match.n * match.products
-        seconds = _seconds(
-            p.tile, match.program.rows, columns, match.k, dtype, _tensor_cores(dtype, target), p.reduces, target
-        )
-        if not p.separate:
-            return _cost(match, seconds, 1, target)
-        # The roofline adds the second launch.
-        return _cost(match, seconds - target.launch_seconds, 2, target)
+        return cost_of(match, match_seconds(match, parameters, target), 2 if parameters.separate else 1, target)
 
     def call(self, match: GemmMatch, parameters: CudaGemmParameters, target: Target, threads: int) -> KernelCall:
         program = match.program
@@ -515,12 +542,12 @@ class CublasGemm(Implementation[GemmMatch, CublasParameters]):
     def cost(self, match: GemmMatch, parameters: CublasParameters, target: Target) -> Cost:
         """The library is taken to find as good a tile as ours, and to feed the tensor cores of any architecture."""
         rows, dtype = match.program.rows, product_dtype(match)
-        tensor_cores = _tensor_cores(dtype, target)
+        tensor_cores = has_tensor_cores(dtype, target)
         tile = best_tiles(rows, match.n, match.k, dtype, tensor_cores, False, target)[0]
-        seconds = _seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
+        seconds = tile_seconds(tile, rows, match.n, match.k, dtype, tensor_cores, False, target)
         if tensor_cores:
             seconds *= target.mma_rate(dtype.torch, _SHARE) / (target.rate(dtype.torch) * _LIBRARY_SHARE)
-        return _cost(match, seconds, 1, target)
+        return cost_of(match, seconds, 1, target)
 
     def call(self, match: GemmMatch, parameters: CublasParameters, target: Target, threads: int) -> LibraryCall:
         bounds = tuple(b.value for b in match.program.bounds)

@@ -2,9 +2,9 @@
 
 The epilogue, the register tile and the blocks are those of :mod:`fuser.kernels.gemm`. A step of the inner loop
 multiplies as many elements as an instruction of the target sums into 32 bits: four where it has the dot products of
-VNNI, whose first factors are unsigned, so that 128 is added to activations and the sums of the weights' columns are
-taken off again; else two, widened to 16 bits. Both sum exactly, so that all targets give the same numbers, which are
-those of :class:`fuser.ir.operators.Int8Gemm`.
+VNNI or the tiles of AMX, whose first factors are unsigned, so that 128 is added to activations and the sums of the
+weights' columns are taken off again; else two, widened to 16 bits. All sum exactly, so that all targets give the same
+numbers, which are those of :class:`fuser.ir.operators.Int8Gemm`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
 from fuser.kernels.gemm import (
+    GatedGemmParameters,
     GemmExtents,
     GemmFamily,
     GemmMatch,
-    GemmParameters,
     int8_fields,
+    matrix_tiles,
     pack,
     product_cost,
     register_tiles,
+    share_of,
 )
 
 _OFFSET = 128
@@ -45,22 +47,17 @@ class Int8GemmFamily(GemmFamily):
 
 
 @dataclass(frozen=True)
-class Int8GemmParameters(GemmParameters):
-    """As :class:`GemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
+class Int8GemmParameters(GatedGemmParameters):
+    """As :class:`GatedGemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
     ``quads``, else two. With ``factors``, elements of A are multiplied by those of a (K,) tensor before they are
-    rounded. ``parts`` weights are multiplied as in :class:`~fuser.kernels.gemm.GatedGemmParameters`."""
+    rounded."""
 
     quads: bool = False
     factors: bool = False
-    parts: int = 1
 
     @property
     def width(self) -> int:
         return 4 if self.quads else 2
-
-    @property
-    def products(self) -> int:
-        return self.parts
 
     @property
     def integer(self) -> bool:
@@ -77,6 +74,7 @@ class Int8Layout(Layout):
     transposed: bool
     width: int
     parts: int = 1
+    tiles: bool = False
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         weight, *factors = tensors
@@ -85,7 +83,7 @@ class Int8Layout(Layout):
             integers, scales = quantize_rows(part if self.transposed else part.t(), *(1 / f for f in factors))
             offsets = integers.sum(-1, keepdim=True, dtype=torch.int32) * -_OFFSET
             columns = [pack(x, self.nr).flatten(1) for x in (scales, offsets if self.width == 4 else 0 * offsets)]
-            found.append((pack(integers, self.nr, width=self.width), *columns))
+            found.append((pack(integers, self.nr, width=self.width, tiles=self.tiles), *columns))
         return tuple(torch.stack(parts, 1) for parts in zip(*found, strict=True))
 
 
@@ -97,16 +95,18 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         if not 0 < match.k <= MAX_TERMS:
             return []
         tiles = _tiles(match.n, target)
-        choices = [(tile, _DEPTHS[0]) for tile in tiles] + [(tiles[0], _DEPTHS[1])]
+        choices = [(tile, depth, True) for tile in matrix_tiles(match.n, target, "amx_int8") for depth in _DEPTHS]
+        choices += [(tile, _DEPTHS[0], False) for tile in tiles] + [(tiles[0], _DEPTHS[1], False)]
         return [*dict.fromkeys(int8_parameters(match, target, *choice) for choice in choices)]
 
     def cost(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target) -> Cost:
         """Roofline of the padded product with weights of one byte, its epilogue, and every tensor touched once."""
-        return product_cost(match, target, nr=parameters.nr, share=0.8, passes=1, launches=1, multiplied=torch.int8)
+        share = share_of(parameters, target, "amx_int8", 0.8)
+        return product_cost(match, target, nr=parameters.nr, share=share, passes=1, launches=1, multiplied=torch.int8)
 
     def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
         program, (_, weight, *factors) = match.program, match.gemm.inputs
-        layout = Int8Layout(parameters.nr, match.transposed, parameters.width, match.products)
+        layout = Int8Layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
         packed = (Packed((weight, *factors), layout, i) for i in range(3))
         return KernelCall(
             KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters),
@@ -117,10 +117,12 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         )
 
 
-def int8_parameters(match: GemmMatch, target: Target, tile: tuple[int, int], depth: int) -> Int8GemmParameters:
-    """Parameters with blocks that fit the caches, for a register ``tile`` of rows and vectors."""
-    quads = _has_quads(target)
-    fields = int8_fields(match, target, tile, depth, 4 if quads else 2)
+def int8_parameters(
+    match: GemmMatch, target: Target, tile: tuple[int, int], depth: int, tiles: bool = False
+) -> Int8GemmParameters:
+    """Parameters with blocks that fit the caches, for a register ``tile`` of rows and vectors, or matrix ``tiles``."""
+    quads = tiles or _has_quads(target)
+    fields = int8_fields(match, target, tile, depth, 4 if quads else 2, tiles)
     return Int8GemmParameters(**fields, quads=quads, factors=len(match.gemm.inputs) > 2)
 
 

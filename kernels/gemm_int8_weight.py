@@ -15,7 +15,15 @@ from torch import Tensor
 from fuser.ir.operators import Int8WeightGemm
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
-from fuser.kernels.gemm import GemmExtents, GemmFamily, GemmMatch, GemmParameters, int8_fields, pack, register_tiles
+from fuser.kernels.gemm import (
+    GatedGemmParameters,
+    GemmExtents,
+    GemmFamily,
+    GemmMatch,
+    int8_fields,
+    pack,
+    register_tiles,
+)
 
 _DEPTH = 256
 _SHARE = 0.85
@@ -32,15 +40,8 @@ class Int8WeightGemmFamily(GemmFamily):
 
 
 @dataclass(frozen=True)
-class Int8WeightGemmParameters(GemmParameters):
-    """As :class:`GemmParameters`, with sums that are scaled. ``parts`` weights are multiplied as in
-    :class:`~fuser.kernels.gemm.GatedGemmParameters`."""
-
-    parts: int = 1
-
-    @property
-    def products(self) -> int:
-        return self.parts
+class Int8WeightGemmParameters(GatedGemmParameters):
+    """As :class:`GatedGemmParameters`, with sums that are scaled."""
 
     @property
     def scaled(self) -> bool:

@@ -44,7 +44,14 @@ _ISA_FLAGS = {
     Isa.NEON: (),
     Isa.PORTABLE: (),
 }
-_FEATURE_FLAGS = {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni", "avx_vnni": "-mavxvnni"}
+_FEATURE_FLAGS = {
+    "amx_bf16": "-mamx-bf16",
+    "amx_int8": "-mamx-int8",
+    "amx_tile": "-mamx-tile",
+    "avx512_bf16": "-mavx512bf16",
+    "avx512_vnni": "-mavx512vnni",
+    "avx_vnni": "-mavxvnni",
+}
 _ARM_EXTENSIONS = {"asimddp": "dotprod", "bf16": "bf16", "i8mm": "i8mm"}
 # -Bsymbolic: a kernel must never call a function of the same name in torch or in another kernel.
 _LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,--as-needed")

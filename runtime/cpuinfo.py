@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -15,8 +16,12 @@ from fuser.ir.target import Isa, Target
 
 _AVX2_FLAGS = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"})
 _AVX512_FLAGS = _AVX2_FLAGS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_AMX = frozenset({"amx_bf16", "amx_int8", "amx_tile"})
+# Linux, Documentation/arch/x86/xstate.rst: a process asks for the state of AMX's tiles before it uses them.
+_ARCH_PRCTL = 158
+_ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 0x1023, 18
 _EXTENSIONS = {
-    Isa.AVX512: frozenset({"avx512_bf16", "avx512_vnni"}),
+    Isa.AVX512: frozenset({"avx512_bf16", "avx512_vnni", *_AMX}),
     Isa.AVX2: frozenset({"avx_vnni"}),
     Isa.NEON: frozenset({"asimddp", "bf16", "i8mm"}),
     Isa.PORTABLE: frozenset[str](),
@@ -58,7 +63,17 @@ def lacking(target: Target) -> str:
 def cpu_flags() -> frozenset[str]:
     """Names of this CPU's extensions as Linux spells them, and the operating system allows them."""
     fields = _cpuinfo()
-    return frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    flags = frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    return flags - _AMX if flags & _AMX and not _may_use_tiles() else flags
+
+
+def _may_use_tiles() -> bool:
+    """Ask the system to let this process and its children use AMX's tiles; whether it does."""
+    try:
+        system = ctypes.CDLL(None, use_errno=True)
+        return int(system.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def cpu_name() -> str:

@@ -84,8 +84,9 @@ class ProgramPlan:
     ``returns`` the tensors to return, or, for positions in ``aliases``, the input or constant that the view functions
     there are applied to. ``workspace_offset`` is where the kernels' scratch starts in the arena. ``states`` are the
     values that live across calls by the names that programs share them by, numbered in this order. ``appended`` are the
-    outputs that are the rows of an input and others behind them, with the positions of these inputs: where there is
-    room in the input's memory, that is the output's.
+    outputs that are the rows of an input and others behind or among them, with the positions of these inputs: where
+    there is room in the input's memory, that is the output's. A call leaves the inputs that ``updated`` gives with the
+    contents of the results at its positions, the last of ``returns``, which are not returned.
     """
 
     steps: tuple[NativeStep | TorchStep, ...]
@@ -100,6 +101,7 @@ class ProgramPlan:
     aliases: Mapping[int, Sequence[tuple[Callable[..., Sequence[Tensor]], int]]] = field(default_factory=dict)
     states: Mapping[str, Slot] = field(default_factory=dict)
     appended: Mapping[int, int] = field(default_factory=dict)
+    updated: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -364,7 +366,15 @@ class Program:
             for call, index in calls:
                 tensor = call(tensor)[index]
             results.append(tensor)
-        return results
+        if not self.plan.updated:
+            return results
+        with torch.no_grad():
+            for position, i in self.plan.updated.items():
+                if results[position].data_ptr() != inputs[i].data_ptr():
+                    inputs[i].copy_(results[position])
+                elif not inputs[i].is_inference():
+                    torch.autograd.graph.increment_version(inputs[i])
+        return results[: -len(self.plan.updated)]
 
     def _singly(
         self, segment: tuple[Any, int, int] | TorchStep, held: dict[tuple[Memory, int], Tensor]
@@ -405,11 +415,16 @@ class Program:
 
     def _extended(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """For inputs that rows are appended to, by position, more rows of their memory, where that has room and nobody
-        else sees it."""
+        else sees it; those that rows are written to for good are these themselves."""
         found: dict[int, Tensor] = {}
         used: set[int] = set()
+        updated = set(self.plan.updated.values())
         for i, source in self.plan.appended.items():
             slot, tensor = self.plan.outputs[i], inputs[source]
+            if source in updated:
+                if tensor.is_contiguous() and not tensor.is_neg():
+                    found[source] = tensor.detach()
+                continue
             if tensor.stride() != slot.strides or tensor.is_neg() or tensor.requires_grad or tensor._base is not None:
                 continue
             # Before the storage has a name here.

@@ -10,7 +10,7 @@ from torch import Tensor
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import empty_out
 from fuser.attention.registry import key_of
-from fuser.ir.masks import GridChunks
+from fuser.ir.masks import GridChunks, WindowsAndChunks
 from fuser.ir.windows import Windowed, by_sums
 
 torch.library.define(
@@ -54,6 +54,15 @@ def windowed_attention(
     out: Tensor = torch.ops.fuser.windowed_attention(
         q, k, v, far_keys, far_values, bias, window, before, after, chunk, columns
     )
+    return out
+
+
+def attend_windows(q: Tensor, k: Tensor, v: Tensor, *, window: int, extension: int = 0, causal: bool = False) -> Tensor:
+    """softmax(q · kᵀ / √D) · v of (B, H, N, D) where tokens see those of their window of a sequence, and ``extension``
+    tokens before and after it; if ``causal``, none behind themselves."""
+    after = 0 if causal else extension
+    key = key_of(WindowsAndChunks(window, extension, after, int(causal)), None, None, False, 0)
+    out: Tensor = torch.ops.fuser.sparse_attention(q, k, v, key, None, 1.0 / math.sqrt(q.shape[3]))
     return out
 
 

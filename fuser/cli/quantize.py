@@ -61,10 +61,8 @@ def quantize(
         if out is not None:
             fast.save(out)
     if json:
-        rows = [
-            {"modules": x.modules, "int8": x.quantized, "error": x.error, "smoothed": x.smoothed, "reason": x.reason}
-            for x in precision.layers
-        ]
+        names = ("modules", "precision", "error", "smoothed", "reason")
+        rows = [{name: getattr(x, name) for name in names} for x in precision.layers]
         written = None if out is None else str(out)
         front = [{"seconds": p.seconds, "cosine": p.cosine, "layers": p.layers} for p in precision.front]
         print_json(

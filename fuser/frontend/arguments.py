@@ -51,6 +51,8 @@ def has_objects(key: Sequence[Any]) -> bool:
     return any(type(part) is tuple and isinstance(part[0], type) and _is_class_of_objects(part[0]) for part in key)
 
 
+_SIZES = frozenset({"batch_size", "max_cache_len"})
+"""Numbers of Hugging Face's caches of fixed length that are sizes of what they hold, or will hold."""
 _counters: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _COUNTER_DIM = 4
 """Where the tensor that stands for a counter has it: in a dimension that keys and values have not."""
@@ -132,7 +134,7 @@ class Taken:
             names = attributes_of(value)
             number = len(self.objects)
             self._add(value, names)
-            counters = _counters.get(cls, ())
+            counters = _counters.get(cls, frozenset()) | _SIZES
             for name in names:
                 held = getattr(value, name)
                 # PyTorch takes sizes of zero and one for numbers.

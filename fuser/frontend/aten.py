@@ -15,7 +15,7 @@ from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
-from fuser.frontend.raising import Handler, Raiser
+from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -148,7 +148,7 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     start = min(max(start + size if start < 0 else start, 0), size)
     step = node.args[4] if len(node.args) > 4 else 1
     count = traced(node).shape[dim]
-    return view.slice(dim, start, count, step) if count else None
+    return view.slice(dim, start, count, step) if count != 0 else None
 
 
 @_handles(aten.index.Tensor)
@@ -213,18 +213,59 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
         return None
     if len(filled) == 1:
         return r.view(filled[0])
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if len(filled) != 2 or value.ndim != 4 or dim % 4 != 2 or not _is_kept(r, node):
-        return None
-    before = filled[0]
-    if before.op != "placeholder" or before.name not in r.captured.inputs or len(before.users) > 1:
-        return None
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(value.ndim, 1)
+    given = [part for part in filled[:1] if part.name in r.captured.inputs and len(part.users) == 1]
+    if len(filled) != 2 or value.ndim != 4 or dim != 2 or not _is_kept(r, node) or not given:
+        return _between_kernels(r, node, filled, dim)
     _, heads, rows, width = value.shape
     space = rows + (late_size(kinds.room, rows) if isinstance(rows, Size) else kinds.room(rows))
     spec = TensorSpec(value.shape, value.dtype, (heads * space * width, space * width, width, 1))
     appended = r.emit(kinds.Append(), node.name, tuple(r.realize(r.view(part)) for part in filled), spec)
     r.roomy.add(appended.base)
     return appended
+
+
+def _between_kernels(r: Raiser, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Value | None:
+    """What is joined of results of kernels, such as patches of an image and the token before them."""
+    views = [r.view(part) for part in parts]
+    if not 2 <= len(views[0].dims if views else ()) <= 4 or any(r.dtype(v) not in r.floating for v in views):
+        return None
+    made = {value for op in r.operators if op.semantics.fusible for value in op.outputs}
+    if made.isdisjoint(view.base for view in views):
+        return None
+    return r.emit(kinds.Concat(dim), node.name, [r.realize(view) for view in views], r.spec(node))
+
+
+@_handles(aten.index_copy.default)
+def _index_copy(r: Raiser, node: fx.Node) -> Value | None:
+    """Rows of a cache that a call leaves it with, or that a new one of zeros has."""
+    before, dim, at, rows = node.args
+    value = traced(node)
+    if value.ndim != 4 or dim % 4 != 2 or 0 in (*value.shape, *traced(rows).shape) or traced(at).dtype != torch.int64:
+        return None
+    width, shape = value.shape[3], value.shape
+    if before.target is aten.zeros.default and r.is_returned(node):
+        call = TorchCall(torch.zeros, ((width,),), (("dtype", value.dtype),))
+        zeros = r.derived(f"{node.name}_zeros", (), call, (width,), value.dtype)
+        blank = r.alias(f"{node.name}_blank", zeros, shape, (0, 0, 0, 1), 0)
+    elif _is_update(r, node, before) and len(before.users) == 1:
+        blank = r.realize(r.view(before))
+    else:
+        return None
+    inputs = (blank, r.realize(r.view(rows)), r.realize(r.view(at)))
+    written = r.emit(kinds.WriteRows(), node.name, inputs, TensorSpec.contiguous(shape, value.dtype))
+    r.roomy.add(written.base)
+    return written
+
+
+def _is_update(r: Raiser, node: fx.Node, given: fx.Node) -> bool:
+    """Whether the tensor of ``node`` is what the graph leaves in the input ``given``, and no other result has its
+    memory."""
+    if given.op != "placeholder" or given.name not in r.captured.updated:
+        return False
+    leaves = node.graph.output_node().args[0]
+    place = len(leaves) - len(r.captured.updated) + r.captured.updated.index(given.name)
+    return leaves[place] is node and sum(storage_of(leaf) == storage_of(node) for leaf in leaves) == 1
 
 
 def _is_kept(r: Raiser, node: fx.Node) -> bool:
@@ -340,6 +381,53 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
         part = out.slice(len(out.dims) - 1, start, size, 1) if out is not None else None
         r.env[n] = part if part is not None else r.extern(n) or ()
         start += size
+
+
+@_handles(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def _patches(r: Raiser, node: fx.Node) -> Value | None:
+    """A convolution whose windows lie side by side: the product of its patches, as rows, with all of its weight. What
+    remains at the ends is left out."""
+    x, weight = r.view(node.args[0]), r.view(node.args[1])
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+    batch, channels, *sizes = x.shape
+    kernel = weight.shape[2:]
+    beside = tuple(_each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
+    dense = not any(_each(given.get("padding", 0), len(kernel))) and set(_each(given.get("dilation", 1), 1)) == {1}
+    if not beside or not dense or math.prod(kernel) == 1 or len(sizes) != len(kernel):
+        return None
+    if not stays_inside(node):
+        # A caller gets channels first, which a product would have to be copied to.
+        return None
+    bias = None if given.get("bias") is None else r.view(given["bias"])
+    if r.is_constant(x) or not all(r.is_constant(t) for t in (weight, bias) if t is not None):
+        return None
+    if any(isinstance(size, Size) for size in sizes):
+        return None
+    counts = [size // width for size, width in zip(sizes, kernel, strict=True)]
+    for d, (count, width) in enumerate(zip(counts, kernel, strict=True), 2):
+        cut = x.slice(d, 0, count * width, 1)
+        if cut is None:
+            return None
+        x = cut
+    x = r.reshaped(x, (batch, channels, *(n for pair in zip(counts, kernel, strict=True) for n in pair)))
+    # Within a patch in the order of memory, so that a copy of it moves runs as long as can be.
+    inner = [1, *range(3, len(x.dims), 2)]
+    if (strides := x.strides()) is not None:
+        inner.sort(key=lambda d: -strides[d])
+    rows = x.permute((0, *range(2, len(x.dims), 2), *inner)).reshape((batch, *counts, math.prod(weight.shape[1:])))
+    matrix = weight.permute((0, *((d + 1) // 2 for d in inner)))
+    if rows is None:
+        return None
+    matrix = r.reshaped(matrix, (weight.shape[0], math.prod(weight.shape[1:])))
+    out = linear(r, node, rows, matrix, bias, transposed=True)
+    return None if out is None else out.permute((0, len(counts) + 1, *range(1, len(counts) + 1)))
+
+
+def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
+    """An argument of a convolution for every dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
 
 
 @_handles(aten.addmm.default)
@@ -747,7 +835,28 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 
 @_handles(*_REDUCTIONS)
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
-    return _reductions(r, node, _given(node, "dim", "keepdim"), ex.unary(_REDUCTIONS[node.target]))
+    given = _given(node, "dim", "keepdim")
+    found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
+    return _one_by_one(r, node, given) if found is None else found
+
+
+def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A reduction of axes that do not follow each other, as of squares of a grid, one axis after the other: PyTorch
+    takes many times as long for all at once. 16-bit numbers would be rounded in between."""
+    result, source, dims = traced(node), traced(node.args[0]), given.get("dim")
+    if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or result.dtype.itemsize < 4:
+        return None
+    dims = sorted(d % source.ndim for d in dims)
+    x = r.view(node.args[0])
+    if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or r.is_constant(x):
+        return None
+    shape = list(source.shape)
+    for dim in reversed(dims):
+        shape[dim] = 1
+        call = TorchCall(node.target, (Ref(0), [dim], True))
+        step = kinds.Extern(call, "PyTorch reduces one axis after the other")
+        x = r.emit(step, f"{node.name}_{dim}", (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
+    return x.reshape(result.shape)
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)

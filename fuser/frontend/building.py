@@ -226,7 +226,11 @@ class GraphBuilder:
     # ---- the end
 
     def finish(
-        self, inputs: tuple[str, ...], outputs: tuple[str, ...], aliases: Mapping[int, ViewCalls]
+        self,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        aliases: Mapping[int, ViewCalls],
+        updated: tuple[str, ...] = (),
     ) -> OperatorGraph:
         """The graph, without what neither an output nor a state needs."""
         operators, _ = _needed(self.operators, outputs)
@@ -249,6 +253,7 @@ class GraphBuilder:
             inspected=frozenset(self.inspected),
             assumptions=tuple(self.assumptions),
             states=tuple(name for name in self.states if name in keep),
+            updated=updated,
         )
 
     def _kernels_last(self, operators: Sequence[Operator]) -> tuple[Operator, ...]:

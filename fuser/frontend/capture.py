@@ -305,7 +305,8 @@ class Captured:
     ``asks_modes`` says whether the model asked if gradients or inference mode are on, ``lifted`` names the parameters
     that are tensors which no module has registered, and ``sizes`` says for which calls the graph holds: for shapes of
     one kind if its sizes are named, else for those that it was captured with. ``known`` has the contents of inputs that
-    the graph is to be raised for, by the name of the input and ``_known``.
+    the graph is to be raised for, by the name of the input and ``_known``. Inputs that the model writes in place are
+    named by ``updated``: what they hold then are the last results of the graph, behind those of ``output``.
     """
 
     graph: torch.fx.GraphModule
@@ -316,6 +317,7 @@ class Captured:
     lifted: frozenset[str] = frozenset()
     sizes: SizeRange = field(default_factory=lambda: SizeRange(()))
     known: Mapping[str, Tensor] = field(default_factory=dict)
+    updated: tuple[str, ...] = ()
 
 
 class _Flat(nn.Module):
@@ -392,6 +394,8 @@ class _Trace:
     attributes: Sequence[tuple[dict[str, Any], dict[str, Any]]]
     """Those of all modules, and what they held when the model had run."""
     asks_modes: bool
+    returned: Mapping[int, str]
+    """The results, by position, that are inputs which the model has written, by name."""
 
     def agrees(self, other: _Trace) -> bool:
         """Whether both are the same computation."""
@@ -445,7 +449,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 program = torch.export.export(
                     wrapper, _examples(call), dynamic_shapes=_dynamic_shapes(call, dynamic), strict=False
                 )
-                _check_writes(program.graph)
+                returned = _check_writes(program)
                 _drop_detaching(program.graph)
                 if any(_is_mutable(node) for node in program.graph.nodes):
                     # Operators that change an intermediate in place become functions.
@@ -475,15 +479,23 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
         raise StateError("the model keeps tensors that it has made outside of itself, as a hook or a cache does")
     if seen.strides and any(tensor.storage_offset() or _layout(tensor) is not None for tensor in call.tensors):
         raise CaptureError("the model reads strides, and those of its inputs are not those of contiguous tensors")
-    return _Trace(program, seen.output, seen.changed, seen.attributes, bool(asked))
+    return _Trace(program, seen.output, seen.changed, seen.attributes, bool(asked), returned)
 
 
 def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[[Tensor], Tensor]) -> Captured:
     program, signature = trace.program, trace.program.graph_signature
+    kinds = [spec.kind.name for spec in signature.output_specs]
+    updated = tuple(str(s.target) for s in signature.output_specs if s.kind.name == "USER_INPUT_MUTATION")
     # What is written within another operator's arguments.
-    mutated = [str(s.target or s.arg.name) for s in signature.output_specs if s.kind.name != "USER_OUTPUT"]
+    mutated = [
+        str(s.target or s.arg.name)
+        for s in signature.output_specs
+        if s.kind.name not in ("USER_OUTPUT", "USER_INPUT_MUTATION")
+    ]
     if mutated:
         raise CaptureError(f"the model changes {', '.join(mutated)} in place while it runs")
+    if updated:
+        _updates_last(program.graph, kinds, updated, trace.returned)
     _check_nodes(program.graph, call.tensors[0].device if call.tensors else torch.device("cpu"))
     module = shadow.module
     live = {
@@ -500,7 +512,16 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
     lifted = frozenset(signature.inputs_to_lifted_tensor_constants)
     sizes = Sizes(program.graph, inputs, len(call.slots))
     output = trace.output.sized(sizes.of)
-    return Captured(program.graph_module, parameters, inputs, output, trace.asks_modes, lifted, sizes.annotate())
+    return Captured(
+        program.graph_module,
+        parameters,
+        inputs,
+        output,
+        trace.asks_modes,
+        lifted,
+        sizes.annotate(),
+        updated=updated,
+    )
 
 
 def _dynamic_shapes(call: FlatCall, dynamic: Dynamic) -> Any:
@@ -634,6 +655,9 @@ def _exporting(inference: bool) -> Iterator[None]:
             _undo.callback(setattr, nn.Module, name, getattr(nn.Module, name))
         if hasattr(proxy_tensor, "_ModuleStackTracer"):
             _undo.enter_context(mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer()))
+        # Whether a tensor happens to be contiguous would become a guard on sizes, for a note that nobody reads.
+        described = functools.partial(proxy_tensor._extract_tensor_metadata, include_contiguity=False)
+        _undo.enter_context(mock.patch.object(proxy_tensor, "_extract_tensor_metadata", described))
         _undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -656,16 +680,54 @@ def _given_causality(mask: Tensor | None, is_causal: bool | None = None, size: i
     return is_causal is True
 
 
-def _check_writes(graph: torch.fx.Graph) -> None:
-    """Refuse writes to what outlives a call; a signature does not mention those to plain tensors."""
+def _check_writes(program: torch.export.ExportedProgram) -> dict[int, str]:
+    """Refuse writes to what outlives a call and is no input, since a signature does not mention those to plain tensors,
+    and results in the memory of inputs that are written. Those that are such an input itself are told by position."""
+    graph, given = program.graph, frozenset(program.graph_signature.user_inputs)
     lasting = {_storage(node): node for node in graph.nodes if node.op == "placeholder" and not _is_copied(node)}
+    written: dict[int | None, torch.fx.Node] = {}
     for node in graph.nodes:
         if not _is_mutable(node):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, torch.fx.Node) and _storage(value) in lasting:
-                raise CaptureError(f"the model changes {lasting[_storage(value)]} in place while it runs")
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if not writes or not isinstance(value, torch.fx.Node) or _storage(value) not in lasting:
+                continue
+            of = lasting[_storage(value)]
+            if of.name not in given:
+                raise CaptureError(f"the model changes {of} in place while it runs")
+            written[_storage(value)] = of
+    returned: dict[int, str] = {}
+    for position, leaf in enumerate(pytree.tree_leaves(graph.output_node().args) if written else ()):
+        of = written.get(_storage(leaf)) if isinstance(leaf, torch.fx.Node) else None
+        if of is None:
+            continue
+        if not _is_same_view(leaf.meta["val"], of.meta["val"]):
+            raise CaptureError(f"the model changes {of} in place while it runs, and returns a view of it")
+        returned[position] = of.name
+    return returned
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.stride(), a.storage_offset()) == (b.dtype, b.shape, b.stride(), b.storage_offset())
+
+
+def _updates_last(
+    graph: torch.fx.Graph, kinds: Sequence[str], updated: Sequence[str], returned: Mapping[int, str]
+) -> None:
+    """Put what inputs are to hold behind the results of the model, and inputs that it returns among these. Raises
+    CaptureError where the model has given an input another shape or dtype."""
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    leaves = graph.output_node().args[0]
+    contents = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind != "USER_OUTPUT"]
+    for name, leaf in zip(updated, contents, strict=True):
+        before, now = inputs[name].meta["val"], leaf.meta["val"]
+        if (before.dtype, before.shape) != (now.dtype, now.shape):
+            raise CaptureError(f"the model makes another tensor of {name} in place while it runs")
+    results = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "USER_OUTPUT"]
+    for position, name in returned.items():
+        results[position] = inputs[name]
+    graph.output_node().args = ((*results, *contents),)
 
 
 def _is_copied(node: torch.fx.Node) -> bool:

@@ -33,7 +33,7 @@ def raise_graph(
 
     ``attention`` has a mask that every self-attention (as many keys as queries) is restricted to, and says which scores
     are computed with few bits; ``floating`` holds the dtypes that kernels of the target store
-    (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that mutate tensors.
+    (:func:`fuser.kernels.base.floating`). Raises CaptureError for graphs that mutate tensors that are no inputs.
     """
     r = Raiser(captured, attention, floating, sample or {})
     roles = attention_patterns.find(captured.graph.graph, r.known_number)
@@ -49,10 +49,10 @@ def raise_graph(
                 rotated = rotary_from(r, node, rotations[node]) if node in rotations else None
                 r.env[node] = rotated or (_written_out(r, node, roles[node]) if node in roles else _handled(r, node))
         elif node.op == "output":
-            outputs, aliases = outputs_of(r, node.args[0])
+            outputs, aliases = outputs_of(r, node.args[0], len(captured.updated))
         elif node.op != "get_attr":
             raise CaptureError(f"the captured graph holds a {node.op} that fuser does not know")
-    return r.finish(captured.inputs, outputs, aliases)
+    return r.finish(captured.inputs, outputs, aliases, captured.updated)
 
 
 def _handled(r: Raiser, node: fx.Node) -> Value:

@@ -17,13 +17,14 @@ from fuser.ir.operators import Ref, TorchCall
 aten = torch.ops.aten
 
 
-def outputs_of(r: Raiser, leaves: Sequence[fx.Node]) -> tuple[tuple[str, ...], dict[int, ViewCalls]]:
-    """The values to return, and by position the views that make outputs of inputs or parameters."""
+def outputs_of(r: Raiser, leaves: Sequence[fx.Node], updates: int = 0) -> tuple[tuple[str, ...], dict[int, ViewCalls]]:
+    """The values to return, and by position the views that make outputs of inputs or parameters. So many ``updates`` at
+    the end are contents for inputs, which no others may be views of."""
     names: dict[int, str] = {}
     aliases: dict[int, ViewCalls] = {}
     sharing: dict[int, list[int]] = {}
     for position, leaf in enumerate(leaves):
-        calls = _view_calls(r, leaf)
+        calls = _view_calls(r, leaf) if position < len(leaves) - updates else None
         if calls is None:
             sharing.setdefault(storage_of(leaf), []).append(position)
         else:

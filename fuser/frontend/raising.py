@@ -251,7 +251,7 @@ class Raiser(GraphBuilder):
         suffixes = [node.name] if len(specs) == 1 else [f"{node.name}_{i}" for i in range(len(specs))]
         inputs = tuple(self.realize(v) for v in views)
         extern = Extern(call, f"no kernel family knows {node.target}")
-        once = extern.is_elementwise and isinstance(value, Traced) and _stays_inside(node)
+        once = extern.is_elementwise and isinstance(value, Traced) and stays_inside(node)
         key = (extern.signature, node.target, inputs) if once else None
         if key in self._elementwise:
             return self._elementwise[key]
@@ -306,14 +306,14 @@ def storage_of(node: fx.Node) -> int:
     return storage
 
 
-def _stays_inside(node: fx.Node) -> bool:
+def stays_inside(node: fx.Node) -> bool:
     """Whether no output of the graph is in the memory of the tensor of ``node``, which a caller may write to."""
     for user in node.users:
         if user.op == "output":
             return False
         value = traced(user)
         views = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, Traced) and v.storage == storage_of(node) for v in views) and not _stays_inside(user):
+        if any(isinstance(v, Traced) and v.storage == storage_of(node) for v in views) and not stays_inside(user):
             return False
     return True
 

@@ -6,10 +6,11 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.utils._sympy import functions as formulas
 
@@ -150,6 +151,7 @@ class Sizes:
         self._known: dict[sympy.Symbol, Size] = {}
         self._alike: dict[tuple[int, int | None], Size] = {}
         self._environment: Any = None
+        self._least = _least(graph)
         values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in inputs]
         for i, value in enumerate(values):
             if not isinstance(value, Tensor):
@@ -170,7 +172,7 @@ class Sizes:
         reach = self._environment.var_to_range[symbol]
         high = int(reach.upper) if reach.upper.is_Integer else None
         # PyTorch takes sizes of zero and one for numbers.
-        self._known[symbol] = named(name, max(2, int(reach.lower)), high)
+        self._known[symbol] = named(name, max(2, int(reach.lower), self._least.get(symbol, 0)), high)
         if place is not None:
             self._alike[place] = self._known[symbol]
 
@@ -287,6 +289,19 @@ class Sizes:
         for node in reversed(numbers):
             self._graph.erase_node(node)
         return SizeRange(tuple(shapes), self._guards(), tuple(positive))
+
+
+def _least(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """How large a symbol must be for no tensor to be empty, by the quotients among sizes."""
+    found: dict[sympy.Symbol, int] = {}
+    for value in (leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))):
+        for size in value.shape if isinstance(value, Tensor) else ():
+            factors: Any = sympy.Mul.make_args(size.node.expr) if isinstance(size, torch.SymInt) else ()
+            for factor in factors:
+                if isinstance(factor, formulas.FloorDiv) and isinstance(factor.args[1], sympy.Integer):
+                    symbol, divisor = cast("tuple[sympy.Symbol, Any]", factor.args)
+                    found[symbol] = max(found.get(symbol, 0), int(divisor))
+    return found
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class View:
         dims = []
         for size in shape:
             taken: list[Factor] = []
-            while size > 1:
+            while size != 1:
                 if not pending:
                     return None
                 extent, stride = pending.pop(0)
@@ -131,7 +131,7 @@ class View:
         identity = tuple(range(len(self.dims)))
         if strides is None or len(identity) < 3:
             return identity
-        rows = [d for d in identity[:-1] if self.shape[d] > 1]
+        rows = [d for d in identity[:-1] if self.shape[d] != 1]
         if any(strides[d] == 0 for d in rows):
             return identity
         ordered = iter(sorted(rows, key=lambda d: -strides[d]))

@@ -40,7 +40,7 @@ class TensorSpec:
         strides, step = [], 1
         for size in reversed(shape):
             strides.append(step)
-            step *= max(size, 1)
+            step *= size if size != 0 else 1
         return cls(shape, dtype, tuple(reversed(strides)))
 
     @property
@@ -168,6 +168,8 @@ class OperatorGraph:
     states: tuple[str, ...] = ()
     """Values that live across calls, all zeros before the first: the only ones that operators may write in place. A
     state among ``outputs`` is returned as it is, not copied."""
+    updated: tuple[str, ...] = ()
+    """Inputs that a call leaves with other contents: these are the last of ``outputs``."""
 
     @functools.cached_property
     def producer(self) -> Mapping[str, Operator]:

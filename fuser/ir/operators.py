@@ -322,6 +322,19 @@ class Gemm(Product):
         return (x @ (weight.mT if self.transposed else weight),)
 
 
+@kind("bf16_gemm")
+@dataclass(frozen=True)
+class Bf16Gemm(Product):
+    """x · W as :class:`Gemm`, x and W rounded to bf16; sums are of fp32 or wider."""
+
+    transposed: bool
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(inputs[0].dtype, torch.float32)
+        rows, columns = (t.to(torch.bfloat16).to(wide) for t in inputs)
+        return ((rows @ (columns.mT if self.transposed else columns)).to(inputs[0].dtype),)
+
+
 @kind("int8_gemm")
 @dataclass(frozen=True)
 class Int8Gemm(Product):
@@ -712,6 +725,23 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+@kind("concat")
+@dataclass(frozen=True)
+class Concat(Semantics):
+    """Its inputs one behind the other along the dimension ``dim``."""
+
+    dim: int
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(inputs, self.dim),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return " + ".join(str(shape[self.dim]) for shape in inputs)
+
+
 # ---- caches
 
 
@@ -732,6 +762,27 @@ class Append(Semantics):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"{inputs[1][-2]} behind {inputs[0][-2]}"
+
+
+@kind("write rows")
+@dataclass(frozen=True)
+class WriteRows(Semantics):
+    """Rows (B, H, n, D) at the positions (n,), int64, of a cache (B, H, m, D): the cache with these rows.
+
+    Where it is what a call leaves in the cache that is given, it lies in the memory of that, and the other rows stay
+    where they are. A position outside of the cache raises IndexRangeError.
+    """
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        before, rows, at = inputs
+        # A row of zeros may stand for all of them.
+        return (before.contiguous().index_copy(2, at, rows),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][-2]} of {output[-2]}"
 
 
 def room(rows: int) -> int:

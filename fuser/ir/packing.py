@@ -166,7 +166,7 @@ class _Packer:
 
     def packed(self) -> PackedGraph:
         graph = self.graph
-        if graph.states or graph.aliases:
+        if graph.states or graph.aliases or graph.updated:
             raise PackingError("it keeps values between calls, or returns its inputs")
         for op in graph.operators:
             if op.semantics.is_random:

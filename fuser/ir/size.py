@@ -304,13 +304,19 @@ def _covers(size: int, other: int, before: bool) -> bool:
 def _product_of_bounds(monomial: Monomial) -> Bounds:
     if len(monomial) == 1:
         return monomial[0].low, monomial[0].high
+    low: int | None
+    high: int | None
     low, high = 1, 1
+    sign = 1
     for atom in monomial:
-        if atom.low is None or atom.low < 0:
+        least, most = atom.low, atom.high
+        if most is not None and most <= 0:
+            sign, least, most = -sign, -most, None if least is None else -least
+        if least is None or least < 0:
             return None, None
-        low *= atom.low
-        high = None if high is None or atom.high is None else high * atom.high  # type: ignore[assignment]
-    return low, high
+        low *= least
+        high = None if high is None or most is None else high * most
+    return (low, high) if sign > 0 else (None if high is None else -high, -low)
 
 
 def _is_positive(difference: int, what: str) -> bool:

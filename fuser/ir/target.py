@@ -32,8 +32,10 @@ TF32 = "tf32"
 # Multiply-adds of one instruction per fp32 lane of its registers, where `fma` does one: the extensions' dot products
 # (Intel SDM, VDPBF16PS and VPDPBUSD), and, on AVX2 and later, VPMADDWD on bytes widened to 16 bits. These are ratios of
 # documented widths, at as many instructions a cycle as `fma`; they were not measured.
-_BF16_EXTENSION = ("avx512_bf16", 2.0)
-_INT8_EXTENSION = ("avx512_vnni", 4.0)
+# AMX multiplies tiles of 16 × 16 × 64 bytes in 16 cycles (Intel, "Optimization Reference Manual", on AMX), in which two
+# `fma` of 16 lanes a cycle make 512 multiply-adds.
+_BF16_EXTENSIONS = (("amx_bf16", 16.0), ("avx512_bf16", 2.0))
+_INT8_EXTENSIONS = (("amx_int8", 32.0), ("avx512_vnni", 4.0))
 _INT8_WIDENED = 2.0
 _EIGHT_BITS = frozenset({torch.int8, torch.uint8})
 _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -153,9 +155,10 @@ class Target:
         return _SHARED_BANDWIDTH
 
     def _cpu_ratio(self, dtype: torch.dtype) -> float:
-        feature, ratio = _INT8_EXTENSION if dtype in _EIGHT_BITS else _BF16_EXTENSION
-        if self.arch == Isa.AVX512.value and feature in self.features:
-            return ratio if dtype is torch.bfloat16 or dtype in _EIGHT_BITS else 1.0
+        known = _INT8_EXTENSIONS if dtype in _EIGHT_BITS else _BF16_EXTENSIONS if dtype is torch.bfloat16 else ()
+        ratio = next((ratio for feature, ratio in known if feature in self.features), 0.0)
+        if self.arch == Isa.AVX512.value and ratio:
+            return ratio
         return _INT8_WIDENED if dtype in _EIGHT_BITS and self.arch in (Isa.AVX2.value, Isa.AVX512.value) else 1.0
 
     @property

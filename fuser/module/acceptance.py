@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,14 @@ def unreadable(tensors: Sequence[Tensor]) -> str:
     if torch._C._len_torch_dispatch_stack():
         # Such as FakeTensorMode, whose tensors have no memory.
         return "a TorchDispatchMode is active, and kernels are no operators that it could see"
+    return ""
+
+
+def unwritable(tensors: Sequence[Tensor], updated: Collection[int]) -> str:
+    """Why a program cannot write the tensors of a call at the positions ``updated``; empty if it can."""
+    places = [tensor.untyped_storage().data_ptr() if tensor.numel() else 0 for tensor in tensors]
+    if any(places[i] and places.count(places[i]) > 1 for i in updated):
+        return "the model writes to an input that shares its memory with another"
     return ""
 
 

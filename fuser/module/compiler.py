@@ -87,6 +87,11 @@ class Compiled:
         return output.build(results, call.objects)
 
     @functools.cached_property
+    def updated(self) -> frozenset[int]:
+        """The positions of the inputs that it writes."""
+        return frozenset(self.assembly.plan.updated.values())
+
+    @functools.cached_property
     def choices(self) -> Mapping[str, Choice]:
         """What was decided by the hash of the regions; for the sizes that kernels were chosen for, if others are bound
         now."""
@@ -183,9 +188,9 @@ def compile_call(
     store.register(captured.parameters)
     lap("capture")
     graph = raise_graph(captured, attention, floating(target))
-    graph = with_stored_integers(graph, captured.parameters, target)
+    graph = with_stored_integers(graph, captured.parameters)
     if quantizer is not None:
-        graph = quantizer.apply(graph, captured.parameters, target)
+        graph = quantizer.apply(graph, captured.parameters)
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")

@@ -18,7 +18,7 @@ from fuser.codegen.choice import GroupChoice
 from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
-from fuser.frontend.capture import FlatCall, Signature, StateError, capture
+from fuser.frontend.capture import Captured, FlatCall, Signature, StateError, capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CalibrationError, CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
@@ -90,6 +90,8 @@ class Engine:
         self.clock = time.perf_counter
         self._excused: set[Key] = set()
         self._by_themselves: set[Signature] = set()
+        self._calibrated: dict[Signature, Captured] = {}
+        """What calibration has captured for calls of one size, until the call is compiled that it was made for."""
         self._states: dict[torch.device, States] = {}
         self._tuner: Tuner | None = None
         self.asks_modes = False
@@ -146,6 +148,7 @@ class Engine:
                 calibrated = self.calibrate(call, key, device)
                 compiled = self.for_sizes(call, key, device) if calibrated else None
                 compiled = compiled or run_after_fork(self.compile, call, key, device)
+                self._calibrated.clear()
             except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
                 raise
             except FuserError as error:
@@ -164,7 +167,7 @@ class Engine:
         gets to do so."""
         compiled = self.program(call, key, wanted=True)
         if compiled is None and key in self._excused:
-            args, kwargs = call.unflatten(call.tensors)
+            args, kwargs = call.unflatten([tensor.clone() for tensor in call.tensors])
             with torch.no_grad():
                 self.model(*args, **kwargs)
             compiled = self.program(call, key, wanted=True)
@@ -290,7 +293,7 @@ class Engine:
                 options=self.options,
                 tuner=self._tuner,
                 states=self._states_of(device),
-                captured=None if like is None else like.captured,
+                captured=self._calibrated.get(call.key) if like is None else like.captured,
                 quantizer=self.quantizer,
             )
         self.check_masked(compiled.graph)
@@ -352,10 +355,6 @@ class Engine:
         if quantizer is None or quantizer.settled:
             return False
         target, _ = self.placed(key, device)
-        if target.kind != "cpu":
-            quantizer.settled = True
-            logger.warning("quantize=Int8() has kernels for CPUs alone; the model runs without it")
-            return False
         calls = [acceptable(self.model, *given, self.options.target) for given in quantizer.options.arguments()]
         for given, reason in calls or [(call, "")]:
             if given is None:
@@ -390,8 +389,9 @@ class Engine:
             with contextlib.suppress(CaptureError):
                 return made.exact(call, target), made.captured.parameters
         captured = run_after_fork(capture, self.model, call)
+        self._calibrated[call.key] = captured
         graph = raise_graph(captured, self.options.attention_now(), floating(target))
-        return with_stored_integers(graph, captured.parameters, target), captured.parameters
+        return with_stored_integers(graph, captured.parameters), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
         """What to compile for, and for how many threads."""
@@ -487,7 +487,7 @@ class Engine:
 
     def saved_calls(self) -> list[SavedCall]:
         """All programs with their signatures and constants, which follow the weights as they are now; without those for
-        calls with objects, such as caches, which a file cannot tell from others."""
+        calls with objects, such as caches, which a file cannot tell from others, and those that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -499,11 +499,11 @@ class Engine:
                 )
                 for (signature, _, variant), c in self.programs.items()
                 if variant[0] == self.store.configuration and not c.captured.known
-                if not isinstance(signature[0], Packing) and not has_objects(signature)
+                if not isinstance(signature[0], Packing) and not has_objects(signature) and not c.updated
             ]
 
     def saved_forms(self) -> list[SavedForm]:
-        """What has been captured for all sizes on CPUs, but of calls with objects."""
+        """What has been captured for all sizes on CPUs, but of calls with objects, or that write to inputs."""
         with self.lock:
             if self.store.changed:
                 self.follow()
@@ -511,6 +511,7 @@ class Engine:
                 SavedForm(name[0], form, self.store)
                 for name, form in self.forms.items()
                 if name[1][0] == self.store.configuration and form.device.type == "cpu" and not has_objects(name[0])
+                if not form.captured.updated
             ]
 
     def _states_of(self, device: torch.device) -> States:

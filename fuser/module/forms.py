@@ -74,18 +74,19 @@ def dynamic_dimensions(
     batch and sequence, as far as one can tell.
 
     Those are the first two dimensions of tensors with less than four; else the first (of images, say), and those that
-    are as long as one of these (of masks). Of tensors in objects, such as caches, they are all.
+    are as long as one of these, or of a cache (of masks). Of tensors in objects, such as caches, they are all.
     """
     given = call.tensors[: len(call.slots)]
     flat = [tensor for tensor in given if tensor.ndim < 4]
-    lengths = {size for tensor in flat for size in tensor.shape[:2] if size > 1}
+    held = call.tensors[len(given) :]
+    lengths = {n for sizes in (*(t.shape[:2] for t in flat), *(t.shape for t in held)) for n in sizes if n > 1}
     found: list[Collection[int]] = []
     for tensor in given:
         if tensor.ndim < 4:
             found.append(range(min(tensor.ndim, 2)))
         else:
             found.append([d for d, size in enumerate(tensor.shape) if d == 0 or (d > 1 and size in lengths)])
-    found += [range(tensor.ndim) for tensor in call.tensors[len(given) :]]
+    found += [range(tensor.ndim) for tensor in held]
     if isinstance(wanted, Mapping):
         for i, name in _names(model, call).items():
             if name in wanted:
@@ -407,7 +408,7 @@ class Form:
         sizes = self.sizes(call)
         with _evaluating():
             graph = raise_graph(self.captured, self._attention, floating(target), sizes)
-            graph = with_stored_integers(graph, self.captured.parameters, target)
+            graph = with_stored_integers(graph, self.captured.parameters)
             return Binder(graph)(sizes)
 
     def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
@@ -444,9 +445,9 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
-        graph = with_stored_integers(graph, self.captured.parameters, target)
+        graph = with_stored_integers(graph, self.captured.parameters)
         if self._quantizer is not None:
-            graph = self._quantizer.apply(graph, self.captured.parameters, target)
+            graph = self._quantizer.apply(graph, self.captured.parameters)
         variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)
         self._variants.append(variant)
         return variant

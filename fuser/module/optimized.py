@@ -17,7 +17,7 @@ from fuser.integrations import sentence_transformers, sparse_models
 from fuser.ir.masks import Mask
 from fuser.ir.prediction import Prediction
 from fuser.ir.target import Target
-from fuser.module.acceptance import acceptable
+from fuser.module.acceptance import acceptable, unwritable
 from fuser.module.compiler import Compiled
 from fuser.module.engine import UNMASKED, Engine, Key
 from fuser.module.methods import BoundMethods
@@ -104,6 +104,11 @@ class OptimizedModule(nn.Module):
             compiled = self._engine.settled(call, key)
         if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
             return self._replaced("a tensor that is no parameter of a module requires grad", args, kwargs)
+        if compiled is not None and compiled.updated:
+            if torch.is_grad_enabled() and compiled.routes.sources(call.tensors):
+                return self._replaced("the model writes to an input, and has gradients", args, kwargs)
+            if reason := unwritable(call.tensors, compiled.updated):
+                return self._replaced(reason, args, kwargs)
         if compiled is None:
             self._engine.check_unmasked(self._engine.failed.get(key, "the report says why"))
             start = self._engine.clock()
@@ -366,7 +371,7 @@ def optimize(
             first call compiles.
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
-        quantize: ``fuser.Int8(...)`` runs linear layers in int8 on CPUs, as many as keep the model's outputs what they
+        quantize: ``fuser.Int8(...)`` runs linear layers in int8, as many as keep the model's outputs what they
             are to a bound; the report lists them. ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` compute all attention
             as their ``reference`` does, scores in full only where a prediction by few bits says that they matter. A
             sequence has one for layers and one for attention.

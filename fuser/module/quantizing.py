@@ -16,7 +16,7 @@ from fuser.codegen.choice import GroupChoice
 from fuser.ir.errors import CaptureError
 from fuser.ir.evaluation import Evaluation
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
-from fuser.ir.operators import Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
+from fuser.ir.operators import Bf16Gemm, Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
 from fuser.ir.quantization import MAX_TERMS, Fixed, integers_of, recovered_scales, scales_of
 from fuser.ir.target import Target
 from fuser.module.weights import value_of
@@ -30,20 +30,23 @@ _SAMPLED = 128
 """Rows of a layer's input that its error is estimated on."""
 _PREFIXES = 8
 """Choices that a study begins with: the layers with the largest errors kept, in so many steps."""
+INT8, BF16, KEPT = "int8", "bf16", "kept"
+"""What a layer is multiplied in; as without quantization where it is kept."""
 _BETTER = 0.9
 """Of the error without smoothing, what smoothing has to fall below to be worth its product a number."""
 
 
 @dataclass(frozen=True)
 class Int8:
-    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8 on CPUs.
+    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8.
 
     Weights have a scale for each output, rows of activations one that is found at run time; sums are exact, and bias,
     activation, residual and norm are computed in fp32 behind them. Before the first program is made, the layers are
     tried on calibration inputs, whose outputs decide: with the layers in int8, the mean cosine between rows of the
     model's outputs and those without quantization must be ``quality`` or more, or the layers with the largest errors
-    stay as they are until it is. Layers stay as they are, too, where int8 is no faster on these inputs, as measured, or
-    with ``search="model"`` as predicted. The report lists every layer.
+    are multiplied in bf16, where the target does that faster than fp32, and else, or where that is not enough, stay as
+    they are. Layers stay as they are, too, where int8 and bf16 are no faster on these inputs, as measured, or with
+    ``search="model"`` as predicted. The report lists every layer.
 
     Args:
         calibrate: inputs of a few calls of the model: for each a tensor, a tuple of positional or a mapping of keyword
@@ -57,7 +60,8 @@ class Int8:
             (SmoothQuant with α = 0.5, Xiao et al., arXiv:2211.10438, equation 4); needs calibration.
         trials: how many choices of layers a study of time against error tries (Optuna's NSGA-II); the fastest that has
             the ``quality`` is taken, and the report lists the Pareto front. Without it, layers with the largest errors
-            stay as they are, as many as it takes.
+            leave int8, as many as it takes.
+        bf16: whether layers of a model in fp32 may be multiplied in bf16 that int8 does not suit.
         include: patterns (as in ``fnmatch``) of the names of modules that may be quantized.
         exclude: patterns of those that may not be; a product of several layers at once is excluded with any of them.
 
@@ -70,6 +74,7 @@ class Int8:
     smooth: bool = True
     weights_only: bool = False
     trials: int = 0
+    bf16: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
@@ -107,24 +112,25 @@ class Layer:
     """One product with constant weights: the modules that it is made of, and what was decided."""
 
     modules: tuple[str, ...]
-    quantized: bool = True
+    precision: str = INT8
     error: float = math.nan
     """Relative error of its result in int8, on calibration inputs."""
     factors: Tensor | None = None
     reason: str = ""
-    saved: float = 0.0
-    """Seconds that int8 saves over the calibration inputs."""
+    saved: dict[str, float] = field(default_factory=dict)
+    """Seconds that a precision saves over the calibration inputs, for those that save some."""
     most: Tensor | None = field(default=None, repr=False)
     sample: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is in int8."""
+        return self.precision == INT8
 
     @property
     def smoothed(self) -> bool:
         """Whether factors move from its input to its weight."""
         return self.quantized and self.factors is not None
-
-    @property
-    def precision(self) -> str:
-        return "int8" if self.quantized else "kept"
 
     def __str__(self) -> str:
         words = [f"{', '.join(self.modules)}: {self.precision}"]
@@ -205,15 +211,18 @@ class Quantizer:
         """What is decided by now."""
         return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)), dict(self._errors), self.front)
 
-    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
-        """``graph`` with the chosen layers in int8."""
-        if target.kind != "cpu":
-            return graph
+    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
+        """``graph`` with the chosen layers in int8 or bf16."""
         operators, values, constants = [], dict(graph.values), dict(graph.constants)
         for op in graph.operators:
             layer = self._layer(graph, op, parameters)
-            if layer is None or not layer.quantized:
+            if layer is None or layer.precision == KEPT:
                 operators.append(op)
+                continue
+            semantics = op.semantics
+            assert isinstance(semantics, Gemm)
+            if layer.precision == BF16:
+                operators.append(dataclasses.replace(op, semantics=Bf16Gemm(semantics.transposed)))
                 continue
             if self.options.weights_only:
                 operators.append(_with_integers(op, values, constants))
@@ -222,10 +231,8 @@ class Quantizer:
             if layer.factors is not None:
                 name = f"{op.inputs[1]}_factors"
                 values[name] = TensorSpec.contiguous(layer.factors.shape, torch.float32)
-                constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors)))
+                constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors.cpu())))
                 inputs = (*inputs, name)
-            semantics = op.semantics
-            assert isinstance(semantics, Gemm)
             operators.append(dataclasses.replace(op, semantics=Int8Gemm(semantics.transposed), inputs=inputs))
         return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 
@@ -238,9 +245,8 @@ class Quantizer:
         key = tuple(id(parameters[leaf]) for leaf in leaves)
         if key not in self._layers:
             modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
-            self._layers[key] = Layer(
-                modules, not (reason := self._refused(modules, op, graph.values[weight])), reason=reason
-            )
+            reason = self._refused(modules, op, graph.values[weight])
+            self._layers[key] = Layer(modules, KEPT if reason else INT8, reason=reason)
         return self._layers[key]
 
     def _refused(self, modules: Sequence[str], op: Operator, weight: TensorSpec) -> str:
@@ -300,13 +306,14 @@ class Quantizer:
             if id(layer) in weights and layer.sample is not None and layer.most is not None:
                 self._estimate(layer, weights[id(layer)])
             layer.sample = layer.most = None
+        widths = [INT8]
+        if self.options.bf16 and not self.options.weights_only and _prefers_bf16(target):
+            widths.append(BF16)
         if not self.options.weights_only:
-            self._keep_fast(target, choose, compare)
-        self._keep_quality(target)
+            self._keep_fast(widths, choose, compare)
+        self._keep_quality()
         if self._calls:
-            self._errors = _errors_of(
-                self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters, target)
-            )
+            self._errors = _errors_of(self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters))
         self._calls.clear()
 
     def _estimate(self, layer: Layer, weight: Tensor) -> None:
@@ -315,7 +322,7 @@ class Quantizer:
         exact = layer.sample @ weight.mT
         size = exact.norm()
         if not bool(size.isfinite()):
-            layer.quantized, layer.reason = False, "its inputs are not finite"
+            layer.precision, layer.reason = KEPT, "its inputs are not finite"
             return
         only = self.options.weights_only
         got = _int8_weight(layer.sample, weight) if only else _int8(layer.sample, weight)
@@ -331,33 +338,43 @@ class Quantizer:
         if error < _BETTER * layer.error:
             layer.error, layer.factors = error, factors
 
-    def _keep_quality(self, target: Target) -> None:
-        """Keep as many of the layers with the largest errors as the outputs ask for, or those that a study finds."""
+    def _keep_quality(self) -> None:
+        """Take from int8 as many of the layers with the largest errors as the outputs ask for, and, where bf16 is not
+        enough for all of these, as many from that; or those that a study finds."""
         wanted = self.options.quality
-        order = sorted((x for x in self.layers if x.quantized and not math.isnan(x.error)), key=lambda x: -x.error)
-
-        def cosine(kept: int) -> float:
-            for number, layer in enumerate(order):
-                layer.quantized = number >= kept
-            return self._cosine(target)
-
+        order = sorted(
+            (x for x in self.layers if x.precision != KEPT and not math.isnan(x.error)), key=lambda x: -x.error
+        )
         if not self._calls or wanted == 0:
             return
         if self.options.trials and order:
-            self._study(order, target)
+            self._study(order)
             return
-        self.cosine = cosine(0)
-        low, high = 0, len(order)
-        if self.cosine < wanted:
-            # Fewest that are enough; with all of them the outputs are what they were.
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if cosine(middle) >= wanted else (middle, high)
-            self.cosine = cosine(high)
-            for layer in order[:high]:
-                layer.reason = f"outputs would fall below a cosine of {wanted:g}"
+        self.cosine = self._cosine()
+        for _ in range(2):
+            if self.cosine >= wanted:
+                return
+            self._lower(order, wanted)
 
-    def _study(self, order: Sequence[Layer], target: Target) -> None:
+    def _lower(self, order: Sequence[Layer], wanted: float) -> None:
+        """Give the fewest of the first layers that are enough the next precision that is faster than none, or all."""
+        before = [(layer.precision, layer.reason) for layer in order]
+
+        def cosine(number: int) -> float:
+            for i, (layer, (precision, reason)) in enumerate(zip(order, before, strict=True)):
+                layer.precision, layer.reason = precision, reason
+                if i < number and precision != KEPT:
+                    layer.precision = BF16 if precision == INT8 and BF16 in layer.saved else KEPT
+                    layer.reason = f"outputs would fall below a cosine of {wanted:g}"
+            return self._cosine()
+
+        low, high = 0, len(order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if cosine(middle) >= wanted else (middle, high)
+        self.cosine = cosine(high)
+
+    def _study(self, order: Sequence[Layer]) -> None:
         """Choose layers by a study of time against error, and keep its Pareto front. Times are additive."""
         import optuna
 
@@ -365,56 +382,78 @@ class Quantizer:
         trials, wanted = self.options.trials, self.options.quality
         sampler = optuna.samplers.NSGAIISampler(seed=0, population_size=max(min(16, trials // 2), 2))
         study = optuna.create_study(directions=("minimize", "minimize"), sampler=sampler)
-        # The layers with the largest errors, more and more of them; without any the outputs are what they were.
+        # The layers with the largest errors in bf16 or kept, more and more of them; with all of them kept the outputs
+        # are what they were.
+        widths = [[KEPT, *(p for p in (BF16, INT8) if p in (*x.saved, x.precision))] for x in order]
         for kept in sorted({len(order) * i // _PREFIXES for i in range(_PREFIXES + 1)}, reverse=True):
-            study.enqueue_trial({str(i): i >= kept for i in range(len(order))})
+            for lower in (BF16, KEPT):
+                ways = [w[-1] if i >= kept else lower if lower in w else KEPT for i, w in enumerate(widths)]
+                study.enqueue_trial({str(i): way for i, way in enumerate(ways)}, skip_if_exists=True)
 
         def judge(trial: optuna.Trial) -> tuple[float, float]:
             for i, layer in enumerate(order):
-                layer.quantized = trial.suggest_categorical(str(i), [False, True])
-            seconds = self._plain_seconds - math.fsum(layer.saved for layer in order if layer.quantized)
-            return seconds, 1.0 - self._cosine(target)
+                layer.precision = trial.suggest_categorical(str(i), widths[i])
+            return self._plain_seconds - math.fsum(x.saved.get(x.precision, 0.0) for x in order), 1.0 - self._cosine()
 
-        study.optimize(judge, n_trials=max(trials, _PREFIXES + 1))
+        study.optimize(judge, n_trials=max(trials, len(study.get_trials())))
         front = {}
         for trial in study.best_trials:
             seconds, error = trial.values
-            front[seconds, error] = FrontPoint(seconds, 1.0 - error, sum(map(bool, trial.params.values()))), trial
+            layers = sum(precision == INT8 for precision in trial.params.values())
+            front[seconds, error] = FrontPoint(seconds, 1.0 - error, layers), trial
         self.front = tuple(front[key][0] for key in sorted(front))
         enough = [key for key in front if 1.0 - key[1] >= wanted] or [max(front)]
         point, best = front[min(enough)]
         self.cosine = point.cosine
         for i, layer in enumerate(order):
-            layer.quantized = bool(best.params[str(i)])
+            layer.precision = best.params[str(i)]
             if not layer.quantized:
                 layer.reason = f"left out by a study for a cosine of {wanted:g}"
 
-    def _keep_fast(self, target: Target, choose: Choose, compare: Compare) -> None:
-        """Keep layers that int8 makes no faster, by the sum over the calls, and note what others save."""
-        spent: dict[int, tuple[Layer, list[float]]] = {}
+    def _keep_fast(self, widths: Sequence[str], choose: Choose, compare: Compare) -> None:
+        """Give layers the fastest of ``widths`` that is faster than none, by the sum over the calls, and note what they
+        save."""
+        spent: dict[int, tuple[Layer, dict[str, tuple[float, float]]]] = {}
         distinct = {tuple(call.graph.values[v].shape for v in call.graph.inputs): call for call in self._calls}
+        chosen = [layer for layer in self.layers if layer.quantized]
         for call in distinct.values():
             exact = choose(call.graph)
-            rounded = choose(self.apply(call.graph, call.parameters, target))
             self._plain_seconds += math.fsum(choice.seconds for choice in exact)
-            for op in call.graph.operators:
-                layer = self._layer(call.graph, op, call.parameters)
-                if layer is None or not layer.quantized:
-                    continue
-                seconds = compare(_covering(op.name, exact, rounded))
-                if seconds is not None:
-                    both = spent.setdefault(id(layer), (layer, [0.0, 0.0]))[1]
-                    both[0], both[1] = both[0] + seconds[0], both[1] + seconds[1]
-        for layer, (before, after) in spent.values():
-            layer.saved = before - after
-            if after >= before:
-                layer.quantized = False
-                layer.reason = f"no faster in int8: {1e6 * after:.3g} µs, {1e6 * before:.3g} µs without"
+            for width in widths:
+                for layer in chosen:
+                    layer.precision = width
+                rounded = choose(self.apply(call.graph, call.parameters))
+                for op in call.graph.operators:
+                    found = self._layer(call.graph, op, call.parameters)
+                    if found is None or found.precision == KEPT:
+                        continue
+                    if width == BF16 and call.graph.values[op.inputs[0]].dtype != torch.float32:
+                        continue
+                    seconds = compare(_covering(op.name, exact, rounded))
+                    if seconds is not None:
+                        times = spent.setdefault(id(found), (found, {}))[1]
+                        before, after = times.get(width, (0.0, 0.0))
+                        times[width] = before + seconds[0], after + seconds[1]
+        for layer in chosen:
+            layer.precision = INT8
+        for layer, times in spent.values():
+            layer.saved = {width: before - after for width, (before, after) in times.items() if after < before}
+            layer.precision = max(layer.saved, key=layer.saved.__getitem__, default=KEPT)
+            if layer.quantized:
+                continue
+            layer.saved.pop(INT8, None)
+            before, after = times[INT8]
+            other = (
+                f"{1e6 * before:.3g} µs without"
+                if layer.precision == KEPT
+                else f"{1e6 * times[BF16][1]:.3g} µs in bf16"
+            )
+            layer.reason = f"no faster in int8: {1e6 * after:.3g} µs, {other}"
 
-    def _cosine(self, target: Target) -> float:
+    def _cosine(self) -> float:
         total, count = 0.0, 0
         for call in self._calls:
-            graph = self.apply(call.graph, call.parameters, target)
+            graph = self.apply(call.graph, call.parameters)
             outputs = _run(graph, call.parameters, call.values)
             for got, exact in zip(outputs, call.outputs, strict=True):
                 if not exact.is_floating_point() or exact.numel() == 0 or exact.dim() == 0:
@@ -423,6 +462,10 @@ class Quantizer:
                 seen = (exact != 0).any(-1) & exact.isfinite().all(-1)
                 total, count = total + float(rows[seen].sum()), count + int(seen.sum())
         return total / count if count else 1.0
+
+
+def _prefers_bf16(target: Target) -> bool:
+    return target.rate(torch.bfloat16) > target.rate(torch.float32)
 
 
 def _covering(
@@ -498,11 +541,9 @@ def _with_integers(op: Operator, values: dict[str, TensorSpec], constants: dict[
     return dataclasses.replace(op, semantics=Int8WeightGemm(True), inputs=(op.inputs[0], *names))
 
 
-def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
     """``graph`` with products whose weights are made of int8 tensors of their shape and a scale for each output, as
     ``torch.ao`` writes them (``dequantize_per_channel``) or as products, on these very integers."""
-    if target.kind != "cpu":
-        return graph
     operators, values, constants = list(graph.operators), dict(graph.values), dict(graph.constants)
     for position, op in enumerate(graph.operators):
         if not is_kind(op, Gemm) or (weight := op.inputs[1]) not in constants:
@@ -533,7 +574,7 @@ def _run(
     after: Look | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of a graph by PyTorch; ``before`` and ``after`` see every operator with the values at that time."""
-    evaluation = Evaluation(graph)
+    evaluation = Evaluation(graph, device=next((t.device for t in values.values()), torch.device("cpu")))
     last: dict[str, int] = {}
     for position, op in enumerate(graph.operators):
         last.update((graph.base(value), position) for value in (*op.inputs, *op.outputs))

@@ -142,7 +142,7 @@ class WeightStore:
         folder: Path | None = None,
         device: torch.device | None = None,
     ) -> list[Tensor]:
-        """The tensors of a program's constants, packed constants and literals; literals are put on ``device``.
+        """The tensors of a program's constants, packed constants and literals, on ``device``.
 
         With ``folder``, originals of which only packed forms are used, and ``tables`` that rows are gathered from, move
         to files there as soon as they are packed, so that the weights are never in memory twice.
@@ -245,8 +245,8 @@ def _made(
         if isinstance(ref, Literal):
             return (ref.tensor.to(device),)
         if isinstance(ref, Packed):
-            return ref.pack({value: value_of(value, constants, parameters, known) for value in ref.values})
-        return (value_of(ref, constants, parameters, known),)
+            return ref.pack({v: value_of(v, constants, parameters, known).to(device) for v in ref.values})
+        return (value_of(ref, constants, parameters, known).to(device),)
 
 
 def made(

@@ -1,7 +1,10 @@
 // Products of tiles in shared memory. A tile holds rows of kDepth elements along K in chunks of 16 bytes, swizzled so that
 // eight rows read at one chunk, as ldmatrix does, fall into different banks.
 #pragma once
+#include <type_traits>
+
 #include "cuda/device.cuh"
+#include "cuda/row.cuh"
 
 namespace tile {
 using namespace device;
@@ -18,17 +21,18 @@ __device__ __forceinline__ int place(int row, int chunk) {
 }
 
 // Copies kRows rows of `source` from `row`, columns from k, into a tile, asynchronously where rows start at multiples of
-// 16 bytes (`vectors`). Beyond `rows` and `columns` there are zeros.
-template <int kRows, int kDepth, int kThreads, class T>
+// 16 bytes (`vectors`). Beyond `rows` and `columns` there are zeros. Elements of another type are converted on the way,
+// which is not asynchronous.
+template <int kRows, int kDepth, int kThreads, class T, class Source>
 __device__ __forceinline__ void load(
-    T* tile, const T* source, int64_t stride, int64_t row, int64_t rows, int64_t k, int64_t columns, bool vectors) {
+    T* tile, const Source* source, int64_t stride, int64_t row, int64_t rows, int64_t k, int64_t columns, bool vectors) {
   constexpr int kChunks = kDepth / kVector<T>, kAcross = kChunks < 8 ? kChunks : 8, kDown = kThreads / kAcross;
   // All rows of a thread have one swizzle: its copies are constants apart, and cost no registers for addresses.
   static_assert(kDown % 8 == 0, "a thread's rows are a multiple of eight apart");
   const int down = int(threadIdx.x) / kAcross, across = int(threadIdx.x) % kAcross;
   const int height = int(rows - row < kRows ? rows - row : kRows) - down;
   const int width = int(columns - k < kDepth ? columns - k : kDepth) - across * kVector<T>;
-  const T* from = source + (row + down) * stride + k + across * kVector<T>;
+  const Source* from = source + (row + down) * stride + k + across * kVector<T>;
   T* const to = tile + place<T, kDepth>(down, across);
   const auto copy = [&](int i, auto each) {
     if (kRows % kDown != 0 && down + i >= kRows) return;
@@ -39,7 +43,15 @@ __device__ __forceinline__ void load(
     }
     from += kDown * stride;
   };
-  if (vectors) {
+  if constexpr (!std::is_same_v<T, Source>) {
+#pragma unroll
+    for (int i = 0; i < kRows; i += kDown)
+      copy(i, [&](T* q, const Source* p, int count) {
+        float x[kVector<T>];
+        load_row(p, 0, count, vectors, x);
+        store_row(q, 0, kVector<T>, true, x);
+      });
+  } else if (vectors) {
 #pragma unroll
     for (int i = 0; i < kRows; i += kDown)
       copy(i, [](T* q, const T* p, int count) { cp_async<16>(q, p, count * int(sizeof(T))); });
@@ -88,7 +100,8 @@ struct Fragments {
 // Sums of a warp's tile on the tensor cores: fragments of 16 x 8, spread over the lanes as mma.sync does.
 template <class Product, int kTilesM, int kTilesN>
 struct Sums {
-  float value[kTilesM][kTilesN][4] = {};
+  using Sum = std::conditional_t<std::is_same_v<Product, int8_t>, int, float>;
+  Sum value[kTilesM][kTilesN][4] = {};
 
   // With kAhead = 1, fragments are loaded a step ahead, at the price of registers for two.
   template <int kDepth, int kAhead = 1, class T>
@@ -116,7 +129,7 @@ struct Sums {
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
-        const float(&x)[4] = value[i][j];
+        const Sum(&x)[4] = value[i][j];
         visit(row + 16 * i, column + 8 * j, x[0], x[1]);
         visit(row + 16 * i + 8, column + 8 * j, x[2], x[3]);
       }

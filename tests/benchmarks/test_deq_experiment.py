@@ -82,6 +82,15 @@ def test_glue(data: ModuleType, tmp_path: Path) -> None:
     assert data.read_glue(tmp_path, "qnli", train=True) == [data.Labelled(("cat?", "a cat"), 1.0)]
 
 
+def test_clozes_of_the_manual(data: ModuleType) -> None:
+    learnt, judged = (data.manual_clozes(train=train) for train in (True, False))
+    assert len(learnt) > 100 and 9 <= len(learnt) / len(judged) <= 10
+    assert not {c.passage for c in learnt} & {c.passage for c in judged}
+    for cloze in (*learnt[:50], *judged):
+        assert cloze.passage.count("_") == len(cloze.options) == len(cloze.answers) == 8
+        assert all(len(set(offered)) == 4 for offered in cloze.options)
+
+
 def test_squad_and_cloth(data: ModuleType, tmp_path: Path) -> None:
     (question,) = data.read_squad(write_squad(tmp_path), train=False)
     (text, start), *_ = question.answers

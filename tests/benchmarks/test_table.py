@@ -79,6 +79,18 @@ def test_attention(table: ModuleType) -> None:
     assert "Machine: Some CPU (avx512), 2 threads, 100 Gflop/s a core measured." in lines[-1]
 
 
+def test_modern(table: ModuleType) -> None:
+    whole = {"fuser": {"median_ms": 50.04}, "eager": {"median_ms": 123.4}, "OpenVINO": {"median_ms": 75.0}}
+    part = {"fuser": {"median_ms": 2.0}, "eager": {"median_ms": 4.0}}
+    results = [
+        {"case": "llama:1x512", "timings": whole, "speedup_over_best": 1.499, "missing": {}},
+        {"case": "t5:1x7", "timings": part, "speedup_over_best": 2, "missing": {"OpenVINO": "it does not convert"}},
+    ]
+    lines = table.modern({"machine": MACHINE, "results": results}).splitlines()
+    assert "| llama:1x512 | 50 | 123 | 75 | **1.50×** |" in lines and "| t5:1x7 | 2 | 4 | – | **2.00×** |" in lines
+    assert "t5:1x7 without OpenVINO: it does not convert" in lines
+
+
 def test_int8(table: ModuleType) -> None:
     arms = {"fuser int8": (10.04, 0.99976), "ONNX Runtime int8": (12.0, 0.9994)}
     case = {
@@ -163,6 +175,17 @@ def test_architectures(table: ModuleType) -> None:
         "| llama | 20 | 8.44 | 0.75 | 4 cat, rsqrt |",
         "| longformer | 0 | 5 | 1.00 | the original runs: it depends on values |",
     ]
+
+
+def test_efficient_attention(table: ModuleType) -> None:
+    times = {"fuser": {"median_ms": 2}, "eager": {"median_ms": 4}, "compile": {"median_ms": 3}}
+    found = {"times": times, "faster_than": {"eager": 2, "compile": 1.5}}
+    modules = [{"mechanism": "eva", "tokens": 784, **found}]
+    modules += [{"mechanism": "eva", "faster_from": {"softmax": 500, "local": None}}]
+    made = table.efficient({"machine": MACHINE, "results": modules})
+    assert "| eva | 784 | 2 | 4 | 3 | 2.00× | 1.50× |" in made and "| eva | 500 | slower |" in made
+    models = [{"model": "DeiT", **found}]
+    assert "| DeiT | 2 | 4 | 3 | 2.00× | 1.50× |" in table.efficient_models({"machine": MACHINE, "results": models})
 
 
 def test_all_files_of_a_folder(table: ModuleType, tmp_path: Path) -> None:

@@ -227,15 +227,93 @@ def test_a_cache_of_another_model_is_refused_as_the_original_refuses_it(pair: tu
             model(prompt(1, 1), past_key_values=other)
 
 
-def test_a_static_cache_runs_the_original_which_the_report_says(pair: tuple[Any, Any]) -> None:
-    model, _ = pair
-    fast = fuser.optimize(model, search="model")
-    found = [
-        m.generate(prompt(1, 5), max_new_tokens=6, cache_implementation="static", disable_compile=True)
-        for m in (model, fast)
-    ]
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_static_caches_of_all_lengths_have_one_program_for_prompts_and_one_for_steps(make: Callable[[], Any]) -> None:
+    pair = made(make)
+    for tokens in (4, 20, 9):
+        same(pair, prompt(1, 5), max_new_tokens=tokens, **STATIC)
+    assert len(list(pair[1]._engine.forms)) == 2
+
+
+def test_static_caches_of_batches_and_beams(fresh: tuple[Any, Any]) -> None:
+    ids = prompt(3, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[2, :1] = 0
+    same(fresh, ids * mask, attention_mask=mask, max_new_tokens=7, **STATIC)
+    found = [model.generate(prompt(1, 4), num_beams=3, max_new_tokens=7, **STATIC) for model in fresh]
     assert torch.equal(*found)
-    assert any("in place" in reason for reason in fast.fallbacks)
+
+
+@pytest.mark.parametrize("make", [mistral, gemma3])
+def test_static_caches_with_windows(make: Callable[[], Any]) -> None:
+    pair = made(make)
+    same(pair, prompt(1, 5), max_new_tokens=12, **STATIC)
+
+
+def test_a_static_cache_is_written_in_its_place(fresh: tuple[Any, Any]) -> None:
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=12), prompt(2, 11)
+        with torch.no_grad():
+            found = [model(ids[:, :4], past_key_values=cache).logits]
+            held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+            places = [t.data_ptr() for t in held]
+            versions = [t._version for t in held]
+            # One row, several, and one once more after the cache was cropped.
+            for part in (ids[:, 4:5], ids[:, 5:8], ids[:, 8:9]):
+                out = model(part, past_key_values=cache)
+                assert out.past_key_values is cache
+                found.append(out.logits)
+            assert [t._version - v for t, v in zip(held, versions, strict=True)] == [3] * len(held)
+            cache.crop(-2)
+            found.append(model(ids[:, 9:10], past_key_values=cache).logits)
+            assert [t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)] == places
+            cache.reorder_cache(torch.tensor([1, 1]))
+            found.append(model(ids[:, 10:11], past_key_values=cache).logits)
+        assert all(int(layer.cumulative_length) == 9 - 2 + 2 for layer in cache.layers)
+        return [*found, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+
+    close(fresh, run)
+    assert not fresh[1].fallbacks
+
+
+def test_a_static_cache_that_is_too_short_is_refused_and_stays_as_it_is(fresh: tuple[Any, Any]) -> None:
+    for model in fresh:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=4), prompt(1, 6)
+        with torch.no_grad():
+            for i in range(4):
+                model(ids[:, i : i + 1], past_key_values=cache)
+            kept = cache.layers[0].keys.clone()
+            with pytest.raises((IndexError, RuntimeError)):
+                model(ids[:, 4:5], past_key_values=cache)
+        assert torch.equal(cache.layers[0].keys, kept)
+
+
+def test_keys_that_share_memory_are_left_to_the_original(fresh: tuple[Any, Any]) -> None:
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=8), prompt(1, 6)
+        found = steps(model, cache, ids[:, :5])
+        cache.layers[0].keys = cache.layers[0].values.view_as(cache.layers[0].values)
+        with torch.no_grad():
+            found.append(model(ids[:, 5:], past_key_values=cache).logits)
+        return [*found, cache.layers[0].keys]
+
+    close(fresh, run)
+    assert any("shares its memory" in reason for reason in fresh[1].fallbacks)
+
+
+def test_steps_with_static_caches_have_the_originals_gradients(fresh: tuple[Any, Any]) -> None:
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=8), prompt(1, 6)
+        steps(model, cache, ids[:, :5])
+        model.zero_grad()
+        model(ids[:, 5:], past_key_values=cache).logits.sum().backward()
+        return [cache.layers[0].keys.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    close(fresh, run)
+    assert any("gradients" in reason for reason in fresh[1].fallbacks)
 
 
 def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: Any) -> None:

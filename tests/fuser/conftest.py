@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""What tests of modules and of the command line share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import fuser.cli
+from fuser.module import compiler, forms
 
 
 @pytest.fixture
@@ -25,3 +26,17 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return code, captured.out, captured.err
 
     return start
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been captured: for all sizes, or for one shape."""
+    made: list[str] = []
+    for module, kind in ((forms, "all"), (compiler, "one")):
+
+        def counting(*given: Any, capture: Any = module.capture, kind: str = kind) -> Any:
+            made.append(kind)
+            return capture(*given)
+
+        monkeypatch.setattr(module, "capture", counting)
+    return made

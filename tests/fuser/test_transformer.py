@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -56,6 +57,30 @@ def test_an_optimized_language_model_runs_causal_eva_in_fused_kernels() -> None:
     fast = compare(language("causal_eva", CUTOFFS, **CAUSAL_EVA), words(2, 40))
     # A layer's chunks, which stay where they are, and its tokens.
     assert sum(kernel.calls for kernel in fast.kernels if kernel.family == "attention") >= 2
+
+
+@pytest.mark.parametrize(("attention", "arguments"), [("local", {"window_size": 8}), ("causal_eva", CAUSAL_EVA)])
+def test_one_capture_of_a_language_model_serves_all_lengths(
+    attention: str, arguments: dict[str, Any], captures: list[str]
+) -> None:
+    model = language(attention, **arguments).eval()
+    fast, exact = fuser.optimize(model, search="model"), copy.deepcopy(model).double()
+    for tokens in (37, 40, 64, 21):
+        given = words(2, tokens)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(given).double(), exact(given), rtol=1e-5, atol=2e-5)
+    assert captures == ["all"] and fast.fallbacks == ()
+
+
+def test_one_capture_of_a_translator_serves_all_lengths(captures: list[str]) -> None:
+    model = translating("eva").eval()
+    fast, exact = fuser.optimize(model, search="model"), copy.deepcopy(model).double()
+    for source, target in ((37, 30), (40, 41), (64, 17)):
+        given = words(2, source), words(2, target)
+        given[0][1, -5:] = PAD
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*given).double(), exact(*given), rtol=1e-5, atol=2e-5)
+    assert captures == ["all"] and fast.fallbacks == ()
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, target
+from int8_cases import NATIVE, Case, as_int8, assembly, quantized_values, target
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
 from fuser.explain.profiling import floor_of
-from fuser.ir.errors import ToolchainError
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.operators import Int8Gemm
 from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
 from fuser.kernels.gemm import GemmMatch
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily, Int8GemmParameters, Int8Layout
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily, Int8GemmParameters, Int8Layout, int8_parameters
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
-from fuser.runtime.compilers import find_toolchain
 from fuser.runtime.cpuinfo import cpu_flags
 from fuser.runtime.library import load
 
@@ -54,15 +50,6 @@ CASES = [
 @pytest.fixture(scope="module")
 def cache() -> KernelCache:
     return default_cache()
-
-
-def values_of(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    names = (*graph.inputs, *graph.constants)
-    found = {v: torch.randn(graph.values[v].shape, generator=g).to(graph.values[v].dtype) for v in names}
-    if "factors" in found:
-        found["factors"] = found["factors"].abs() + 0.3
-    return found
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
@@ -113,7 +100,7 @@ def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[
         assert case.chunked == (parameters.chunk < parameters.steps)
         for rows in (1, 2, 2 * parameters.mr + 1, 61):
             graph = case.graph(rows)
-            values = values_of(graph, rows)
+            values = quantized_values(graph, rows)
             (want,) = evaluate(graph, values).values()
             (got,), *others = (
                 [*run(graph, values, aim, parameters, library, threads).values()] for threads in (1, 2, 3)
@@ -125,11 +112,51 @@ def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[
                 assert torch.equal(got, want), (case, parameters, rows)
 
 
+def test_matrix_tiles_give_the_same_numbers(cache: KernelCache) -> None:
+    """By the model of the tiles' instructions, on machines without them."""
+    aim = target()
+    lanes = aim.vector_lanes
+    cases = [CASES[0], CASES[5], CASES[6]]
+    choices = []
+    for case in cases:
+        parameters = int8_parameters(
+            match_of(case.graph(1), aim), aim, (32, -(-min(case.n, 32) // 16) * 16 // lanes), 512, True
+        )
+        small = {"kc": 64, "chunk": 128} if case.chunked else {}
+        choices.append(dataclasses.replace(parameters, mc=2 * parameters.mr, serial_below=0, **small))
+        assert choices[-1].steps % 16 == choices[-1].kc % 16 == choices[-1].chunk % 16 == 0
+    for case, parameters, library in zip(cases, choices, built(choices, aim, cache), strict=True):
+        for rows in (1, 33, 75):
+            graph = case.graph(rows)
+            values = quantized_values(graph, rows)
+            (want,) = evaluate(graph, values).values()
+            for threads in (1, 2):
+                (got,) = run(graph, values, aim, parameters, library, threads).values()
+                if case.chain == "norm":
+                    torch.testing.assert_close(got, want, rtol=2.0**-20, atol=2.0**-18)
+                else:
+                    assert torch.equal(got, want), (case, rows)
+
+
+AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni"})
+
+
+def test_matrix_tiles_are_taken_where_the_target_has_them(tmp_path: Path) -> None:
+    aim = target(Isa.AVX512, AMX)
+    match = match_of(Case(768, 768).graph(128), aim)
+    choices = CpuInt8Gemm().space(match, aim)
+    seconds = [CpuInt8Gemm().cost(match, c, aim).seconds(aim) for c in choices]
+    assert choices[seconds.index(min(seconds))].tiles and not all(c.tiles for c in choices)
+    assert not any(c.tiles for c in CpuInt8Gemm().space(match, target(Isa.AVX512, AMX - {"amx_int8"})))
+    text = assembly(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", choices[0]), aim, tmp_path)
+    assert text.count("tdpbusd") >= 4 and "ldtilecfg" in text and "tilerelease" in text
+
+
 def test_rows_that_have_no_scale(cache: KernelCache) -> None:
     """NaN and infinities make their rows NaN and no others; zeros, tiny and huge numbers are what they are."""
     case = Case(40, 70, "none")
     graph = case.graph(8)
-    values = values_of(graph)
+    values = quantized_values(graph)
     x = values["x"]
     x[1, 5], x[2, 69], x[3, 0] = torch.nan, torch.inf, -torch.inf
     x[4], x[5], x[6, 3], x[7] = 0, 1e-35, 1e4, 1e30
@@ -148,20 +175,13 @@ def test_rows_that_have_no_scale(cache: KernelCache) -> None:
 def test_products_that_meet_in_the_epilogue(cache: KernelCache) -> None:
     case = Gated(41, 70, transposed=False)
 
-    def quantized(rows: int) -> OperatorGraph:
-        graph = case.graph(rows)
-        operators = [
-            dataclasses.replace(op, semantics=Int8Gemm(False)) if op.kind == "gemm" else op for op in graph.operators
-        ]
-        return dataclasses.replace(graph, operators=tuple(operators))
-
     for isa, features in MACHINES:
         aim = target(isa, features)
-        parameters = CpuInt8Gemm().space(match_of(quantized(1), aim), aim)[0]
+        parameters = CpuInt8Gemm().space(match_of(as_int8(case.graph(1)), aim), aim)[0]
         assert parameters.products == 2
         (library,) = built([parameters], aim, cache)
-        graph = quantized(19)
-        values = values_of(graph)
+        graph = as_int8(case.graph(19))
+        values = quantized_values(graph)
         (want,) = evaluate(graph, values).values()
         (got,) = run(graph, values, aim, parameters, library, 2).values()
         # A product of two numbers behind an exponential of one of them.
@@ -184,14 +204,7 @@ def test_inner_loops_keep_their_sums_in_registers(
     aim = target(isa, frozenset(features))
     graph = Case(96, 256).graph(64)
     parameters = CpuInt8Gemm().space(match_of(graph, aim), aim)[0]
-    source = tmp_path / "kernel.cpp"
-    source.write_text(render(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters)).text)
-    try:
-        tools = find_toolchain(aim)
-        command = [*tools.command, *tools.compile_flags, "-I", str(header_folder(aim)), "-S", "-o", "-", str(source)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (subprocess.CalledProcessError, ToolchainError) as error:
-        pytest.skip(f"this compiler knows no {' '.join(features)}: {error}")
+    text = assembly(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters), aim, tmp_path)
     function = re.search(rf"multiplyILi{parameters.mr}E\S*:\n(.*?)\n\s*ret", text, re.S)
     assert function is not None
     blocks = re.split(r"\n\.L\w+:", function[1])
@@ -223,7 +236,7 @@ def test_weights_are_a_quarter() -> None:
     match = match_of(graph, target())
     call = ways.call(match, ways.space(match, target())[0], target(), 2)
     packed = [ref for ref in call.tensors if isinstance(ref, Packed)]
-    values = values_of(graph)
+    values = quantized_values(graph)
     size = sum(t.nbytes for t in materialized(packed, values))
     assert size <= 1.02 * values["weight"].nbytes / 4
 

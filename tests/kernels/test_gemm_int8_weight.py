@@ -7,13 +7,12 @@ import dataclasses
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, target
+from int8_cases import NATIVE, Case, quantized_values, target, with_integers
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
-from fuser.ir.graph import OperatorGraph, TensorSpec
-from fuser.ir.operators import Int8WeightGemm
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.quantization import integers_of, recovered_scales, scales_of
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import materialized
@@ -31,32 +30,6 @@ CASES = [
     Case(70, 1100, chunked=True),
     Case(40, 99, "none", dtype=torch.bfloat16),
 ]
-
-
-def with_integers(graph: OperatorGraph) -> OperatorGraph:
-    """Products of a graph with their weights in int8."""
-    values, operators, constants = dict(graph.values), [], dict(graph.constants)
-    for op in graph.operators:
-        if op.kind in ("int8_gemm", "gemm"):
-            transposed = op.semantics.transposed  # type: ignore[attr-defined]
-            shape = values["weight"].shape
-            values["weight"] = TensorSpec.contiguous(shape, torch.int8)
-            values["scales"] = TensorSpec.contiguous((shape[0 if transposed else 1],), torch.float32)
-            constants["scales"] = dataclasses.replace(constants["weight"], name="scales")
-            inputs = (op.inputs[0], "weight", "scales")
-            op = dataclasses.replace(op, semantics=Int8WeightGemm(transposed), inputs=inputs)
-        operators.append(op)
-    return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
-
-
-def values_of(graph: OperatorGraph) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    found = {}
-    for v in (*graph.inputs, *graph.constants):
-        spec = graph.values[v]
-        found[v] = torch.randn(spec.shape, generator=g).mul(40 if spec.dtype == torch.int8 else 1).to(spec.dtype)
-    found["scales"] = found["scales"].abs() / 40
-    return found
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
@@ -88,7 +61,7 @@ def test_kernels_give_the_numbers_of_the_operator(isa: Isa, case: Case) -> None:
     aim = target(isa)
     for rows in (1, 2, 19):
         graph = with_integers(case.graph(rows))
-        values = values_of(graph)
+        values = quantized_values(graph)
         (want,) = evaluate(graph, values, torch.float64).values()
         rounding = 2.0**-8 if case.dtype == torch.bfloat16 else case.k * 2.0**-23
         for threads in (1, 2):
@@ -99,7 +72,7 @@ def test_kernels_give_the_numbers_of_the_operator(isa: Isa, case: Case) -> None:
 def test_products_that_meet_in_the_epilogue() -> None:
     graph = with_integers(Gated(41, 70, transposed=False).graph(3))
     assert match_of(graph, target()).products == 2
-    values = values_of(graph)
+    values = quantized_values(graph)
     (want,) = evaluate(graph, values, torch.float64).values()
     got = run(graph, values, target(), 2, False)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))

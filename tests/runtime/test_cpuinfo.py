@@ -38,6 +38,23 @@ def test_torch_is_asked_where_the_system_hides_the_cpu(
     assert cpuinfo._isa_of(frozenset(), "x86_64") is isa
 
 
+@pytest.mark.parametrize("granted", [True, False])
+def test_matrix_tiles_are_there_where_the_system_grants_them(monkeypatch: pytest.MonkeyPatch, granted: bool) -> None:
+    found = {"flags": " ".join((*AVX512, "amx_tile", "amx_int8", "avx512_vnni"))}
+    monkeypatch.setattr(cpuinfo, "_cpuinfo", lambda: found)
+    monkeypatch.setattr(cpuinfo, "_may_use_tiles", lambda: granted)
+    cpuinfo.cpu_flags.cache_clear()
+    try:
+        wanted = {"avx512_vnni", *(["amx_tile", "amx_int8"] if granted else [])}
+        assert cpuinfo.features(Isa.AVX512) == wanted
+    finally:
+        cpuinfo.cpu_flags.cache_clear()
+
+
+def test_asking_for_tiles_is_answered_on_every_machine() -> None:
+    assert cpuinfo._may_use_tiles() in (True, False)
+
+
 def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         path = root / name

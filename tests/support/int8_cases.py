@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
 
+from fuser.codegen.render import header_folder, render
+from fuser.ir.errors import ToolchainError
 from fuser.ir.expression import Op, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, Int8Gemm, Norm, Residual
+from fuser.ir.operators import Activation, Bias, Int8Gemm, Int8WeightGemm, Norm, Residual
 from fuser.ir.target import Isa, Target
+from fuser.kernels.base import KernelSpec
+from fuser.runtime.compilers import find_toolchain
 from fuser.runtime.cpuinfo import detect_isa
 
 NATIVE = detect_isa()
@@ -49,3 +58,59 @@ class Case:
         chain = (Operator("dense", Int8Gemm(self.transposed), inputs, ("product",)), *steps)
         constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
         return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+
+
+def assembly(spec: KernelSpec, aim: Target, folder: Path) -> str:
+    """What the compiler makes of a kernel, assembled as well; skips for instructions that it does not know."""
+    source = folder / "kernel.cpp"
+    source.write_text(render(spec).text)
+    try:
+        tools = find_toolchain(aim)
+        command = [*tools.command, *tools.compile_flags, "-I", str(header_folder(aim)), str(source)]
+        text = subprocess.run([*command, "-S", "-o", "-"], capture_output=True, text=True, check=True).stdout
+        assembler = [*tools.command, "-c", "-x", "assembler", "-", "-o", str(folder / "kernel.o")]
+        subprocess.run(assembler, input=text, capture_output=True, text=True, check=True)
+        return text
+    except (subprocess.CalledProcessError, ToolchainError) as error:
+        pytest.skip(f"this compiler knows no {' '.join(sorted(aim.features))}: {error}")
+
+
+def as_int8(graph: OperatorGraph) -> OperatorGraph:
+    """Products of a graph in int8."""
+    operators = [
+        dataclasses.replace(op, semantics=Int8Gemm(op.semantics.transposed))  # type: ignore[attr-defined]
+        if op.kind == "gemm"
+        else op
+        for op in graph.operators
+    ]
+    return dataclasses.replace(graph, operators=tuple(operators))
+
+
+def with_integers(graph: OperatorGraph) -> OperatorGraph:
+    """Products of a graph with their weights in int8."""
+    values, operators, constants = dict(graph.values), [], dict(graph.constants)
+    for op in graph.operators:
+        if op.kind in ("int8_gemm", "gemm"):
+            transposed = op.semantics.transposed  # type: ignore[attr-defined]
+            shape = values["weight"].shape
+            values["weight"] = TensorSpec.contiguous(shape, torch.int8)
+            values["scales"] = TensorSpec.contiguous((shape[0 if transposed else 1],), torch.float32)
+            constants["scales"] = dataclasses.replace(constants["weight"], name="scales")
+            inputs = (op.inputs[0], "weight", "scales")
+            op = dataclasses.replace(op, semantics=Int8WeightGemm(transposed), inputs=inputs)
+        operators.append(op)
+    return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+
+
+def quantized_values(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
+    """Random numbers for what a graph reads; factors and scales are positive."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for v in (*graph.inputs, *graph.constants):
+        spec = graph.values[v]
+        found[v] = torch.randn(spec.shape, generator=g).mul(40 if spec.dtype == torch.int8 else 1).to(spec.dtype)
+    if "factors" in found:
+        found["factors"] = found["factors"].abs() + 0.3
+    if "scales" in found:
+        found["scales"] = found["scales"].abs() / 40
+    return found

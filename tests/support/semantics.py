@@ -20,10 +20,12 @@ from fuser.ir.operators import (
     Activation,
     AdditiveMask,
     Append,
+    Bf16Gemm,
     Bias,
     BiasByDistance,
     BooleanMask,
     ChangeScores,
+    Concat,
     DocumentMask,
     Embedding,
     Extern,
@@ -50,6 +52,7 @@ from fuser.ir.operators import (
     SplitHeads,
     TorchCall,
     View,
+    WriteRows,
 )
 from fuser.ir.prediction import DEQ
 from fuser.ir.scores import SoftCap
@@ -140,6 +143,11 @@ CASES: Mapping[type[Semantics], Case] = {
             lambda x: x.reshape(2, 4, 24),
         ),
         Case(Gemm(transposed=True), (X, normal(7, 8)), lambda x, w: torch.einsum("bsk,nk->bsn", x, w)),
+        Case(
+            Bf16Gemm(transposed=True),
+            (X, normal(7, 8)),
+            lambda x, w: torch.einsum("bsk,nk->bsn", x.bfloat16().double(), w.bfloat16().double()),
+        ),
         Case(Int8Gemm(transposed=True), (X, normal(7, 8)), _int8_product),
         Case(
             Int8WeightGemm(transposed=False),
@@ -199,6 +207,12 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Embedding(), (normal(9, 3), torch.tensor([[8, 0], [4, 4]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
+        Case(Concat(1), (X, X[:, :2]), lambda a, b: torch.stack([*a.unbind(1), *b.unbind(1)], 1)),
+        Case(
+            WriteRows(),
+            (SCORES, SCORES[:, :, :2], torch.tensor([3, 0])),
+            lambda a, b, _: torch.stack([b[:, :, 1], a[:, :, 1], a[:, :, 2], b[:, :, 0], *a.unbind(2)[4:]], 2),
+        ),
         Case(PatternMask(pattern=SlidingWindow(1, 1)), (SCORES,), lambda s: torch.where(FORBIDDEN, -math.inf, s)),
         Case(
             DocumentMask(pattern=SlidingWindow(1, 1)),

@@ -16,7 +16,17 @@ from fuser.attention.mechanisms.eva import summarize
 from fuser.attention.mechanisms.features import attend
 from fuser.attention.mechanisms.positions import BucketedPositions
 from fuser.attention.mechanisms.softmax import check_padding, projection
-from fuser.attention.mechanisms.windows import Far, check_divides, heads_of, qkv_of, window_attention, windows
+from fuser.attention.mechanisms.windows import (
+    Far,
+    check_divides,
+    first_tokens,
+    heads_of,
+    missing_tokens,
+    padded,
+    qkv_of,
+    window_attention,
+    windows,
+)
 from fuser.attention.windowed import is_known_to, windowed_attention
 from fuser.ir.errors import MechanismError
 
@@ -133,15 +143,9 @@ class CausalEvaAttention(nn.Module):
         elif self._joins(hidden, *(parts := [layer(x) for layer, x in zip(layers, operands, strict=True)])):
             mixed = self._at_once(*parts)
         else:
-            missing = -time % self.window_size
-            if missing:
-                if hidden is None:
-                    hidden = query.new_zeros((batch, time)).bool()
-                hidden = F.pad(hidden, (0, missing), value=True)
-                operands = [F.pad(x, (0, 0, 0, missing)) for x in operands]
-            qkv = torch.cat([layer(x) for layer, x in zip(layers, operands, strict=True)], -1)
-            mixed = self._by_windows(qkv, hidden)
-        return self.out_proj(mixed)[:, :time].transpose(0, 1), None
+            qkv, hidden = padded(torch.cat(parts, -1), hidden, missing_tokens(time, self.window_size))
+            mixed = first_tokens(self._by_windows(qkv, hidden), time)
+        return self.out_proj(mixed).transpose(0, 1), None
 
     def _check_decoding(self, hidden: Tensor | None) -> None:
         if not self.causal or self.chunk_size is None:
@@ -171,7 +175,7 @@ class CausalEvaAttention(nn.Module):
         size = self.chunk_size
         assert size is not None
         whole = q.shape[1] // size * size
-        chunks = (heads_of(torch.unflatten(x[:, :whole], 1, (-1, size)), self.num_heads) for x in (q, k, v))
+        chunks = (heads_of(torch.unflatten(first_tokens(x, whole), 1, (-1, size)), self.num_heads) for x in (q, k, v))
         q, k, v = (heads_of(x, self.num_heads) for x in (q, k, v))
         k_bar, beta = self._summaries_of(*chunks)
         sizes = {"window": self.window_size, "before": self.extension, "chunk": size}

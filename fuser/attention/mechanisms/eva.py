@@ -14,9 +14,11 @@ from fuser.attention.mechanisms.features import attend_features, half_norms
 from fuser.attention.mechanisms.local import LocalAttention
 from fuser.attention.mechanisms.positions import BucketedPositions
 from fuser.attention.mechanisms.softmax import initialize, projection
-from fuser.attention.mechanisms.windows import Far, check_divides, qkv_of, windows
-from fuser.attention.windowed import attend_squares
+from fuser.attention.mechanisms.windows import Far, check_divides, missing_tokens, padded, qkv_of, windows
+from fuser.attention.windowed import attend_squares, is_known_to
 from fuser.ir.errors import MechanismError
+
+_MOST_OF_GRID = 8192
 
 
 def summarize(
@@ -84,6 +86,13 @@ class EvaAttention(LocalAttention):
     def bias_by_distance(self) -> bool:
         return self.rel_pos_bias is not None or super().bias_by_distance
 
+    def joins(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> bool:
+        """Also on a grid with no more tokens than plans look at one by one, and no fewer columns than distances."""
+        if len(grid) == 1:
+            return super().joins(qkv, hidden, grid)
+        small = math.prod(grid) <= _MOST_OF_GRID and grid[1] > 2 * (self.window_size + self.extension)
+        return hidden is None and small and is_known_to(qkv)
+
     def position_bias(self) -> Tensor | None:
         if self.rel_pos_bias is None:
             return super().position_bias()
@@ -91,6 +100,9 @@ class EvaAttention(LocalAttention):
         return bias
 
     def far(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Far:
+        if not self.attn_2d:
+            qkv, hidden = padded(qkv, hidden, missing_tokens(qkv.shape[1], self.window_size))
+            grid = (qkv.shape[1],)
         tokens = qkv.shape[1]
         size = tokens // self.num_landmarks
         if size == 0:
@@ -98,7 +110,7 @@ class EvaAttention(LocalAttention):
         if self.attn_2d:
             size = math.isqrt(size)
         check_divides(size, grid, f"num_landmarks = {self.num_landmarks}: chunks")
-        if self.attn_2d and not self.extension and self.joins(qkv, hidden, grid):
+        if not self.extension and len(grid) == 2 and self.joins(qkv, hidden, grid):
             return self._far_in_place(qkv, grid, size)
         chunks = windows(qkv, grid, size, self.extension, self.extension)
         unseen = self.hidden_windows(hidden, qkv, grid, size)

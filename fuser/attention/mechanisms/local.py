@@ -17,14 +17,13 @@ from fuser.attention.mechanisms.windows import (
     check_divides,
     heads_of,
     merge_windows,
+    missing_tokens,
     qkv_of,
     window_attention,
     windows,
 )
-from fuser.attention.windowed import is_known_to, windowed_attention
+from fuser.attention.windowed import attend_windows, is_known_to, windowed_attention
 from fuser.ir.errors import MechanismError
-
-_MOST_OF_GRID = 8192
 
 
 class LocalAttention(SoftmaxAttention):
@@ -64,8 +63,10 @@ class LocalAttention(SoftmaxAttention):
         check_divides(self.window_size, shape, "windows")
         return shape
 
-    def missing(self, grid: Sequence[int]) -> int:
-        return 0 if self.attn_2d else -grid[0] % self.window_size
+    def missing(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> int:
+        if self.attn_2d or self.joins(qkv, hidden, grid):
+            return 0
+        return missing_tokens(grid[0], self.window_size)
 
     @property
     def bias_by_distance(self) -> bool:
@@ -73,32 +74,34 @@ class LocalAttention(SoftmaxAttention):
         return self.attn_2d or not self.use_rpe
 
     def joins(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> bool:
-        """Whether all tokens and summaries are one list of keys: where nobody asks for gradients and nothing is hidden,
-        and, on a grid, with no more tokens than plans look at one by one, and no fewer columns than distances."""
-        if hidden is not None or not self.bias_by_distance or not is_known_to(qkv):
-            return False
-        return len(grid) == 1 or (
-            math.prod(grid) <= _MOST_OF_GRID and grid[1] > 2 * (self.window_size + self.extension)
-        )
+        """Whether tokens, and summaries if there are some, are one list of keys, of a sequence of any length: where
+        nobody asks for gradients and nothing is hidden."""
+        return len(grid) == 1 and hidden is None and self.bias_by_distance and is_known_to(qkv)
 
     def mix(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Tensor:
         size, extension = self.window_size, self.extension
-        if self.joins(qkv, hidden, grid) and (far := self.far(qkv, hidden, grid)) is not None and far.bias is None:
-            out = windowed_attention(
-                *qkv_of(qkv, self.num_heads),
-                far.keys.squeeze(1),
-                far.values.squeeze(1),
-                self.position_bias(),
-                window=size,
-                before=extension,
-                after=extension,
-                columns=grid[1] if self.attn_2d else 0,
-            )
+        far = self.far(qkv, hidden, grid)
+        if self.joins(qkv, hidden, grid):
+            q, k, v = qkv_of(qkv, self.num_heads)
+            if far is None:
+                out = attend_windows(q, k, v, window=size, extension=extension)
+            else:
+                out = windowed_attention(
+                    q,
+                    k,
+                    v,
+                    far.keys.squeeze(1),
+                    far.values.squeeze(1),
+                    self.position_bias(),
+                    window=size,
+                    before=extension,
+                    after=extension,
+                    columns=grid[1] if self.attn_2d else 0,
+                )
             return out.transpose(1, 2).flatten(2)
         q = heads_of(windows(qkv[..., : self.dim], grid, size), self.num_heads)
         seen = windows(qkv[..., self.dim :], grid, size, extension, extension)
         k, v = (heads_of(part, self.num_heads) for part in seen.chunk(2, -1))
-        far = self.far(qkv, hidden, grid)
         unseen = self.hidden_windows(hidden, qkv, grid, size)
         unseen = None if unseen is None else unseen.unsqueeze(2).mT
         return merge_windows(window_attention(q, k, v, unseen, self.position_bias(), far), grid, size)

@@ -121,7 +121,8 @@ class LaraAttention(SoftmaxAttention):
         if not longer:
             return torch.unflatten(x, 2, (count, size)).mean(3)
         split = (count - longer) * size
-        halves = (x[:, :, :split], size), (x[:, :, split:], size + 1)
+        parts = x.split([split, tokens - split], 2)  # type: ignore[no-untyped-call]
+        halves = zip(parts, (size, size + 1), strict=True)
         return torch.cat([torch.unflatten(half, 2, (-1, length)).mean(3) for half, length in halves], 2)
 
     def _landmarks_of_grid(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:

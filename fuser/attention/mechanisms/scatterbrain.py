@@ -29,6 +29,10 @@ class ScatterbrainAttention(LocalAttention, Directions):
         super().__init__(configuration)
         self.keep_directions(configuration)
 
+    def joins(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> bool:
+        """Never: each window has features of its own."""
+        return False
+
     def far(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> Far:
         directions = self.directions()
         count = directions.shape[-2]

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuser.attention.mechanisms.configuration import Configuration, SoftmaxConfiguration
 from fuser.attention.mechanisms.features import attend
-from fuser.attention.mechanisms.windows import qkv_of
+from fuser.attention.mechanisms.windows import first_tokens, padded, qkv_of
 from fuser.ir.errors import MechanismError
 
 
@@ -68,22 +67,20 @@ class SoftmaxAttention(nn.Module):
             )
         hidden = None if key_padding_mask is None else check_padding(key_padding_mask, x.shape[:-1])
         grid = self.grid(x.shape[1:-1])
-        tokens = x.flatten(1, -2)
-        missing = self.missing(grid)
-        count = tokens.shape[1]
-        if missing:
-            if hidden is None:
-                hidden = tokens.new_zeros((tokens.shape[0], count)).bool()
-            tokens, hidden = F.pad(tokens, (0, 0, 0, missing)), F.pad(hidden, (0, missing), value=True)
-            grid = (count + missing,)
-        out: Tensor = self.proj_drop(self.proj(self.mix(self.qkv(tokens), hidden, grid)))
-        return (out[:, :count] if missing else out).reshape(x.shape)
+        qkv = self.qkv(x.flatten(1, -2))
+        padded_qkv, hidden = padded(qkv, hidden, self.missing(qkv, hidden, grid))
+        if padded_qkv is qkv:
+            mixed = self.mix(qkv, hidden, grid)
+        else:
+            mixed = first_tokens(self.mix(padded_qkv, hidden, padded_qkv.shape[1:2]), qkv.shape[1])
+        out: Tensor = self.proj_drop(self.proj(mixed))
+        return out.reshape(x.shape)
 
     def grid(self, shape: Sequence[int]) -> Sequence[int]:
         """How the mechanism sees tokens of this shape: as a sequence or as a grid."""
         return (math.prod(shape),)
 
-    def missing(self, grid: Sequence[int]) -> int:
+    def missing(self, qkv: Tensor, hidden: Tensor | None, grid: Sequence[int]) -> int:
         """Tokens of padding that a sequence needs."""
         return 0
 

@@ -60,6 +60,30 @@ def merge_windows(x: Tensor, grid: Sequence[int], size: int) -> Tensor:
     return split.transpose(2, 3).flatten(1, 4)
 
 
+def missing_tokens(count: int, size: int) -> int:
+    """How many tokens ``count`` are short of whole windows of ``size``."""
+    # As a trace with symbols understands it: the sum of both is a multiple.
+    return -(-count // size) * size - count
+
+
+def padded(x: Tensor, hidden: Tensor | None, missing: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, N, F) and which are ``hidden`` (B, N), with so many more hidden ones."""
+    # How many a length is short of that a trace does not know, nobody asks, or it would be another trace.
+    if isinstance(missing, int) and not missing:
+        return x, hidden
+    if hidden is None:
+        hidden = x.new_zeros(x.shape[:2]).bool()
+    return F.pad(x, (0, 0, 0, missing)), F.pad(hidden, (0, missing), value=True)
+
+
+def first_tokens(x: Tensor, count: int) -> Tensor:
+    """The first ``count`` tokens of (B, N, F). Of a length that a trace does not know they are a copy, which it takes
+    for contiguous without a question."""
+    if isinstance(count, int) and isinstance(x.shape[1], int):
+        return x[:, :count]
+    return x[:, :count].clone(memory_format=torch.contiguous_format)
+
+
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """(…, L, H · D) → (…, H, L, D)."""
     return torch.unflatten(x, -1, (heads, -1)).transpose(-3, -2)

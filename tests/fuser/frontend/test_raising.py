@@ -295,6 +295,12 @@ def test_constants_lie_as_operators_of_pytorch_read_them() -> None:
     assert made.stride() == (1, WIDTH) and made.equal(weight.t())
 
 
+def test_axes_that_do_not_follow_each_other_are_reduced_one_by_one() -> None:
+    x = torch.randn(2, 4, 6, 32)
+    graph = raised(lambda m, x: x.mean((0, 2)) + x.sum((0, 1, 2)), x)
+    assert [list(op.semantics.call.args[1]) for op in graph.operators if is_kind(op, Extern)] == [[2], [0], [0, 1, 2]]
+
+
 def test_equal_layers_are_equal_regions() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True)

@@ -92,6 +92,7 @@ def test_ranges_decide() -> None:
     assert BATCH != 1 and 0 not in (BATCH, SEQUENCE) and BATCH in (1, BATCH)
     assert max(SEQUENCE * 768, 1) == SEQUENCE * 768 and SEQUENCE * BATCH * 64 > SEQUENCE * 8
     assert bool(SEQUENCE) and bool(BATCH - 1)
+    assert -(-SEQUENCE // 8) * BATCH > 1 and -(-SEQUENCE // 8) * -(-BATCH // 8) >= 1
     assert named("short", 1, 64) <= 64 < SEQUENCE + 63
     assert maximum([BATCH * SEQUENCE, SEQUENCE, 4]) == BATCH * SEQUENCE
 

@@ -21,6 +21,7 @@ CPU = Target("cpu", "avx2", frozenset(), 4, (1, 1, 1), peak_flops=8e10, bandwidt
         ("avx512", [], 1, 2),
         ("avx512", ["avx512_vnni"], 1, 4),
         ("avx512", ["avx512_bf16", "avx512_vnni"], 2, 4),
+        ("avx512", ["amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_vnni"], 16, 32),
     ],
 )
 def test_rates_of_a_cpu_are_the_measured_one_times_the_width_of_instructions(

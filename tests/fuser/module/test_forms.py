@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import fuser
 from fuser import masks
 from fuser.ir.errors import MaskError
-from fuser.module import compiler, forms
 
 WIDTH, HEADS = 32, 2
 TOLERANCE = 1e-5
@@ -55,20 +54,6 @@ MASKS = {
     "window": lambda i, j: (i - j).abs() <= 2,
     "global": lambda i, j: ((i - j).abs() <= 1) | (j < 1) | (i < 1),
 }
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has been captured: for all sizes, or for one shape."""
-    made: list[str] = []
-    for module, kind in ((forms, "all"), (compiler, "one")):
-
-        def counting(*given: Any, capture: Any = module.capture, kind: str = kind) -> Any:
-            made.append(kind)
-            return capture(*given)
-
-        monkeypatch.setattr(module, "capture", counting)
-    return made
 
 
 def ids_of(batch: int, length: int) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,17 @@ import fuser
 from fuser.architectures import ARCHITECTURES, Scale
 from fuser.codegen.choice import GroupChoice
 from fuser.explain.report import collect
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CalibrationError
+from fuser.ir.graph import OperatorGraph
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
-from fuser.module import engine, forms
-from fuser.module.quantizing import Layer
+from fuser.ir.target import Target
+from fuser.kernels.base import floating
+from fuser.module import compiler, engine, forms
+from fuser.module.compiler import choose_all
+from fuser.module.quantizing import Layer, Quantizer
+from fuser.runtime.targets import named_target
 from fuser.search.tuning import Tuner
 
 
@@ -162,21 +168,22 @@ def _spike() -> Tensor:
     return torch.ones(64).index_fill(0, torch.tensor([5]), 100.0)
 
 
+class Narrow(nn.Module):
+    """A product whose result is what is left of two large numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.bad = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+        with torch.no_grad():
+            self.bad.weight[:, 1:].mul_(1e-3)
+            self.bad.weight[:, 0] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bad(self.good(x))
+        return y - y.mean(-1, keepdim=True)
+
+
 def test_layers_that_would_spoil_the_outputs_are_kept() -> None:
-    class Narrow(nn.Module):
-        """A product whose result is what is left of two large numbers."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.good, self.bad = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
-            with torch.no_grad():
-                self.bad.weight[:, 1:].mul_(1e-3)
-                self.bad.weight[:, 0] = 1.0
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.bad(self.good(x))
-            return y - y.mean(-1, keepdim=True)
-
     torch.manual_seed(0)
     model, x = Narrow().eval(), rows(4, 9)
     fast = optimized(model, smooth=False)
@@ -189,6 +196,55 @@ def test_layers_that_would_spoil_the_outputs_are_kept() -> None:
     with torch.no_grad():
         assert cosine(loose(x), model(x)) < 0.9
     assert kinds(loose) == ["int8_gemm"] * 2
+
+
+def _quantizer(rates: Mapping[str, float], quality: float, bf16_ratio: float = 2.0) -> tuple[Quantizer, OperatorGraph]:
+    """What is decided for Narrow on a CPU with bf16 instructions where choices take such times."""
+    torch.manual_seed(0)
+    model, x = Narrow().eval(), rows(4, 9)
+    with torch.no_grad():
+        model.bad.weight[:, 1:].mul_(100)
+    captured = capture(model, flatten_call((x,), {}))
+    graph = raise_graph(captured, None, floating(named_target("cpu")))
+    quantizer = Quantizer(model, fuser.Int8(quality=quality, smooth=False))
+    quantizer.observe(graph, captured.parameters, [x])
+    target = Target(
+        "cpu", "avx512", frozenset({"avx512_bf16"} if bf16_ratio > 1 else ()), 2, (1, 1, 1), 1e11, 1e12, 0.0
+    )
+
+    def compare(ways: Sequence[Sequence[GroupChoice]]) -> list[float]:
+        kinds = [next(op.kind for c in way for op in c.group.operators if op.kind.endswith("gemm")) for way in ways]
+        return [rates[kind] for kind in kinds]
+
+    def choose(of: OperatorGraph) -> list[GroupChoice]:
+        return choose_all(of, named_target("cpu"), None)[0]
+
+    quantizer.settle(target, choose, compare)
+    return quantizer, quantizer.apply(graph, captured.parameters)
+
+
+@pytest.mark.parametrize(
+    ("rates", "quality", "ratio", "precisions"),
+    [
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9, 2.0, ["int8", "int8"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9985, 2.0, ["int8", "bf16"]),
+        # bf16 is not enough, is no faster than fp32, is not what the target multiplies faster, or is faster than int8.
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 1 - 4e-6, 2.0, ["bf16", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 1 - 1e-9, 2.0, ["kept", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 3.0, "int8_gemm": 1.0}, 0.9985, 2.0, ["int8", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9985, 1.0, ["int8", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 1.0, "int8_gemm": 2.0}, 0.9, 2.0, ["bf16", "bf16"]),
+    ],
+)
+def test_bf16_is_tried_before_a_layer_is_kept(
+    rates: Mapping[str, float], quality: float, ratio: float, precisions: list[str]
+) -> None:
+    quantizer, graph = _quantizer(rates, quality, ratio)
+    assert [layer.precision for layer in quantizer.layers] == precisions
+    kinds = {"int8": "int8_gemm", "bf16": "bf16_gemm", "kept": "gemm"}
+    assert [op.kind for op in graph.operators if op.kind.endswith("gemm")] == [kinds[p] for p in precisions]
+    assert quantizer.cosine >= quality
+    assert [f": {p}" in str(layer) for layer, p in zip(quantizer.layers, precisions, strict=True)] == [True, True]
 
 
 def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
@@ -313,6 +369,23 @@ def test_a_call_that_the_model_refuses_decides_nothing() -> None:
     assert layers(fast)[0].quantized
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_calibration_on_the_first_call_captures_it_once(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    captures = []
+    for module in (compiler, engine, forms):
+        if hasattr(module, "capture"):
+            before = module.capture
+
+            def counted(*args: Any, of: Any = before, **kwargs: Any) -> Any:
+                captures.append(of)
+                return of(*args, **kwargs)
+
+            monkeypatch.setattr(module, "capture", counted)
+    fast = fuser.optimize(encoder(), quantize=fuser.Int8(), search="model", dynamic=dynamic)
+    fast(rows(2, 9))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(captures) == 1
+
+
 def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None:
     model, x = encoder(), rows(2, 9)
     x[1, 4, 3] = torch.nan
@@ -323,13 +396,30 @@ def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None
     assert torch.equal(hidden.isnan().any(-1), exact.isnan().any(-1))
 
 
-def test_on_a_gpu_nothing_is_rounded(caplog: pytest.LogCaptureFixture) -> None:
-    model, x = encoder(), rows(1, 4)
-    with caplog.at_level(logging.WARNING, "fuser"):
-        fast = fuser.optimize(model, quantize=fuser.Int8(), search="model", target="cuda:emulated")
-        with torch.no_grad():
-            torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
-    assert "CPUs alone" in caplog.text
+@pytest.mark.parametrize("how", [{}, {"weights_only": True}], ids=["int8", "weights"])
+def test_on_a_gpu_kernels_give_the_numbers_of_cpus(how: dict[str, Any]) -> None:
+    model, x = encoder(), rows(2, 9)
+    quantize = fuser.Int8(quality=0, **how)
+    there = fuser.optimize(model, quantize=quantize, search="model", target="cuda:emulated")
+    here = fuser.optimize(model, quantize=quantize, search="model")
+    got, want = there(x), here(x)
+    assert kinds(there) == kinds(here)
+    assert {k.family for k in there.kernels} >= {"int8_weight_gemm" if how else "int8_gemm"}
+    assert there.fallbacks == ()
+    # Norms are summed in another order, and a number behind one may become the integer beside it.
+    for ours, theirs in zip(got, want, strict=True):
+        assert cosine(ours, theirs) > 1 - 1e-6
+
+
+def test_on_a_gpu_layers_are_tried_and_kept_where_int8_is_no_faster() -> None:
+    """Small layers, by the cost model: another launch takes longer than the product."""
+    model, x = encoder(), rows(2, 9)
+    fast = fuser.optimize(model, quantize=fuser.Int8(bf16=False), search="model", target="cuda:emulated")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
+    found = layers(fast)
+    assert kinds(fast) == ["gemm"] * 5 and all(layer.reason for layer in found)
+    assert sum("no faster in int8" in layer.reason for layer in found) == 4
 
 
 def test_weights_alone(tmp_path: Path) -> None:
@@ -414,7 +504,7 @@ def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Tuner, "compare", compare)
     monkeypatch.setattr(Tuner, "refine", lambda self, choices: [choice for choice, _ in choices])
-    fast, x = fuser.optimize(encoder(), quantize=fuser.Int8()), rows(2, 9)
+    fast, x = fuser.optimize(encoder(), quantize=fuser.Int8(bf16=False)), rows(2, 9)
     fast(x)
     kept = {x.modules[0]: x.reason for x in layers(fast) if not x.quantized}
     assert sorted(kept) == ["first.up", "head", "second.up"]
@@ -430,7 +520,7 @@ def test_a_study_of_time_against_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tuner, "compare", lambda self, ways: [1e-5, 1e-5 - next(saved)])
     monkeypatch.setattr(Tuner, "refine", lambda self, choices: [choice for choice, _ in choices])
     model, x = encoder(), rows(2, 9)
-    fast = fuser.optimize(model, quantize=fuser.Int8(smooth=False, trials=24, quality=0.9999))
+    fast = fuser.optimize(model, quantize=fuser.Int8(smooth=False, trials=24, quality=0.9999, bf16=False))
     fast(x)
     precision = fast.snapshot().precision
     assert precision is not None and len(precision.front) >= 3

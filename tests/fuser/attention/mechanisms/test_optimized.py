@@ -46,3 +46,27 @@ def test_optimized_mechanisms_fuse_their_attention(case: str) -> None:
     assert calls["attention"] == attentions
     if name == "performer":
         assert calls == {"gemm": 2, "features": 2, "linear_attention": 1}
+
+
+ANY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
+    "local": ("local", {"window_size": 8, "overlap_window": True}),
+    "performer": ("performer", {"approx_attn_dim": 16}),
+    "eva": ("eva", {"window_size": 8, "num_landmarks": 4, "use_t5_rpe": True}),
+    "eva, overlapping": ("eva", {"window_size": 8, "num_landmarks": 4, "overlap_window": True}),
+    "causal_eva": ("causal_eva", {"window_size": 8, "chunk_size": 4, "causal": True, "use_t5_rpe": True}),
+}
+
+
+@pytest.mark.parametrize("case", ANY_LENGTH)
+def test_one_capture_serves_all_lengths(case: str, captures: list[str]) -> None:
+    name, arguments = ANY_LENGTH[case]
+    torch.manual_seed(0)
+    module = build(name, **{"embed_dim" if name == "causal_eva" else "dim": WIDTH}, num_heads=2, **arguments).eval()
+    model = BatchFirst(module).eval() if name == "causal_eva" else module
+    fast, exact = fuser.optimize(model, search="model"), copy.deepcopy(model).double()
+    for tokens in (37, 40, 64, 81, 21):
+        x = torch.randn(2, tokens, WIDTH)
+        with torch.no_grad():
+            # Rounding of fp32.
+            torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-5, atol=2e-6)
+    assert captures == ["all"] and fast.fallbacks == ()

@@ -1,0 +1,95 @@
+"""The `concat` family: tensors one behind the other in a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuser.ir.extents import Extents
+from fuser.ir.graph import OperatorGroup, TensorSpec
+from fuser.ir.operators import Concat
+from fuser.ir.target import Target
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
+
+_RANK = 4
+_PARTS = 8
+
+
+@dataclass(frozen=True)
+class PartExtents(Extents):
+    """Of one part: where it starts in the result, bytes of a row, numbers of rows, and bytes between these in the part
+    and in the result."""
+
+    start: int
+    width: int
+    rows: tuple[int, int, int]
+    step: tuple[int, int, int]
+    out: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ConcatExtents(Extents):
+    """All parts."""
+
+    part: tuple[PartExtents, ...]
+
+
+@dataclass(frozen=True)
+class ConcatParameters:
+    """How many tensors there are."""
+
+    parts: int
+
+    @property
+    def extents(self) -> str:
+        """The kernel's extents in C."""
+        return ConcatExtents.declaration(part=self.parts)
+
+
+class ConcatFamily:
+    """One :class:`Concat` of up to eight tensors of up to four dimensions, with contiguous columns."""
+
+    name = "concat"
+
+    def match(self, group: OperatorGroup, target: Target) -> OperatorGroup | None:
+        """The group, if it is that."""
+        if len(group.operators) != 1 or len(group.of(Concat)) != 1:
+            return None
+        (op,) = group.operators
+        specs = [group.graph.values[v] for v in (*op.inputs, op.output)]
+        fits = len(op.inputs) <= _PARTS and len(specs[0].shape) <= _RANK
+        return group if fits and all(spec.strides[-1] == 1 or spec.shape[-1] == 1 for spec in specs) else None
+
+
+class CpuConcat(Implementation[OperatorGroup, ConcatParameters]):
+    """Copies of rows."""
+
+    def space(self, match: OperatorGroup, target: Target) -> Sequence[ConcatParameters]:
+        return [ConcatParameters(len(match.operators[0].inputs))]
+
+    def cost(self, match: OperatorGroup, parameters: ConcatParameters, target: Target) -> Cost:
+        return Cost(0.0, 2.0 * match.graph.values[match.operators[0].output].nbytes)
+
+    def call(self, match: OperatorGroup, parameters: ConcatParameters, target: Target, threads: int) -> KernelCall:
+        (op,) = match.operators
+        (concat,) = match.of(Concat)
+        assert isinstance(concat.semantics, Concat)
+        out, dim, start = match.graph.values[op.output], concat.semantics.dim, 0
+        parts = []
+        for value in op.inputs:
+            part = match.graph.values[value]
+            parts.append(_part(part, out, start * out.strides[dim] * out.dtype.itemsize))
+            start += part.shape[dim]
+        spec = KernelSpec("concat", "cpu/concat.cpp.j2", parameters)
+        return KernelCall(spec, (*op.inputs, op.output), ConcatExtents(tuple(parts)), op.outputs)
+
+
+def _part(part: TensorSpec, out: TensorSpec, start: int) -> PartExtents:
+    size, pad = out.dtype.itemsize, _RANK - len(part.shape)
+
+    def outer(values: Sequence[int], scale: int, filler: int) -> tuple[int, int, int]:
+        a, b, c = (*(filler for _ in range(pad)), *(n * scale for n in values[:-1]))
+        return a, b, c
+
+    rows = outer(part.shape, 1, 1)
+    return PartExtents(start, part.shape[-1] * size, rows, outer(part.strides, size, 0), outer(out.strides, size, 0))
