@@ -78,6 +78,7 @@ def arms(name: str, ids: Tensor, compiled: bool) -> dict[str, Arm]:
     static = {"cache_implementation": "static", "disable_compile": True}
     made = {
         "fuser": Arm(fuser.optimize(model(name)), ids),
+        "fuser, static cache": Arm(fuser.optimize(model(name)), ids, **static),
         "eager": Arm(eager, ids),
         "eager, static cache": Arm(eager, ids, **static),
     }

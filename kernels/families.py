@@ -17,6 +17,7 @@ from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
 from fuser.kernels.gemm_int8_cuda import CudaInt8Gemm, CudaInt8WeightGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
+from fuser.kernels.linear_attention_cuda import CudaFeatures, CudaLinearAttention
 from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
@@ -38,7 +39,9 @@ IMPLEMENTATIONS: Table = {
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
     (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
+    (LinearAttentionFamily(), "cuda"): (CudaLinearAttention(),),
     (FeaturesFamily(), "cpu"): (CpuFeatures(),),
+    (FeaturesFamily(), "cuda"): (CudaFeatures(),),
     (MlpFamily(), "cuda"): (CudaMlp(),),
     (RotaryFamily(), "cpu"): (CPU_ROTARY,),
     (RotaryFamily(), "cuda"): (CUDA_ROTARY,),

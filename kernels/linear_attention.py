@@ -29,6 +29,8 @@ from fuser.kernels.base import (
 WIDEST = 512
 """The widest keys: what one thread works in grows with it."""
 _CHUNK = 32
+_BLOCK = 64
+"""Rows of the features of keys whose largest projection is kept."""
 
 
 # ---- linear attention
@@ -112,6 +114,30 @@ class LinearAttentionMatch:
     def spec(self, name: str) -> TensorSpec:
         return self.group.graph.values[self.inputs[name]]
 
+    def call(self, spec: KernelSpec, workspace_bytes: int = 0) -> KernelCall:
+        """The launch of a kernel, which has the tensors in the order of the templates."""
+        op, inputs = self.operator, self.inputs
+        q, k, v = (self.spec(name) for name in "qkv")
+        of = {name: _strides(self.spec(name)) for name in inputs}
+        r = op.semantics.recurrence
+        extents = LinearAttentionExtents(
+            batch=k.shape[0],
+            heads=k.shape[1],
+            queries=q.shape[2],
+            keys=k.shape[2],
+            columns=v.shape[3],
+            scale=r.scale,
+            floor=r.floor or 0.0,
+            q=of["q"],
+            k=of["k"],
+            v=of["v"],
+            out=_strides(self.group.graph.values[op.output]),
+            decay=of.get("decay", RowStrides()),
+            beta=of.get("beta", RowStrides()),
+            first=of.get("first", RowStrides()),
+        )
+        return KernelCall(spec, (*inputs.values(), *op.outputs), extents, op.outputs, workspace_bytes)
+
 
 @dataclass(frozen=True)
 class LinearAttentionFamily:
@@ -185,29 +211,8 @@ class CpuLinearAttention(Implementation[LinearAttentionMatch, LinearAttentionPar
     def call(
         self, match: LinearAttentionMatch, parameters: LinearAttentionParameters, target: Target, threads: int
     ) -> KernelCall:
-        op, inputs = match.operator, match.inputs
-        q, k, v = (match.spec(name) for name in "qkv")
-        of = {name: _strides(match.spec(name)) for name in inputs}
-        r = op.semantics.recurrence
-        extents = LinearAttentionExtents(
-            batch=k.shape[0],
-            heads=k.shape[1],
-            queries=q.shape[2],
-            keys=k.shape[2],
-            columns=v.shape[3],
-            scale=r.scale,
-            floor=r.floor or 0.0,
-            q=of["q"],
-            k=of["k"],
-            v=of["v"],
-            out=_strides(match.group.graph.values[op.output]),
-            decay=of.get("decay", RowStrides()),
-            beta=of.get("beta", RowStrides()),
-            first=of.get("first", RowStrides()),
-        )
         spec = KernelSpec("linear_attention", "cpu/linear_attention.cpp.j2", parameters)
-        workspace = threads * parameters.workspace_bytes(target)
-        return KernelCall(spec, (*inputs.values(), *op.outputs), extents, op.outputs, workspace)
+        return match.call(spec, threads * parameters.workspace_bytes(target))
 
 
 def _strides(spec: TensorSpec) -> RowStrides:
@@ -265,6 +270,22 @@ class FeaturesMatch:
     group: OperatorGroup
     operator: Operator[Features]
 
+    def call(self, spec: KernelSpec, lanes: int, block: int | None) -> KernelCall:
+        """The launch of a kernel that takes features by ``lanes``, and keeps the largest projection of every ``block``
+        of rows, unless that is None."""
+        op, values = self.operator, self.group.graph.values
+        x, features = values[op.inputs[0]], values[op.output].shape[-1]
+        batch, heads, rows, width = x.shape
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.strides, strict=False))
+        half, share = 0.5 / math.sqrt(width), 1 / math.sqrt(features)
+        return KernelCall(
+            spec,
+            (op.inputs[0], Packed((op.inputs[1],), Directions(lanes)), op.output),
+            FeaturesExtents(batch, heads, rows, half, share, (strides[0], strides[1], strides[2])),
+            op.outputs,
+            0 if block is None else 4 * batch * heads * -(-rows // block),
+        )
+
 
 @dataclass(frozen=True)
 class FeaturesFamily:
@@ -302,16 +323,5 @@ class CpuFeatures(Implementation[FeaturesMatch, FeaturesParameters]):
         return Cost(graph.flops(op), float(moved), 1, 0.6)
 
     def call(self, match: FeaturesMatch, parameters: FeaturesParameters, target: Target, threads: int) -> KernelCall:
-        op, values = match.operator, match.group.graph.values
-        x = values[op.inputs[0]]
-        batch, heads, rows, width = x.shape
-        strides = tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.strides, strict=False))
-        half, share = 0.5 / math.sqrt(width), 1 / math.sqrt(parameters.features)
-        packed = Packed((op.inputs[1],), Directions(target.vector_lanes))
-        return KernelCall(
-            KernelSpec("features", "cpu/features.cpp.j2", parameters),
-            (op.inputs[0], packed, op.output),
-            FeaturesExtents(batch, heads, rows, half, share, (strides[0], strides[1], strides[2])),
-            op.outputs,
-            4 * batch * heads * -(-rows // 64) if parameters.keys else 0,
-        )
+        spec = KernelSpec("features", "cpu/features.cpp.j2", parameters)
+        return match.call(spec, target.vector_lanes, _BLOCK if parameters.keys else None)

@@ -655,9 +655,10 @@ def _exporting(inference: bool) -> Iterator[None]:
             _undo.callback(setattr, nn.Module, name, getattr(nn.Module, name))
         if hasattr(proxy_tensor, "_ModuleStackTracer"):
             _undo.enter_context(mock.patch.object(proxy_tensor, "_ModuleStackTracer", _thread_tracer()))
-        # Whether a tensor happens to be contiguous would become a guard on sizes, for a note that nobody reads.
-        described = functools.partial(proxy_tensor._extract_tensor_metadata, include_contiguity=False)
-        _undo.enter_context(mock.patch.object(proxy_tensor, "_extract_tensor_metadata", described))
+        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
+            # Whether a tensor happens to be contiguous would become a guard on sizes, for a note that nobody reads.
+            described = functools.partial(proxy_tensor._extract_tensor_metadata, include_contiguity=False)
+            _undo.enter_context(mock.patch.object(proxy_tensor, "_extract_tensor_metadata", described))
         _undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         # nn.TransformerEncoder's fast path is one opaque operator, which hides what is to be fused.
         torch.backends.mha.set_fastpath_enabled(False)

@@ -1,12 +1,13 @@
-"""The `linear_attention` and `features` families on CPUs: every rule, odd sizes, layouts and types against float64."""
+"""The `linear_attention` and `features` families on CPUs and on the emulator: rules, sizes and types, in float64."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.operators import Features, LinearAttention
-from fuser.ir.target import Isa, Target
+from fuser.ir.target import Isa, Target, emulated_target
 from fuser.kernels.base import KernelCall, materialized
 from fuser.kernels.linear_attention import (
     CpuFeatures,
@@ -26,6 +27,7 @@ from fuser.kernels.linear_attention import (
     LinearAttentionFamily,
     LinearAttentionMatch,
 )
+from fuser.kernels.linear_attention_cuda import CudaFeatures, CudaLinearAttention
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target
@@ -154,6 +156,41 @@ def test_a_recurrence(isa: Isa | None, case: Case, paths: Mapping[tuple[Isa | No
         assert float(error) < TOLERANCE[out.dtype]
 
 
+ON_GPU = [*RULES[::3], RULES[-1], *(dataclasses.replace(case, dtype=BF16) for case in RULES[1::7])]
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=str)
+def test_a_recurrence_on_a_gpu(case: Case, run_cuda: Callable[..., int]) -> None:
+    graph, tensors, target = case.graph(), tensors_of(case), emulated_target()
+    exact = evaluate(graph, tensors, torch.float64)
+    found, kernel = match(case, target), CudaLinearAttention()
+    call = kernel.call(found, *kernel.space(found, target), target, 1)
+    specs = {name: graph.values[name] for name in graph.outputs}
+    outputs = {name: torch.full(spec.shape, torch.nan, dtype=spec.dtype) for name, spec in specs.items()}
+    given = materialized(call.tensors, tensors | outputs)
+    assert run_cuda(call.spec, given, call.extents) == 0
+    for name, out in outputs.items():
+        error = (out.double() - exact[name]).norm() / exact[name].norm()
+        assert float(error) < TOLERANCE[out.dtype]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_a_gpu_keeps_the_state_in_registers(delta: bool, arch: str, compile_cuda: Callable[..., Any]) -> None:
+    rule = Recurrence(0.125, decay=True, delta=delta, floor=None if delta else 1e-3)
+    case, target, kernel = Case(rule, (1, 2, 1, 64, 64, 64), 64, resumed=True), emulated_target(), CudaLinearAttention()
+    found = match(case, target)
+    (parameters,) = kernel.space(found, target)
+    for resources in compile_cuda(kernel.call(found, parameters, target, 1).spec, arch):
+        assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+
+
+def test_a_state_that_no_gpu_has_registers_for_is_declined() -> None:
+    target = emulated_target()
+    wide = Case(Recurrence(1.0, delta=True), (1, 1, 1, 8, 129, 8))
+    assert CudaLinearAttention().space(match(wide, target), target) == []
+
+
 def test_narrow_blocks_of_columns_occupy_cores_that_heads_leave_idle() -> None:
     target = dataclasses.replace(cpu_target(), cores=8)
     sizes = (1, 2, 2, 64, 64, 4 * target.vector_lanes)
@@ -190,6 +227,13 @@ FEATURES = [
     (FeatureMap.FAVOR_KEYS, 7, 9, F32),
     (FeatureMap.RELU, 16, 80, F32),
 ]
+OF_GPU = [
+    (FeatureMap.FAVOR_QUERIES, 36, 300, F32),
+    FEATURES[1],
+    FEATURES[2],
+    FEATURES[3],
+    (FeatureMap.RELU, 7, 33, BF16),
+]
 ROWS = 131
 
 
@@ -203,7 +247,8 @@ def feature_call(
     }
     op = Operator("out", Features(kind), ("x", "directions"), ("out",))
     graph = OperatorGraph((op,), values, ("x",), ("out",), {"directions": Constant("directions")})
-    found, kernel = FeaturesFamily().match(graph.group((op,)), target), CpuFeatures()
+    found = FeaturesFamily().match(graph.group((op,)), target)
+    kernel: Any = CpuFeatures() if target.kind == "cpu" else CudaFeatures()
     assert found is not None
     (parameters,) = kernel.space(found, target)
     return graph, kernel.call(found, parameters, target, 2)
@@ -218,16 +263,31 @@ def test_a_feature_map(
     paths: Mapping[tuple[Isa | None, str], Path],
 ) -> None:
     graph, call = feature_call(*case, cpu_target(isa))
+    check_features(graph, lambda tensors: run(call, tensors, paths[isa, call.spec.symbol]))
+
+
+def check_features(graph: OperatorGraph, run: Callable[[Mapping[str, Tensor]], object]) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(graph.values["x"].extent, generator=generator).to(case[3])
+    spec = graph.values["x"]
     tensors = {
-        "x": x.as_strided(graph.values["x"].shape, graph.values["x"].strides),
+        "x": torch.randn(spec.extent, generator=generator).to(spec.dtype).as_strided(spec.shape, spec.strides),
         "directions": torch.randn(graph.values["directions"].shape, generator=generator),
     }
     out = torch.full(graph.values["out"].shape, torch.nan)
-    run(call, {**tensors, "out": out}, paths[isa, call.spec.symbol])
+    run({**tensors, "out": out})
     # Projections are sums of some tens of terms in fp32.
     torch.testing.assert_close(out.double(), evaluate(graph, tensors, torch.float64)["out"], rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("case", OF_GPU, ids=str)
+def test_a_feature_map_on_a_gpu(case: tuple[FeatureMap, int, int, torch.dtype], run_cuda: Callable[..., int]) -> None:
+    graph, call = feature_call(*case, emulated_target())
+
+    def run(tensors: Mapping[str, Tensor]) -> None:
+        given = materialized(call.tensors, tensors)
+        assert run_cuda(call.spec, given, call.extents, workspace_bytes=call.workspace_bytes) == 0
+
+    check_features(graph, run)
 
 
 def test_features_of_directions_that_change_are_left_to_pytorch() -> None:
