@@ -21,6 +21,7 @@ from fuser.ir.operators import LinearAttention
 from fuser.ir.target import Target
 from fuser.kernels.base import KernelCall
 from fuser.kernels.linear_attention import CpuLinearAttention, LinearAttentionFamily
+from fuser.kernels.linear_attention_cuda import CudaLinearAttention
 from fuser.runtime.targets import target_of, threads_now
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? state"
@@ -74,9 +75,9 @@ def linear_attention(
 
     Returns (B, H, Sq, Dv) in the dtype of ``v``. All sums are at least in fp32.
 
-    Cost is linear in the length: on CPUs, for fp32 and bf16, one kernel that keeps the state in registers; everything
-    else, the backward pass and forward-mode differentiation are chunks of matrix products in plain PyTorch. It runs as
-    ``torch.ops.fuser.linear_attention``: eager, exported, compiled, and as a part of fused programs.
+    Cost is linear in the length: one kernel that keeps the state in registers, for fp32 and bf16 (on GPUs fp16, too);
+    everything else, the backward pass and forward-mode differentiation are chunks of matrix products in plain PyTorch.
+    It runs as ``torch.ops.fuser.linear_attention``: eager, exported, compiled, and as a part of fused programs.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -206,15 +207,16 @@ def _fake(
     return _empty(q, k, v, Recurrence(scale, causal, False, False, floor), return_state)
 
 
-def _run(rule: Recurrence, operands: _Operands, out: Tensor, last: Tensor | None) -> None:
+def _run(rule: Recurrence, operands: _Operands, out: Tensor, last: Tensor | None, target: Target | None = None) -> None:
     """Run the kernel on checked tensors, into ``out`` and, where it is given, ``last``.
 
-    Raises NoKernelError if there is none for them.
+    ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
+    NoKernelError if there is none for them.
     """
-    if out.device.type != "cpu" or out.layout is not torch.strided:
+    if out.device.type not in ("cpu", "cuda") or out.layout is not torch.strided:
         raise NoKernelError(f"there is no kernel for {out.device.type} tensors")
     try:
-        target = target_of(out.device)
+        target = target_of(out.device) if target is None else target
     except FuserError as error:
         raise NoKernelError(str(error)) from error
     reads = {}
@@ -225,7 +227,7 @@ def _run(rule: Recurrence, operands: _Operands, out: Tensor, last: Tensor | None
             reads[name] = t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
     writes = {"out": out} if last is None else {"out": out, "last": last}
     specs = tuple((name, TensorSpec(t.shape, t.dtype, t.stride())) for name, t in (reads | writes).items())
-    threads = threads_now()
+    threads = 1 if target.kind == "cuda" else threads_now()
     call = _call(LinearAttention(rule, operands[-1] is not None, last is not None), specs, target, threads)
     if call is None:
         raise NoKernelError(f"there is no kernel for {out.dtype} values and {reads['k'].shape[3]} columns of keys")
@@ -245,8 +247,10 @@ def _call(
     match = LinearAttentionFamily().match(graph.group((op,)), target)
     if match is None:
         return None
-    kernel = CpuLinearAttention()
-    return kernel.call(match, kernel.space(match, target)[0], target, threads)
+    kernel: Any = CudaLinearAttention() if target.kind == "cuda" else CpuLinearAttention()
+    choices = kernel.space(match, target)
+    call: KernelCall | None = kernel.call(match, choices[0], target, threads) if choices else None
+    return call
 
 
 # ---- the backward pass

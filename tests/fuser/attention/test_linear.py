@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import fuser
 from fuser import linear_attention
-from fuser.attention.linear import features
+from fuser.attention.linear import _run, features
 from fuser.ir.errors import MechanismError
-from fuser.ir.linear_attention import FeatureMap
+from fuser.ir.linear_attention import FeatureMap, Recurrence
+from fuser.ir.target import emulated_target
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float64: 1e-12}
 """Sums of some tens of terms in fp32, and one rounding of the output."""
@@ -50,6 +51,16 @@ def test_outputs_and_states_are_those_of_the_recurrence(rule: str, dtype: torch.
     assert out.dtype == dtype and state.dtype == torch.promote_types(dtype, torch.float32)
     assert float((out.double() - want).norm() / want.norm()) < TOLERANCE[dtype]
     assert float((state.double() - last).norm() / last.norm()) < min(TOLERANCE[dtype], 3e-6)
+
+
+def test_a_gpu_has_a_kernel_for_it() -> None:
+    given: dict[str, Any] = {**operands(torch.float32), **RULES["gated delta"], "scale": 0.3}
+    want, last = recurrent(**given)
+    out, state = torch.full_like(want, torch.nan, dtype=torch.float32), torch.full_like(last, torch.nan).float()
+    tensors = tuple(given[name] for name in ("q", "k", "v", "decay", "beta"))
+    _run(Recurrence(0.3, decay=True, delta=True), (*tensors, None), out, state, emulated_target())
+    assert float((out.double() - want).norm() / want.norm()) < TOLERANCE[torch.float32]
+    assert float((state.double() - last).norm() / last.norm()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("rule", ["normalized", "gated", "gated delta"])
