@@ -36,9 +36,10 @@ class ConcatExtents(Extents):
 
 @dataclass(frozen=True)
 class ConcatParameters:
-    """How many tensors there are."""
+    """How many tensors there are, and the bytes of an element."""
 
     parts: int
+    element: int
 
     @property
     def extents(self) -> str:
@@ -61,11 +62,15 @@ class ConcatFamily:
         return group if fits and all(spec.strides[-1] == 1 or spec.shape[-1] == 1 for spec in specs) else None
 
 
-class CpuConcat(Implementation[OperatorGroup, ConcatParameters]):
-    """Copies of rows."""
+@dataclass(frozen=True)
+class RowConcat(Implementation[OperatorGroup, ConcatParameters]):
+    """Copies of rows by a template."""
+
+    template: str
 
     def space(self, match: OperatorGroup, target: Target) -> Sequence[ConcatParameters]:
-        return [ConcatParameters(len(match.operators[0].inputs))]
+        (op,) = match.operators
+        return [ConcatParameters(len(op.inputs), match.graph.values[op.output].dtype.itemsize)]
 
     def cost(self, match: OperatorGroup, parameters: ConcatParameters, target: Target) -> Cost:
         return Cost(0.0, 2.0 * match.graph.values[match.operators[0].output].nbytes)
@@ -80,8 +85,12 @@ class CpuConcat(Implementation[OperatorGroup, ConcatParameters]):
             part = match.graph.values[value]
             parts.append(_part(part, out, start * out.strides[dim] * out.dtype.itemsize))
             start += part.shape[dim]
-        spec = KernelSpec("concat", "cpu/concat.cpp.j2", parameters)
+        spec = KernelSpec("concat", self.template, parameters)
         return KernelCall(spec, (*op.inputs, op.output), ConcatExtents(tuple(parts)), op.outputs)
+
+
+CPU_CONCAT = RowConcat("cpu/concat.cpp.j2")
+CUDA_CONCAT = RowConcat("cuda/concat.cu.j2")
 
 
 def _part(part: TensorSpec, out: TensorSpec, start: int) -> PartExtents:

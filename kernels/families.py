@@ -8,7 +8,7 @@ from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
-from fuser.kernels.concat import ConcatFamily, CpuConcat
+from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
@@ -27,7 +27,8 @@ from fuser.kernels.write_rows import CpuWriteRows, WriteRowsFamily
 IMPLEMENTATIONS: Table = {
     (AppendFamily(), "cpu"): (CpuAppend(),),
     (WriteRowsFamily(), "cpu"): (CpuWriteRows(),),
-    (ConcatFamily(), "cpu"): (CpuConcat(),),
+    (ConcatFamily(), "cpu"): (CPU_CONCAT,),
+    (ConcatFamily(), "cuda"): (CUDA_CONCAT,),
     (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),

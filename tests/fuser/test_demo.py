@@ -189,10 +189,12 @@ def test_an_encoder_is_quantized_and_saved(folder: Path, tmp_path: Path, run: An
     found = json.loads(out)
     assert code == 0 and found["file"] == str(file)
     assert found["cosine"] > 0.999 and found["min_cosine_of_embeddings"] > 0.995
-    assert {layer["modules"][0].split(".")[2]: layer["int8"] for layer in found["layers"][:-1]} == {
-        "0": True,
-        "1": False,
-    }
+    for layer in found["layers"][:-1]:
+        if layer["modules"][0].split(".")[2] == "1":
+            assert layer["precision"] == "kept" and "exclude" in layer["reason"]
+        else:
+            # How fast layers of this size are is measured.
+            assert layer["precision"] == "int8" or "no faster" in layer["reason"]
     (batch,) = demo.make_batches(demo.load_encoder(folder), TEXT, 16)
     assert (
         fuser.load(file)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Concat
+from fuser.ir.target import Target, emulated_target
 from fuser.kernels.base import KernelCall
-from fuser.kernels.concat import ConcatFamily, CpuConcat
+from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.device import cpu_target
@@ -43,23 +46,34 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_tensors_are_joined(case: str) -> None:
+def joined(case: str, target: Target, run: Callable[[KernelCall, list[Tensor]], int]) -> None:
     parts, dim = CASES[case]
     made = graph(parts, dim)
-    group = made.group(made.operators)
-    match = ConcatFamily().match(group, cpu_target())
+    match = ConcatFamily().match(made.group(made.operators), target)
     assert match is not None
-    (parameters,) = CpuConcat().space(match, cpu_target())
-    call = CpuConcat().call(match, parameters, cpu_target(), 2)
+    kernel = CPU_CONCAT if target.kind == "cpu" else CUDA_CONCAT
+    (parameters,) = kernel.space(match, target)
+    call = kernel.call(match, parameters, target, 2)
     assert isinstance(call, KernelCall)
-    values = dict(zip(made.inputs, parts, strict=True))
-    expected = evaluate(group, values, torch.float64)["out"]
+    expected = evaluate(made, dict(zip(made.inputs, parts, strict=True)), torch.float64)["out"]
     out = torch.full(expected.shape, 9.0, dtype=parts[0].dtype)
-    path = build([render(call.spec)], cpu_target(), headers=header_folder(cpu_target()))[call.spec.symbol]
-    args = KernelArgs.pack([t.data_ptr() for t in (*parts, out)], call.extents, 2)
-    assert load(path, call.spec.symbol).status(args) == 0
+    assert run(call, [*parts, out]) == 0
     assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_are_joined(case: str) -> None:
+    def run(call: KernelCall, tensors: list[Tensor]) -> int:
+        path = build([render(call.spec)], cpu_target(), headers=header_folder(cpu_target()))[call.spec.symbol]
+        args = KernelArgs.pack([t.data_ptr() for t in tensors], call.extents, 2)
+        return load(path, call.spec.symbol).status(args)
+
+    joined(case, cpu_target(), run)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_joins_tensors(case: str, run_cuda: Callable[..., int]) -> None:
+    joined(case, emulated_target(), lambda call, tensors: run_cuda(call.spec, tensors, call.extents))
 
 
 @pytest.mark.parametrize(
