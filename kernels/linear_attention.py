@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +67,12 @@ class LinearAttentionExtents(Extents):
 
 
 @dataclass(frozen=True)
-class LinearAttentionParameters:
-    """Keys have ``width`` columns and serve ``group`` heads of queries; a task has ``vectors`` vectors of the values'
-    columns. ``decay`` and ``beta`` are the storage of what there is of them, ``decays`` the numbers for a token."""
+class Recurrent:
+    """What kernels of linear attention are built for: keys have ``width`` columns and serve ``group`` heads of queries;
+    ``decay`` and ``beta`` are the storage of what there is of them, ``decays`` the numbers for a token."""
 
     width: int
     group: int
-    vectors: int
     key: DType
     value: DType
     decays: int
@@ -87,6 +87,13 @@ class LinearAttentionParameters:
     def extents(self) -> str:
         """The kernel's extents in C."""
         return LinearAttentionExtents.declaration()
+
+
+@dataclass(frozen=True)
+class LinearAttentionParameters(Recurrent):
+    """A task has ``vectors`` vectors of the values' columns."""
+
+    vectors: int
 
     def workspace_bytes(self, target: Target) -> int:
         """Scratch of one thread: an upper bound of the struct ``Work`` of the template."""
@@ -113,6 +120,25 @@ class LinearAttentionMatch:
 
     def spec(self, name: str) -> TensorSpec:
         return self.group.graph.values[self.inputs[name]]
+
+    @property
+    def recurrent(self) -> dict[str, Any]:
+        """The fields of :class:`Recurrent`."""
+        op, q, k = self.operator.semantics, self.spec("q"), self.spec("k")
+        decay = self.spec("decay") if op.recurrence.decay else None
+        return {
+            "width": k.shape[-1],
+            "group": q.shape[1] // k.shape[1],
+            "key": STORAGE[k.dtype],
+            "value": STORAGE[self.spec("v").dtype],
+            "decays": 0 if decay is None else decay.shape[-1],
+            "decay": None if decay is None else STORAGE[decay.dtype],
+            "beta": STORAGE[self.spec("beta").dtype] if op.recurrence.delta else None,
+            "causal": op.recurrence.causal,
+            "floor": op.recurrence.floor is not None,
+            "resumed": op.resumed,
+            "kept": op.kept,
+        }
 
     def call(self, spec: KernelSpec, workspace_bytes: int = 0) -> KernelCall:
         """The launch of a kernel, which has the tensors in the order of the templates."""
@@ -172,29 +198,12 @@ class CpuLinearAttention(Implementation[LinearAttentionMatch, LinearAttentionPar
 
     def space(self, match: LinearAttentionMatch, target: Target) -> Sequence[LinearAttentionParameters]:
         """Blocks of four, two or one vectors of columns, the widest first that occupies all cores."""
-        op, q, k, v = match.operator.semantics, match.spec("q"), match.spec("k"), match.spec("v")
+        k, v = match.spec("k"), match.spec("v")
         needed = -(-v.shape[-1] // target.vector_lanes)
         widths = [n for n in (4, 2, 1) if n == 1 or n < 2 * needed]
         heads = k.shape[0] * k.shape[1]
         widths.sort(key=lambda n: (heads * -(-needed // n) < target.cores, -n))
-        decay = match.spec("decay") if op.recurrence.decay else None
-        return [
-            LinearAttentionParameters(
-                width=k.shape[-1],
-                group=q.shape[1] // k.shape[1],
-                vectors=vectors,
-                key=STORAGE[k.dtype],
-                value=STORAGE[v.dtype],
-                decays=0 if decay is None else decay.shape[-1],
-                decay=None if decay is None else STORAGE[decay.dtype],
-                beta=STORAGE[match.spec("beta").dtype] if op.recurrence.delta else None,
-                causal=op.recurrence.causal,
-                floor=op.recurrence.floor is not None,
-                resumed=op.resumed,
-                kept=op.kept,
-            )
-            for vectors in widths
-        ]
+        return [LinearAttentionParameters(**match.recurrent, vectors=vectors) for vectors in widths]
 
     def cost(self, match: LinearAttentionMatch, parameters: LinearAttentionParameters, target: Target) -> Cost:
         """Every state element once a token, keys packed once for each block of columns."""
@@ -270,6 +279,20 @@ class FeaturesMatch:
     group: OperatorGroup
     operator: Operator[Features]
 
+    @property
+    def parameters(self) -> FeaturesParameters:
+        """What a kernel is built for."""
+        values, op = self.group.graph.values, self.operator
+        x, kind = values[op.inputs[0]], op.semantics.map
+        features, keys = values[op.output].shape[-1], kind is FeatureMap.FAVOR_KEYS
+        return FeaturesParameters(x.shape[-1], features, STORAGE[x.dtype], kind is FeatureMap.RELU, keys)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Those of x and of the result, which keys touch once more."""
+        values, op = self.group.graph.values, self.operator
+        return float(values[op.inputs[0]].nbytes + (3 if self.parameters.keys else 1) * values[op.output].nbytes)
+
     def call(self, spec: KernelSpec, lanes: int, block: int | None) -> KernelCall:
         """The launch of a kernel that takes features by ``lanes``, and keeps the largest projection of every ``block``
         of rows, unless that is None."""
@@ -310,17 +333,11 @@ class CpuFeatures(Implementation[FeaturesMatch, FeaturesParameters]):
 
     def space(self, match: FeaturesMatch, target: Target) -> Sequence[FeaturesParameters]:
         """One choice."""
-        values, op = match.group.graph.values, match.operator
-        x, kind = values[op.inputs[0]], op.semantics.map
-        features = values[op.output].shape[-1]
-        keys = kind is FeatureMap.FAVOR_KEYS
-        return [FeaturesParameters(x.shape[-1], features, STORAGE[x.dtype], kind is FeatureMap.RELU, keys)]
+        return [match.parameters]
 
     def cost(self, match: FeaturesMatch, parameters: FeaturesParameters, target: Target) -> Cost:
         """A product, and its result once more for keys."""
-        graph, op = match.group.graph, match.operator
-        moved = graph.values[op.inputs[0]].nbytes + (3 if parameters.keys else 1) * graph.values[op.output].nbytes
-        return Cost(graph.flops(op), float(moved), 1, 0.6)
+        return Cost(match.group.graph.flops(match.operator), match.moved_bytes, 1, 0.6)
 
     def call(self, match: FeaturesMatch, parameters: FeaturesParameters, target: Target, threads: int) -> KernelCall:
         spec = KernelSpec("features", "cpu/features.cpp.j2", parameters)
