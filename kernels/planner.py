@@ -42,7 +42,7 @@ class PlanStore(Protocol):
 
 
 class _Piece(NamedTuple):
-    """Groups of one cover, in one phase."""
+    """A cover, in one phase, with the rows of its groups."""
 
     phase: int
     rows: Int64s
@@ -111,7 +111,7 @@ def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, stor
 def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int, _Piece]]) -> AttentionPlan:
     none = np.zeros(0, np.int64)
     covers = [piece.cover for _, piece in pieces]
-    sizes = [len(cover.slots) for cover in covers]
+    sizes = [len(cover.width) for cover in covers]
     repeat = np.repeat
     return AttentionPlan.assemble(
         q_len,
@@ -119,7 +119,7 @@ def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int
         heads,
         head=repeat(np.array([h for h, _ in pieces], np.int64), sizes),
         phase=repeat(np.array([piece.phase for _, piece in pieces], np.int64), sizes),
-        width=repeat(np.array([cover.width for cover in covers], np.int64), sizes),
+        width=np.concatenate([none, *(cover.width for cover in covers)]),
         row_counts=np.concatenate([none, *(piece.counts for _, piece in pieces)]),
         rows=np.concatenate([none, *(piece.rows for _, piece in pieces)]),
         run_counts=np.concatenate([none, *(cover.run_counts for cover in covers)]),
@@ -139,15 +139,14 @@ def _pieces(mask: Mask, n: int, m: int, model: GroupCost) -> Iterator[_Piece]:
         found = detect(entries, model)
     else:
         found = _arranged(parts, n, model)
-    for order, phase, covers in found:
-        for cover in covers:
-            if len(cover.slots):
-                slots = cover.slots[:, None] + np.arange(cover.width)
-                rows = order[slots]
-                piece = _Piece(phase, rows[rows >= 0], (rows >= 0).sum(axis=1), cover)
-                covered[piece.rows] = True
-                phases.add(phase)
-                yield piece
+    for order, phase, cover in found:
+        if cover is not None and len(cover.width):
+            rows = order[cover.slots[:, None] + np.arange(SPAN) % cover.width[:, None]]
+            used = (rows >= 0) & (np.arange(SPAN) < cover.width[:, None])
+            piece = _Piece(phase, rows[used], np.count_nonzero(used, axis=1), cover)
+            covered[piece.rows] = True
+            phases.add(phase)
+            yield piece
     rest = np.flatnonzero(~covered)
     if len(rest):
         yield _without_keys(rest, min(phases, default=0))
@@ -159,7 +158,7 @@ def _without_keys(rows: Int64s, phase: int) -> _Piece:
     counts = np.minimum(SPAN, len(rows) - np.arange(groups) * SPAN)
     none = np.zeros(groups, np.int64)
     empty = np.zeros(0, np.int64)
-    cover = Cover(SPAN, none, none, np.zeros((0, 3), np.int64), none, empty, np.zeros(0, np.uint64))
+    cover = Cover(np.full(groups, SPAN), none, none, np.zeros((0, 3), np.int64), none, empty, np.zeros(0, np.uint64))
     return _Piece(phase, rows, counts, cover)
 
 
@@ -171,8 +170,8 @@ class _Layer(NamedTuple):
     parts: list[Part]
 
 
-def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int64s, int, list[Cover]]]:
-    """Order, phase and covers: neighbouring rows first, then classes of rows where they are cheaper."""
+def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover | None]]:
+    """Order, phase and cover: neighbouring rows first, then classes of rows where they are cheaper."""
     plain, layers = [part for part in parts if part.period == 1], _layers(parts)
     order = identity(n)
     spans = order.reshape(-1, SPAN)
@@ -183,17 +182,17 @@ def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int
     for layer in layers:
         rows = np.flatnonzero(layer.labels >= 0)
         classes = by_class(rows, layer.labels[rows])
-        covers, cost = from_parts(layer.parts, classes, model)
+        cover, cost = from_parts(layer.parts, classes, model)
         if _least(layer, order, model) - near[1] <= cost:
             before, together = (from_parts(these, sample, model)[1] for these in (plain, [*plain, *layer.parts]))
             if together - before <= share * cost:
                 plain = [*plain, *layer.parts]
                 near = from_parts(plain, order, model)
                 continue
-        apart.append((classes, covers))
+        apart.append((classes, cover))
     yield order, 0, near[0]
-    for phase, (classes, covers) in enumerate(apart, 1):
-        yield classes, phase, covers
+    for phase, (classes, cover) in enumerate(apart, 1):
+        yield classes, phase, cover
 
 
 def _least(layer: _Layer, order: Int64s, model: GroupCost) -> float:
