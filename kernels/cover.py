@@ -341,7 +341,9 @@ def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> Co
             lanes |= parts[:, byte].reshape(-1)[seen].astype(np.uint64) << np.uint64(8 * byte)
         found.append((len(parts), *np.divmod(seen, max(1, keys)), lanes))
     sizes, groups, seen_keys, words = zip(*found, strict=True)
-    group = np.concatenate([own + start for own, start in zip(groups, pointers(np.array(sizes)).tolist(), strict=False)])
+    group = np.concatenate(
+        [own + start for own, start in zip(groups, pointers(np.array(sizes)).tolist(), strict=False)]
+    )
     key, lanes = np.concatenate(seen_keys), np.concatenate(words) >> of.lead[group]
     full = lanes == of.every[group]
     runs, run_counts = _runs(group[full], key[full], len(of.width), step)

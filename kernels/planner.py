@@ -59,9 +59,9 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
         raise MaskError(f"mask must be one of fuser.masks (of a tensor: from_dense), got {type(mask).__name__}")
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
-    if q_len == 1 and m > 0 and isinstance(mask, Dense):
-        return _one_row().for_keys(m)
     model = COSTS["cpu" if target is None else target.kind]
+    if q_len > 0 and m > 0 and isinstance(mask, Dense):
+        return _whole(q_len, m, model)
     if mask.heads is None:
         return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
     masks = [mask.head(h) for h in range(mask.heads)]
@@ -72,12 +72,38 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
 
 
-@functools.cache
-def _one_row() -> AttentionPlan:
-    """The plan of one row that sees the one key there is; every step of decoding asks for that of more keys."""
-    none = np.zeros(0, np.int32)
-    runs = np.array([[0, 1, 1]], np.int32)
-    return AttentionPlan.of(1, 1, [Group(np.zeros(1, np.int32), runs, none, none.astype(np.uint64), WIDTHS[0])])
+def _whole(n: int, m: int, model: GroupCost) -> AttentionPlan:
+    """The plan of rows that all see all keys, as there is for every step of decoding and every padded batch."""
+    rest = -(-(n % SPAN) // min(WIDTHS)) * min(WIDTHS)
+    narrow = np.array([width for width in WIDTHS if rest & width], np.int64)
+    none, keys = np.zeros(len(narrow), np.int64), np.full(len(narrow), m)
+    together = model(np.array([SPAN]), keys[:1], none[:1], none[:1], none[:1]).sum()
+    if together <= model(narrow, keys, none, none, none).sum():
+        narrow = np.array([SPAN] * (rest > 0), np.int64)
+    return _of_rows(n, tuple(narrow.tolist())).for_keys(m)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_rows(n: int, rest: tuple[int, ...]) -> AttentionPlan:
+    """That of one key, the rows behind the last whole span in groups of the widths ``rest``."""
+    width = np.array([SPAN] * (n // SPAN) + [*rest[::-1]], np.int64)
+    ends = np.minimum(np.cumsum(width), n)
+    none = np.zeros(len(width), np.int64)
+    return AttentionPlan.assemble(
+        n,
+        1,
+        None,
+        head=none,
+        phase=none,
+        width=width,
+        row_counts=np.diff(ends, prepend=0),
+        rows=np.arange(n),
+        run_counts=none + 1,
+        runs=np.stack([none, none + 1, none + 1], axis=1),
+        key_counts=none,
+        keys=none[:0],
+        lanes=np.zeros(0, np.uint64),
+    )
 
 
 def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, store: PlanStore | None) -> AttentionPlan:
@@ -86,7 +112,7 @@ def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, stor
     The key covers the entries of the mask, the lengths, the costs of the target and the format. A stored plan that
     cannot be read, or is one of other lengths or heads, is made anew.
     """
-    if store is None or (q_len == 1 and isinstance(mask, Dense)):
+    if store is None or isinstance(mask, Dense):
         return plan(mask, q_len, kv_len, target)
     mask.validate(q_len, kv_len)
     if isinstance(mask, MaskMod):
