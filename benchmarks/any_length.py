@@ -1,4 +1,5 @@
-"""Real text in batches of all lengths: what new lengths cost, whole passes over a corpus, memory, and threads.
+"""Real text in batches of all lengths: whole passes over a corpus, what new lengths and their plans cost, memory, and
+threads.
 
 Sentences of Python's own manual through a MiniLM encoder (6 layers of 384) in batches of 32, padded to the longest of
 each: sorted by length, and shuffled. First passes include what every arm compiles; later ones are interleaved.
@@ -29,10 +30,20 @@ from harness import save
 from torch import Tensor, nn
 
 import fuser
+from fuser import masks
 from fuser.demo import load_encoder, model_folder
+from fuser.kernels.planner import plan
 from fuser.runtime.device import cpu_target
 
 BATCH = 32
+PLANNED = {
+    "sliding window": masks.SlidingWindow(128, 128),
+    "causal": masks.Causal(),
+    "Longformer": masks.Longformer(256, 64),
+    "strided": masks.Strided(64),
+    "dilated": masks.Dilated(64, 4),
+    "fixed": masks.Fixed(64),
+}
 Batch = tuple[Tensor, Tensor]
 """Token ids and attention mask, (batch, length) int64."""
 Encode = Callable[[Tensor, Tensor], Any]
@@ -294,7 +305,21 @@ def encoding(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[
     return {"texts": len(texts), "first_seconds": {n: round(s, 3) for n, s in first.items()}, "later_seconds": seconds}
 
 
-PARTS = ("passes", "encode", "new", "memory", "threads")
+def planning(lengths: Sequence[int]) -> dict[str, Any]:
+    """Milliseconds of planning for lengths that were never seen, by mask."""
+    target, found = cpu_target(), {}
+    for name, mask in PLANNED.items():
+        plan(mask, lengths[0] - 1, target=target)
+        times = []
+        for length in lengths:
+            start = time.perf_counter()
+            plan(mask, length, target=target)
+            times.append(1e3 * (time.perf_counter() - start))
+        found[name] = round(statistics.median(times), 2)
+    return {"from": min(lengths), "to": max(lengths), "ms": found}
+
+
+PARTS = ("passes", "encode", "new", "plans", "memory", "threads")
 
 
 def main() -> None:
@@ -327,6 +352,9 @@ def main() -> None:
             print(results[-1], flush=True)
         if "new" in options.parts:
             results.append({"case": "new lengths", **new_lengths(12, 20)})
+            print(results[-1], flush=True)
+        if "plans" in options.parts:
+            results.append({"case": "plans", **planning(range(3980, 4097, 3))})
             print(results[-1], flush=True)
         if "memory" in options.parts:
             results.append({"case": "memory", **memory(encoder.model, options.shapes)})

@@ -202,6 +202,9 @@ def any_length(report: Mapping[str, Any]) -> str:
         text += (
             f"\n\nA new length of BERT with {found['layers']} layers costs {found['extra_ms']:.3g} ms beyond its run."
         )
+    if found := cases.get("plans"):
+        times = ", ".join(f"{name} {ms:.2g}" for name, ms in found["ms"].items())
+        text += f"\n\nPlanning a length never seen, {found['from']} to {found['to']} tokens, milliseconds: {times}."
     if found := cases.get("memory"):
         text += f"\n\nResident memory grows by {found['growth']:.1%} from the 50th to the {found['shapes']}th shape."
     if found := cases.get("threads"):
