@@ -320,11 +320,13 @@ def planning(lengths: Sequence[int]) -> dict[str, Any]:
 
 
 PARTS = ("passes", "encode", "new", "plans", "memory", "threads")
+CORPORA = ("sorted", "shuffled")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--corpora", nargs="*", choices=CORPORA, default=list(CORPORA), help="for passes")
     parser.add_argument("--sentences", type=int, default=800)
     parser.add_argument("--texts", type=int, default=2000, help="for encode of sentence-transformers")
     parser.add_argument("--rounds", type=int, default=5)
@@ -343,6 +345,8 @@ def main() -> None:
     with torch.inference_mode():
         if "passes" in options.parts:
             for case, corpus in (("sorted", sorted(rows, key=len)), ("shuffled", shuffled)):
+                if case not in options.corpora:
+                    continue
                 found = passes(encoder.model, batches(corpus), options.rounds, torch.get_num_threads())
                 results.append({"case": case, "sentences": len(rows), **found})
                 print(results[-1], flush=True)
