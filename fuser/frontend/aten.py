@@ -180,6 +180,19 @@ def _pad(r: Raiser, node: fx.Node) -> Value | None:
     return None if any(isinstance(n, Size) or n for n in node.args[1]) else r.view(node.args[0])
 
 
+@_handles(aten.roll.default)
+def _roll(r: Raiser, node: fx.Node) -> Value | None:
+    """A cyclic shift that leaves rows whole: these in another order."""
+    view, shifts, dims = r.view(node.args[0]), node.args[1], node.args[2] if len(node.args) > 2 else []
+    dims = tuple(d % len(view.dims) for d in dims)
+    found = r.row_numbers(view) if dims and len(view.dims) - 1 not in dims else None
+    if found is None:
+        return None
+    table, numbers = found
+    shifted = r.numbered((numbers,), TorchCall(node.target, (Ref(0), tuple(shifts), dims)), view.shape[:-1])
+    return View.of(*_named(r, r.of_rows(view, table, shifted)))
+
+
 @_handles(aten.as_strided.default, aten.as_strided_copy.default)
 def _as_strided(r: Raiser, node: fx.Node) -> Value | None:
     """Whatever lies in the memory of the operand's root, once that lies as the model has it."""
@@ -331,7 +344,7 @@ def _getitem(r: Raiser, node: fx.Node) -> Value:
 @_handles(aten.linear.default)
 def _linear(r: Raiser, node: fx.Node) -> Value | None:
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    if not r.is_constant(weight) or len(weight.dims) != 2:
+    if not r.is_constant(weight) or len(weight.dims) != 2 or r.is_constant(x):
         return None
     siblings = _siblings(r, node)
     if len(siblings) > 1:

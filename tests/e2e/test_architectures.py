@@ -40,8 +40,6 @@ LEFT: Mapping[str, Collection[str]] = {
     "mixtral": _EXPERTS,
     "qwen2-moe": _EXPERTS,
     "siglip": ("aten::bmm", "aten::matmul", "bias", "pointwise", "residual"),
-    "swin": ("_strided_copy", "aten::roll"),
-    "swin-v2": ("_strided_copy", "aten::index.Tensor", "aten::roll", "activation", "add"),
     "t5": ("aten::where.ScalarOther",),
     "wav2vec2": ("aten::conv1d", "norm", "residual"),
     "whisper": ("aten::conv1d", "residual"),
