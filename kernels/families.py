@@ -13,6 +13,7 @@ from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
+from fuser.kernels.gemm_grouped import CpuGroupedGemm, GroupedGemmFamily
 from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
 from fuser.kernels.gemm_int8_cuda import CudaInt8Gemm, CudaInt8WeightGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
@@ -33,6 +34,7 @@ IMPLEMENTATIONS: Table = {
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
+    (GroupedGemmFamily(), "cpu"): (CpuGroupedGemm(),),
     (Bf16GemmFamily(), "cpu"): (CpuBf16Gemm(),),
     (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
     (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),

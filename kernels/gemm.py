@@ -174,6 +174,11 @@ class GemmParameters:
         return False
 
     @property
+    def grouped(self) -> bool:
+        """Whether groups of rows have weights of their own (:mod:`fuser.kernels.gemm_grouped`)."""
+        return False
+
+    @property
     def scale_words(self) -> int:
         """Words of scratch for the scales of the rows that a thread works on at a time, and their inverses."""
         return -(-2 * self.mc // _LINE) * _LINE if self.integer else 0
@@ -351,6 +356,10 @@ class GemmFamily:
     kind: ClassVar[type[Product]] = Gemm
     weights: ClassVar[frozenset[torch.dtype]] = frozenset()
     """Dtypes of weights where they are others than those of activations."""
+    constants: ClassVar[slice] = slice(1, None)
+    """Positions of the inputs that must be constant."""
+    dims: ClassVar[int] = 2
+    """Dimensions of a weight, of which the last two are multiplied."""
 
     def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
         """The group as a GEMM and the row program of its epilogue; None when a part of it is something else."""
@@ -360,16 +369,16 @@ class GemmFamily:
         if len(gemms) != 1 or any(op.expression is None for op in others):
             return None
         (gemm,) = gemms
-        if any(v not in graph.constants for v in gemm.inputs[1:]) or group.produces(gemm.inputs[0]):
+        if any(v not in graph.constants for v in gemm.inputs[self.constants]) or group.produces(gemm.inputs[0]):
             return None
         a, weight, out = (graph.values[v] for v in (*gemm.inputs[:2], gemm.output))
         stride = row_stride(a)
         stored = floating(target)
-        if stride is None or len(weight.shape) != 2 or not {a.dtype, out.dtype} <= stored:
+        if stride is None or len(weight.shape) != self.dims or not {a.dtype, out.dtype} <= stored:
             return None
         if weight.dtype not in (self.weights or stored):
             return None
-        n, k = weight.shape if gemm.semantics.transposed else weight.shape[::-1]
+        *_, n, k = weight.shape if gemm.semantics.transposed else (*weight.shape[:-2], *weight.shape[:-3:-1])
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
         seeds = _parts(group, gemm) or (gemm.output,)

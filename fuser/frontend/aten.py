@@ -35,6 +35,7 @@ _MERGE_LIMIT = 3
 
 
 HANDLERS: dict[Any, Handler] = {}
+"""By operators, or by the names of those that only another package defines."""
 
 
 def _handles(*targets: Any) -> Callable[[Handler], Handler]:
@@ -354,6 +355,25 @@ def _linear(r: Raiser, node: fx.Node) -> Value | None:
     if bias is not None and not r.is_constant(bias):
         return None
     return linear(r, node, x, weight, bias, transposed=True)
+
+
+@_handles(aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
+def _grouped_mm(r: Raiser, node: fx.Node) -> Value | None:
+    given = {**dict(zip(("self", "mat2", "offs", "bias", "out_dtype"), node.args, strict=False)), **node.kwargs}
+    x, weight, ends = (given.get(a, given.get(b)) for a, b in (("self", "input"), ("mat2", "weight"), ("offs", "offs")))
+    if ends is None or given.get("bias") is not None or traced(x).ndim != 2 or traced(weight).ndim != 3:
+        return None
+    matrices, rows = r.view(weight), r.view(x)
+    dtypes = {r.dtype(rows), r.dtype(matrices), traced(node).dtype}
+    if not r.is_constant(matrices) or len(dtypes) > 1 or not dtypes <= r.floating:
+        return None
+    if 0 in (*rows.shape, *matrices.shape):
+        return None
+    strides = matrices.strides()
+    transposed = strides is not None and strides[-1] != 1 and strides[-2] == 1
+    stored = matrices.permute((0, 2, 1)) if transposed else matrices
+    inputs = tuple(map(r.realize, (rows, stored, r.view(ends))))
+    return r.emit(kinds.GroupedGemm(transposed), node.name, inputs, r.spec(node))
 
 
 def _siblings(r: Raiser, node: fx.Node) -> list[fx.Node]:

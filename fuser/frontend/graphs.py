@@ -56,7 +56,7 @@ def raise_graph(
 
 
 def _handled(r: Raiser, node: fx.Node) -> Value:
-    handler = HANDLERS.get(node.target)
+    handler = HANDLERS.get(node.target) or HANDLERS.get(str(node.target))
     value = handler(r, node) if handler else None
     return r.extern(node) if value is None else value
 

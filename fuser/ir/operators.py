@@ -368,6 +368,35 @@ class Int8WeightGemm(Product):
         return ((x.to(wide) @ (columns.mT if self.transposed else columns) * scales.to(wide)).to(x.dtype),)
 
 
+@kind("grouped_gemm")
+@dataclass(frozen=True)
+class GroupedGemm(Product):
+    """Rows of x (M, K), sorted by group, times the matrix of their group, as the experts of a mixture multiply their
+    tokens: W (G, N, K) if ``transposed``, else (G, K, N).
+
+    The third input (G,), int32 or int64, says where groups end: group g has the rows from the end of those before it
+    to element g. Rows behind the last group give zeros.
+    """
+
+    transposed: bool
+
+    def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
+        return False
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight, ends = inputs
+        out = x.new_zeros(x.shape[0], weight.shape[1 if self.transposed else 2])
+        start = 0
+        for matrix, end in zip(weight, ends.tolist(), strict=True):
+            end = max(start, min(end, x.shape[0]))
+            out[start:end] = x[start:end] @ (matrix.mT if self.transposed else matrix)
+            start = end
+        return (out,)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][0]} × {super().describe(inputs, output)}"
+
+
 @kind("qk")
 @dataclass(frozen=True)
 class QK(Semantics):

@@ -32,6 +32,7 @@ from fuser.ir.operators import (
     Features,
     GatherRows,
     Gemm,
+    GroupedGemm,
     ImportanceBias,
     Int8Gemm,
     Int8WeightGemm,
@@ -150,6 +151,11 @@ CASES: Mapping[type[Semantics], Case] = {
             lambda x, w: torch.einsum("bsk,nk->bsn", x.bfloat16().double(), w.bfloat16().double()),
         ),
         Case(Int8Gemm(transposed=True), (X, normal(7, 8)), _int8_product),
+        Case(
+            GroupedGemm(transposed=False),
+            (X[0], normal(3, 8, 4), torch.tensor([2, 2, 4])),
+            lambda x, w, _: torch.stack([*(x[:2] @ w[0]), *(x[2:4] @ w[2]), torch.zeros(4).double()]),
+        ),
         Case(
             Int8WeightGemm(transposed=False),
             (X, normal(8, 7).mul(40).round().to(torch.int8), normal(7).abs().float()),
