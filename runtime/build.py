@@ -23,9 +23,10 @@ from fuser.ir.errors import BuildError, CacheError, ToolchainError
 from fuser.ir.target import Target
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.compilers import find_ninja, find_toolchain
+from fuser.runtime.emulator import ENGINE
 from fuser.runtime.entries import KernelKey, kernel_key
 from fuser.runtime.library import Kernel, UnusableLibraryError, load
-from fuser.runtime.precompiled import Precompiled
+from fuser.runtime.precompiled import Engine, Precompiled
 from fuser.runtime.store import FULL, remedy
 from fuser.runtime.toolchain import NO_SPACE, Toolchain
 
@@ -41,6 +42,8 @@ _LOADS = 3
 _MESSAGE_CHARACTERS = 6000
 _LITTLE_SPACE = 4 << 20
 _SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
+_Files = tuple[tuple[str, bytes], ...]
+"""Names and contents of files, by name."""
 
 logger = logging.getLogger("fuser")
 
@@ -85,9 +88,13 @@ class CompilationError(BuildError):
 
 @dataclass(frozen=True)
 class _Job:
+    """A kernel to build, with the headers that it includes; ``engine`` has the source and headers of the emulator's own
+    code if it is to be linked with that."""
+
     source: Source
     key: KernelKey
     headers: Mapping[str, bytes]
+    engine: Mapping[str, bytes]
 
 
 def build(
@@ -201,15 +208,17 @@ def _unique(sources: Sequence[Source], target: Target) -> dict[str, Source]:
 
 def _job(source: Source, target: Target, toolchain: Toolchain | None, headers: Path) -> _Job:
     included = included_headers(source.text, headers)
+    linked = target.emulated and ENGINE not in included
+    engine = included_headers(f'#include "{ENGINE}"', headers) if linked else {}
     key = kernel_key(
         symbol=source.symbol,
         text=source.text,
-        headers=included,
+        headers={**included, **engine},
         target=target.key,
         compiler=toolchain.version if toolchain else "",
         flags=toolchain.flags if toolchain else (),
     )
-    return _Job(source, key, included)
+    return _Job(source, key, included, engine)
 
 
 def _without_compiler(
@@ -269,11 +278,15 @@ def _compile(
     with cache.workspace() as folder:
         try:
             precompiled = Precompiled(toolchain, cache, folder, len(jobs))
-            _write_project(folder, jobs, toolchain, precompiled)
+            engines: dict[_Files, Engine] = {}
+            for files in dict.fromkeys(_files(job.engine) for job in jobs if job.engine):
+                engines[files] = Engine(toolchain, cache, folder, f"engine{len(engines)}.o", dict(files))
+            _write_project(folder, jobs, toolchain, precompiled, engines)
             log = _run_ninja(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
-            precompiled.keep()
+            for made in (precompiled, *engines.values()):
+                made.keep()
         except OSError as error:
             if error.errno in FULL or not folder.exists():
                 raise
@@ -307,16 +320,24 @@ def _compile(
     return built
 
 
-def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain, precompiled: Precompiled) -> None:
+def _write_project(
+    folder: Path,
+    jobs: Sequence[_Job],
+    toolchain: Toolchain,
+    precompiled: Precompiled,
+    engines: Mapping[_Files, Engine],
+) -> None:
     """Write sources, the headers that were hashed, and build.ninja.
 
     Headers of the same name have the same content for all jobs unless a file changed in between: each distinct set of
     headers gets a folder of its own.
     """
-    include_folders: dict[tuple[tuple[str, bytes], ...], str] = {}
+    include_folders: dict[_Files, str] = {}
     lines = ["ninja_required_version = 1.5", *precompiled.lines]
+    for engine in engines.values():
+        lines += engine.lines
     for index, job in enumerate(jobs):
-        content = tuple(sorted(job.headers.items()))
+        content = _files(job.headers)
         if content not in include_folders:
             include_folders[content] = f"include{len(include_folders)}"
             for name, data in content:
@@ -328,15 +349,20 @@ def _write_project(folder: Path, jobs: Sequence[_Job], toolchain: Toolchain, pre
         compiler = shlex.join([*toolchain.command, *toolchain.compile_flags]) + precompiled.flags
         folders = [f"-I{include_folders[content]}", *(f"-I{folder}" for folder in job.source.includes)]
         rest = shlex.join([*folders, "-c", f"{stem}{job.source.suffix}", "-o", f"{stem}.o"])
-        link_command = shlex.join([*toolchain.command, *toolchain.link_flags, f"{stem}.o", "-o", f"{stem}.so.part"])
+        objects = [f"{stem}.o", *([engines[_files(job.engine)].name] if job.engine else [])]
+        link_command = shlex.join([*toolchain.command, *toolchain.link_flags, *objects, "-o", f"{stem}.so.part"])
         # A linker that is killed must not leave something that looks finished.
         command = f"( {compiler} {rest} && {link_command} && mv {stem}.so.part {stem}.so ) > {stem}.log 2>&1"
         lines += [
             f"rule r{index}",
             f"  command = {command.replace('$', '$$')}",
-            f"build {stem}.so: r{index} {stem}{job.source.suffix}{precompiled.needs}",
+            f"build {stem}.so: r{index} {stem}{job.source.suffix} | {' '.join(objects[1:])}{precompiled.needs}",
         ]
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+
+
+def _files(content: Mapping[str, bytes]) -> _Files:
+    return tuple(sorted(content.items()))
 
 
 def _run_ninja(command: Sequence[str], folder: Path, count: int, stop: threading.Event | None) -> str:

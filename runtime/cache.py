@@ -5,7 +5,7 @@ Layout below the root (mode 0700)::
     kernels/ab/<key>/{kernel.so, source.cpp, manifest.json}    one entry, renamed into place as a whole
     plans/<sha256 of the key>.plan                             a line of JSON, then the plan; renamed into place
     records/<kind>/<sha256 of the key>.json                    one record, renamed into place
-    headers/<toolchain>-<sha256>.gch                           the compiler's own headers, compiled
+    headers/<key>-<sha256>.{gch,o}                             what all kernels share, compiled (runtime/precompiled.py)
     locks/<key>.lock                                           held while a kernel is being built
     failed/<key>/                                              sources that did not compile, with the compiler's output
     tmp/                                                       work in progress
@@ -236,16 +236,16 @@ class KernelCache(Store):
             lines.append(f"  {name}: {mine}" + ("" if mine == theirs else f"  differs from {theirs}"))
         return "\n".join(lines)
 
-    # Compiled headers
+    # What all kernels share, compiled
 
-    def precompiled(self, toolchain: str) -> list[Path]:
-        """The files of a toolchain's compiled headers; the names of those that are intact end in their sha256."""
-        return [path for root in self.roots() for path in children(root / "headers") if path.name.startswith(toolchain)]
+    def precompiled(self, key: str) -> list[Path]:
+        """The files that were kept for ``key``; the names of those that are intact end in their sha256."""
+        return [path for root in self.roots() for path in children(root / "headers") if path.name.startswith(key)]
 
-    def keep_precompiled(self, toolchain: str, path: Path) -> None:
-        """Add compiled headers for later builds. Raises :class:`CacheError` if nothing can be written anywhere."""
+    def keep_precompiled(self, key: str, path: Path) -> None:
+        """Keep a file for later builds. Raises :class:`CacheError` if nothing can be written anywhere."""
         content = path.read_bytes()
-        name = f"{toolchain}-{hashlib.sha256(content).hexdigest()}.gch"
+        name = f"{key}-{hashlib.sha256(content).hexdigest()}{path.suffix}"
         self.writing(lambda root: write_atomic(root / "headers" / name, content, root / "tmp"))
 
     # Plans

@@ -26,6 +26,9 @@ from fuser.runtime.abi import KernelArgs
 from fuser.runtime.cpuinfo import cpu_flags
 from fuser.runtime.library import load
 
+ENGINE = "cuda/emulator.cpp"
+"""The emulator's own code, in the folder of templates: compiled once, and linked with every emulated kernel that does
+not include it."""
 FAULT_STATUS = 900
 """What a kernel returns when it was stopped by a fault, or when no GPU would have launched it."""
 
@@ -44,31 +47,19 @@ _CHECKED = (
 # What mma and conversions are quick with: all of it or nothing, so that there are two kinds of libraries.
 _FAST = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}
 STANDARD_HEADERS = """\
-#include <dlfcn.h>
-#include <link.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <sys/sysinfo.h>
-#include <time.h>
 #include <ucontext.h>
-#include <algorithm>
 #include <cmath>
-#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <cxxabi.h>
 #include <limits>
-#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
-#include <vector>
 """
-"""What the emulator and CUDA's templates include."""
+"""What the emulator's headers and CUDA's templates include."""
 _LINE = re.compile(r":(\d+)(?: |$)")
 
 

@@ -6,8 +6,6 @@
 // write, the last one of each warp is kept.
 #pragma once
 
-#include <cxxabi.h>
-
 namespace emulator {
 namespace checks {
 
@@ -81,7 +79,7 @@ FUSER_UNCHECKED inline Region map(char* begin, size_t bytes, unsigned warps) {
     return region;
 }
 
-FUSER_UNCHECKED inline void end(Worker& w) {
+FUSER_UNCHECKED void end(Worker& w) {
     if (w.shadow == nullptr) return;
     Shadow& shadow = *w.shadow;
     unmap(shadow.dynamic, shadow.warps);
@@ -112,7 +110,7 @@ FUSER_UNCHECKED inline Array loaded_library() {
     return {reinterpret_cast<const char*>(found.base), reinterpret_cast<const char*>(found.end)};
 }
 
-FUSER_UNCHECKED inline void begin_block(Worker& w) {
+FUSER_UNCHECKED void begin_block(Worker& w) {
     if (w.shadow == nullptr) w.shadow = new Shadow();
     Shadow& s = *w.shadow;
     if (s.threads == 0) {
@@ -159,7 +157,7 @@ FUSER_UNCHECKED inline void join(uint32_t* into, const uint32_t* from, unsigned 
     for (unsigned i = 0; i < count; ++i) into[i] = into[i] < from[i] ? from[i] : into[i];
 }
 
-FUSER_UNCHECKED inline void order_warp(Warp& warp, uint32_t lanes) {
+FUSER_UNCHECKED void order_warp(Warp& warp, uint32_t lanes) {
     Shadow& s = *worker->shadow;
     // The first lane's clocks collect those of all.
     uint32_t* all = clocks_of(s, warp.fibers[__builtin_ctz(lanes)]);
@@ -173,13 +171,13 @@ FUSER_UNCHECKED inline void order_warp(Warp& warp, uint32_t lanes) {
         ++clocks_of(s, fiber)[fiber.index];
     }
 }
-FUSER_UNCHECKED inline void arrive(Fiber& fiber, int barrier) {
+FUSER_UNCHECKED void arrive(Fiber& fiber, int barrier) {
     Shadow& s = *worker->shadow;
     uint32_t* own = clocks_of(s, fiber);
     join(s.barriers + size_t(barrier) * s.threads, own, s.threads);
     ++own[fiber.index];
 }
-FUSER_UNCHECKED inline void order_block(const List<Fiber*>& waiting, int barrier) {
+FUSER_UNCHECKED void order_block(const List<Fiber*>& waiting, int barrier) {
     Shadow& s = *worker->shadow;
     uint32_t* all = s.barriers + size_t(barrier) * s.threads;
     for (size_t i = 0; i < waiting.count; ++i) join(clocks_of(s, *waiting.items[i]), all, s.threads);
@@ -208,26 +206,26 @@ class Internal {
     FUSER_UNCHECKED ~Internal() { --worker->internal; }
 };
 
-FUSER_UNCHECKED inline void arrive(Fiber& fiber, const void* mbarrier) {
+FUSER_UNCHECKED void arrive(Fiber& fiber, const void* mbarrier) {
     Internal internal;
     Shadow& s = *worker->shadow;
     uint32_t* own = clocks_of(s, fiber);
     join(channel_of(s, mbarrier).arrived, own, s.threads);
     ++own[fiber.index];
 }
-FUSER_UNCHECKED inline void publish(const void* mbarrier) {
+FUSER_UNCHECKED void publish(const void* mbarrier) {
     Internal internal;
     Shadow& s = *worker->shadow;
     const Channel& channel = channel_of(s, mbarrier);
     join(channel.published, channel.arrived, s.threads);
 }
-FUSER_UNCHECKED inline void acquire(Fiber& fiber, const void* mbarrier) {
+FUSER_UNCHECKED void acquire(Fiber& fiber, const void* mbarrier) {
     Internal internal;
     Shadow& s = *worker->shadow;
     join(clocks_of(s, fiber), channel_of(s, mbarrier).published, s.threads);
 }
 
-FUSER_UNCHECKED inline void take(const char* array, size_t bytes) {
+FUSER_UNCHECKED void take(const char* array, size_t bytes) {
     Internal internal;
     Shadow& s = *worker->shadow;
     Region& region = s.dynamic;
@@ -393,10 +391,10 @@ FUSER_UNCHECKED inline void touch(const void* address, size_t bytes, Access kind
             kind == Access::read ? "reads" : "writes", bytes, nearest, front ? "in front" : "behind the end", index);
 }
 
-FUSER_UNCHECKED inline void access(const void* pointer, size_t bytes, Access kind, Where where) {
+FUSER_UNCHECKED void access(const void* pointer, size_t bytes, Access kind, Where where) {
     touch(pointer, bytes, kind, {0, where});
 }
-FUSER_UNCHECKED inline void begin_async(const void* pointer, size_t bytes, Where where) {
+FUSER_UNCHECKED void begin_async(const void* pointer, size_t bytes, Where where) {
     touch(pointer, bytes, Access::write, {0, where});
     Shadow& s = *worker->shadow;
     for (Region* region : {&s.dynamic, &s.fixed}) {
@@ -408,7 +406,7 @@ FUSER_UNCHECKED inline void begin_async(const void* pointer, size_t bytes, Where
     fail(where, "an asynchronous copy goes to %p, which is not in shared memory", pointer);
 }
 // `writer` is the thread that has waited for its copy; null leaves the time of the copy at its start.
-FUSER_UNCHECKED inline void end_async(const void* pointer, size_t bytes, const Fiber* writer) {
+FUSER_UNCHECKED void end_async(const void* pointer, size_t bytes, const Fiber* writer) {
     Shadow& s = *worker->shadow;
     for (Region* region : {&s.dynamic, &s.fixed}) {
         if (!within(static_cast<const char*>(pointer), bytes, region->begin, region->bytes)) continue;

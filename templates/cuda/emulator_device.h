@@ -532,6 +532,13 @@ FUSER_UNCHECKED void multiply(emulator::Warp& warp, uint32_t lanes) {
     }
 }
 
+extern template void multiply<half, half>(emulator::Warp&, uint32_t);
+extern template void multiply<bf16, bf16>(emulator::Warp&, uint32_t);
+extern template void multiply<tf32, tf32>(emulator::Warp&, uint32_t);
+extern template void multiply<int8_t, int8_t>(emulator::Warp&, uint32_t);
+extern template void multiply<uint8_t, uint8_t>(emulator::Warp&, uint32_t);
+extern template void multiply<uint8_t, int8_t>(emulator::Warp&, uint32_t);
+
 template <typename A, typename B, typename D>
 FUSER_UNCHECKED void multiply_lane(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where) {
     Operands<D> operands{&d, a, b};
@@ -829,8 +836,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
         const Call& own = *static_cast<const Call*>(data);
         std::apply(own.first, own.second);
     };
-    if (emulator::listing.active) return emulator::list(one, reinterpret_cast<const void*>(kernel));
-    return emulator::run(one);
+    return emulator::run(one, reinterpret_cast<const void*>(kernel));
 }
 inline int multiprocessors() { return 4; }
 template <typename... Parameters>
@@ -838,7 +844,7 @@ int resident_blocks(void (*)(Parameters...), int, size_t) {
     return 2;
 }
 inline int clear(void* pointer, size_t bytes, void*) {
-    if (!emulator::listing.active) std::memset(pointer, 0, bytes);
+    if (!emulator::only_lists()) std::memset(pointer, 0, bytes);
     return 0;
 }
 

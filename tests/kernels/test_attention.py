@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +40,6 @@ from fuser.kernels.plan import FEW_ROWS, AttentionPlan, Group
 from fuser.kernels.planner import plan
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
-from fuser.runtime.cache import KernelCache
 from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.device import cpu_target
 from fuser.runtime.library import Kernel, load
@@ -76,8 +74,7 @@ def target(isa: Isa = NATIVE) -> Target:
 def libraries(isa: Isa) -> dict[str, Path]:
     """All kernels of this file for one instruction set, built side by side."""
     wanted = [PLAIN, BOOLEAN, ADDITIVE, CAPPED, *FAR, *(SPECIAL if isa is NATIVE else ())]
-    cache = KernelCache(Path(tempfile.mkdtemp(prefix="fuser-test-")))
-    return build([render(p.spec) for p in wanted], target(isa), headers=header_folder(target(isa)), cache=cache)
+    return build([render(p.spec) for p in wanted], target(isa), headers=header_folder(target(isa)))
 
 
 def kernel(parameters: AttentionParameters, isa: Isa) -> Kernel:

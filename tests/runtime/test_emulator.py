@@ -29,7 +29,9 @@ def library(request: pytest.FixtureRequest) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CXX", raising=False)
         patch.setenv("FUSER_EMULATOR_CHECKED", "1" if request.param == "checked" else "0")
-        text = ("#define FUSER_EMULATOR_PORTABLE\n" if request.param == "portable" else "") + SOURCE
+        # The emulator's own code is another there, too.
+        portable = '#define FUSER_EMULATOR_PORTABLE\n#include "cuda/emulator.cpp"\n'
+        text = (portable if request.param == "portable" else "") + SOURCE
         return build([Source("indices", text, ".cu")], emulated_target(), headers=HEADERS, cache=default_cache())[
             "indices"
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import fuser.templates
 from fuser.ir.target import Target, emulated_target
 from fuser.runtime import build as building
 from fuser.runtime import emulator
-from fuser.runtime.build import Source, build
+from fuser.runtime.abi import KernelArgs
+from fuser.runtime.build import CompilationError, Source, build, build_and_load
 from fuser.runtime.cache import KernelCache
 from fuser.runtime.compilers import STANDARD_HEADERS, find_toolchain
+from fuser.runtime.emulator import ENGINE
 
 TEXT = """
 #include "abi.h"
@@ -122,7 +125,43 @@ def test_kernels_of_the_emulator_use_them(cache: KernelCache, headers: Path, mon
     text = '#include "cuda/device.cuh"\nFUSER_EXPORT int {}(const FuserArgs*, void*) {{ return {}; }}\n'
     kernels = [Source(f"kernel{i}", text.format(f"kernel{i}", i), ".cu") for i in range(3)]
     build(kernels, emulated_target(), headers=headers.parent, cache=cache)
-    assert "c++-header" in seen[0] and len(list((cache.root / "headers").iterdir())) == 1
+    assert "c++-header" in seen[0]
+    assert sorted(path.suffix for path in (cache.root / "headers").iterdir()) == [".gch", ".o"]
+
+
+def test_the_emulators_own_code_is_compiled_once(
+    cache: KernelCache, headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "templates"
+    shutil.copytree(headers.parent, folder)
+    seen = commands(monkeypatch)
+    text = '#include "cuda/device.cuh"\nFUSER_EXPORT int {}(const FuserArgs*, void*) {{ return 7; }}\n'
+
+    def status(symbol: str) -> int:
+        source = Source(symbol, text.format(symbol), ".cu")
+        kernel = build_and_load([source], emulated_target(), headers=folder, cache=cache)[symbol]
+        return kernel.status(KernelArgs.pack([], [], 1))
+
+    assert [status("first"), status("second")] == [7, 7]
+    assert [ENGINE in project for project in seen] == [True, False]
+    # Other code is another kernel.
+    engine = folder / ENGINE
+    engine.write_text(engine.read_text() + "\n")
+    assert status("second") == 7
+    assert ENGINE in seen[2]
+    # Damage costs time only.
+    for path in (cache.root / "headers").iterdir():
+        path.write_bytes(b"")
+    assert status("third") == 7
+
+
+def test_code_of_the_emulator_that_does_not_compile_is_told(cache: KernelCache, headers: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "templates"
+    shutil.copytree(headers.parent, folder)
+    (folder / ENGINE).write_text("#error nothing here")
+    source = Source("kernel", '#include "cuda/device.cuh"\n', ".cu")
+    with pytest.raises(CompilationError, match="#error nothing here"):
+        build([source], emulated_target(), headers=folder, cache=cache)
 
 
 @pytest.mark.parametrize(("kind", "listed"), [("cpu", STANDARD_HEADERS), ("cuda", emulator.STANDARD_HEADERS)])
