@@ -6,6 +6,7 @@ group is an aligned part of 16, 32 or 64 slots whose rows have no idle slots bet
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fuser.ir.masks.structure import Part
-from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, pointers, ramp, segments, vectors
+from fuser.kernels.plan import WIDTHS, Bools, Int64s, Words, low_bits, pointers, ramp, segments, vectors
 
 SPAN = max(WIDTHS)
 _FAR = 1 << 40
@@ -39,7 +40,7 @@ class GroupCost:
     skips: bool = True
 
     def __call__(
-        self, width: int, full: Int64s, partial: Int64s, needed: Int64s, ranges: Int64s
+        self, width: Int64s, full: Int64s, partial: Int64s, needed: Int64s, ranges: Int64s
     ) -> npt.NDArray[np.float64]:
         """Cost of groups with so many keys; nothing for groups without keys, which are left out.
 
@@ -63,9 +64,10 @@ COSTS: Mapping[str, GroupCost] = {
 
 
 class Cover(NamedTuple):
-    """Groups of one width: their first ``slots``, runs (N, 3) and partial keys with lanes, each with counts a group."""
+    """Groups: the ``width`` and the first of the ``slots`` of each, runs (N, 3) and partial keys with lanes, each with
+    counts a group."""
 
-    width: int
+    width: Int64s
     slots: Int64s
     run_counts: Int64s
     runs: Int64s
@@ -74,8 +76,8 @@ class Cover(NamedTuple):
     lanes: Words
 
     def cost(self, model: GroupCost) -> npt.NDArray[np.float64]:
-        group = np.repeat(np.arange(len(self.run_counts)), self.run_counts)
-        groups = len(self.run_counts)
+        groups = len(self.width)
+        group = np.repeat(np.arange(groups), self.run_counts)
         full = np.bincount(group, weights=self.runs[:, 1], minlength=groups).astype(np.int64)
         first, last = vectors(self.lanes)
         group = np.repeat(np.arange(groups), self.key_counts)
@@ -84,17 +86,44 @@ class Cover(NamedTuple):
         kinds[group, 4 * (last - first) + first] = True
         return model(self.width, full, self.key_counts, needed, kinds.sum(axis=1))
 
-    def take(self, chosen: Bools) -> Cover:
-        by_run, by_key = np.repeat(chosen, self.run_counts), np.repeat(chosen, self.key_counts)
+    def take(self, groups: Int64s) -> Cover:
+        """These groups, in this order; a group may be taken more than once."""
+        by_run, by_key = segments(self.run_counts, groups), segments(self.key_counts, groups)
         return Cover(
-            self.width,
-            self.slots[chosen],
-            self.run_counts[chosen],
+            self.width[groups],
+            self.slots[groups],
+            self.run_counts[groups],
             self.runs[by_run],
-            self.key_counts[chosen],
+            self.key_counts[groups],
             self.keys[by_key],
             self.lanes[by_key],
         )
+
+
+class _Groups(NamedTuple):
+    """The groups of all ``WIDTHS``, width by width, that so many slots have: what does not depend on their keys.
+
+    ``lead`` counts the idle slots before the rows of a group, ``every`` is the word of all its rows.
+    """
+
+    width: Int64s
+    slots: Int64s
+    lead: Words
+    every: Words
+
+    @classmethod
+    def of(cls, valid: Bools) -> _Groups:
+        """Of slots (S,) that are ``valid`` where they have a row."""
+        leads, sizes = [], []
+        for width in WIDTHS:
+            grouped = valid.reshape(-1, width)
+            sizes.append(np.count_nonzero(grouped, axis=1))
+            leads.append(grouped.argmax(axis=1))
+        size, lead = np.concatenate(sizes), np.concatenate(leads)
+        width = np.repeat(WIDTHS, [len(valid) // width for width in WIDTHS])
+        slots = np.concatenate([np.arange(0, len(valid), width) for width in WIDTHS])
+        every = np.where(size > 0, low_bits(np.maximum(size, 1)), np.uint64(0))
+        return cls(width, slots, lead.astype(np.uint64), every)
 
 
 def identity(rows: int) -> Int64s:
@@ -117,44 +146,45 @@ def by_class(rows: Int64s, labels: Int64s) -> Int64s:
     return order
 
 
-def divide(options: Sequence[Cover], model: GroupCost) -> tuple[list[Cover], npt.NDArray[np.float64]]:
-    """Each span at its cheapest division among covers of all ``WIDTHS``, and the cost of every span."""
-    best = options[0].cost(model)
+def divide(options: Cover, model: GroupCost) -> tuple[Int64s, npt.NDArray[np.float64]]:
+    """The groups of each span's cheapest division, by span, and the cost of every span; ``options`` are the groups of
+    all ``WIDTHS``, width by width."""
+    costs = np.split(options.cost(model), np.searchsorted(options.width, WIDTHS[1:]))
+    best = costs[0]
     divided = [np.ones(len(best), np.bool_)]
-    for option in options[1:]:
-        whole, parts = option.cost(model), best.reshape(-1, 2).sum(axis=1)
+    for whole in costs[1:]:
+        parts = best.reshape(-1, 2).sum(axis=1)
         divided.append(whole <= parts)
         best = np.minimum(whole, parts)
-    blocked = np.zeros(len(divided[-1]), np.bool_)
-    chosen = []
-    for option, wanted in zip(reversed(options), reversed(divided), strict=True):
+    blocked = np.zeros(len(best), np.bool_)
+    picked = []
+    for wanted in reversed(divided):
         blocked = np.repeat(blocked, len(wanted) // max(1, len(blocked)))
-        picked = wanted & ~blocked
-        chosen.append(option.take(picked & (option.run_counts + option.key_counts > 0)))
-        blocked = blocked | picked
-    return chosen, best
+        picked.append(wanted & ~blocked)
+        blocked = blocked | picked[-1]
+    chosen = np.flatnonzero(np.concatenate(picked[::-1]) & (options.run_counts + options.key_counts > 0))
+    return chosen[np.argsort(options.slots[chosen])], best
 
 
-def from_parts(parts: Sequence[Part], order: Int64s, model: GroupCost) -> tuple[list[Cover], float]:
+def from_parts(parts: Sequence[Part], order: Int64s, model: GroupCost) -> tuple[Cover | None, float]:
     """The cheapest cover of the progressions of the rows in ``order``: between two ends the same lanes are allowed.
 
-    Spans whose keys are those of another one, moved, are covered as that one is.
+    Spans whose keys are those of another one, moved, are covered as that one is. None for no progressions.
     """
     if not parts:
-        return [], 0.0
+        return None, 0.0
     spans = _Spans.of(parts, order)
     kinds, which = spans.kinds()
-    used = np.flatnonzero(spans.count[:, kinds] > 0)
-    part, slot = np.divmod(used, max(1, len(kinds) * SPAN))
+    used = np.flatnonzero(spans.count[:, kinds])
+    part, slot = _divided(used, max(1, len(kinds) * SPAN))
     start, count = (values[:, kinds].reshape(-1)[used] for values in (spans.start, spans.count))
     step = spans.step[part]
     first, residue = np.divmod(start, step)
     lattices, lattice = np.unique(step << 31 | residue, return_inverse=True)
     pairs = np.stack([lattices >> 31, lattices & (1 << 31) - 1], axis=1)
-    valid = spans.valid[kinds].reshape(-1)
-    options = [_from_progressions(slot, first, count, lattice, pairs, valid, width) for width in WIDTHS]
-    covers, costs = divide(options, model)
-    return [spans.cover(made, len(kinds), which) for made in covers], float(costs[which].sum())
+    options = _from_progressions(slot, first, count, lattice, pairs, _Groups.of(spans.valid[kinds].reshape(-1)))
+    chosen, costs = divide(options, model)
+    return spans.cover(options, chosen, len(kinds), which), float(costs[which].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +228,7 @@ class _Spans:
     def kinds(self) -> tuple[Int64s, Int64s]:
         """Spans of which all others are repetitions, and for every span the position of its like among these."""
         spans = len(self.valid)
-        draw = np.random.default_rng(0).integers(1, 1 << 62, (2, len(self.step) + 1, SPAN), np.int64)
+        draw = _draw(len(self.step) + 1)
         words = np.concatenate([self.start, self.valid[None].astype(np.int64)]), self.count
         sums = sum(np.einsum("psl,pl->s", word, drawn[: len(word)]) for word, drawn in zip(words, draw, strict=True))
         _, kinds, which = np.unique(sums, return_index=True, return_inverse=True)
@@ -208,16 +238,14 @@ class _Spans:
             return kinds, which
         return np.arange(spans), np.arange(spans)
 
-    def cover(self, made: Cover, kinds: int, which: Int64s) -> Cover:
-        """The cover of all spans from that of the ``kinds`` of spans, every span of the kind ``which``."""
-        groups = np.bincount(made.slots // SPAN, minlength=kinds)
-        picked, span = segments(groups, which), np.repeat(np.arange(len(which)), groups[which])
-        run_counts, key_counts = made.run_counts[picked], made.key_counts[picked]
-        runs, partial = made.runs[segments(made.run_counts, picked)], segments(made.key_counts, picked)
-        runs[:, 0] = self._back(runs[:, 0], np.repeat(span, run_counts))
-        keys = self._back(made.keys[partial], np.repeat(span, key_counts))
-        slots = made.slots[picked] % SPAN + span * SPAN
-        return Cover(made.width, slots, run_counts, runs, key_counts, keys, made.lanes[partial])
+    def cover(self, options: Cover, chosen: Int64s, kinds: int, which: Int64s) -> Cover:
+        """The cover of all spans from the ``chosen`` groups, by span, of the ``kinds`` of spans; every span is of the
+        kind ``which``."""
+        groups = np.bincount(options.slots[chosen] // SPAN, minlength=kinds)
+        made, span = options.take(chosen[segments(groups, which)]), np.repeat(np.arange(len(which)), groups[which])
+        made.runs[:, 0] = self._back(made.runs[:, 0], np.repeat(span, made.run_counts))
+        keys = self._back(made.keys, np.repeat(span, made.key_counts))
+        return made._replace(slots=made.slots % SPAN + span * SPAN, keys=keys)
 
     def _back(self, keys: Int64s, span: Int64s) -> Int64s:
         """Keys of spans where they were."""
@@ -230,35 +258,40 @@ class _Spans:
         return back
 
 
-def _lanes(valid: Bools, width: int) -> tuple[Words, Words]:
-    """For groups of this width the number of idle slots before their rows, and the word of all their rows."""
-    valid = valid.reshape(-1, width)
-    size, lead = valid.sum(axis=1), valid.argmax(axis=1)
-    full = np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - np.maximum(size, 1)).astype(np.uint64)
-    return lead.astype(np.uint64), np.where(size > 0, full, np.uint64(0))
+@functools.cache
+def _draw(words: int) -> Int64s:
+    """Factors whose sums of products tell spans apart: two sets of (words, SPAN)."""
+    return np.random.default_rng(0).integers(1, 1 << 62, (2, words, SPAN), np.int64)
+
+
+def _divided(values: Int64s, by: int) -> tuple[Int64s, Int64s]:
+    """As np.divmod, which takes no advantage of a divisor that is one number."""
+    quotient = values // by
+    return quotient, values - quotient * by
 
 
 def _from_progressions(
-    slot: Int64s, first: Int64s, count: Int64s, lattice: Int64s, lattices: Int64s, valid: Bools, width: int
+    slot: Int64s, first: Int64s, count: Int64s, lattice: Int64s, lattices: Int64s, of: _Groups
 ) -> Cover:
-    """Groups from progressions ``first <= t < first + count`` on lattices (step, residue)."""
-    lead, every = _lanes(valid, width)
-    groups = len(every)
-    group = slot // width
-    lane = np.uint64(1) << ((slot % width).astype(np.uint64) - lead[group])
+    """Groups from progressions ``first <= t < first + count`` of slots on lattices (step, residue)."""
+    groups = len(of.width)
+    before = np.searchsorted(of.width, WIDTHS)
+    group = np.concatenate([slot // width + start for width, start in zip(WIDTHS, before.tolist(), strict=True)])
+    slot, first, count, lattice = (np.tile(values, len(WIDTHS)) for values in (slot, first, count, lattice))
+    lane = np.uint64(1) << ((slot - of.slots[group]).astype(np.uint64) - of.lead[group])
     kinds = max(1, len(lattices))
     limit = int((first + count).max(initial=0)) + 1
     # A progression turns its lane on at its first key and off after its last.
     at = (group * kinds + lattice) * limit + first
     at, toggle = np.concatenate([at, at + count]), np.concatenate([lane, lane])
-    sort = np.argsort(at, kind="stable")
+    sort = np.argsort(at)
     at, lanes = at[sort], np.bitwise_xor.accumulate(toggle[sort])
     length = np.diff(at, append=at[-1:])
     used = (length > 0) & (lanes != 0)
     at, lanes, length = at[used], lanes[used], length[used]
-    block, first = np.divmod(at, limit)
-    group, lattice = np.divmod(block, kinds)
-    full = lanes == every[group]
+    block, first = _divided(at, limit)
+    group, lattice = _divided(block, kinds)
+    full = lanes == of.every[group]
 
     run_at, run_length = at[full], length[full]
     # Runs that touch are one run.
@@ -276,12 +309,12 @@ def _from_progressions(
     if kinds > 1 and len(keys):
         # Rows of a group may see a key by way of different lattices.
         place = key_group * (int(keys.max()) + 1) + keys
-        sort = np.argsort(place, kind="stable")
+        sort = np.argsort(place)
         once = np.flatnonzero(np.diff(place[sort], prepend=-1))
         keys, key_group, lanes = keys[sort][once], key_group[sort][once], np.bitwise_or.reduceat(lanes[sort], once)
     return Cover(
-        width,
-        np.arange(groups) * width,
+        of.width,
+        of.slots,
         np.bincount(group[full][head], minlength=groups),
         runs,
         np.bincount(key_group, minlength=groups),
@@ -290,7 +323,7 @@ def _from_progressions(
     )
 
 
-def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> tuple[list[Cover], float]:
+def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> Cover:
     """The cheapest cover of entries (S, kv_len) in the ``order`` of slots; full keys ``step`` apart become runs."""
     spans, keys = len(order) // SPAN, blocks.shape[1]
     # As np.packbits(axis=1, bitorder="little"), which is slow along columns.
@@ -298,31 +331,25 @@ def from_blocks(blocks: Bools, order: Int64s, step: int, model: GroupCost) -> tu
     packed = octets[:, :, 0].copy()
     for bit in range(1, 8):
         packed |= octets[:, :, bit] << np.uint8(bit)
-    options = []
+    of = _Groups.of(order >= 0)
+    found = []
     for width in WIDTHS:
-        lead, every = _lanes(order >= 0, width)
-        parts = packed.reshape(len(every), width // 8, keys)
+        parts = packed.reshape(len(order) // width, width // 8, keys)
         seen = np.flatnonzero(parts.any(axis=1))
-        group, key = np.divmod(seen, max(1, keys))
         lanes = np.zeros(len(seen), np.uint64)
         for byte in range(width // 8):
             lanes |= parts[:, byte].reshape(-1)[seen].astype(np.uint64) << np.uint64(8 * byte)
-        lanes >>= lead[group]
-        full = lanes == every[group]
-        runs, run_counts = _runs(group[full], key[full], len(every), step)
-        options.append(
-            Cover(
-                width,
-                np.arange(len(every)) * width,
-                run_counts,
-                runs,
-                np.bincount(group[~full], minlength=len(every)),
-                key[~full],
-                lanes[~full],
-            )
-        )
-    covers, costs = divide(options, model)
-    return covers, float(costs.sum())
+        found.append((len(parts), *np.divmod(seen, max(1, keys)), lanes))
+    sizes, groups, seen_keys, words = zip(*found, strict=True)
+    group = np.concatenate(
+        [own + start for own, start in zip(groups, pointers(np.array(sizes)).tolist(), strict=False)]
+    )
+    key, lanes = np.concatenate(seen_keys), np.concatenate(words) >> of.lead[group]
+    full = lanes == of.every[group]
+    runs, run_counts = _runs(group[full], key[full], len(of.width), step)
+    key_counts = np.bincount(group[~full], minlength=len(of.width))
+    options = Cover(of.width, of.slots, run_counts, runs, key_counts, key[~full], lanes[~full])
+    return options.take(divide(options, model)[0])
 
 
 def _runs(group: Int64s, key: Int64s, groups: int, step: int) -> tuple[Int64s, Int64s]:

@@ -50,8 +50,8 @@ class _Arrangement(NamedTuple):
         return out
 
 
-def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, list[Cover]]]:
-    """Groups that cover ``entries`` (q_len, kv_len): order of slots, phase and covers, a slice of slots at a time."""
+def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover]]:
+    """Groups that cover ``entries`` (q_len, kv_len): order of slots, phase and cover, a slice of slots at a time."""
     m = entries.shape[1]
     chosen = _choose(entries, model)
     counts = [arrangement.counts(entries) for arrangement in chosen] if len(chosen) > 1 else []
@@ -66,7 +66,7 @@ def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, list
                     if other != phase:
                         shared = counts[other][theirs.slot[rows] // _LANES]
                         blocks &= own > shared if other < phase else own >= shared
-            yield order, phase, from_blocks(blocks, order, arrangement.step, model)[0]
+            yield order, phase, from_blocks(blocks, order, arrangement.step, model)
 
 
 def _slices(slots: int, width: int) -> Iterator[tuple[int, int]]:

@@ -367,7 +367,7 @@ class AttentionPlan:
             pointer = a[name]
             _require(pointer[0] == 0 and pointer[-1] == size and (np.diff(pointer) >= 0).all(), "pointers must ascend")
         rows = np.diff(a["row_ptr"])
-        _require(np.isin(a["width"], WIDTHS).all(), f"widths must be of {WIDTHS}")
+        _require(np.logical_or.reduce([a["width"] == width for width in WIDTHS]).all(), f"widths must be of {WIDTHS}")
         _require(((rows > 0) & (rows <= a["width"])).all(), "a group must have from one row to as many as it has lanes")
         _require(_within(a["row"], n), f"rows must lie in [0, {n})")
         last = run[:, 0] + (run[:, 1] - 1) * run[:, 2]
@@ -408,12 +408,17 @@ def _require(kept: bool | np.bool_, rule: str) -> None:
 
 
 def _within(values: npt.NDArray[Any], stop: int) -> bool:
-    return bool(((values >= 0) & (values < stop)).all())
+    return not len(values) or bool(values.min() >= 0 and values.max() < stop)
 
 
 def low_bits(counts: npt.NDArray[Any]) -> Words:
     """Words with the lowest ``counts`` (1 to 64) bits set."""
     return np.uint64(0xFFFFFFFFFFFFFFFF) >> (64 - counts).astype(np.uint64)
+
+
+_FIRST = np.array([0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0], np.uint8)
+_LAST = np.array([0, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4], np.uint8)
+"""The lowest bit of every number of four bits, and one more than the highest."""
 
 
 def ramp(counts: npt.NDArray[Any]) -> Int64s:
@@ -426,27 +431,20 @@ def ramp(counts: npt.NDArray[Any]) -> Int64s:
 def vectors(lanes: Words) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """The vectors of 16 lanes, from the first to before the last, in which each word has its bits; (0, 0) for none."""
     used = lanes.astype("<u8", copy=False).view("<u2").reshape(len(lanes), 4) != 0
-    filled = used.any(axis=1)
-    first = used.argmax(axis=1).astype(np.uint8)
-    last = (4 - used[:, ::-1].argmax(axis=1)).astype(np.uint8) * filled
-    return first, last
+    # The four bytes of a word, each 0 or 1, become its four highest bits.
+    code = (used.view("<u4").reshape(-1) * np.uint32(0x10204080)) >> np.uint32(28)
+    return _FIRST[code], _LAST[code]
 
 
 def _by_vectors(lanes: Words, counts: Int64s) -> Int64s:
     """The order that sorts the keys of each group by falling number of vectors, then by the first of them."""
     first, last = vectors(lanes)
     kind = 4 * (4 - (last - first)) + first
-    group = np.repeat(np.arange(len(counts)), counts)
-    kinds = np.unique(kind)
-    if len(kinds) < 2:
+    if not len(kind) or (kind == kind[0]).all():
         return np.arange(len(lanes))
-    members = [np.flatnonzero(kind == k) for k in kinds]
-    sizes = np.stack([np.bincount(group[m], minlength=len(counts)) for m in members], axis=1)
-    starts = pointers(sizes.reshape(-1))[:-1].reshape(sizes.shape)
-    order = np.empty(len(lanes), np.int64)
-    for column, m in enumerate(members):
-        order[starts[group[m], column] + ramp(sizes[:, column])] = m
-    return order
+    place = np.repeat(20 * np.arange(len(counts)), counts) + kind
+    # Sixteen bits are sorted by counting.
+    return np.argsort(place.astype(np.uint16) if 20 * len(counts) <= 1 << 16 else place, kind="stable")
 
 
 def pointers(counts: npt.NDArray[Any]) -> Int64s:
@@ -475,29 +473,27 @@ def _merges(
     key = head[group].astype(np.int64) * q_len + rows
     if not phase.any() and len(key) and np.bincount(key).max() == 1:
         return np.full(len(key), -1, np.int64), np.zeros(len(head), np.uint64), low_bits(np.bincount(group))
-    order = np.lexsort((phase[group], key))
-    ordered, stage = key[order], phase[group][order]
-    again = ordered[1:] == ordered[:-1]
-    if (twice := again & (stage[1:] == stage[:-1])).any():
-        at = ordered[1:][twice][0]
+    heads, phases = (int(values.max(initial=0)) + 1 for values in (head, phase))
+    stage, cells = phase[group], heads * q_len
+    present = np.zeros((phases, cells), np.bool_)
+    present[stage, key] = True
+    if np.count_nonzero(present) < len(key):
+        times = np.bincount(stage * np.int64(cells) + key)
+        at = int(np.argmax(times > 1)) % cells
         raise PlanError(f"not a plan: row {at % q_len} of head {at // q_len} is in two groups of one phase")
-    resumes, finishes = np.concatenate([[False], again]), np.concatenate([~again, [True]])[: len(key)]
-    resumes = resumes[: len(key)]
+    seen = np.logical_or.accumulate(present)
+    earlier, later = seen[:-1], np.logical_or.accumulate(present[::-1])[-2::-1]
+    resumes, finishes = np.zeros(len(key), np.bool_), np.ones(len(key), np.bool_)
+    again, before = stage > 0, stage < phases - 1
+    resumes[again] = earlier[stage[again] - 1, key[again]]
+    finishes[before] = ~later[stage[before], key[before]]
     # A slot for every row of a head that is not done in one phase.
-    begins = ~resumes & ~finishes
-    number = np.cumsum(begins) - 1
-    which = head[group][order].astype(np.int64)
-    heads = int(which.max()) + 1 if len(which) else 1
-    before = pointers(np.bincount(which[begins], minlength=heads))[:-1]
-    slot = np.full(len(key), -1, np.int64)
-    slot[order] = np.where(resumes | ~finishes, number - before[which], -1)
-    words = []
-    for flags in (resumes, finishes):
-        word = np.zeros(len(head), np.uint64)
-        member = order[flags]
-        np.bitwise_or.at(word, group[member], np.uint64(1) << lane[member].astype(np.uint64))
-        words.append(word)
-    return slot, words[0], words[1]
+    shared = (present.sum(axis=0) > 1).reshape(heads, q_len)
+    number = np.where(shared, np.cumsum(shared, axis=1) - 1, -1).reshape(-1)
+    starts = pointers(np.bincount(group, minlength=len(head)))[:-1]
+    bits = np.uint64(1) << lane.astype(np.uint64)
+    resume, finish = (np.bitwise_or.reduceat(np.where(flags, bits, 0), starts) for flags in (resumes, finishes))
+    return number[key], resume, finish
 
 
 def _parts(array: Int64s) -> dict[str, npt.NDArray[Any]]:

@@ -42,7 +42,7 @@ class PlanStore(Protocol):
 
 
 class _Piece(NamedTuple):
-    """Groups of one cover, in one phase."""
+    """A cover, in one phase, with the rows of its groups."""
 
     phase: int
     rows: Int64s
@@ -59,9 +59,9 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
         raise MaskError(f"mask must be one of fuser.masks (of a tensor: from_dense), got {type(mask).__name__}")
     m = q_len if kv_len is None else kv_len
     mask.validate(q_len, m)
-    if q_len == 1 and m > 0 and isinstance(mask, Dense):
-        return _one_row().for_keys(m)
     model = COSTS["cpu" if target is None else target.kind]
+    if q_len > 0 and m > 0 and isinstance(mask, Dense):
+        return _whole(q_len, m, model)
     if mask.heads is None:
         return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
     masks = [mask.head(h) for h in range(mask.heads)]
@@ -72,12 +72,38 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
 
 
-@functools.cache
-def _one_row() -> AttentionPlan:
-    """The plan of one row that sees the one key there is; every step of decoding asks for that of more keys."""
-    none = np.zeros(0, np.int32)
-    runs = np.array([[0, 1, 1]], np.int32)
-    return AttentionPlan.of(1, 1, [Group(np.zeros(1, np.int32), runs, none, none.astype(np.uint64), WIDTHS[0])])
+def _whole(n: int, m: int, model: GroupCost) -> AttentionPlan:
+    """The plan of rows that all see all keys, as there is for every step of decoding and every padded batch."""
+    rest = -(-(n % SPAN) // min(WIDTHS)) * min(WIDTHS)
+    narrow = np.array([width for width in WIDTHS if rest & width], np.int64)
+    none, keys = np.zeros(len(narrow), np.int64), np.full(len(narrow), m)
+    together = model(np.array([SPAN]), keys[:1], none[:1], none[:1], none[:1]).sum()
+    if together <= model(narrow, keys, none, none, none).sum():
+        narrow = np.array([SPAN] * (rest > 0), np.int64)
+    return _of_rows(n, tuple(narrow.tolist())).for_keys(m)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_rows(n: int, rest: tuple[int, ...]) -> AttentionPlan:
+    """That of one key, the rows behind the last whole span in groups of the widths ``rest``."""
+    width = np.array([SPAN] * (n // SPAN) + [*rest[::-1]], np.int64)
+    ends = np.minimum(np.cumsum(width), n)
+    none = np.zeros(len(width), np.int64)
+    return AttentionPlan.assemble(
+        n,
+        1,
+        None,
+        head=none,
+        phase=none,
+        width=width,
+        row_counts=np.diff(ends, prepend=0),
+        rows=np.arange(n),
+        run_counts=none + 1,
+        runs=np.stack([none, none + 1, none + 1], axis=1),
+        key_counts=none,
+        keys=none[:0],
+        lanes=np.zeros(0, np.uint64),
+    )
 
 
 def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, store: PlanStore | None) -> AttentionPlan:
@@ -86,7 +112,7 @@ def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, stor
     The key covers the entries of the mask, the lengths, the costs of the target and the format. A stored plan that
     cannot be read, or is one of other lengths or heads, is made anew.
     """
-    if store is None or (q_len == 1 and isinstance(mask, Dense)):
+    if store is None or isinstance(mask, Dense):
         return plan(mask, q_len, kv_len, target)
     mask.validate(q_len, kv_len)
     if isinstance(mask, MaskMod):
@@ -111,7 +137,7 @@ def stored_plan(mask: Mask, q_len: int, kv_len: int, target: Target | None, stor
 def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int, _Piece]]) -> AttentionPlan:
     none = np.zeros(0, np.int64)
     covers = [piece.cover for _, piece in pieces]
-    sizes = [len(cover.slots) for cover in covers]
+    sizes = [len(cover.width) for cover in covers]
     repeat = np.repeat
     return AttentionPlan.assemble(
         q_len,
@@ -119,7 +145,7 @@ def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int
         heads,
         head=repeat(np.array([h for h, _ in pieces], np.int64), sizes),
         phase=repeat(np.array([piece.phase for _, piece in pieces], np.int64), sizes),
-        width=repeat(np.array([cover.width for cover in covers], np.int64), sizes),
+        width=np.concatenate([none, *(cover.width for cover in covers)]),
         row_counts=np.concatenate([none, *(piece.counts for _, piece in pieces)]),
         rows=np.concatenate([none, *(piece.rows for _, piece in pieces)]),
         run_counts=np.concatenate([none, *(cover.run_counts for cover in covers)]),
@@ -139,15 +165,14 @@ def _pieces(mask: Mask, n: int, m: int, model: GroupCost) -> Iterator[_Piece]:
         found = detect(entries, model)
     else:
         found = _arranged(parts, n, model)
-    for order, phase, covers in found:
-        for cover in covers:
-            if len(cover.slots):
-                slots = cover.slots[:, None] + np.arange(cover.width)
-                rows = order[slots]
-                piece = _Piece(phase, rows[rows >= 0], (rows >= 0).sum(axis=1), cover)
-                covered[piece.rows] = True
-                phases.add(phase)
-                yield piece
+    for order, phase, cover in found:
+        if cover is not None and len(cover.width):
+            rows = order[cover.slots[:, None] + np.arange(SPAN) % cover.width[:, None]]
+            used = (rows >= 0) & (np.arange(SPAN) < cover.width[:, None])
+            piece = _Piece(phase, rows[used], np.count_nonzero(used, axis=1), cover)
+            covered[piece.rows] = True
+            phases.add(phase)
+            yield piece
     rest = np.flatnonzero(~covered)
     if len(rest):
         yield _without_keys(rest, min(phases, default=0))
@@ -159,7 +184,7 @@ def _without_keys(rows: Int64s, phase: int) -> _Piece:
     counts = np.minimum(SPAN, len(rows) - np.arange(groups) * SPAN)
     none = np.zeros(groups, np.int64)
     empty = np.zeros(0, np.int64)
-    cover = Cover(SPAN, none, none, np.zeros((0, 3), np.int64), none, empty, np.zeros(0, np.uint64))
+    cover = Cover(np.full(groups, SPAN), none, none, np.zeros((0, 3), np.int64), none, empty, np.zeros(0, np.uint64))
     return _Piece(phase, rows, counts, cover)
 
 
@@ -171,8 +196,8 @@ class _Layer(NamedTuple):
     parts: list[Part]
 
 
-def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int64s, int, list[Cover]]]:
-    """Order, phase and covers: neighbouring rows first, then classes of rows where they are cheaper."""
+def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover | None]]:
+    """Order, phase and cover: neighbouring rows first, then classes of rows where they are cheaper."""
     plain, layers = [part for part in parts if part.period == 1], _layers(parts)
     order = identity(n)
     spans = order.reshape(-1, SPAN)
@@ -183,17 +208,17 @@ def _arranged(parts: list[Part], n: int, model: GroupCost) -> Iterator[tuple[Int
     for layer in layers:
         rows = np.flatnonzero(layer.labels >= 0)
         classes = by_class(rows, layer.labels[rows])
-        covers, cost = from_parts(layer.parts, classes, model)
+        cover, cost = from_parts(layer.parts, classes, model)
         if _least(layer, order, model) - near[1] <= cost:
             before, together = (from_parts(these, sample, model)[1] for these in (plain, [*plain, *layer.parts]))
             if together - before <= share * cost:
                 plain = [*plain, *layer.parts]
                 near = from_parts(plain, order, model)
                 continue
-        apart.append((classes, covers))
+        apart.append((classes, cover))
     yield order, 0, near[0]
-    for phase, (classes, covers) in enumerate(apart, 1):
-        yield classes, phase, covers
+    for phase, (classes, cover) in enumerate(apart, 1):
+        yield classes, phase, cover
 
 
 def _least(layer: _Layer, order: Int64s, model: GroupCost) -> float:

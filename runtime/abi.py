@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fuser.ir.extents import Extents
 
 _ARGS: tuple[tuple[str, str, Any, str], ...] = (
@@ -82,6 +84,24 @@ class Step(ctypes.Structure):
     """``FuserStep``: one kernel and its arguments, so that C code can run a list of steps without Python."""
 
     _fields_ = tuple((name, kind) for _, name, kind, _ in _STEP)
+
+
+def _table(kind: type[ctypes.Structure], fields: Sequence[tuple[str, str, Any, str]]) -> np.dtype[np.void]:
+    """The structure as a row of an array, in which pointers are integers."""
+    members = [getattr(kind, name) for _, name, _, _ in fields]
+    return np.dtype(
+        {
+            "names": [name for _, name, _, _ in fields],
+            "formats": [f"i{member.size}" for member in members],
+            "offsets": [member.offset for member in members],
+            "itemsize": ctypes.sizeof(kind),
+        }
+    )
+
+
+ARGS_ROW = _table(KernelArgs, _ARGS)
+STEP_ROW = _table(Step, _STEP)
+"""Rows of arrays of numpy that lie in memory as arrays of ``FuserArgs`` and ``FuserStep``."""
 
 
 def header() -> str:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.ir.extents import Extents
-from fuser.runtime.abi import KernelArgs, Step, extents_buffer
+from fuser.runtime.abi import ARGS_ROW, STEP_ROW, KernelArgs, extents_buffer
 from fuser.runtime.library import Kernel, run_after_fork
 from fuser.runtime.locks import ForkSafeLock
 
@@ -26,6 +27,7 @@ RUNNER = "fuser_run_steps"
 INDEX_STATUS = 1
 """What templates return for an index outside its table."""
 CPU = torch.device("cpu")
+_POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Memory(enum.Enum):
@@ -117,13 +119,54 @@ class Rebound(NamedTuple):
     constants: Mapping[int, Tensor]
 
 
-@dataclass(frozen=True)
-class _Patch:
-    """An address to write before a run: ``array[position] = start of the tensor + offset``."""
+class _StepTable:
+    """The kernel steps of a plan as C code reads them: the addresses of their tensors, one step's behind the other's,
+    their arguments, and the pairs of a kernel and its arguments."""
 
-    array: Any
-    position: int
-    offset: int
+    def __init__(self, plan: ProgramPlan, kernels: Mapping[str, Kernel], status: int) -> None:
+        steps = [step for step in plan.steps if isinstance(step, NativeStep)]
+        starts = list(itertools.accumulate((max(len(step.tensors), 1) for step in steps), initial=0))
+        self._threads = plan.threads
+        self._addresses = (ctypes.c_void_p * starts[-1])()
+        self._starts = starts
+        self._args = np.zeros(len(steps), ARGS_ROW)
+        self._args["tensors"] = np.array(starts[:-1], np.int64) * _POINTER + ctypes.addressof(self._addresses)
+        self._args["threads"], self._args["status"] = plan.threads, status
+        self._steps = np.zeros(len(steps), STEP_ROW)
+        self._steps["kernel"] = [kernels[step.symbol].address for step in steps]
+        self._steps["args"] = self._args.ctypes.data + np.arange(len(steps)) * ARGS_ROW.itemsize
+        self._buffers: list[Any] = [None] * len(steps)
+        made: dict[int, Any] = {}
+        for row, step in enumerate(steps):
+            self.set_extents(row, step, made)
+        self.place(steps)
+
+    def run(self, first: int, count: int) -> KernelArgs:
+        """What the step runner takes to run so many rows from the ``first`` on."""
+        return KernelArgs.pack((self._steps.ctypes.data + first * STEP_ROW.itemsize,), (count,), self._threads)
+
+    def set_extents(self, row: int, step: NativeStep, made: dict[int, Any]) -> None:
+        """Give a step its run-time sizes; ``made`` knows those of equal layers, which share them."""
+        buffer = made.get(id(step.extents))
+        if buffer is None:
+            buffer = made[id(step.extents)] = extents_buffer(step.extents)
+        self._buffers[row] = buffer
+        self._args["extents"][row] = ctypes.addressof(buffer)
+
+    def place(self, steps: Sequence[NativeStep]) -> None:
+        """Take over where in their memory the tensors of the steps are."""
+        self._patches: dict[tuple[Memory, int], list[tuple[int, int]]] = {}
+        for start, step in zip(self._starts, steps, strict=False):
+            for position, slot in enumerate(step.tensors, start):
+                self._patches.setdefault((slot.memory, slot.index), []).append((position, slot.offset))
+
+    def patch(self, memory: Memory, index: int, address: int) -> None:
+        """The memory starts at this ``address``."""
+        for position, offset in self._patches.get((memory, index), ()):
+            self._addresses[position] = address + offset
+
+    def set_workspace(self, address: int) -> None:
+        self._args["workspace"] = address
 
 
 class Arena:
@@ -252,23 +295,16 @@ class Program:
         status: int = 0,
     ) -> None:
         self.plan = plan
-        self._status = status
         self._kernels = kernels
         self._arena = arena or Arena()
         self.states = States(self._arena) if states is None else states
         if self.states.arena is not self._arena:
             raise ValueError("programs that share states must share the arena of these")
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._patches: dict[tuple[Memory, int], list[_Patch]] = {}
-        self._arguments: list[KernelArgs] = []
-        self._keep: list[Any] = []
-        # By identity of the plan's extents, which equal layers share.
-        self._extents: dict[int, Any] = {}
-        self._constants: list[Tensor] = []
+        self._table = _StepTable(plan, kernels, status)
         self._given: list[Tensor] = []
         self._segments: list[tuple[Any, int, int] | TorchStep] = []
-        # By number of the step: the memory of a kernel's addresses, or the place of a PyTorch step.
-        self._addresses: dict[int, Any] = {}
+        # By number of the step: the row of a kernel, or the place of a PyTorch step.
         self._places: dict[int, int] = {}
         # By identity of the plan's slots: hashing all that a slot says would take as long as a small operator.
         self._arena_views: dict[int, Tensor] = {}
@@ -299,7 +335,6 @@ class Program:
         with self._arena.lock:
             self._given = list(constants)
             self._twins = {}
-            self._constants = [tensor.detach() for tensor in constants]
             self._constant_views = {}
             for i, tensor in enumerate(constants):
                 self._patch(Memory.CONSTANT, i, tensor)
@@ -381,13 +416,11 @@ class Program:
     ) -> list[Callable[[], None]]:
         if isinstance(segment, TorchStep):
             return [functools.partial(self._run_torch, segment, held)]
-        args, first, count = segment
-        single: list[Callable[[], None]] = []
-        for i in range(count):
-            address = args.tensors[0] + i * ctypes.sizeof(Step)
-            part = KernelArgs.pack((address,), (1,), self.plan.threads)
-            single.append(functools.partial(self._run_native, (part, first + i, 1)))
-        return single
+        _, first, count = segment
+        return [
+            functools.partial(self._run_native, (self._table.run(self._places[i], 1), i, 1))
+            for i in range(first, first + count)
+        ]
 
     def _bind(self, inputs: Sequence[Tensor]) -> dict[tuple[Memory, int], Tensor]:
         """Point the steps at these inputs and at fresh outputs, which are returned by slot."""
@@ -444,8 +477,7 @@ class Program:
         """Move into this arena."""
         self._buffer = buffer
         self._patch(Memory.ARENA, 0, buffer)
-        for args in self._arguments:
-            args.workspace = buffer.data_ptr() + self.plan.workspace_offset
+        self._table.set_workspace(buffer.data_ptr() + self.plan.workspace_offset)
         self._arena_views = {}
 
     def leave(self) -> None:
@@ -468,91 +500,42 @@ class Program:
                 continue
             assert isinstance(old, NativeStep)
             if step.extents is not old.extents:
-                made = extents.get(id(step.extents))
-                if made is None:
-                    made = extents[id(step.extents)] = extents_buffer(step.extents)
-                args, addresses, _ = self._addresses[i]
-                args.extents = ctypes.cast(made, ctypes.c_void_p)
-                self._addresses[i] = args, addresses, made
+                self._table.set_extents(self._places[i], step, extents)
             moved = moved or any(
                 a is not b and (a.memory, a.index, a.offset) != (b.memory, b.index, b.offset)
                 for a, b in zip(old.tensors, step.tensors, strict=True)
             )
         self.plan = plan
-        self._extents.clear()
         # Known by the identity of slots, of which some have gone.
         self._arena_views, self._constant_views = {}, {}
         for i, tensor in rebound.constants.items():
-            self._given[i], self._constants[i] = tensor, tensor.detach()
+            self._given[i] = tensor
         if moved:
-            self._patches.clear()
-            for i, step in enumerate(plan.steps):
-                if isinstance(step, NativeStep):
-                    self._patch_later(step, self._addresses[i][1])
+            self._table.place([step for step in plan.steps if isinstance(step, NativeStep)])
             self._settle(self._arena.require(plan.arena_bytes))
             for i, tensor in enumerate(self._state_tensors):
                 self._patch(Memory.STATE, i, tensor)
-        for i in range(len(self._constants)) if moved else rebound.constants:
-            self._patch(Memory.CONSTANT, i, self._constants[i])
-
-    def _patch_later(self, step: NativeStep, addresses: Any) -> None:
-        for position, slot in enumerate(step.tensors):
-            patch = _Patch(addresses, position, slot.offset)
-            self._patches.setdefault((slot.memory, slot.index), []).append(patch)
+        for i in range(len(self._given)) if moved else rebound.constants:
+            self._patch(Memory.CONSTANT, i, self._given[i])
 
     def _assemble(self) -> None:
-        run: list[Step] = []
-        first = 0
-        for position, step in enumerate(self.plan.steps):
-            if isinstance(step, NativeStep):
-                if not run:
-                    first = position
-                run.append(self._native(position, step))
+        rows = 0
+        for native, steps in itertools.groupby(enumerate(self.plan.steps), lambda at: isinstance(at[1], NativeStep)):
+            found = list(steps)
+            if not native:
+                for number, step in found:
+                    assert isinstance(step, TorchStep)
+                    self._places[number] = len(self._segments)
+                    self._segments.append(step)
                 continue
-            self._close(run, first)
-            run = []
-            self._places[position] = len(self._segments)
-            self._segments.append(step)
-        self._close(run, first)
-
-    def _native(self, number: int, step: NativeStep) -> Step:
-        addresses = (ctypes.c_void_p * max(len(step.tensors), 1))()
-        self._patch_later(step, addresses)
-        extents = self._extents.get(id(step.extents))
-        if extents is None:
-            extents = self._extents[id(step.extents)] = extents_buffer(step.extents)
-        args = KernelArgs(
-            ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
-            ctypes.cast(extents, ctypes.c_void_p),
-            self.plan.threads,
-            None,
-            self._status,
-        )
-        self._arguments.append(args)
-        self._addresses[number] = args, addresses, extents
-        return Step(self._kernels[step.symbol].address, ctypes.pointer(args))
-
-    def _close(self, run: list[Step], first: int) -> None:
-        if not run:
-            return
-        steps = (Step * len(run))(*run)
-        tensors = (ctypes.c_void_p * 1)(ctypes.addressof(steps))
-        extents = extents_buffer((len(run),))
-        args = KernelArgs(
-            ctypes.cast(tensors, ctypes.POINTER(ctypes.c_void_p)),
-            ctypes.cast(extents, ctypes.c_void_p),
-            self.plan.threads,
-            None,
-        )
-        self._keep += [steps, tensors, extents, args, *run]
-        self._segments.append((args, first, len(run)))
+            self._segments.append((self._table.run(rows, len(found)), found[0][0], len(found)))
+            self._places.update((number, rows + i) for i, (number, _) in enumerate(found))
+            rows += len(found)
 
     # ---- running
 
     def _patch(self, memory: Memory, index: int, tensor: Tensor) -> None:
-        address = tensor.data_ptr()
-        for patch in self._patches.get((memory, index), ()):
-            patch.array[patch.position] = address + patch.offset
+        self._table.patch(memory, index, tensor.data_ptr())
 
     def _run_native(self, segment: tuple[Any, int, int]) -> None:
         args, first, _ = segment
@@ -603,7 +586,7 @@ class Program:
         if slot.memory is Memory.CONSTANT:
             view = self._constant_views.get(id(slot))
             if view is None:
-                view = self._constant_views[id(slot)] = _strided(self._constants[slot.index], slot)
+                view = self._constant_views[id(slot)] = _strided(self._given[slot.index].detach(), slot)
             return view
         if slot.memory is Memory.STATE:
             return _strided(self._state_tensors[slot.index], slot)

@@ -32,6 +32,8 @@ from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
+_FEW = 8
+"""Parts that are summed as operands of one operator."""
 
 
 HANDLERS: dict[Any, Handler] = {}
@@ -857,7 +859,30 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
     given = _given(node, "dim", "keepdim")
     found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
+    found = _few_summed(r, node, given) if found is None else found
     return _one_by_one(r, node, given) if found is None else found
+
+
+def _few_summed(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A sum over a few parts that lie beside each other, such as what the experts of a token have made of it, as one
+    elementwise sum."""
+    source, dims = traced(node.args[0]), given.get("dim")
+    if node.target is not aten.sum.dim_IntList or given.get("keepdim") or not isinstance(dims, (list, tuple)):
+        return None
+    x = r.view(node.args[0])
+    if len(dims) != 1 or source.ndim < 3 or source.dtype != traced(node).dtype or r.is_constant(x):
+        return None
+    dim = dims[0] % source.ndim
+    count = source.shape[dim]
+    if dim == source.ndim - 1 or isinstance(count, Size) or not 2 <= count <= _FEW:
+        return None
+    parts = [x.select(dim, i) for i in range(count)]
+    known = [part for part in parts if part is not None]
+    b = Builder()
+    y = b.input(0)
+    for i in range(1, count):
+        y = b.apply(Op.ADD, y, b.input(i))
+    return r.elementwise(node, kinds.Pointwise(b.build(y)), known) if len(known) == count else None
 
 
 def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import Arena, Program, States
+from fuser.runtime.program import Arena, Program, ProgramPlan, States
 from fuser.search.partition import default_scheme, pytorch_seconds
 from fuser.search.tuning import Tuner
 
@@ -54,7 +54,10 @@ class Compiled:
     """A program with everything that it was made from, for reports and for saving."""
 
     captured: Captured
-    graph: OperatorGraph
+    graph_of: Callable[[], OperatorGraph]
+    """Gives the ``graph`` that it runs: few calls want to know."""
+    mask_inputs: tuple[int, ...]
+    """Which inputs are large and end as masks of attention, by position."""
     decided: Mapping[str, Choice]
     """What was decided for every kind of region, by the name of the first operator of its first."""
     assembly: Assembly
@@ -70,6 +73,11 @@ class Compiled:
     """The named sizes that it was bound to, if its model was captured for all of them."""
     growing: Growing | None = None
     """How it follows the sizes of objects that it is called with, such as caches; None where it has one plan."""
+
+    @functools.cached_property
+    def graph(self) -> OperatorGraph:
+        """Its operators, with the sizes that it was bound to."""
+        return self.graph_of()
 
     def serves(self, call: FlatCall) -> bool:
         """Whether it is right for the sizes of a call's objects, which keys do not say."""
@@ -103,20 +111,6 @@ class Compiled:
         """Which of the outputs have gradients."""
         return Routes(self.captured)
 
-    @functools.cached_property
-    def mask_inputs(self) -> tuple[int, ...]:
-        """Which inputs are large and end as masks of attention, by position."""
-        graph, found = self.graph, set[str]()
-        pending = [op.inputs[1] for op in graph.operators if isinstance(op.semantics, ScoreMask) and len(op.inputs) > 1]
-        while pending:
-            name = graph.base(pending.pop())
-            if name not in found:
-                found.add(name)
-                pending += maker.inputs if (maker := graph.source(name)) else ()
-        shapes = [(i, name, graph.values[name].shape) for i, name in enumerate(graph.inputs)]
-        large = ((i, name) for i, name, shape in shapes if len(shape) > 1 and math.prod(shape) >= _LARGE_MASK)
-        return tuple(i for i, name in large if name in found)
-
     @property
     def may_be_slower(self) -> bool:
         """Whether the original model may be faster, which takes many operators that are left to PyTorch: its own
@@ -137,6 +131,24 @@ class Compiled:
     def is_current(self) -> bool:
         """Whether its masks are what they were."""
         return all(mask.is_current for mask in self.masks)
+
+
+def mask_inputs(graph: OperatorGraph) -> tuple[int, ...]:
+    """Which inputs of a graph end as masks of attention, by position."""
+    found = set[str]()
+    pending = [op.inputs[1] for op in graph.operators if isinstance(op.semantics, ScoreMask) and len(op.inputs) > 1]
+    while pending:
+        name = graph.base(pending.pop())
+        if name not in found:
+            found.add(name)
+            pending += maker.inputs if (maker := graph.source(name)) else ()
+    return tuple(i for i, name in enumerate(graph.inputs) if name in found)
+
+
+def large_masks(positions: Sequence[int], plan: ProgramPlan) -> tuple[int, ...]:
+    """Those of the inputs at these positions that are large, and no row of a mask."""
+    shapes = ((i, plan.inputs[i].shape) for i in positions)
+    return tuple(i for i, shape in shapes if len(shape) > 1 and math.prod(shape) >= _LARGE_MASK)
 
 
 Reasons = tuple[tuple[str, str], ...]
@@ -207,7 +219,8 @@ def compile_call(
     share = unfused_share(graph, assembly, target)
     masks = tuple(functions_of(captured, attention))
     decided = by_first_operator(graph, choices)
-    return Compiled(captured, graph, decided, assembly, program, captured.output, seconds, share, masks)
+    large = large_masks(mask_inputs(graph), assembly.plan)
+    return Compiled(captured, lambda: graph, large, decided, assembly, program, captured.output, seconds, share, masks)
 
 
 def unfused_share(graph: OperatorGraph, assembly: Assembly, target: Target) -> float:

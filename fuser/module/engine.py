@@ -253,7 +253,7 @@ class Engine:
             except FuserError as error:
                 self.forms.refused(f"{text_of(call)}: {error}")
                 return None
-            self.check_masked(found.graph)
+            self.check_masked(found)
             self.padding.count(form, found.sizes, target, call.tensors)
             return found
 
@@ -296,7 +296,7 @@ class Engine:
                 captured=self._calibrated.get(call.key) if like is None else like.captured,
                 quantizer=self.quantizer,
             )
-        self.check_masked(compiled.graph)
+        self.check_masked(compiled)
         return compiled
 
     def part(self, form: Form, part: Variant, sizes: Mapping[str, int], key: Key, device: torch.device) -> Compiled:
@@ -421,10 +421,10 @@ class Engine:
         if self.options.attention is not None:
             raise MaskError(f"{UNMASKED}, and it has to run: {reason}")
 
-    def check_masked(self, graph: OperatorGraph) -> None:
-        """Raise MaskError if something in a graph misses the mask that was given for self-attention."""
+    def check_masked(self, compiled: Compiled) -> None:
+        """Raise MaskError if something in a program misses the mask that was given for self-attention."""
         if self.options.attention is not None:
-            check_restricted(graph)
+            check_restricted(compiled.graph)
 
     def retain(self) -> None:
         """Keep only what the programs that are left use."""

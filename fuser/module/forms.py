@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import time
@@ -32,7 +33,9 @@ from fuser.module.compiler import (
     by_first_operator,
     choose_all,
     functions_of,
+    large_masks,
     load_kernels,
+    mask_inputs,
     tables_of,
     unfused_share,
 )
@@ -145,7 +148,7 @@ class Template:
         self._shared: tuple[int, list[Tensor]] | None = None
         self._late = late
 
-    @property
+    @functools.cached_property
     def late(self) -> tuple[ProgramPlan, list[int], dict[str, Any]]:
         """The plan with named sizes, the positions of its constants that depend on them, and what these are made of."""
         refs = [ref for ref, own in zip(self.plan.plan.constants, self._own, strict=True) if own]
@@ -158,6 +161,11 @@ class Template:
                 pending += found[name].sources
         return self.plan.plan, [i for i, own in enumerate(self._own) if own], found
 
+    @functools.cached_property
+    def _made(self) -> Binder[dict[str, Any]]:
+        """What constants that depend on sizes are made of."""
+        return Binder(self.late[2])
+
     def use(self, parameters: Mapping[str, Tensor]) -> Use:
         """The constants that all of its programs share."""
         refs = [ref for ref, own in zip(self.assembly.plan.constants, self._own, strict=True) if not own]
@@ -166,20 +174,20 @@ class Template:
     def constants(
         self,
         plan: ProgramPlan,
-        graph: OperatorGraph,
+        sizes: Mapping[str, int],
         parameters: Mapping[str, Tensor],
         store: WeightStore,
         folder: Path,
         device: torch.device,
     ) -> list[Tensor]:
-        """Those of the program with this ``plan`` for the sizes of ``graph``, in its order."""
+        """Those of the program with this ``plan`` for these ``sizes``, in its order."""
         if self._shared is None or self._shared[0] != store.generation:
             refs, constants, _ = self.use(parameters)
             tables = tables_of(self._late)
             self._shared = store.generation, store.load(refs, constants, parameters, tables, folder, device)
-        shared = iter(self._shared[1])
+        shared, made = iter(self._shared[1]), self._made(sizes)
         return [
-            store.made(ref, graph.constants, parameters, device) if own else next(shared)
+            store.made(ref, made, parameters, device) if own else next(shared)
             for ref, own in zip(plan.constants, self._own, strict=True)
         ]
 
@@ -216,6 +224,11 @@ class Variant:
     @classmethod
     def of(cls, graph: OperatorGraph, dtypes: frozenset[torch.dtype], counts: tuple[str, ...] | None = None) -> Variant:
         return cls(graph, dtypes, Binder(graph), Binder(graph.assumptions), counts=counts)
+
+    @functools.cached_property
+    def mask_inputs(self) -> tuple[int, ...]:
+        """Which inputs end as masks of attention, by position."""
+        return mask_inputs(self.graph)
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether the graph is right for these sizes."""
@@ -347,18 +360,18 @@ class Form:
             seconds[stage], clock = seconds.get(stage, 0.0) + now - clock, now
 
         captured = self.captured
-        with _evaluating():
-            graph = variant.binder(sizes)
-        lap("raise")
         key = (target, threads, variant.magnitude(sizes))
         if key not in variant.templates:
+            with _evaluating():
+                graph = variant.binder(sizes)
+            lap("raise")
             variant.templates[key] = Template(variant.graph, graph, target, threads, tuner, cache, lap)
         template = variant.templates[key]
         arena = states.arena
         with _evaluating():
             assembly = dataclasses.replace(template.assembly, plan=template.plan.bind(sizes))
             lap("bind")
-            constants = template.constants(assembly.plan, graph, captured.parameters, store, cache.root, arena.device)
+            constants = template.constants(assembly.plan, sizes, captured.parameters, store, cache.root, arena.device)
         program = program_of(
             assembly.plan, template.kernels, constants, target, arena, self.options.cuda_graphs, states
         )
@@ -366,7 +379,8 @@ class Form:
         lap("pack")
         return Compiled(
             captured,
-            graph,
+            functools.partial(variant.binder, sizes),
+            large_masks(variant.mask_inputs, assembly.plan),
             template.decided,
             assembly,
             program,

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 import fuser
 from fuser import masks
 from fuser.ir.errors import MaskError
+from fuser.ir.masks.structure import whole
+from fuser.ir.target import Target, emulated_target
 from fuser.kernels import planner
-from fuser.kernels.cover import _Spans, identity
+from fuser.kernels.cover import COSTS, _Spans, from_parts, identity
 from fuser.kernels.plan import AttentionPlan
 from fuser.kernels.planner import plan, stored_plan
 
@@ -56,6 +58,19 @@ COMBINED = st.recursive(
     max_leaves=4,
 )
 LENGTH = st.integers(1, 150)
+
+
+@pytest.mark.parametrize("target", [None, emulated_target()], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("keys", [1, 7, 500])
+def test_rows_that_see_all_keys_are_divided_as_costs_say(keys: int, target: Target | None) -> None:
+    costs = COSTS["cuda" if target else "cpu"]
+    for rows in range(1, 131):
+        found = plan(masks.Dense(), rows, keys, target)
+        found.validate(masks.Dense())
+        order = identity(rows)
+        cover, _ = from_parts(whole(rows, keys), order, costs)
+        assert cover is not None
+        assert sorted(group.width for group in found) == sorted(cover.width.tolist())
 
 
 @pytest.mark.parametrize("keys", [1, 2, 70, 4097])

@@ -56,11 +56,11 @@ class Progressions:
 def spans(rows: int, kv_len: int, *parts: tuple[Any, Any, Any]) -> Progressions:
     """Progressions from ascending parts ``(first, last, step)``, inclusive, scalars or (rows,), cut to [0, kv_len)."""
     shape = (len(parts), rows)
-    first, last, step = (np.empty(shape, np.int64) for _ in range(3))
-    for k, part in enumerate(parts):
-        first[k], last[k], step[k] = part
-    first += np.maximum(0, -(first // step)) * step  # the progression's first member that is not negative
-    count = np.maximum(0, (np.minimum(last, kv_len - 1) - first) // step + 1)
+    first, count, step = (np.empty(shape, np.int64) for _ in range(3))
+    for k, (begin, last, by) in enumerate(parts):
+        first[k], step[k] = begin, by
+        first[k] += np.maximum(0, -(first[k] // by)) * by  # the progression's first member that is not negative
+        count[k] = np.maximum(0, (np.minimum(last, kv_len - 1) - first[k]) // by + 1)
     return Progressions(*(np.ascontiguousarray(array.T) for array in (first, count, step)))
 
 

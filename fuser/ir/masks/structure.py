@@ -45,9 +45,17 @@ def parts_of(closed: Progressions | None) -> list[Part]:
         raise IrregularError
     parts = []
     for start, count, step in zip(closed.start.T, closed.count.T, closed.step.T, strict=True):
-        for value in np.unique(step[count > 0]).tolist():
+        for value in _distinct(step[count > 0]):
             parts.append(Part(start, np.where(step == value, count, 0), value, value))
     return _short(parts)
+
+
+def _distinct(values: Ints) -> list[int]:
+    """The values there are, ascending; mostly there is one."""
+    if len(values) and values.min() == values.max():
+        return [int(values[0])]
+    found: list[int] = np.unique(values).tolist()
+    return found
 
 
 def meet(a: list[Part], b: list[Part]) -> list[Part]:
