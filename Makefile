@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out
-PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet

@@ -134,6 +134,9 @@ def compose(
             spec, indices = graph.values[table], graph.values[index]
             if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in storage:
                 return None
+            if group.produces(table) is not None:
+                # Any of its rows may be read for the first.
+                return None
             if indices.dtype != torch.int64 or not indices.is_contiguous:
                 return None
             bound = Bound(Operand(Access.GATHER, STORAGE[spec.dtype]), table, spec.strides[0], spec.shape[0])

@@ -21,7 +21,7 @@ from fuser.ir.masks.structure import Part
 from fuser.ir.target import Target
 from fuser.kernels.cover import COSTS, SPAN, Cover, GroupCost, by_class, from_parts, identity
 from fuser.kernels.detection import detect
-from fuser.kernels.plan import FORMAT, WIDTHS, AttentionPlan, Group, Int64s
+from fuser.kernels.plan import FORMAT, WIDTHS, AttentionPlan, Int64s
 
 _SAMPLE = 48
 """Spans of rows on which arrangements are compared."""

@@ -285,8 +285,9 @@ def _compile(
             log = _run_ninja(
                 [str(ninja), "-C", str(folder), "-k", "0", "-j", str(parallel), "--quiet"], folder, len(jobs), stop
             )
-            for made in (precompiled, *engines.values()):
-                made.keep()
+            precompiled.keep()
+            for engine in engines.values():
+                engine.keep()
         except OSError as error:
             if error.errno in FULL or not folder.exists():
                 raise

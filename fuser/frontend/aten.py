@@ -32,6 +32,8 @@ from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
+_FEW = 8
+"""Parts that are summed as operands of one operator."""
 
 
 HANDLERS: dict[Any, Handler] = {}
@@ -179,6 +181,19 @@ def _evenly_spaced(indices: Tensor, size: int) -> tuple[int, int, int] | None:
 @_handles(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(r: Raiser, node: fx.Node) -> Value | None:
     return None if any(isinstance(n, Size) or n for n in node.args[1]) else r.view(node.args[0])
+
+
+@_handles(aten.roll.default)
+def _roll(r: Raiser, node: fx.Node) -> Value | None:
+    """A cyclic shift that leaves rows whole: these in another order."""
+    view, shifts, dims = r.view(node.args[0]), node.args[1], node.args[2] if len(node.args) > 2 else []
+    dims = tuple(d % len(view.dims) for d in dims)
+    found = r.row_numbers(view) if dims and len(view.dims) - 1 not in dims else None
+    if found is None:
+        return None
+    table, numbers = found
+    shifted = r.numbered((numbers,), TorchCall(node.target, (Ref(0), tuple(shifts), dims)), view.shape[:-1])
+    return View.of(*_named(r, r.of_rows(view, table, shifted)))
 
 
 @_handles(aten.as_strided.default, aten.as_strided_copy.default)
@@ -332,7 +347,7 @@ def _getitem(r: Raiser, node: fx.Node) -> Value:
 @_handles(aten.linear.default)
 def _linear(r: Raiser, node: fx.Node) -> Value | None:
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    if not r.is_constant(weight) or len(weight.dims) != 2:
+    if not r.is_constant(weight) or len(weight.dims) != 2 or r.is_constant(x):
         return None
     siblings = _siblings(r, node)
     if len(siblings) > 1:
@@ -857,7 +872,30 @@ _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, ate
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
     given = _given(node, "dim", "keepdim")
     found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
+    found = _few_summed(r, node, given) if found is None else found
     return _one_by_one(r, node, given) if found is None else found
+
+
+def _few_summed(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A sum over a few parts that lie beside each other, such as what the experts of a token have made of it, as one
+    elementwise sum."""
+    source, dims = traced(node.args[0]), given.get("dim")
+    if node.target is not aten.sum.dim_IntList or given.get("keepdim") or not isinstance(dims, (list, tuple)):
+        return None
+    x = r.view(node.args[0])
+    if len(dims) != 1 or source.ndim < 3 or source.dtype != traced(node).dtype or r.is_constant(x):
+        return None
+    dim = dims[0] % source.ndim
+    count = source.shape[dim]
+    if dim == source.ndim - 1 or isinstance(count, Size) or not 2 <= count <= _FEW:
+        return None
+    parts = [x.select(dim, i) for i in range(count)]
+    known = [part for part in parts if part is not None]
+    b = Builder()
+    y = b.input(0)
+    for i in range(1, count):
+        y = b.apply(Op.ADD, y, b.input(i))
+    return r.elementwise(node, kinds.Pointwise(b.build(y)), known) if len(known) == count else None
 
 
 def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:

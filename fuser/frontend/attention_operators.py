@@ -58,12 +58,16 @@ def check_restricted(graph: OperatorGraph) -> None:
 
 
 def multiplied(r: Raiser, node: fx.Node, q: View, factors: View) -> View:
-    """Queries (…, Sq, D) of ``node``, times numbers that broadcast to them."""
+    """Queries (…, Sq, D) of ``node``, in the order in which they lie in memory, times numbers (…, 1, 1) that broadcast
+    to them."""
     b = Builder()
     product = kinds.Pointwise(b.build(b.apply(Op.MUL, b.input(0), b.input(1))))
-    spec = TensorSpec.contiguous(q.shape, r.dtype(q))
-    inputs = (r.realize(q), r.realize(factors.expand((*q.shape[:-2], 1, 1))))
-    return r.emit(product, f"{node.name}_scaled", inputs, spec)
+    order = q.memory_order()
+    rows = q.permute(order)
+    factors = factors.expand((1,) * (len(order) - len(factors.dims)) + factors.shape).permute(order)
+    spec = TensorSpec.contiguous(rows.shape, r.dtype(q))
+    scaled = r.emit(product, f"{node.name}_scaled", (r.realize(rows), r.realize(factors)), spec)
+    return scaled.permute([order.index(d) for d in range(len(order))])
 
 
 def _with_rows(r: Raiser, operand: View) -> View:

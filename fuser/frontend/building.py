@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from fuser.frontend import norms
-from fuser.frontend.views import View
+from fuser.frontend.views import View, collapsed
 from fuser.ir import operators as kinds
 from fuser.ir.binding import Binder, Late
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
-from fuser.ir.operators import Extern, Ref, Semantics, TorchCall
+from fuser.ir.operators import Extern, GatherRows, Ref, Semantics, TorchCall, canonical
+from fuser.ir.size import Size
 
 Decision = TypeVar("Decision")
+_LEAST_WIDTH = 8
+"""Elements of a row whose number costs little beside it."""
 
 
 def _is_still(decision: Decision, function: Callable[..., Decision], *arguments: Any) -> bool:
@@ -49,11 +52,13 @@ class Evaluation:
 class GraphBuilder:
     """A graph to which operators are appended; what nothing needs is left out at the end.
 
-    ``inspected`` collects the parameters whose values, not only shapes, decided something, and ``assumptions`` what was
-    decided for the ``sample`` of the named sizes and has to be the same for others.
+    ``floating`` are the dtypes that kernels compute with. ``inspected`` collects the parameters whose values, not only
+    shapes, decided something, and ``assumptions`` what was decided for the ``sample`` of the named sizes and has to be
+    the same for others.
     """
 
-    def __init__(self, sample: Mapping[str, int]) -> None:
+    def __init__(self, sample: Mapping[str, int], floating: frozenset[torch.dtype] = frozenset()) -> None:
+        self.floating = floating
         self.values: dict[str, TensorSpec] = {}
         self.operators: list[Operator] = []
         self.constants: dict[str, Constant] = {}
@@ -64,6 +69,7 @@ class GraphBuilder:
         self._evaluations: dict[str, Evaluation] = {}
         self._decisions: dict[Hashable, Any] = {}
         self._realized: dict[View, str] = {}
+        self._numbers: dict[tuple[tuple[str, ...], str], str] = {}
         self.inspected: set[str] = set()
 
     # ---- values
@@ -103,11 +109,75 @@ class GraphBuilder:
         elif strides is not None:
             name = self.alias(f"{view.base}_view", view.base, shape, strides, view.offset)
         else:
-            copy = Extern(view.copied(), "a view that no strides can describe is copied")
-            spec = TensorSpec.contiguous(shape, base.dtype)
-            name = self.emit(copy, f"{view.base}_copy", (view.base,), spec).base
+            name = self.gathered(view) or self._copied(view)
         self._realized[view] = name
         return name
+
+    def _copied(self, view: View) -> str:
+        copy = Extern(view.copied(), "a view that no strides can describe is copied")
+        spec = TensorSpec.contiguous(view.shape, self.dtype(view))
+        return self.emit(copy, f"{view.base}_copy", (view.base,), spec).base
+
+    # ---- rows in another order
+
+    def gathered(self, view: View) -> str | None:
+        """A value that has the rows of a view, its last dimension, by their numbers: what windows of an image are. None
+        where they are no rows of one matrix, or of numbers that kernels do not move."""
+        found = self.row_numbers(view)
+        return None if found is None else self.of_rows(view, *found)
+
+    def of_rows(self, view: View, table: str, numbers: str) -> str:
+        """The rows with these numbers of a matrix that :meth:`row_numbers` gave for ``view``."""
+        matrix = self.values[table]
+        spec = TensorSpec.contiguous((*self.values[numbers].shape, matrix.shape[1]), matrix.dtype)
+        op = self.producer(matrix.base or table)
+        if op is not None and isinstance(op.semantics, GatherRows):
+            source, before = op.inputs
+            if self.values[source].shape[1] == matrix.shape[1]:
+                call = TorchCall(torch.ops.aten.take.default, (Ref(0), Ref(1)))
+                return self.of_rows(view, source, self.numbered((before, numbers), call, self.values[numbers].shape))
+        elif op is not None and self._is_by_row(op, matrix):
+            # Each row by itself, and so in any order: a kernel reads rows where they are.
+            first, *others = op.inputs
+            seen = self.values[first]
+            rows = self.alias(f"{first}_rows", seen.base or first, *_matrix(seen, seen.shape[-1]))
+            inputs = (self.of_rows(view, rows, numbers), *others)
+            return self.emit(op.semantics, f"{view.base}_gathered", inputs, spec).base
+        return self.emit(GatherRows(), f"{view.base}_gathered", (table, numbers), spec).base
+
+    def _is_by_row(self, op: Operator, rows: TensorSpec) -> bool:
+        """Whether ``op`` is a norm or the like, which makes every row of its result of the same row of one operand."""
+        if op.expression is None or not op.expression.has_reduction or self._states_of(op.inputs):
+            return False
+        first, *others = (self.values[value] for value in op.inputs)
+        same = first.is_contiguous and first.offset == 0 and first.numel == rows.numel and first.dtype == rows.dtype
+        return same and first.shape[-1] == rows.shape[1] and all(len(spec.shape) < 2 for spec in others)
+
+    def row_numbers(self, view: View) -> tuple[str, str] | None:
+        """A matrix that a view shows rows of, and a constant with the number of each, in the shape of the view without
+        its last dimension; None where it shows something else."""
+        *outer, last = view.dims or ((),)
+        base, columns = self.values[view.base], collapsed(last)
+        if base.dtype not in self.floating or len(columns) != 1 or columns[0][1] != 1 or self.is_constant(view):
+            return None
+        width, strides = columns[0][0], [stride for factors in outer for _, stride in factors]
+        if not outer or isinstance(width, Size) or width < _LEAST_WIDTH:
+            return None
+        dense = base.base is None and base.extent == base.numel
+        if not dense or any(n % width != 0 for n in (*strides, view.offset, base.numel)):
+            return None
+        table, count = self.alias(f"{view.base}_rows", view.base, *_matrix(base, width)), base.numel // width
+        numbers = self.numbered((), TorchCall(torch.arange, (count,)), (count,))
+        dims = tuple(tuple((size, stride // width) for size, stride in factors) for factors in outer)
+        seen = View(numbers, dims, view.offset // width)
+        return table, self.numbered((numbers,), seen.copied(), seen.shape)
+
+    def numbered(self, sources: tuple[str, ...], call: TorchCall, shape: Sequence[int]) -> str:
+        """A constant of numbers of rows, one for all that need the same."""
+        key = sources, canonical(call)
+        if key not in self._numbers:
+            self._numbers[key] = self.derived("numbers", sources, call, shape, torch.int64)
+        return self._numbers[key]
 
     def reshaped(self, view: View, shape: Sequence[int]) -> View:
         """A view in another shape, of a copy where it has to be. Raises CaptureError where even that has none."""
@@ -292,6 +362,11 @@ def _needed(operators: Sequence[Operator], outputs: Sequence[str]) -> tuple[list
             used.update(op.inputs)
     kept.reverse()
     return kept, used.union(*(op.outputs for op in kept))
+
+
+def _matrix(spec: TensorSpec, width: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Shape, strides and offset of the matrix with rows of ``width`` that lies in the memory of ``spec``."""
+    return (spec.numel // width, width), (width, 1), 0
 
 
 def _view_kind(base: TensorSpec, spec: TensorSpec) -> type[kinds.View]:

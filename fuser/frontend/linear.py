@@ -20,6 +20,9 @@ def linear(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, t
     inverse = tuple(order.index(d) for d in range(len(order)))
     rows = x.permute(order)
     columns = weight.shape[0] if transposed else weight.shape[1]
+    if len(x.dims) > 2 and View(x.base, x.dims[-2:-1]).strides() is None and r.row_numbers(x) is not None:
+        # No strides will describe what is made of them either, as q, k and v of windows.
+        return _gemm(r, node, x, weight, bias, transposed, columns)
     if rows.strides() is None or rows.strides()[-1] != 1:  # type: ignore[index]
         rearranged = _rows_in_memory_order(x)
         if rearranged is not None:

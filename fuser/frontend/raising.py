@@ -67,10 +67,9 @@ class Raiser(GraphBuilder):
         floating: frozenset[torch.dtype],
         sample: Mapping[str, int],
     ) -> None:
-        super().__init__(sample)
+        super().__init__(sample, floating)
         self.captured = captured
         self.attention = attention
-        self.floating = floating
         self.env: dict[fx.Node, Value] = {}
         self._roots = _roots(captured.graph.graph)
         self.roomy: set[str] = set()

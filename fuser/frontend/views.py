@@ -42,7 +42,7 @@ class View:
         found: list[int] = []
         following = 1
         for factors in reversed(self.dims):
-            merged = _collapse(factors)
+            merged = collapsed(factors)
             if len(merged) > 1:
                 return None
             # A dimension of size one may have any stride; this one looks contiguous.
@@ -56,7 +56,7 @@ class View:
         its size does not divide."""
         if 0 in shape or 0 in self.shape:
             return None
-        pending = _collapse([f for factors in self.dims for f in factors])
+        pending = collapsed([f for factors in self.dims for f in factors])
         dims = []
         for size in shape:
             taken: list[Factor] = []
@@ -86,7 +86,7 @@ class View:
 
     def slice(self, dim: int, start: int, count: int, step: int) -> View | None:
         """``count`` indices of ``dim`` from ``start`` in steps; None for a dimension without a single stride."""
-        factors = _collapse(self.dims[dim])
+        factors = collapsed(self.dims[dim])
         if len(factors) > 1:
             return None
         stride = factors[0][1] if factors else 0
@@ -114,12 +114,12 @@ class View:
 
     def repeats(self, dim: int) -> int:
         """How many indices of ``dim`` in a row are the same, as far as the view itself says it."""
-        factors = _collapse(self.dims[dim])
+        factors = collapsed(self.dims[dim])
         return factors[-1][0] if factors and factors[-1][1] == 0 else 1
 
     def without_repeats(self, dim: int, count: int) -> View:
         """Every ``count``-th index of ``dim``, where ``count`` divides :meth:`repeats`."""
-        *factors, (size, stride) = _collapse(self.dims[dim]) or [(1, 0)]
+        *factors, (size, stride) = collapsed(self.dims[dim]) or [(1, 0)]
         return replace(self, dims=(*self.dims[:dim], (*factors, (size // count, stride)), *self.dims[dim + 1 :]))
 
     def memory_order(self) -> tuple[int, ...]:
@@ -150,7 +150,8 @@ def _strided_copy(
     return base.as_strided(sizes, strides, base.storage_offset() + offset).reshape(shape)
 
 
-def _collapse(factors: Sequence[Factor]) -> list[Factor]:
+def collapsed(factors: Sequence[Factor]) -> list[Factor]:
+    """The fewest factors that address the same elements in the same order."""
     merged: list[Factor] = []
     for size, stride in factors:
         if size == 1:

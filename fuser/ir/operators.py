@@ -709,6 +709,12 @@ class Embedding(Semantics):
         return ""
 
 
+@kind("gather rows")
+@dataclass(frozen=True)
+class GatherRows(Embedding):
+    """Rows of a value, seen as a matrix (N, D), by constant numbers (…): windows of an image, or what is shifted."""
+
+
 @kind("rotary")
 @dataclass(frozen=True)
 class Rotary(Semantics):

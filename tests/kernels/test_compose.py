@@ -14,7 +14,17 @@ from torch import Tensor
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Op, binary, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, BooleanMask, Embedding, Norm, Pointwise, Residual, Semantics
+from fuser.ir.operators import (
+    Activation,
+    Bias,
+    BooleanMask,
+    Embedding,
+    GatherRows,
+    Norm,
+    Pointwise,
+    Residual,
+    Semantics,
+)
 from fuser.kernels.base import Access
 from fuser.kernels.compose import RowProgram, compose
 
@@ -147,3 +157,13 @@ def test_operators_on_different_matrices_are_declined() -> None:
     ]
     of = graph(operators, ["v0", "v1"], v1=OPERANDS["rows"])
     assert compose(of.group(of.operators), of.operators) is None
+
+
+def test_rows_are_not_gathered_of_what_the_same_kernel_computes() -> None:
+    numbers = TensorSpec.contiguous((2, 3), torch.int64)
+    act = Operator("act", Activation(unary(Op.RELU)), ("x",), ("act",))
+    view = TensorSpec((6, 8), F32, (8, 1), "act")
+    gather = Operator("moved", GatherRows(), ("act_rows", "numbers"), ("moved",))
+    made = graph((act, gather), ("moved",), act_rows=view, numbers=numbers)
+    assert compose(made.group((act, gather)), (act, gather)) is None
+    assert compose(made.group((gather,)), (gather,)) is not None

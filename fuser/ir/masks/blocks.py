@@ -59,7 +59,8 @@ class Blocks(Mask):
         return self.table[..., i // self.block[0], j // self.block[1]]
 
     def _block(self, i: Ints, n: int, m: int) -> Bools:
-        return np.repeat(self.table[..., i // self.block[0], :], self.block[1], axis=-1)[..., :m]
+        # Blocks may be far larger than the mask: FlexAttention makes one of all pairs of 2³⁰ by 2³⁰.
+        return self.table[..., (i // self.block[0])[:, None], np.arange(m) // self.block[1]]
 
     def _columns(self, i: Ints, n: int, m: int) -> Columns:
         width = self.block[1]

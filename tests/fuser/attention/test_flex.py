@@ -103,6 +103,12 @@ def test_block_masks_scales_and_grouped_heads() -> None:
         fuser.flex_attention(*inputs(2))
 
 
+def test_one_block_far_larger_than_the_mask() -> None:
+    one = torch.ones(1, 1, 1, 1, dtype=torch.int32)
+    mask = torchs.BlockMask.from_kv_blocks(one[..., 0], one - 1, BLOCK_SIZE=2**30, seq_lengths=(QUERIES, KEYS))
+    check(*inputs(), block_mask=mask)
+
+
 def test_keys_of_one_batch_entry_serve_all() -> None:
     q, k, v = inputs(2)
     mask = torchs.create_block_mask(causal, len(q), None, QUERIES, KEYS, device="cpu")
