@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.graph import OperatorGraph
+from fuser.module.compiler import Compiled
 from fuser.module.engine import Engine
 from fuser.module.optimized import OptimizedModule
 from fuser.module.options import Options
@@ -188,9 +188,9 @@ class _GraphEngine(Engine):
                 self.store, self.lock = first.store, first.lock
             self._siblings.add(self)
 
-    def check_masked(self, graph: OperatorGraph) -> None:
+    def check_masked(self, compiled: Compiled) -> None:
         try:
-            super().check_masked(graph)
+            super().check_masked(compiled)
         except MaskError as error:
             # What runs between graphs is never seen.
             raise MaskError(

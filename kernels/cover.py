@@ -120,10 +120,10 @@ class _Groups(NamedTuple):
             sizes.append(np.count_nonzero(grouped, axis=1))
             leads.append(grouped.argmax(axis=1))
         size, lead = np.concatenate(sizes), np.concatenate(leads)
-        width = np.repeat(WIDTHS, [len(valid) // width for width in WIDTHS])
+        widths = np.repeat(WIDTHS, [len(valid) // width for width in WIDTHS])
         slots = np.concatenate([np.arange(0, len(valid), width) for width in WIDTHS])
         every = np.where(size > 0, low_bits(np.maximum(size, 1)), np.uint64(0))
-        return cls(width, slots, lead.astype(np.uint64), every)
+        return cls(widths, slots, lead.astype(np.uint64), every)
 
 
 def identity(rows: int) -> Int64s:

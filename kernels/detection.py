@@ -50,7 +50,7 @@ class _Arrangement(NamedTuple):
         return out
 
 
-def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover]]:
+def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover | None]]:
     """Groups that cover ``entries`` (q_len, kv_len): order of slots, phase and cover, a slice of slots at a time."""
     m = entries.shape[1]
     chosen = _choose(entries, model)

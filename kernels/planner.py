@@ -160,6 +160,7 @@ def _pieces(mask: Mask, n: int, m: int, model: GroupCost) -> Iterator[_Piece]:
     """The groups of all rows of a mask that has no heads."""
     covered, phases = np.zeros(n, np.bool_), set()
     parts = mask.parts(n, m)
+    found: Iterator[tuple[Int64s, int, Cover | None]]
     if parts is None:
         entries = mask.array if isinstance(mask, TensorMask) else mask.dense(n, m).numpy()
         found = detect(entries, model)
