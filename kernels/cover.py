@@ -212,17 +212,20 @@ class _Spans:
         step = np.array([part.step for part in parts])
         has_keys = count > 0
         low = np.where(has_keys, start, _FAR).min(axis=2, initial=_FAR)
-        high = np.where(has_keys, start + (count - 1) * step[:, None, None], -1).max(axis=2, initial=-1)
-        high[low == _FAR] = _FAR
-        by_low = np.argsort(low, axis=0)
-        low, high = np.take_along_axis(low, by_low, 0), np.maximum.accumulate(np.take_along_axis(high, by_low, 0))
-        # Runs do not touch across more than a step.
-        gap = int(step.max()) + 1
-        removed = low.copy()
-        removed[1:] = np.maximum(0, low[1:] - high[:-1] - gap)
-        moved = np.cumsum(removed, axis=0)
-        of_part = np.empty_like(moved)
-        np.put_along_axis(of_part, by_low, moved, 0)
+        moved = of_part = low
+        if len(parts) > 1:
+            high = np.where(has_keys, start + (count - 1) * step[:, None, None], -1).max(axis=2, initial=-1)
+            high[low == _FAR] = _FAR
+            by_low = np.argsort(low, axis=0)
+            low = np.take_along_axis(low, by_low, 0)
+            high = np.maximum.accumulate(np.take_along_axis(high, by_low, 0))
+            # Runs do not touch across more than a step.
+            gap = int(step.max()) + 1
+            removed = low.copy()
+            removed[1:] = np.maximum(0, low[1:] - high[:-1] - gap)
+            moved = np.cumsum(removed, axis=0)
+            of_part = np.empty_like(moved)
+            np.put_along_axis(of_part, by_low, moved, 0)
         return cls(np.where(has_keys, start - of_part[..., None], 0), count, step, valid, (low - moved).T, moved.T)
 
     def kinds(self) -> tuple[Int64s, Int64s]:
