@@ -14,7 +14,7 @@ import fuser.attention.gradients  # noqa: F401 registers the operators and their
 from fuser.attention.checks import check_attn_mask, check_heads, check_operands
 from fuser.attention.linear import linear_attention
 from fuser.attention.mechanisms import NestedNamespace, add_arguments, build, configure, names
-from fuser.attention.reference import is_forward_differentiated, reference
+from fuser.attention.reference import is_forward_differentiated, layout_of, reference
 from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
 from fuser.attention.varlen import varlen_attention
 from fuser.ir.errors import MaskError, ScoreError
@@ -133,10 +133,8 @@ def _by_entries(
         parts.append((part,) if isinstance(part, Tensor) else part)
         start = stop
     outs, *sums = zip(*parts, strict=True)
-    if q.stride(1) < q.stride(2):
-        out = torch.cat([part.transpose(1, 2) for part in outs]).transpose(1, 2)
-    else:
-        out = torch.cat(outs)
+    order = layout_of(q)
+    out = torch.cat([part.permute(order) for part in outs], order.index(0)).permute([order.index(d) for d in range(4)])
     return (out, torch.cat(sums[0])) if return_lse else out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fuser.attention.checks import check_tensors
 from fuser.attention.launch import NoKernelError, logger
 from fuser.attention.operators import TAGS
-from fuser.attention.reference import arithmetic_dtype, is_forward_differentiated
+from fuser.attention.reference import arithmetic_dtype, empty_out, is_forward_differentiated
 from fuser.codegen.launch import launch
 from fuser.ir.errors import BuildError, CacheError, FuserError, MechanismError, ToolchainError
 from fuser.ir.graph import Operator, OperatorGraph, TensorSpec
@@ -182,13 +182,8 @@ def _say(reason: str) -> None:
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, rule: Recurrence, return_state: bool) -> tuple[Tensor, Tensor]:
     """Room for the output, laid out as ``q`` is, and for the last state, which is empty if it is not asked for."""
-    batch, heads, rows, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        out = v.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
-    else:
-        out = v.new_empty(batch, heads, rows, v.shape[3])
     shape = (*k.shape[:2], k.shape[3], v.shape[3] + rule.more_columns) if return_state else (0,)
-    return out, v.new_empty(shape, dtype=arithmetic_dtype(v))
+    return empty_out(q, v), v.new_empty(shape, dtype=arithmetic_dtype(v))
 
 
 @torch.library.register_fake("fuser::linear_attention")  # type: ignore[untyped-decorator]

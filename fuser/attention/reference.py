@@ -109,9 +109,15 @@ def is_forward_differentiated() -> bool:
     return forward_ad._current_level >= 0
 
 
+def layout_of(q: Tensor) -> tuple[int, int, int, int]:
+    """The dimensions of queries (B, H, Sq, D) from the outermost in memory to the innermost, heads' elements last."""
+    # Of equal strides one is of a dimension with one index, which may be anywhere.
+    batch, heads, rows = sorted(range(3), key=lambda d: (q.stride(d), q.shape[d]), reverse=True)
+    return batch, heads, rows, 3
+
+
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
     """Room for an output (B, H, Sq, Dv), laid out as ``q`` is."""
-    batch, heads, rows, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
-    return q.new_empty(batch, heads, rows, v.shape[3])
+    order = layout_of(q)
+    shape = (*q.shape[:3], v.shape[3])
+    return v.new_empty([shape[d] for d in order]).permute([order.index(d) for d in range(4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
@@ -102,6 +103,24 @@ def test_layouts(layout: str) -> None:
     assert torch.equal(out, want)  # type: ignore[arg-type]
     if layout == "heads inside tokens":
         assert out.transpose(1, 2).is_contiguous()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_outputs_are_laid_out_as_queries(order: tuple[int, ...]) -> None:
+    """In memory, from the outermost dimension to the innermost: what PyTorch's attention promises."""
+    q, k, v = inputs()
+    q = q.permute(*order, 3).contiguous().permute(*(order.index(d) for d in range(3)), 3)
+    different = masks.per_batch([masks.Causal(), masks.SlidingWindow(5, 5)])
+    compiled = torch.compile(sparse_attention, backend="eager", fullgraph=True)
+    for out in (
+        sparse_attention(q, k, v, masks.Causal()),
+        sparse_attention(q, k, v, different),
+        fuser.flat.attention(q, k, v),
+        fuser.linear_attention(q, k[:, :, :70], v[:, :, :70]),
+        compiled(q, k, v),
+    ):
+        assert sorted(range(4), key=out.stride, reverse=True) == [*order, 3]  # type: ignore[union-attr]
+    check(sparse_attention(q, k, v, different), q, k, v, different.dense(70, 90)[:, None])
 
 
 def test_negative_views() -> None:
