@@ -17,7 +17,7 @@ from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
-from fuser.frontend.views import Conjunction, Value, View
+from fuser.frontend.views import Conjunction, Value, View, collapsed
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError
@@ -32,8 +32,8 @@ from fuser.ir.windows import Windowed
 
 aten = torch.ops.aten
 _MERGE_LIMIT = 3
-_FEW = 8
-"""Parts that are summed as operands of one operator."""
+_FEW = 16
+"""Parts that are reduced as operands of one operator."""
 
 
 HANDLERS: dict[Any, Handler] = {}
@@ -133,6 +133,16 @@ def _reverse(r: Raiser, node: fx.Node) -> Value:
 def _permute(r: Raiser, node: fx.Node) -> Value:
     view = r.view(node.args[0])
     return view.permute([d % len(view.dims) for d in node.args[1]])
+
+
+@_handles(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def _movedim(r: Raiser, node: fx.Node) -> Value:
+    view = r.view(node.args[0])
+    moved = ([dims] if isinstance(dims, int) else dims for dims in node.args[1:3])
+    sources, targets = ([d % len(view.dims) for d in dims] for dims in moved)
+    rest = [d for d in range(len(view.dims)) if d not in sources]
+    at = dict(zip(targets, sources, strict=True))
+    return view.permute([at[d] if d in at else rest.pop(0) for d in range(len(view.dims))])
 
 
 @_handles(aten.select.int)
@@ -866,55 +876,77 @@ def _given(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 _REDUCTIONS = {aten.mean.dim: Op.ROW_MEAN, aten.sum.dim_IntList: Op.ROW_SUM, aten.amax.default: Op.ROW_MAX}
+_COMBINED = {aten.mean.dim: Op.ADD, aten.sum.dim_IntList: Op.ADD, aten.amax.default: Op.MAXIMUM}
 
 
 @_handles(*_REDUCTIONS)
 def _reduced(r: Raiser, node: fx.Node) -> Value | None:
     given = _given(node, "dim", "keepdim")
     found = _reductions(r, node, given, ex.unary(_REDUCTIONS[node.target]))
-    found = _few_summed(r, node, given) if found is None else found
-    return _one_by_one(r, node, given) if found is None else found
+    return _reduced_across(r, node, given) if found is None else found
 
 
-def _few_summed(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
-    """A sum over a few parts that lie beside each other, such as what the experts of a token have made of it, as one
-    elementwise sum."""
-    source, dims = traced(node.args[0]), given.get("dim")
-    if node.target is not aten.sum.dim_IntList or given.get("keepdim") or not isinstance(dims, (list, tuple)):
-        return None
-    x = r.view(node.args[0])
-    if len(dims) != 1 or source.ndim < 3 or source.dtype != traced(node).dtype or r.is_constant(x):
-        return None
-    dim = dims[0] % source.ndim
-    count = source.shape[dim]
-    if dim == source.ndim - 1 or isinstance(count, Size) or not 2 <= count <= _FEW:
-        return None
-    parts = [x.select(dim, i) for i in range(count)]
-    known = [part for part in parts if part is not None]
-    b = Builder()
-    y = b.input(0)
-    for i in range(1, count):
-        y = b.apply(Op.ADD, y, b.input(i))
-    return r.elementwise(node, kinds.Pointwise(b.build(y)), known) if len(known) == count else None
-
-
-def _one_by_one(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
-    """A reduction of axes that do not follow each other, as of squares of a grid, one axis after the other: PyTorch
-    takes many times as long for all at once. 16-bit numbers would be rounded in between."""
+def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value | None:
+    """A reduction of other axes than the last: of few parts at once, or one axis after the other where PyTorch takes
+    many times as long for all, as for squares of a grid. 16-bit numbers would be rounded in between."""
     result, source, dims = traced(node), traced(node.args[0]), given.get("dim")
-    if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or result.dtype.itemsize < 4:
+    dims = [dims] if isinstance(dims, int) else dims
+    x = r.view(node.args[0])
+    if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or r.is_constant(x):
         return None
     dims = sorted(d % source.ndim for d in dims)
-    x = r.view(node.args[0])
-    if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or r.is_constant(x):
+    found = _few_combined(r, node.name, node.target, x, dims)
+    if found is not None:
+        return found.reshape(result.shape)
+    if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or result.dtype.itemsize < 4:
         return None
     shape = list(source.shape)
     for dim in reversed(dims):
         shape[dim] = 1
-        call = TorchCall(node.target, (Ref(0), [dim], True))
-        step = kinds.Extern(call, "PyTorch reduces one axis after the other")
-        x = r.emit(step, f"{node.name}_{dim}", (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
+        name = f"{node.name}_{dim}"
+        part = _few_combined(r, name, node.target, x, [dim])
+        if part is None:
+            call = TorchCall(node.target, (Ref(0), [dim], True))
+            step = kinds.Extern(call, "PyTorch reduces one axis after the other")
+            part = r.emit(step, name, (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
+        x = part
     return x.reshape(result.shape)
+
+
+def _few_combined(r: Raiser, name: str, target: Any, x: View, dims: Sequence[int]) -> View | None:
+    """A reduction of few parts that lie beside each other, such as what the experts of a token have made of it or the
+    squares of a grid, as one elementwise operator, its axes of size one; None for many parts, or those of rows."""
+    counts = [x.shape[dim] for dim in dims]
+    if len(x.dims) < 3 or len(x.dims) - 1 in dims or any(isinstance(count, Size) for count in counts):
+        return None
+    if r.dtype(x) not in r.floating or not 2 <= math.prod(counts) <= _FEW or 0 in x.shape:
+        return None
+    parts: list[View | None] = [x]
+    for dim, count in zip(dims, counts, strict=True):
+        parts = [part and part.slice(dim, i, 1, 1) for part in parts for i in range(count)]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    b = Builder()
+    y = b.input(0)
+    for i in range(1, len(known)):
+        y = b.apply(_COMBINED[target], y, b.input(i))
+    if target is aten.mean.dim:
+        y = b.apply(Op.MUL, y, b.constant(1 / len(known)))
+    order = known[0].memory_order()
+    rows = [part.permute(order) for part in known]
+    shape, strides = rows[0].shape, rows[0].strides()
+    # Heads beside each other are one row.
+    while strides is not None and len(shape) > 1 and strides[-2] == shape[-1] * strides[-1]:
+        shape, strides = (*shape[:-2], shape[-2] * shape[-1]), (*strides[:-2], strides[-1])
+    wide = [part for part in (row.reshape(shape) for row in rows) if part is not None]
+    # Kernels read rows that are evenly spaced in evenly spaced groups.
+    if len(wide) < len(rows) or len(collapsed([f for factors in wide[0].dims[:-1] for f in factors])) > 2:
+        return None
+    inputs = [r.realize(part) for part in wide]
+    made = r.emit(kinds.Pointwise(b.build(y)), name, inputs, TensorSpec.contiguous(shape, r.dtype(x)))
+    found = made.reshape(rows[0].shape)
+    return found and found.permute([order.index(d) for d in range(len(order))])
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)
