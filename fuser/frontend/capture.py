@@ -402,9 +402,16 @@ class _Trace:
         return self.program.graph_module.code == other.program.graph_module.code and self.output == other.output
 
 
+@functools.cache
 def prepare() -> None:
-    """Import what captures need: a process that is forked beside the first of them would find it half imported."""
+    """Import what captures need, also what PyTorch imports while it makes them: a process that is forked beside the
+    first of them would find it half imported."""
     importlib.import_module(_EXPORTER)
+    call = flatten_call((torch.ones(2, 3, 2, device="cpu"),), {})
+    # What a capture cannot do here, it says when a model wants it.
+    with contextlib.suppress(Exception):
+        if not is_capturing():
+            capture(nn.Flatten(0, 1), call, True)
 
 
 def is_capturing() -> bool:

@@ -11,6 +11,8 @@ import gc
 import io
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -585,6 +587,24 @@ def test_forks_beside_a_capture_have_the_model_whole_and_can_capture_it(deep: nn
             done.set()
         capturing_all_the_time.result()
     assert statuses == [0] * len(statuses)
+
+
+def test_captures_import_nothing_once_they_are_prepared() -> None:
+    """A process that is forked while a module is imported would wait for it forever."""
+    code = """if True:
+        import sys
+        import torch
+        from fuser.frontend.capture import capture, flatten_call, prepare
+        prepare()
+        before = set(sys.modules)
+        layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        call = flatten_call((torch.randn(2, 8, 32),), {})
+        for dynamic in (False, True):
+            capture(layer, call, dynamic)
+        print(sorted(set(sys.modules) - before))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def _right_in_a_child(model: nn.Module, expected: Tensor, call: Any, again: bool) -> int:
