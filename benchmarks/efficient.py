@@ -227,8 +227,9 @@ def main() -> None:
             results.append(measured_model(name, args.rounds, args.shallow))
             own = results[-1]["times"]["fuser"]["median_ms"]
             print(f"{name:20}{own:10.2f} ms, faster than {results[-1]['faster_than']}", flush=True)
-        if args.write:
-            save("efficient_models", cpu_target(), results, args.out / "efficient_models.json")
+            if args.write:
+                # What is measured is not lost if a later model fails.
+                save("efficient_models", cpu_target(), results, args.out / "efficient_models.json")
         return
     for name in args.mechanisms:
         for tokens in args.lengths:
