@@ -134,15 +134,25 @@ class Compiled:
 
 
 def mask_inputs(graph: OperatorGraph) -> tuple[int, ...]:
-    """Which inputs of a graph end as masks of attention, by position."""
-    found = set[str]()
-    pending = [op.inputs[1] for op in graph.operators if isinstance(op.semantics, ScoreMask) and len(op.inputs) > 1]
+    """Which inputs of a graph are masks of attention and nothing else, by position: what biases are computed from that
+    are tokens themselves are none."""
+    masks = [op.inputs[1] for op in graph.operators if isinstance(op.semantics, ScoreMask) and len(op.inputs) > 1]
+    found, other = _reached(graph, masks), _reached(graph, graph.outputs, masks=False)
+    return tuple(i for i, name in enumerate(graph.inputs) if name in found and name not in other)
+
+
+def _reached(graph: OperatorGraph, values: Sequence[str], masks: bool = True) -> set[str]:
+    """What ``values`` are made of, all of it, or but for ``masks`` of attention."""
+    found, pending = set[str](), list(values)
     while pending:
         name = graph.base(pending.pop())
         if name not in found:
             found.add(name)
-            pending += maker.inputs if (maker := graph.source(name)) else ()
-    return tuple(i for i, name in enumerate(graph.inputs) if name in found)
+            maker = graph.source(name)
+            inputs = maker.inputs if maker else ()
+            masked = not masks and maker is not None and isinstance(maker.semantics, ScoreMask)
+            pending += inputs[:1] if masked else inputs
+    return found
 
 
 def large_masks(positions: Sequence[int], plan: ProgramPlan) -> tuple[int, ...]:

@@ -145,3 +145,19 @@ def test_fingerprints_are_of_contents() -> None:
     assert fingerprint(STRIDED.T) == fingerprint(STRIDED.T.contiguous())
     assert fingerprint(STRIDED.float().requires_grad_()) is None
     assert fingerprint(STRIDED.to("meta")) is None
+
+
+class Biased(Attention):
+    """With a bias that follows from the tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, (x @ x.mT / WIDTH)[:, None] + mask)
+
+
+def test_tokens_that_biases_are_computed_from_are_no_masks() -> None:
+    fast = fuser.optimize(Biased().eval(), search="model")
+    x, mask = torch.randn(8, LENGTH, 2 * WIDTH)[..., :WIDTH], torch.zeros(LENGTH, LENGTH)
+    with torch.no_grad():
+        fast(torch.cat([x] * 4), mask)
+    (program,) = fast.programs
+    assert program.mask_inputs == (1,)
