@@ -11,6 +11,7 @@ from fuser.ir.graph import OperatorGroup
 from fuser.ir.scheme import Scheme
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Family, Implementation, KernelCall, LibraryCall, canonical
+from fuser.kernels.compose import RowProgram
 
 PYTORCH = "pytorch"
 """Stands for a family where PyTorch runs an operator that no family matches."""
@@ -31,6 +32,23 @@ class Kernel:
 
     def cost(self, target: Target) -> Cost:
         return self.implementation.cost(self.match, self.parameters, target)
+
+    def generalized(self, group: OperatorGroup, target: Target) -> Kernel | None:
+        """The same for ``group``, which has named sizes where the one that it was made for has numbers; operands are
+        read as the named sizes ask for, since rows that happen to lie evenly need not for all sizes. None where there
+        is no such kernel for all sizes."""
+        match = self.family.match(group, target)
+        if match is None:
+            return None
+        before, now = ([x for x in vars(m).values() if isinstance(x, RowProgram)] for m in (self.match, match))
+        read = {(b.operands, n.operands) for b, n in zip(before, now, strict=True)}
+        operands = dict(read)
+        if len(operands) < len(read):
+            return None
+        given = {field.name: getattr(self.parameters, field.name) for field in dataclasses.fields(self.parameters)}
+        other = {name: operands[x] for name, x in given.items() if isinstance(x, tuple) and operands.get(x, x) != x}
+        parameters = dataclasses.replace(self.parameters, **other)
+        return dataclasses.replace(self, made_for=group, match=match, parameters=parameters)
 
     def call(self, group: OperatorGroup, target: Target, threads: int) -> KernelCall | LibraryCall:
         """The launch on the values of ``group``, which equals the one it was made for."""

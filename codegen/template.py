@@ -73,10 +73,9 @@ def generalized(choices: Sequence[GroupChoice], graph: OperatorGraph, target: Ta
         group = graph.group(operators[op.name] for op in choice.group.operators)
         kernel = choice.kernel
         if kernel is not None:
-            match = kernel.family.match(group, target)
-            if match is None:
+            kernel = kernel.generalized(group, target)
+            if kernel is None:
                 names = ", ".join(op.name for op in group.operators)
                 raise FuserError(f"the kernel for {names} exists for some sizes only")
-            kernel = dataclasses.replace(kernel, made_for=group, match=match)
         found.append(dataclasses.replace(choice, group=group, kernel=kernel))
     return tuple(found)

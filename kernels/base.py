@@ -82,30 +82,15 @@ class Access(enum.Enum):
 
 @dataclass(frozen=True)
 class Operand:
-    """The compile-time part of one operand of a row expression; stride and period are run-time extents."""
+    """The compile-time part of one operand of a row expression; strides and counts are run-time extents.
+
+    ``grouped``: rows are evenly spaced in groups only, as the heads of tokens are in a product for q, k and v; stride
+    and period are those of the groups."""
 
     access: Access
     dtype: DType
     periodic: bool = False
-
-    @property
-    def inner(self) -> tuple[int, int] | None:
-        """Where rows are evenly spaced in groups only: rows of a group, and elements between them. Stride and period
-        are those of the groups."""
-        return None
-
-
-@dataclass(frozen=True)
-class GroupedOperand(Operand):
-    """An operand whose rows lie in groups of ``size``, ``step`` elements apart within a group, as the heads of tokens
-    do in a product for q, k and v."""
-
-    size: int = 1
-    step: int = 0
-
-    @property
-    def inner(self) -> tuple[int, int] | None:
-        return self.size, self.step
+    grouped: bool = False
 
 
 @dataclass(frozen=True)

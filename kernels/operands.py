@@ -9,36 +9,39 @@ from dataclasses import dataclass
 
 from fuser.ir.extents import Extents
 from fuser.ir.graph import TensorSpec
-from fuser.kernels.base import STORAGE, Access, GroupedOperand, Operand
+from fuser.kernels.base import STORAGE, Access, Operand
 
 
 @dataclass(frozen=True)
 class OperandExtents(Extents):
-    """Of one operand: elements between its rows, and rows after which it repeats (of a gather: rows of the table)."""
+    """Of one operand: elements between its rows, and rows after which it repeats (of a gather: rows of the table). Of
+    one whose rows lie in groups, these are of the groups; ``group`` rows are one, ``step`` elements apart."""
 
     stride: int
     period: int
+    group: int = 1
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class Bound:
-    """An operand with its run-time extents: stride between rows and period of rows, in elements and rows."""
+    """An operand with its run-time extents (:class:`OperandExtents`)."""
 
     operand: Operand
     value: str
     stride: int
     period: int
+    group: int = 1
+    step: int = 0
 
     @property
     def extents(self) -> OperandExtents:
-        return OperandExtents(self.stride, self.period)
+        return OperandExtents(self.stride, self.period, self.group, self.step)
 
     def distinct(self, rows: int) -> int:
         """Rows in memory that ``rows`` rows of the matrix are read from."""
-        if self.operand.inner is None:
-            return min(rows, self.period) if self.stride else 1
-        size, step = self.operand.inner
-        return (min(rows // size, self.period) if self.stride else 1) * (size if step else 1)
+        groups = min(rows // self.group, self.period) if self.stride else 1
+        return groups * (self.group if self.step else 1)
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
@@ -95,8 +98,8 @@ def bind(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound | None:
 
 
 def bind_groups(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound | None:
-    """As :func:`bind`, for rows that are evenly spaced in groups of a known number of rows, and groups that are evenly
-    spaced among each other."""
+    """As :func:`bind`, for rows that are evenly spaced in groups, and groups that are evenly spaced among each
+    other."""
     if len(spec.shape) > len(shape) or not shape:
         return None
     pad = len(shape) - len(spec.shape)
@@ -105,12 +108,11 @@ def bind_groups(value: str, spec: TensorSpec, shape: tuple[int, ...]) -> Bound |
     for first in range(len(shape) - 2, 0, -1):
         size = math.prod(shape[first:-1])
         group = bind(value, dataclasses.replace(spec, shape=sizes[first:], strides=strides[first:]), shape[first:])
-        if group is None or group.operand.periodic or not isinstance(size, int) or not isinstance(group.stride, int):
+        if group is None or group.operand.periodic:
             continue
         outer = dataclasses.replace(spec, shape=(*sizes[:first], sizes[-1]), strides=(*strides[:first], strides[-1]))
         found = bind(value, outer, (*shape[:first], shape[-1]))
         if found is not None:
-            o = found.operand
-            grouped = GroupedOperand(o.access, o.dtype, o.periodic, size, group.stride)
-            return dataclasses.replace(found, operand=grouped)
+            operand = dataclasses.replace(found.operand, grouped=True)
+            return dataclasses.replace(found, operand=operand, group=max(size, 1), step=group.stride)
     return None

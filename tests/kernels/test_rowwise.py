@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fuser
 from fuser.ir.graph import TensorSpec
 from fuser.kernels.base import Access
-from fuser.kernels.operands import Bound, bind, bind_groups, row_stride, rows_and_columns
+from fuser.kernels.operands import Bound, OperandExtents, bind, bind_groups, row_stride, rows_and_columns
 
 SIZES = st.sampled_from([1, 2, 3, 4])
 
@@ -42,7 +42,7 @@ def read(bound: Bound, tensor: Tensor, rows: int, columns: int) -> Tensor:
     storage = tensor.as_strided((tensor.untyped_storage().nbytes() // 4,), (1,), 0)
     found = torch.empty(rows, columns)
     for r in range(rows):
-        size, step = bound.operand.inner or (1, 0)
+        size, step = bound.group, bound.step
         row = r // size % bound.period if bound.operand.periodic else r // size
         for c in range(columns):
             found[r, c] = storage[
@@ -81,20 +81,20 @@ HEADS_OF_A_PRODUCT = TensorSpec((2, 5, 3, 8), torch.float32, (5 * 72, 72, 8, 1))
 
 
 @pytest.mark.parametrize(
-    ("spec", "stride", "inner"),
+    ("spec", "extents"),
     [
-        (HEADS_OF_A_PRODUCT, 72, (3, 8)),
-        (TensorSpec.contiguous((2, 5, 1, 8), torch.float32), 8, (3, 0)),
-        (TensorSpec((2, 5, 3, 8), torch.float32, (0, 8, 40, 1)), 8, (3, 40)),
-        (TensorSpec((2, 5, 3, 8), torch.float32, (120, 8, 40, 1)), None, None),
+        (HEADS_OF_A_PRODUCT, OperandExtents(72, 10, 3, 8)),
+        (TensorSpec.contiguous((2, 5, 1, 8), torch.float32), OperandExtents(8, 10, 3, 0)),
+        (TensorSpec((2, 5, 3, 8), torch.float32, (0, 8, 40, 1)), OperandExtents(8, 5, 3, 40)),
+        (TensorSpec((2, 5, 3, 8), torch.float32, (120, 8, 40, 1)), None),
     ],
     ids=["heads of a product", "one for all heads", "other order", "three strides"],
 )
-def test_rows_in_groups(spec: TensorSpec, stride: int | None, inner: tuple[int, int] | None) -> None:
+def test_rows_in_groups(spec: TensorSpec, extents: OperandExtents | None) -> None:
     shape = (2, 5, 3, 8)
     assert bind("x", spec, shape) is None
     bound = bind_groups("x", spec, shape)
-    assert (bound and bound.stride, bound and bound.operand.inner) == (stride, inner)
+    assert (bound and bound.extents) == extents
 
 
 @pytest.mark.parametrize(
