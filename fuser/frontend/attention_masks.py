@@ -140,7 +140,9 @@ def _by_distance(r: Raiser, use: MaskUse, shape: tuple[int, int, int, int], full
     view = four_dims(at_scores(r, use, value, full).expand(full))
     _, heads, q_len, kv_len = shape
     strides, width = view.strides(), table.shape[1]
-    if strides is None or view.offset != 0 or strides != (0, int(width > 1), kv_len * width, width):
+    if strides is None or view.offset != 0:
+        return None
+    if not TensorSpec(view.shape, table.dtype, strides).has_strides((0, int(width > 1), kv_len * width, width)):
         return None
     places = View.of(op.inputs[1], indices).reshape((q_len, kv_len))
     if width not in (1, heads) or places is None or not r.decided(_is_of_distances, places):

@@ -458,6 +458,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 )
                 returned = _check_writes(program)
                 _drop_detaching(program.graph)
+                _drop_unread(program.graph)
                 if any(_is_mutable(node) for node in program.graph.nodes):
                     # Operators that change an intermediate in place become functions.
                     program = program.run_decompositions({})
@@ -753,6 +754,15 @@ def _drop_detaching(graph: torch.fx.Graph) -> None:
         returned = any(user.op == "output" for user in node.users)
         if isinstance(made, torch.fx.Node) and made.target in _LIFTING and not returned:
             node.replace_all_uses_with(made)
+            graph.erase_node(node)
+
+
+def _drop_unread(graph: torch.fx.Graph) -> None:
+    """Take away what nothing reads, such as the average of attention's weights where only its values are used."""
+    for node in reversed(graph.nodes):
+        if node.users or not isinstance(node.target, torch._ops.OpOverload) or node.meta.get("val") is None:
+            continue
+        if not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in node.target.tags:
             graph.erase_node(node)
 
 

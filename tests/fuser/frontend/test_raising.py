@@ -221,6 +221,24 @@ def test_what_is_not_attention_is_left_alone(scores: Callable[[Tensor], Tensor])
     assert kinds(graph)["qk"] == 0 and kinds(graph)["pv"] == 0
 
 
+def test_an_average_of_attention_that_nobody_reads_is_no_reader() -> None:
+    torch.manual_seed(0)
+    pool, probe = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), torch.randn(1, 1, WIDTH)
+
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = pool
+            self.probe = nn.Parameter(probe)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled: Tensor = self.pool(self.probe.expand(len(x), -1, -1), x, x)[0]
+            return pooled
+
+    found = kinds(raise_graph(capture(Pooling().eval(), flatten_call((X,), {}))))
+    assert (found["qk"], found["softmax"], found["pv"], found["extern"]) == (1, 1, 1, 0)
+
+
 def test_scores_that_are_returned_stay() -> None:
     def run(m: Any, x: Tensor) -> Any:
         p = torch.softmax(heads(m.a(x)) @ heads(m.b(x)).transpose(-1, -2), -1)
@@ -235,6 +253,18 @@ def test_outputs_that_eager_copies_are_copied() -> None:
     assert bases[2] == bases[3]
     assert len(set(bases)) == 4
     assert sum("copy" in op.reason for op in graph.compute) == 2
+
+
+def test_one_tensor_several_times_is_not_copied() -> None:
+    graph = raised(lambda m, x: torch.stack([m.a(x)] * 2, 1) * torch.stack([m.b(x), m.c(x)], 1))
+    assert [str(op.semantics) for op in graph.operators if is_kind(op, Extern)] == ["aten::stack"]
+
+
+def test_few_rows_made_at_run_time_are_multiplied_by_sums() -> None:
+    graph = raised(lambda m, x: m.a(x[:, 0]) @ m.b(x[:, 1]).t() * 3)
+    assert kinds(graph) == {"gemm": 2, "bias": 2, "reduction": 1, "pointwise": 1}
+    many = raised(lambda m, x: m.a(x[0]) @ m.b(x[1]).t() * 3)
+    assert kinds(many)["extern"] == 1
 
 
 def test_a_mask_that_every_layer_makes_is_made_once_unless_it_is_returned() -> None:
