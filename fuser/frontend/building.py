@@ -133,7 +133,7 @@ class GraphBuilder:
         op = self.producer(matrix.base or table)
         if op is not None and isinstance(op.semantics, GatherRows):
             source, before = op.inputs
-            if self.values[source].shape[1] == matrix.shape[1]:
+            if {before, numbers} <= self.constants.keys() and self.values[source].shape[1] == matrix.shape[1]:
                 call = TorchCall(torch.ops.aten.take.default, (Ref(0), Ref(1)))
                 return self.of_rows(view, source, self.numbered((before, numbers), call, self.values[numbers].shape))
         elif op is not None and self._is_by_row(op, matrix):

@@ -712,7 +712,8 @@ class Embedding(Semantics):
 @kind("gather rows")
 @dataclass(frozen=True)
 class GatherRows(Embedding):
-    """Rows of a value, seen as a matrix (N, D), by constant numbers (…): windows of an image, or what is shifted."""
+    """Rows of a value, seen as a matrix (N, D), by their numbers (…): windows of an image, what is shifted, or
+    one token of every text."""
 
 
 @kind("rotary")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fuser
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
@@ -117,3 +118,41 @@ def test_equal_gathers_share_their_numbers() -> None:
     gathers = [op for op in graph.compute if isinstance(op.semantics, GatherRows)]
     assert len(gathers) == 2 and len({op.inputs[1] for op in gathers}) == 1
     assert math.prod(graph.values[gathers[0].inputs[1]].shape) == 96
+
+
+PICKS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "one of every sample": lambda x, i, j: x[torch.arange(len(x)), i],
+    "from behind": lambda x, i, j: x[torch.arange(len(x)), -1 - i],
+    "of a matrix": lambda x, i, j: x.flatten(0, 1)[j],
+    "of each sample": lambda x, i, j: x[:, i],
+    "with other dimensions": lambda x, i, j: x[i[:, None] // 5, j.view(2, 2) // 8],
+    "of part": lambda x, i, j: x[:, 1:][torch.arange(len(x)), i],
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_rows_picked_at_run_time_are_a_gather(name: str) -> None:
+    class Picking(Model):
+        def forward(self, x: Tensor, i: Tensor, j: Tensor) -> Any:
+            return PICKS[name](self.norm(x), i, j) * 2
+
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    i, j = torch.tensor([6, 2]), torch.tensor([15, 0, 9, 9])
+    model = Picking(windows).eval()
+    fast = fuser.optimize(model, search="model")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, i, j), model(x, i, j), rtol=1e-6, atol=1e-6)
+    graph = fast.programs[-1].graph
+    assert next(op.kind for op in graph.compute if op.semantics.fusible) == "gather rows" and not fast.unfused
+
+
+def test_a_row_that_is_not_there_is_an_error() -> None:
+    class Picking(Model):
+        def forward(self, x: Tensor, i: Tensor) -> Any:
+            return self.norm(x)[torch.arange(len(x)), i]
+
+    fast = fuser.optimize(Picking(windows).eval(), search="model")
+    x = torch.randn(2, 8, 16)
+    fast(x, torch.tensor([1, 2]))
+    with pytest.raises(IndexError):
+        fast(x, torch.tensor([1, 8]))
