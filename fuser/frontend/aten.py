@@ -166,9 +166,14 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
 
 @_handles(aten.index.Tensor)
 def _index(r: Raiser, node: fx.Node) -> Value | None:
-    """Indices of one dimension that are constant and evenly spaced."""
+    """Indices of one dimension that are constant and evenly spaced, or whatever picks whole rows."""
     view = r.view(node.args[0])
     given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
+    even = _evenly_indexed(r, view, given)
+    return _picked_rows(r, node, view) if even is None else even
+
+
+def _evenly_indexed(r: Raiser, view: View, given: Sequence[tuple[int, fx.Node]]) -> View | None:
     if len(given) != 1 or traced(given[0][1]).ndim != 1 or not r.is_constant(r.view(given[0][1])):
         return None
     ((dim, index),) = given
@@ -186,6 +191,26 @@ def _evenly_spaced(indices: Tensor, size: int) -> tuple[int, int, int] | None:
     if not places or step <= 0 or places[0] < 0 or places[-1] >= size:
         return None
     return (places[0], len(places), step) if places == list(range(places[0], places[-1] + 1, step)) else None
+
+
+def _picked_rows(r: Raiser, node: fx.Node, view: View) -> View | None:
+    """Rows at places that are known when the program runs, such as the last token of every text: their numbers are
+    picked instead."""
+    indices = [index for index in node.args[1] if index is not None]
+    if len(node.args[1]) >= len(view.dims) or any(traced(index).dtype != torch.int64 for index in indices):
+        return None
+    if 0 in traced(node).shape or all(r.is_constant(r.view(index)) for index in indices):
+        return None
+    found = r.row_numbers(view)
+    if found is None:
+        return None
+    table, numbers = found
+    views = [r.view(index) for index in indices]
+    places = [None if index is None else Ref(1 + indices.index(index)) for index in node.args[1]]
+    pick = kinds.Extern(TorchCall(node.target, (Ref(0), places)), "numbers of the rows that are picked")
+    spec = TensorSpec.contiguous(traced(node).shape[:-1], torch.int64)
+    picked = r.emit(pick, f"{node.name}_numbers", (numbers, *map(r.realize, views)), spec)
+    return View.of(*_named(r, r.of_rows(view, table, picked.base)))
 
 
 @_handles(aten.pad.default, aten.constant_pad_nd.default)
@@ -310,6 +335,17 @@ def _repeat(r: Raiser, node: fx.Node) -> Value | None:
     return View(view.base, tuple(f if count == 1 else ((count, 0), *f) for f, count in each), view.offset)
 
 
+@_handles(aten.stack.default)
+def _stack(r: Raiser, node: fx.Node) -> Value | None:
+    """One tensor several times, as sines and cosines for both members of a pair are."""
+    first, *others = node.args[0]
+    if any(other is not first for other in others):
+        return None
+    view, count = r.view(first), traced(node).ndim
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % count
+    return View(view.base, (*view.dims[:dim], ((len(others) + 1, 0),), *view.dims[dim:]), view.offset)
+
+
 @_handles(aten.repeat_interleave.self_int)
 def _repeat_interleave(r: Raiser, node: fx.Node) -> Value | None:
     view = r.view(node.args[0])
@@ -428,13 +464,12 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
         start += size
 
 
-@_handles(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@_handles(aten.conv2d.default, aten.conv3d.default)
 def _patches(r: Raiser, node: fx.Node) -> Value | None:
     """A convolution whose windows lie side by side: the product of its patches, as rows, with all of its weight. What
     remains at the ends is left out."""
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    given = {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+    given = _convolved(node)
     batch, channels, *sizes = x.shape
     kernel = weight.shape[2:]
     beside = tuple(_each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
@@ -469,6 +504,85 @@ def _patches(r: Raiser, node: fx.Node) -> Value | None:
     return None if out is None else out.permute((0, len(counts) + 1, *range(1, len(counts) + 1)))
 
 
+@_handles(aten.conv1d.default, aten.conv1d.padding)
+def _convolution(r: Raiser, node: fx.Node) -> Value | None:
+    """A convolution along one axis, its windows side by side or not: a product of the windows as rows of tokens (B, T,
+    C), which overlap in memory."""
+    if not _keeps_tokens(node):
+        return None
+    beside = _patches(r, node) if node.target is aten.conv1d.default else None
+    if beside is not None:
+        return beside
+    x, weight = r.view(node.args[0]), r.view(node.args[1])
+    given = _convolved(node)
+    bias = None if given.get("bias") is None else r.view(given["bias"])
+    stride, dilation, groups = (_each(given.get(name, 1), 1)[0] for name in ("stride", "dilation", "groups"))
+    if dilation != 1 or groups != 1 or len(x.dims) != 3:
+        return None
+    if r.is_constant(x) or r.dtype(x) not in r.floating or not r.is_constant(weight) or weight.shape[2] == 1:
+        return None
+    if bias is not None and not r.is_constant(bias):
+        return None
+    (columns, channels, width), count = weight.shape, traced(node).shape[2]
+    tokens = _padded(r, node, x.permute((0, 2, 1)), _margins(given.get("padding", 0), width))
+    batch, length, _ = tokens.shape
+    # Windows begin at every token, or so many apart.
+    windows = View(
+        tokens.base, (tokens.dims[0], ((count, stride * channels),), ((width * channels, 1),)), tokens.offset
+    )
+    if batch != 1 and count * stride != length:
+        copy = kinds.Extern(windows.copied(), "windows of several samples are copied, which no one stride describes")
+        spec = TensorSpec.contiguous(windows.shape, r.dtype(tokens))
+        windows = r.emit(copy, f"{node.name}_windows", (windows.base,), spec)
+    matrix = r.reshaped(weight.permute((0, 2, 1)), (columns, width * channels))
+    out = linear(r, node, windows, matrix, bias, transposed=True)
+    return None if out is None else out.permute((0, 2, 1))
+
+
+def _keeps_tokens(node: fx.Node) -> bool:
+    """Whether the result of a convolution may lie in tokens: neither does a caller get it with channels first, nor
+    does PyTorch normalize these."""
+    return stays_inside(node) and not any(user.target is aten.group_norm.default for user in node.users)
+
+
+def _margins(padding: Any, width: int) -> tuple[int, int]:
+    """Zeros before and behind a sequence: as many as are asked for, none, or what keeps its length."""
+    if isinstance(padding, str):
+        return ((width - 1) // 2, width // 2) if padding == "same" else (0, 0)
+    (margin,) = _each(padding, 1)
+    return margin, margin
+
+
+def _padded(r: Raiser, node: fx.Node, tokens: View, margins: tuple[int, int]) -> View:
+    """Tokens (B, T, C) that lie end to end, with zeros before and behind: as they are, or a copy."""
+    batch, length, channels = tokens.shape
+    strides = tokens.strides()
+    if margins == (0, 0):
+        spec = TensorSpec.contiguous(tokens.shape, r.dtype(tokens))
+        if strides is not None and spec.has_strides(strides):
+            return tokens
+        copy = kinds.Extern(tokens.copied(), "tokens are copied to lie end to end")
+        return r.emit(copy, f"{node.name}_tokens", (tokens.base,), spec)
+    spec = TensorSpec.contiguous((batch, length + sum(margins), channels), r.dtype(tokens))
+    if strides is None or (strides[2] != 1 and channels != 1):
+        call = TorchCall(aten.constant_pad_nd.default, (Ref(0), [0, 0, *margins]))
+        pad = kinds.Extern(call, "tokens are copied to lie end to end, between zeros")
+        return r.emit(pad, f"{node.name}_padded", (r.realize(tokens),), spec)
+    parts = [tokens]
+    for i, margin in enumerate(margins):
+        if margin:
+            call = TorchCall(torch.zeros, ((batch, margin, channels),), (("dtype", spec.dtype),))
+            zeros = r.derived(f"{node.name}_margin", (), call, (batch, margin, channels), spec.dtype)
+            parts.insert(i * len(parts), View.of(zeros, r.values[zeros]))
+    return r.emit(kinds.Concat(1), f"{node.name}_padded", [r.realize(part) for part in parts], spec)
+
+
+def _convolved(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a convolution behind its weight, by name."""
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    return {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+
+
 def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
     """An argument of a convolution for every dimension."""
     values = [value] if isinstance(value, int) else list(value)
@@ -486,9 +600,23 @@ def _addmm(r: Raiser, node: fx.Node) -> Value | None:
 @_handles(aten.mm.default, aten.matmul.default)
 def _matmul(r: Raiser, node: fx.Node) -> Value | None:
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    if not r.is_constant(weight) or len(weight.dims) != 2 or len(x.dims) < 2 or r.is_constant(x):
+    if len(weight.dims) != 2 or len(x.dims) < 2 or r.is_constant(x):
         return None
-    return _matrix_product(r, node, x, weight, None)
+    return _matrix_product(r, node, x, weight, None) if r.is_constant(weight) else _few_products(r, node, x, weight)
+
+
+def _few_products(r: Raiser, node: fx.Node, x: View, y: View) -> View | None:
+    """Products of a few rows that are made at run time, such as embeddings of texts and images: sums along rows."""
+    columns, dtype = y.shape[1], r.dtype(x)
+    few = not any(isinstance(size, Size) for size in (*x.shape, *y.shape)) and 0 < x.shape[0] * columns <= _FEW
+    if len(x.dims) != 2 or not few or 0 in x.shape or r.dtype(y) != dtype or dtype not in r.floating:
+        return None
+    b = Builder()
+    function = b.build(b.apply(Op.ROW_SUM, b.apply(Op.MUL, b.input(0), b.input(1))))
+    shape = (x.shape[0], columns, x.shape[1])
+    pairs = View(x.base, (x.dims[0], ((1, 0),), x.dims[1]), x.offset).expand(shape), y.permute((1, 0))
+    spec = TensorSpec.contiguous((*shape[:2], 1), dtype)
+    return r.emit(kinds.Reduction(function), node.name, [r.realize(v) for v in pairs], spec).reshape(shape[:2])
 
 
 def _matrix_product(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None) -> Value | None:
@@ -895,7 +1023,7 @@ def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value
     if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or r.is_constant(x):
         return None
     dims = sorted(d % source.ndim for d in dims)
-    found = _few_combined(r, node.name, node.target, x, dims)
+    found = _few_combined(r, node.name, node.target, x, dims) or _many_combined(r, node, x, dims)
     if found is not None:
         return found.reshape(result.shape)
     if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or result.dtype.itemsize < 4:
@@ -911,6 +1039,37 @@ def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value
             part = r.emit(step, name, (r.realize(x),), TensorSpec.contiguous(shape, result.dtype))
         x = part
     return x.reshape(result.shape)
+
+
+def _many_combined(r: Raiser, node: fx.Node, x: View, dims: Sequence[int]) -> View | None:
+    """A reduction of one axis, such as all tokens of an image, as few parts of few parts each, until one is left; None
+    where its size has no such factors. 16-bit numbers would be rounded in between."""
+    (dim, *more), size = dims, x.shape[dims[0]]
+    if more or isinstance(size, Size) or r.dtype(x).itemsize < 4:
+        return None
+    factors = _few_factors(size)
+    if len(factors) < 2:
+        return None
+    for i, count in enumerate(factors):
+        rest = math.prod(factors[i + 1 :])
+        split = x.reshape((*x.shape[:dim], count, rest, *x.shape[dim + 1 :]))
+        part = split and _few_combined(r, f"{node.name}_{rest}", node.target, split, [dim])
+        if part is None:
+            return None
+        x = r.reshaped(part, (*part.shape[:dim], rest, *part.shape[dim + 2 :]))
+    return x
+
+
+def _few_factors(size: int) -> list[int]:
+    """The factors of a size, each of few, the largest first; none where it has a larger one."""
+    found: list[int] = []
+    while size > 1:
+        count = next((n for n in range(_FEW, 1, -1) if size % n == 0), None)
+        if count is None:
+            return []
+        found.append(count)
+        size //= count
+    return found
 
 
 def _few_combined(r: Raiser, name: str, target: Any, x: View, dims: Sequence[int]) -> View | None:

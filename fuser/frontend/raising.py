@@ -183,6 +183,10 @@ class Raiser(GraphBuilder):
         if any(dtype != spec.dtype for dtype in dtypes):
             semantics = _rounded(semantics, dtypes, spec.dtype)
         order = full.memory_order()
+        if semantics.expression is not None and not semantics.expression.has_reduction:
+            whole = [v.expand((1,) * (len(spec.shape) - len(v.dims)) + v.shape) for v in operands]
+            alike = {v.memory_order(rows=False) for v in whole if sum(size != 1 for size in v.shape) > 1}
+            order = alike.pop() if len(alike) == 1 else order
         inverse = tuple(order.index(d) for d in range(len(order)))
         inputs = []
         for view in operands:

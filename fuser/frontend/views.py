@@ -122,20 +122,21 @@ class View:
         *factors, (size, stride) = collapsed(self.dims[dim]) or [(1, 0)]
         return replace(self, dims=(*self.dims[:dim], (*factors, (size // count, stride)), *self.dims[dim + 1 :]))
 
-    def memory_order(self) -> tuple[int, ...]:
-        """Dimensions but the last, by falling stride, then the last: the order in which rows lie in memory.
+    def memory_order(self, rows: bool = True) -> tuple[int, ...]:
+        """Dimensions but the last, by falling stride, then the last: the order in which rows lie in memory. Without
+        ``rows``, all by falling stride, as elements lie.
 
-        The identity when the rows cannot be walked evenly anyway.
+        The identity when they cannot be walked evenly anyway.
         """
         strides = self.strides()
         identity = tuple(range(len(self.dims)))
         if strides is None or len(identity) < 3:
             return identity
-        rows = [d for d in identity[:-1] if self.shape[d] != 1]
-        if any(strides[d] == 0 for d in rows):
+        moved = [d for d in (identity[:-1] if rows else identity) if self.shape[d] != 1]
+        if any(strides[d] == 0 for d in moved):
             return identity
-        ordered = iter(sorted(rows, key=lambda d: -strides[d]))
-        return tuple(next(ordered) if d in rows else d for d in identity)
+        ordered = iter(sorted(moved, key=lambda d: -strides[d]))
+        return tuple(next(ordered) if d in moved else d for d in identity)
 
     def copied(self) -> TorchCall:
         """The call that makes a contiguous tensor of this view from the base."""

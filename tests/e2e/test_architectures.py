@@ -30,18 +30,13 @@ _EXPERTS = (
     *("aten::index_put", "aten::sort", "aten::topk"),
 )
 LEFT: Mapping[str, Collection[str]] = {
-    "beit": ("aten::mean.dim",),
     "big-bird": ("aten::index_copy", "aten::index_select"),
-    "clip": ("aten::index.Tensor", "aten::matmul", "pointwise"),
     "deberta-v2": ("aten::bmm", "aten::gather", "pointwise", "pv", "qk"),
     "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
-    "roformer": ("aten::stack",),
     "mixtral": _EXPERTS,
     "qwen2-moe": _EXPERTS,
-    "siglip": ("aten::bmm", "aten::matmul", "bias", "pointwise", "residual"),
-    "t5": ("aten::where.ScalarOther",),
-    "wav2vec2": ("aten::conv1d", "norm", "residual"),
-    "whisper": ("aten::conv1d", "residual"),
+    "siglip": ("residual",),
+    "wav2vec2": ("_strided_copy", "aten::conv1d", "norm", "residual"),
 }
 """What is left to PyTorch between the first and the last kernel of an architecture, by its kind or call: nothing of
 those that are not here."""

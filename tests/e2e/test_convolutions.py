@@ -1,4 +1,4 @@
-"""Convolutions whose windows lie side by side are products; others are PyTorch's."""
+"""Convolutions whose windows lie side by side, or along one axis, are products; others are PyTorch's."""
 
 from __future__ import annotations
 
@@ -60,6 +60,78 @@ def test_patches_are_rows_of_a_product(make: Callable[[], nn.Module], x: Tensor,
     assert (
         operators.count(Gemm) == 1 and Norm in operators and (Bias in operators) == (model.convolution.bias is not None)
     )
+
+
+class Sound(nn.Module):
+    """Two convolutions of a sequence, as before an encoder of sound."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = first, second, nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.gelu(self.second(nn.functional.gelu(self.first(x))))
+        return self.linear(self.norm(y.transpose(1, 2)))
+
+
+# (convolutions, their input, of what PyTorch still copies)
+SOUNDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tensor, set[str]]] = {
+    "padded": (lambda: nn.Conv1d(5, 16, 3, padding=1), lambda: nn.Conv1d(16, 32, 3, 2, 1), image(1, 5, 24), set()),
+    "one channel": (lambda: nn.Conv1d(1, 16, 10, 5), lambda: nn.Conv1d(16, 32, 3, 2), image(1, 1, 101), set()),
+    "windows that skip": (
+        lambda: nn.Conv1d(5, 16, 2, 3, bias=False),
+        lambda: nn.Conv1d(16, 32, 2, 3, 1),
+        image(1, 5, 24),
+        set(),
+    ),
+    "same length": (
+        lambda: nn.Conv1d(5, 16, 4, padding="same", bias=False),
+        lambda: nn.Conv1d(16, 32, 3, padding="valid"),
+        image(1, 5, 24).transpose(1, 2).contiguous().transpose(1, 2),
+        set(),
+    ),
+    "samples": (
+        lambda: nn.Conv1d(5, 16, 3, 2, 1),
+        lambda: nn.Conv1d(16, 32, 3, 2, 1),
+        image(3, 5, 25),
+        {"conv1d_1_windows"},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding")
+@pytest.mark.parametrize("name", SOUNDS)
+def test_windows_along_one_axis_are_rows_of_a_product(name: str) -> None:
+    first, second, x, left = SOUNDS[name]
+    torch.manual_seed(0)
+    model = Sound(first(), second(), 32).eval()
+    fast = fuser.optimize(model, search="model")
+    expected = model.double()(x.double())
+    model.float()
+    # Of 80 and fewer products each, in fp32.
+    torch.testing.assert_close(fast(x).double(), expected, rtol=2e-5, atol=2e-5)
+    assert {name for name, _ in fast.unfused} == left and not fast.fallbacks
+
+
+def test_sequences_of_any_length_are_convolved_by_one_capture() -> None:
+    torch.manual_seed(0)
+    convolutions = Sound(nn.Conv1d(1, 16, 10, 5), nn.Conv1d(16, 32, 3, 2, 1), 32)
+    model = nn.Sequential(nn.Unflatten(1, (1, -1)), convolutions).eval()
+    fast = fuser.optimize(model, search="model")
+    for length in (95, 101, 160):
+        x = image(1, length)
+        torch.testing.assert_close(fast(x), model(x), rtol=2e-5, atol=2e-5)
+    assert not fast.specialized and not fast.unfused
+
+
+@pytest.mark.parametrize("settings", [{"dilation": 2}, {"groups": 2}], ids=str)
+def test_other_sequences_are_left_to_pytorch(settings: dict[str, int]) -> None:
+    model = Sound(nn.Conv1d(4, 16, 3, **settings), nn.Conv1d(16, 32, 2), 32).eval()
+    x = image(2, 4, 24)
+    fast = fuser.optimize(model, search="model")
+    torch.testing.assert_close(fast(x), model(x))
+    assert any("conv1d" in reason for _, reason in (*fast.unfused, *fast.outside))
 
 
 def test_what_a_caller_gets_with_channels_first_is_left_to_pytorch() -> None:
