@@ -23,6 +23,7 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
@@ -252,7 +253,14 @@ class Extern(_Called):
 @kind("predicted_attention")
 @dataclass(frozen=True)
 class PredictedAttention(Extern):
-    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full."""
+    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full, as
+    ``quantize`` says; ``pattern`` is what constants allow. Both are those of the call.
+
+    Of packed rows the other inputs are those of a :class:`DocumentMask`.
+    """
+
+    pattern: Mask
+    quantize: Prediction
 
 
 @kind("view")
@@ -928,6 +936,10 @@ class DocumentMask(ScoreMask):
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         scores, rows, length, is_key, _ = inputs
+        return (scores.masked_fill(~self.allowed(rows, length, is_key), -math.inf),)
+
+    def allowed(self, rows: Tensor, length: Tensor, is_key: Tensor) -> Tensor:
+        """Which rows see which: (S, S) bool, or (H, S, S) where the pattern has heads."""
         size = int(length)
         document, at = rows // size, rows % size
         allowed = (document[:, None] == document) & is_key
@@ -935,7 +947,7 @@ class DocumentMask(ScoreMask):
             allowed = allowed & (at[:, None] >= at)
         if self.pattern is not None:
             allowed = allowed & self.pattern.dense(size, size).to(rows.device)[..., at[:, None], at]
-        return (scores.masked_fill(~allowed, -math.inf),)
+        return allowed
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return float(math.prod(output))

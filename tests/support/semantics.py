@@ -133,6 +133,8 @@ CASES: Mapping[type[Semantics], Case] = {
             PredictedAttention(
                 TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), _ALL_IN_FULL, None, 0.25)),
                 "a kernel of its own",
+                Dense(),
+                DEQ(threshold=0.0),
             ),
             (SCORES, SCORES + 1, SCORES - 1),
             lambda q, k, v: _softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 4) @ v,
