@@ -186,9 +186,7 @@ class CpuDepthwise(Implementation[DepthwiseMatch, DepthwiseParameters]):
     def cost(self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target) -> Cost:
         return match.cost()
 
-    def call(
-        self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target, threads: int
-    ) -> KernelCall:
+    def call(self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target, threads: int) -> KernelCall:
         return match.call("cpu/depthwise.cpp.j2", parameters)
 
 
@@ -203,7 +201,5 @@ class CudaDepthwise(Implementation[DepthwiseMatch, DepthwiseParameters]):
     def cost(self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target) -> Cost:
         return match.cost()
 
-    def call(
-        self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target, threads: int
-    ) -> KernelCall:
+    def call(self, match: DepthwiseMatch, parameters: DepthwiseParameters, target: Target, threads: int) -> KernelCall:
         return match.call("cuda/depthwise.cu.j2", parameters)

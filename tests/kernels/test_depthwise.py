@@ -27,6 +27,7 @@ from fuser.runtime.library import load
 
 FAMILY = DepthwiseFamily()
 BF16, F16 = torch.bfloat16, torch.float16
+SAME = Depthwise((1, 1), (1, 1))
 # Sums of up to 49 products; and the rounding of the result to its dtype.
 TOLERANCE = {torch.float32: 2.0**-19, BF16: 2.0**-7, F16: 2.0**-10}
 
@@ -36,7 +37,7 @@ class Case:
     """x (B, H, W, C), with ``gap`` elements between its pixels; ``norm`` takes the place of GELU and a residual."""
 
     grid: tuple[int, int, int, int]
-    how: Depthwise = Depthwise((1, 1), (1, 1))
+    how: Depthwise = SAME
     kernel: tuple[int, int] = (3, 3)
     gap: int = 0
     norm: bool = False
@@ -60,7 +61,7 @@ class Case:
         tensors = self.values()
         values = {name: TensorSpec(tuple(t.shape), t.dtype, t.stride()) for name, t in tensors.items()}
         out = TensorSpec.contiguous(tensors["residual"].shape, self.dtype)
-        values |= {name: out for name in ("sums", "biased", "active", "out")} | changed
+        values |= dict.fromkeys(("sums", "biased", "active", "out"), out) | changed
         operators = [Operator("sums", self.how, ("x", "weight"), ("sums",))]
         if not self.plain:
             operators.append(Operator("biased", Bias(), ("sums", "bias"), ("biased",)))
