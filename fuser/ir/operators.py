@@ -768,6 +768,30 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+@kind("depthwise")
+@dataclass(frozen=True)
+class Depthwise(Semantics):
+    """A convolution of every channel of a grid x (B, H, W, C) by itself with a weight (C, 1, kh, kw), amid ``padding``
+    lines and columns of zeros on both sides; sizes are of lines, then columns."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight = inputs
+        # A weight may be kept narrower than what it is multiplied with.
+        grid, weight = x.permute(0, 3, 1, 2), weight.to(x.dtype)
+        how = self.stride, self.padding, self.dilation
+        return (torch.nn.functional.conv2d(grid, weight, None, *how, groups=weight.shape[0]).permute(0, 2, 3, 1),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * math.prod(output) * math.prod(inputs[1][2:])
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][2]} × {inputs[1][3]} over {output[-1]}"
+
+
 @kind("concat")
 @dataclass(frozen=True)
 class Concat(Semantics):
