@@ -14,6 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.convolutions import arguments, depthwise, each
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
@@ -429,16 +430,19 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
 
 
 @_handles(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def _convolution(r: Raiser, node: fx.Node) -> Value | None:
+    return next((found for raised in (_patches, depthwise) if (found := raised(r, node)) is not None), None)
+
+
 def _patches(r: Raiser, node: fx.Node) -> Value | None:
     """A convolution whose windows lie side by side: the product of its patches, as rows, with all of its weight. What
     remains at the ends is left out."""
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    given = {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
+    given = arguments(node)
     batch, channels, *sizes = x.shape
     kernel = weight.shape[2:]
-    beside = tuple(_each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
-    dense = not any(_each(given.get("padding", 0), len(kernel))) and set(_each(given.get("dilation", 1), 1)) == {1}
+    beside = tuple(each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
+    dense = not any(each(given.get("padding", 0), len(kernel))) and set(each(given.get("dilation", 1), 1)) == {1}
     if not beside or not dense or math.prod(kernel) == 1 or len(sizes) != len(kernel):
         return None
     if not stays_inside(node):
@@ -467,12 +471,6 @@ def _patches(r: Raiser, node: fx.Node) -> Value | None:
     matrix = r.reshaped(matrix, (weight.shape[0], math.prod(weight.shape[1:])))
     out = linear(r, node, rows, matrix, bias, transposed=True)
     return None if out is None else out.permute((0, len(counts) + 1, *range(1, len(counts) + 1)))
-
-
-def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
-    """An argument of a convolution for every dimension."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * count if len(values) == 1 else values
 
 
 @_handles(aten.addmm.default)
