@@ -9,6 +9,7 @@ from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
 from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
+from fuser.kernels.depthwise import CpuDepthwise, CudaDepthwise, DepthwiseFamily
 from fuser.kernels.gemm import CpuGemm, GemmFamily, OneDnnGemm
 from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
@@ -41,6 +42,8 @@ IMPLEMENTATIONS: Table = {
     (Int8GemmFamily(), "cuda"): (CudaInt8Gemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
+    (DepthwiseFamily(), "cpu"): (CpuDepthwise(),),
+    (DepthwiseFamily(), "cuda"): (CudaDepthwise(),),
     (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
     (LinearAttentionFamily(), "cuda"): (CudaLinearAttention(),),
     (FeaturesFamily(), "cpu"): (CpuFeatures(),),

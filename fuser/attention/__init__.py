@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import fuser.attention.documents
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
-from fuser.attention.checks import check_attn_mask, check_heads, check_operands
+from fuser.attention.checks import check_attn_mask, check_heads, check_operands, check_scores
 from fuser.attention.linear import linear_attention
 from fuser.attention.mechanisms import NestedNamespace, add_arguments, build, configure, names
 from fuser.attention.reference import is_forward_differentiated, layout_of, reference
 from fuser.attention.registry import CAUSAL, DENSE, key_of, register_mask, spec_of
 from fuser.attention.varlen import varlen_attention
-from fuser.ir.errors import MaskError, ScoreError
+from fuser.ir.errors import MaskError
 from fuser.ir.masks import Dense, Mask, PerBatch
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.prediction import Prediction
@@ -88,10 +89,7 @@ def sparse_attention(
         MaskError: the mask does not fit them.
         ScoreError: ``score`` is no rule of ours, or ``quantize`` no specification.
     """
-    if score is not None and not isinstance(score, ScoreRule):
-        raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
-    if quantize is not None and not isinstance(quantize, Prediction):
-        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, got {type(quantize).__name__}")
+    check_scores(score, quantize)
     if mask is not None and not isinstance(mask, (Mask, PerBatch, Tensor)):
         if not is_block_mask(mask):
             raise MaskError(f"mask must be one of fuser.masks, a tensor or None, got {type(mask).__name__}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuser.ir.errors import MaskError
+from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Mask
+from fuser.ir.prediction import Prediction
+from fuser.ir.scores import ScoreRule
 
 
 def check_tensors(**given: object) -> None:
@@ -14,6 +16,14 @@ def check_tensors(**given: object) -> None:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_scores(score: object, quantize: object) -> None:
+    """Raise ScoreError unless these are a rule and a specification, or None."""
+    if score is not None and not isinstance(score, ScoreRule):
+        raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
+    if quantize is not None and not isinstance(quantize, Prediction):
+        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, got {type(quantize).__name__}")
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -158,10 +158,10 @@ def key_of(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of_any_lengths(mask: Mask, rule: ScoreRule | None) -> str:
-    """The key of a mask and a rule that documents of any lengths have, a constant of whatever graph is traced."""
+def key_of_any_lengths(mask: Mask, rule: ScoreRule | None, quantize: Prediction | None) -> str:
+    """The key of a specification that documents of any lengths have, a constant of whatever graph is traced."""
     try:
-        return enter(AttentionSpec(mask, rule), None, None, any_lengths=True)
+        return enter(AttentionSpec(mask, rule, quantize), None, None, any_lengths=True)
     except AttributeError as error:
         _explain(error)
         raise

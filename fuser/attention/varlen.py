@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.attention.checks import check_heads, check_operands, check_tensors
+from fuser.attention.checks import check_heads, check_operands, check_scores, check_tensors
 from fuser.attention.gradients import gradients_of
 from fuser.attention.jagged import offsets_of
 from fuser.attention.launch import NoKernelError, run_plan, say, target_for
 from fuser.attention.operators import TAGS
 from fuser.attention.reference import arithmetic_dtype, is_forward_differentiated, reference
 from fuser.attention.registry import DENSE, key_of_any_lengths, pin, spec_of
-from fuser.ir.errors import BuildError, CacheError, MaskError, ScoreError, ToolchainError
+from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
 from fuser.ir.masks import Dense, Mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
+from fuser.kernels.attention import cached_plan
 from fuser.kernels.documents import document_mask, plan_documents, seeing
 from fuser.kernels.plan import AttentionPlan, Int64s
 
@@ -44,6 +46,7 @@ def varlen_attention(
     mask: Mask | None = None,
     *,
     score: ScoreRule | None = None,
+    quantize: Prediction | None = None,
     scale: float | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -61,6 +64,8 @@ def varlen_attention(
         cu_seqlens_k: the same of keys, for as many documents; None where they are those of the queries.
         mask: one of :mod:`fuser.masks`, which is applied to each document by itself; None for all pairs.
         score: as in :func:`fuser.sparse_attention`.
+        quantize: as there, of each document by itself: what depends on more than a row (``calibration="dynamic"``, the
+            largest one of a head or a sample) depends on one document, and documents run one after another then.
         scale: default 1 / sqrt(D).
         max_seqlen_q, max_seqlen_k: taken as flash-attention's functions take them and not needed, since the lengths are
             read from the offsets.
@@ -88,26 +93,26 @@ def varlen_attention(
         ValueError: shapes, dtypes or devices do not fit each other, or offsets do not ascend from 0 to the number of
             rows.
         MaskError: the mask does not fit a document.
-        ScoreError: ``score`` is no rule of ours.
+        ScoreError: ``score`` is no rule of ours, or ``quantize`` no specification.
     """
     offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     check_tensors(q=q, k=k, v=v, **{name: cu for name, cu in offsets.items() if cu is not None})
     if q.is_nested or k.is_nested or v.is_nested:
-        return _of_nested(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=score, scale=scale, return_lse=return_lse)
+        more: dict[str, Any] = {"score": score, "quantize": quantize, "scale": scale, "return_lse": return_lse}
+        return _of_nested(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, **more)
     if cu_seqlens_q is None:
         raise ValueError(
             "cu_seqlens_q says where the documents of q begin; only nested tensors know that by themselves"
         )
-    if score is not None and not isinstance(score, ScoreRule):
-        raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
+    check_scores(score, quantize)
     if mask is not None and not isinstance(mask, Mask):
         raise MaskError(f"mask must be one of fuser.masks or None, which every document has, got {type(mask).__name__}")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     key = DENSE
-    if mask is not None or score is not None:
-        key = key_of_any_lengths(_EVERYTHING if mask is None else mask, score)
+    if mask is not None or score is not None or quantize is not None:
+        key = key_of_any_lengths(_EVERYTHING if mask is None else mask, score, quantize)
     operands = q, k, v, cu_seqlens_q, cu_seqlens_k, key, scale
     if is_forward_differentiated():
         out, lse = _reference(*operands)
@@ -207,10 +212,22 @@ def _op(
     if k.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     try:
-        target = target_for(q_heads, v_heads, None)
-        plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
+        target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule)
+        how = target, what.rule, what.quantize
+        if what.quantize is None or what.quantize.is_by_row:
+            plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
+            run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, *how)
+            return out, lse
+        out.zero_()
+        lse.fill_(-math.inf)
+        for rows, keys, mask in _documents(what.mask, *bounds):
+            plan = cached_plan(mask, rows.stop - rows.start, keys.stop - keys.start, target)
+            ours = (t[:, :, part] for t, part in ((q_heads, rows), (k_heads, keys), (v_heads, keys)))
+            sums = lse.new_empty(1, q.shape[1], rows.stop - rows.start) if return_lse else None
+            run_plan(*ours, plan, None, scale, into[0][:, :, rows], sums, *how)
+            if sums is not None:
+                lse[:, rows] = sums[0]
         return out, lse
     except (NoKernelError, BuildError, ToolchainError, CacheError) as error:
         say(str(error))

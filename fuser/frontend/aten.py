@@ -14,6 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.convolutions import arguments, depthwise, each, keeps_tokens, sequence
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
@@ -464,19 +465,23 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
         start += size
 
 
-@_handles(aten.conv2d.default, aten.conv3d.default)
+@_handles(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+def _convolution(r: Raiser, node: fx.Node) -> Value | None:
+    return next((found for raised in (_patches, depthwise, sequence) if (found := raised(r, node)) is not None), None)
+
+
 def _patches(r: Raiser, node: fx.Node) -> Value | None:
     """A convolution whose windows lie side by side: the product of its patches, as rows, with all of its weight. What
     remains at the ends is left out."""
     x, weight = r.view(node.args[0]), r.view(node.args[1])
-    given = _convolved(node)
+    given = arguments(node)
     batch, channels, *sizes = x.shape
     kernel = weight.shape[2:]
-    beside = tuple(_each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
-    dense = not any(_each(given.get("padding", 0), len(kernel))) and set(_each(given.get("dilation", 1), 1)) == {1}
+    beside = tuple(each(given.get("stride", 1), len(kernel))) == kernel and given.get("groups", 1) == 1
+    dense = not any(each(given.get("padding", 0), len(kernel))) and set(each(given.get("dilation", 1), 1)) == {1}
     if not beside or not dense or math.prod(kernel) == 1 or len(sizes) != len(kernel):
         return None
-    if not stays_inside(node):
+    if not (keeps_tokens if len(kernel) == 1 else stays_inside)(node):
         # A caller gets channels first, which a product would have to be copied to.
         return None
     bias = None if given.get("bias") is None else r.view(given["bias"])
@@ -502,91 +507,6 @@ def _patches(r: Raiser, node: fx.Node) -> Value | None:
     matrix = r.reshaped(matrix, (weight.shape[0], math.prod(weight.shape[1:])))
     out = linear(r, node, rows, matrix, bias, transposed=True)
     return None if out is None else out.permute((0, len(counts) + 1, *range(1, len(counts) + 1)))
-
-
-@_handles(aten.conv1d.default, aten.conv1d.padding)
-def _convolution(r: Raiser, node: fx.Node) -> Value | None:
-    """A convolution along one axis, its windows side by side or not: a product of the windows as rows of tokens (B, T,
-    C), which overlap in memory."""
-    if not _keeps_tokens(node):
-        return None
-    beside = _patches(r, node) if node.target is aten.conv1d.default else None
-    if beside is not None:
-        return beside
-    x, weight = r.view(node.args[0]), r.view(node.args[1])
-    given = _convolved(node)
-    bias = None if given.get("bias") is None else r.view(given["bias"])
-    stride, dilation, groups = (_each(given.get(name, 1), 1)[0] for name in ("stride", "dilation", "groups"))
-    if dilation != 1 or groups != 1 or len(x.dims) != 3:
-        return None
-    if r.is_constant(x) or r.dtype(x) not in r.floating or not r.is_constant(weight) or weight.shape[2] == 1:
-        return None
-    if bias is not None and not r.is_constant(bias):
-        return None
-    (columns, channels, width), count = weight.shape, traced(node).shape[2]
-    tokens = _padded(r, node, x.permute((0, 2, 1)), _margins(given.get("padding", 0), width))
-    batch, length, _ = tokens.shape
-    # Windows begin at every token, or so many apart.
-    windows = View(
-        tokens.base, (tokens.dims[0], ((count, stride * channels),), ((width * channels, 1),)), tokens.offset
-    )
-    if batch != 1 and count * stride != length:
-        copy = kinds.Extern(windows.copied(), "windows of several samples are copied, which no one stride describes")
-        spec = TensorSpec.contiguous(windows.shape, r.dtype(tokens))
-        windows = r.emit(copy, f"{node.name}_windows", (windows.base,), spec)
-    matrix = r.reshaped(weight.permute((0, 2, 1)), (columns, width * channels))
-    out = linear(r, node, windows, matrix, bias, transposed=True)
-    return None if out is None else out.permute((0, 2, 1))
-
-
-def _keeps_tokens(node: fx.Node) -> bool:
-    """Whether the result of a convolution may lie in tokens: neither does a caller get it with channels first, nor
-    does PyTorch normalize these."""
-    return stays_inside(node) and not any(user.target is aten.group_norm.default for user in node.users)
-
-
-def _margins(padding: Any, width: int) -> tuple[int, int]:
-    """Zeros before and behind a sequence: as many as are asked for, none, or what keeps its length."""
-    if isinstance(padding, str):
-        return ((width - 1) // 2, width // 2) if padding == "same" else (0, 0)
-    (margin,) = _each(padding, 1)
-    return margin, margin
-
-
-def _padded(r: Raiser, node: fx.Node, tokens: View, margins: tuple[int, int]) -> View:
-    """Tokens (B, T, C) that lie end to end, with zeros before and behind: as they are, or a copy."""
-    batch, length, channels = tokens.shape
-    strides = tokens.strides()
-    if margins == (0, 0):
-        spec = TensorSpec.contiguous(tokens.shape, r.dtype(tokens))
-        if strides is not None and spec.has_strides(strides):
-            return tokens
-        copy = kinds.Extern(tokens.copied(), "tokens are copied to lie end to end")
-        return r.emit(copy, f"{node.name}_tokens", (tokens.base,), spec)
-    spec = TensorSpec.contiguous((batch, length + sum(margins), channels), r.dtype(tokens))
-    if strides is None or (strides[2] != 1 and channels != 1):
-        call = TorchCall(aten.constant_pad_nd.default, (Ref(0), [0, 0, *margins]))
-        pad = kinds.Extern(call, "tokens are copied to lie end to end, between zeros")
-        return r.emit(pad, f"{node.name}_padded", (r.realize(tokens),), spec)
-    parts = [tokens]
-    for i, margin in enumerate(margins):
-        if margin:
-            call = TorchCall(torch.zeros, ((batch, margin, channels),), (("dtype", spec.dtype),))
-            zeros = r.derived(f"{node.name}_margin", (), call, (batch, margin, channels), spec.dtype)
-            parts.insert(i * len(parts), View.of(zeros, r.values[zeros]))
-    return r.emit(kinds.Concat(1), f"{node.name}_padded", [r.realize(part) for part in parts], spec)
-
-
-def _convolved(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a convolution behind its weight, by name."""
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    return {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
-
-
-def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
-    """An argument of a convolution for every dimension."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * count if len(values) == 1 else values
 
 
 @_handles(aten.addmm.default)

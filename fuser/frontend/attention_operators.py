@@ -257,4 +257,5 @@ def _predicted(
     if strides[1] < strides[2]:
         out = TensorSpec(out.shape, out.dtype, (q_len * heads * width, width, heads * width, 1))
     reason = f"one kernel of its own decides the width of each score, as {type(quantize).__name__} says"
-    return r.reshaped(r.emit(kinds.PredictedAttention(call, reason), node.name, tuple(inputs), out), shape)
+    semantics = kinds.PredictedAttention(call, reason, spec.mask, quantize)
+    return r.reshaped(r.emit(semantics, node.name, tuple(inputs), out), shape)

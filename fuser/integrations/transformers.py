@@ -108,14 +108,18 @@ def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> C
         packed = cu_q is not None and cu_k is not None
         if packed and (query.shape[0] != 1 or dropout):
             raise ValueError('attn_implementation="fuser" takes cu_seq_lens for one row of documents, without dropout')
-        if quantize is not None and (packed or dropout):
-            raise ValueError("quantize= takes no dropout, and no documents one behind the other")
-        if not packed and not dropout and quantize is None:
+        if quantize is not None and dropout:
+            raise ValueError("quantize= takes no dropout")
+        # A mask says of documents what it says of rows, but not what is the largest element of each.
+        by_row = quantize is None or quantize.is_by_row
+        if packed and not by_row:
+            raise ValueError("quantize= of documents in one row compares within rows: granularity='seq', not 'dynamic'")
+        if not packed and not dropout and by_row:
             cu_q = cu_k = _starts(kwargs.get("position_ids"), attn_mask)
         if cu_q is not None and cu_k is not None:
             visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
             if attn_mask is None or _says_no_more(attn_mask, cu_q, cu_k, bool(decoder)):
-                return _of_documents(query, key, value, cu_q, cu_k, visible, rule, scaling), None
+                return _of_documents(query, key, value, cu_q, cu_k, visible, rule, quantize, scaling), None
             if packed and pattern is not None:
                 raise MaskError(f"documents that the model masks itself cannot have the mask {pattern.name} as well")
             if packed:
@@ -154,11 +158,12 @@ def _of_documents(
     cu_seqlens_k: Tensor,
     mask: Mask | None,
     rule: SoftCap | None,
+    quantize: Prediction | None,
     scale: float | None,
 ) -> Tensor:
     """Attention within the documents of one row: (1, H, S, D) to (1, S, H, Dv)."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=rule, scale=scale)
+    out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, score=rule, quantize=quantize, scale=scale)
     return out[None]  # type: ignore[call-overload]
 
 

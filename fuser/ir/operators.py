@@ -23,6 +23,7 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Mask
+from fuser.ir.prediction import Prediction
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
@@ -252,7 +253,14 @@ class Extern(_Called):
 @kind("predicted_attention")
 @dataclass(frozen=True)
 class PredictedAttention(Extern):
-    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full."""
+    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full, as
+    ``quantize`` says; ``pattern`` is what constants allow. Both are those of the call.
+
+    Of packed rows the other inputs are those of a :class:`DocumentMask`.
+    """
+
+    pattern: Mask
+    quantize: Prediction
 
 
 @kind("view")
@@ -761,6 +769,30 @@ class Rotary(Semantics):
         return f"{columns}, interleaved" if self.interleaved else columns
 
 
+@kind("depthwise")
+@dataclass(frozen=True)
+class Depthwise(Semantics):
+    """A convolution of every channel of a grid x (B, H, W, C) by itself with a weight (C, 1, kh, kw), amid ``padding``
+    lines and columns of zeros on both sides; sizes are of lines, then columns."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight = inputs
+        # A weight may be kept narrower than what it is multiplied with.
+        grid, weight = x.permute(0, 3, 1, 2), weight.to(x.dtype)
+        how = self.stride, self.padding, self.dilation
+        return (torch.nn.functional.conv2d(grid, weight, None, *how, groups=weight.shape[0]).permute(0, 2, 3, 1),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * math.prod(output) * math.prod(inputs[1][2:])
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{inputs[1][2]} × {inputs[1][3]} over {output[-1]}"
+
+
 @kind("concat")
 @dataclass(frozen=True)
 class Concat(Semantics):
@@ -929,6 +961,10 @@ class DocumentMask(ScoreMask):
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         scores, rows, length, is_key, _ = inputs
+        return (scores.masked_fill(~self.allowed(rows, length, is_key), -math.inf),)
+
+    def allowed(self, rows: Tensor, length: Tensor, is_key: Tensor) -> Tensor:
+        """Which rows see which: (S, S) bool, or (H, S, S) where the pattern has heads."""
         size = int(length)
         document, at = rows // size, rows % size
         allowed = (document[:, None] == document) & is_key
@@ -936,7 +972,7 @@ class DocumentMask(ScoreMask):
             allowed = allowed & (at[:, None] >= at)
         if self.pattern is not None:
             allowed = allowed & self.pattern.dense(size, size).to(rows.device)[..., at[:, None], at]
-        return (scores.masked_fill(~allowed, -math.inf),)
+        return allowed
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return float(math.prod(output))

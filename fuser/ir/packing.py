@@ -30,6 +30,7 @@ from fuser.ir.operators import (
     Embedding,
     Extern,
     PatternMask,
+    PredictedAttention,
     Product,
     Ref,
     Scale,
@@ -160,7 +161,7 @@ class _Packer:
         self.masks: dict[str, tuple[Operator, TensorSpec]] = {}
         self.picks: dict[int, str] = {}
         self.picked: dict[str, TensorSpec] = {}
-        self.patterns: dict[tuple[bool, Mask | None], Pattern] = {}
+        self.patterns: dict[Pattern, None] = {}
         self.by_distance = False
         self.done: set[str] = set()
 
@@ -185,6 +186,8 @@ class _Packer:
     def _operator(self, op: Operator) -> None:
         if isinstance(op.semantics, QK):
             self._attention(op)
+        elif isinstance(op.semantics, PredictedAttention):
+            self._predicted(op, op.semantics)
         elif any(value in self.rows for value in op.inputs):
             (self._view if self.graph.is_alias(op) else self._row_wise)(op)
         elif self._starts(op):
@@ -300,9 +303,6 @@ class _Packer:
             if op.output in chain[-1].inputs and op.name not in self.done and op.output not in self.rows:
                 self._operator(op)
                 self.done.add(op.name)
-        operands = (*qk.inputs, chain[-1].inputs[1])
-        if any(value not in self.rows for value in operands):
-            raise PackingError(f"{qk.name} attends to something that is no part of the sequence")
         causal, pattern, attn_masks, biases = False, None, [], []
         for op in chain:
             if isinstance(op.semantics, PatternMask):
@@ -313,12 +313,7 @@ class _Packer:
                 attn_masks.append(op.inputs[1])
             elif isinstance(op.semantics, BiasByDistance):
                 biases.append(op)
-        if not attn_masks:
-            raise PackingError(f"{qk.name} attends to all positions, with no mask of padding")
-        for value in attn_masks:
-            self._mask(qk, value)
-        self.patterns.setdefault((causal, pattern), Pattern(causal, pattern))
-        number = list(self.patterns).index((causal, pattern))
+        plan = self._plan(qk, (*qk.inputs, chain[-1].inputs[1]), attn_masks, Pattern(causal, pattern))
         self.by_distance |= bool(biases)
         masked = False
         previous = ""
@@ -327,12 +322,38 @@ class _Packer:
             if isinstance(op.semantics, (PatternMask, BooleanMask, AdditiveMask)):
                 if not masked:
                     mask = DocumentMask(causal, pattern)
-                    self._emit(Operator(op.name, mask, (previous, *_ROWS, _plan_input(number)), op.outputs), None)
+                    self._emit(Operator(op.name, mask, (previous, *_ROWS, plan), op.outputs), None)
                     previous, masked = op.output, True
                 continue
             inputs = op.inputs if op is qk else (previous, *op.inputs[1:])
             self._emit(replace(op, inputs=inputs), self._axes(op.output) if op is chain[-1] else None)
             previous = op.output
+
+    def _predicted(self, op: Operator, semantics: PredictedAttention) -> None:
+        """Attention that decides by few bits, if what it decides of a row is the same without padding."""
+        (*operands, attn_mask) = op.inputs if len(op.inputs) > 3 else (*op.inputs, None)
+        if not semantics.quantize.is_by_row:
+            raise PackingError(f"{op.name} compares scores with those of other rows, padding among them")
+        added = attn_mask is not None and self.graph.values[attn_mask].dtype != torch.bool
+        if semantics.quantize.unmasked_maximum and added:
+            raise PackingError(f"{op.name} compares scores with those of padding")
+        pattern = None if semantics.pattern.allows_all else semantics.pattern
+        plan = self._plan(op, operands, [] if attn_mask is None else [attn_mask], Pattern(False, pattern))
+        _, _, _, key, _, scale = semantics.call.args
+        call = TorchCall(torch.ops.fuser.document_attention.default, (*map(Ref, range(7)), key, scale))
+        packed = replace(op, semantics=replace(semantics, call=call), inputs=(*operands, *_ROWS, plan))
+        self._emit(packed, self._axes(op.output))
+
+    def _plan(self, op: Operator, operands: Sequence[str], attn_masks: Sequence[str], pattern: Pattern) -> str:
+        """The plan of attention of rows to rows under masks of padding and a pattern."""
+        if any(value not in self.rows for value in operands):
+            raise PackingError(f"{op.name} attends to something that is no part of the sequence")
+        if not attn_masks:
+            raise PackingError(f"{op.name} attends to all positions, with no mask of padding")
+        for value in attn_masks:
+            self._mask(op, value)
+        self.patterns.setdefault(pattern)
+        return _plan_input(list(self.patterns).index(pattern))
 
     def _mask(self, qk: Operator, value: str) -> None:
         """Let ``before`` give a mask of scores as one of keys."""
@@ -401,7 +422,8 @@ class _Packer:
         made = {value: graph.values[value] for op in packed for value in op.outputs}
         whole = {_packed_name(v): _contiguous(graph.values[v]) for v in self.gathered}
         # What is said by positions of a document is not said by rows.
-        by_rows = [None if isinstance(op.semantics, (DocumentMask, BiasByDistance)) else op.semantics for op in packed]
+        by_position = DocumentMask, BiasByDistance, PredictedAttention
+        by_rows = [None if isinstance(op.semantics, by_position) else op.semantics for op in packed]
         binder = Binder((tuple(by_rows), {**made, **whole}))
         if other := sorted(binder.names.keys() - sizes.keys()):
             raise PackingError(f"its rows depend on {', '.join(other)}")
@@ -435,7 +457,7 @@ class _Packer:
             mask_inputs=_inputs_of(before, self.masks),
             gathered=tuple(self.gathered.values()),
             picks=tuple(self.picks),
-            patterns=tuple(self.patterns.values()),
+            patterns=tuple(self.patterns),
             by_distance=self.by_distance,
             outputs=outputs,
             shapes=tuple(graph.values[value].shape for value in graph.outputs),
@@ -450,8 +472,8 @@ def _sizes(graph: OperatorGraph) -> tuple[int, int]:
     """The batch and the sequence of attention of a sequence to itself."""
     found = set()
     for op in graph.operators:
-        if isinstance(op.semantics, QK):
-            (batch, _, length, _), (_, _, keys, _) = (graph.values[value].shape for value in op.inputs)
+        if isinstance(op.semantics, (QK, PredictedAttention)):
+            (batch, _, length, _), (_, _, keys, _) = (graph.values[value].shape for value in op.inputs[:2])
             if length != keys:
                 raise PackingError(f"{op.name} is attention to something else than the sequence")
             found.add((batch, length))

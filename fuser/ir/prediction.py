@@ -231,6 +231,11 @@ class Prediction(ABC):
         return self._prune
 
     @property
+    def is_by_row(self) -> bool:
+        """Whether what becomes of a row of scores depends on no other row of q and k than those that it is made of."""
+        return self.calibration != "dynamic" and not self.form.over_rows
+
+    @property
     def largest(self) -> int:
         """The largest code."""
         return int(2 ** (self.bits - 1)) - 1

@@ -35,7 +35,6 @@ LEFT: Mapping[str, Collection[str]] = {
     "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
     "mixtral": _EXPERTS,
     "qwen2-moe": _EXPERTS,
-    "siglip": ("residual",),
     "wav2vec2": ("_strided_copy", "aten::conv1d", "norm", "residual"),
 }
 """What is left to PyTorch between the first and the last kernel of an architecture, by its kind or call: nothing of

@@ -1,7 +1,9 @@
-"""Convolutions whose windows lie side by side, or along one axis, are products; others are PyTorch's."""
+"""Convolutions whose windows lie side by side, or along one axis, are products, those of every channel by itself
+kernels where channels lie beside each other; others are PyTorch's."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.ir.operators import Bias, Gemm, Norm
+from fuser.ir.operators import Bias, Depthwise, Gemm, Norm
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -39,6 +41,7 @@ def channels_last(*shape: int) -> Tensor:
 CASES: list[tuple[Callable[[], nn.Module], Tensor, int]] = [
     (lambda: nn.Conv2d(3, 32, 4, 4), image(2, 3, 16, 24), 24),
     (lambda: nn.Conv2d(3, 32, (2, 4), (2, 4), bias=False), image(1, 3, 8, 8), 8),
+    (lambda: nn.Conv2d(3, 32, 4, 4, padding="valid"), image(1, 3, 8, 8), 4),
     # Rows and columns that remain.
     (lambda: nn.Conv2d(3, 32, 5, 5), image(2, 3, 17, 12), 6),
     (lambda: nn.Conv2d(8, 32, 2, 2), channels_last(2, 8, 8, 6), 12),
@@ -155,6 +158,64 @@ def test_what_a_caller_gets_with_channels_first_is_left_to_pytorch() -> None:
 def test_others_are_left_to_pytorch(convolution: nn.Module) -> None:
     model = nn.Sequential(convolution, nn.Flatten(2), nn.LazyLinear(16)).eval()
     x = image(2, 4, 8, 8)
+    expected = model(x)
+    fast = fuser.optimize(model, search="model")
+    torch.testing.assert_close(fast(x), expected)
+    assert any("conv2d" in reason for _, reason in (*fast.unfused, *fast.outside))
+
+
+class Tokens(nn.Module):
+    """Two products with a depthwise convolution between them, of patches as tokens (B, H · W, C), as SegFormer spells
+    it."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.patches, self.convolution, self.behind = nn.Conv2d(3, 40, 4, 4), convolution, nn.Linear(40, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        tokens = nn.functional.gelu(x.flatten(2).transpose(1, 2))
+        mixed = self.convolution(tokens.transpose(1, 2).view(x.shape)).flatten(2).transpose(1, 2)
+        return self.behind(nn.functional.gelu(mixed))
+
+
+class Grid(nn.Module):
+    """The same of a grid (B, H, W, C) of any size."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.before, self.convolution, self.behind = nn.Linear(3, 40), convolution, nn.Linear(40, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.convolution(self.before(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.behind(nn.functional.gelu(mixed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "convolution", "shapes"),
+    [
+        (Tokens, nn.Conv2d(40, 40, 3, padding=1, groups=40), [(2, 3, 24, 20), (3, 3, 24, 20)]),
+        (Tokens, nn.Conv2d(40, 40, (3, 2), dilation=(1, 2), groups=40), [(2, 3, 24, 20)]),
+        (Grid, nn.Conv2d(40, 40, 5, 2, padding=2, groups=40, bias=False), [(2, 9, 6, 3), (2, 10, 6, 3), (1, 4, 6, 3)]),
+    ],
+)
+def test_tokens_are_convolved_as_they_lie(
+    kind: Callable[[nn.Module], nn.Module], convolution: nn.Module, shapes: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    model = kind(convolution).eval()
+    exact, fast = copy.deepcopy(model).double(), fuser.optimize(model, search="model")
+    for shape in shapes:
+        x = image(*shape)
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=2e-5, atol=2e-5)
+    assert fast.unfused == fast.fallbacks == ()
+    operators = [type(op.semantics) for op in fast.programs[-1].graph.operators]
+    assert operators.count(Depthwise) == 1
+
+
+def test_a_grid_with_channels_first_is_convolved_by_pytorch() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(2), nn.LazyLinear(16)).eval()
+    x = image(2, 8, 6, 6)
     expected = model(x)
     fast = fuser.optimize(model, search="model")
     torch.testing.assert_close(fast(x), expected)

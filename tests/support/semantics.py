@@ -26,6 +26,7 @@ from fuser.ir.operators import (
     BooleanMask,
     ChangeScores,
     Concat,
+    Depthwise,
     DocumentMask,
     Embedding,
     Extern,
@@ -109,6 +110,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """3 × 2 taps of every second line, the columns of a tap two apart, a line of zeros above and below."""
+    lines = torch.cat((torch.zeros(2, 1, 6, 3), x, torch.zeros(2, 1, 6, 3)), 1).double()
+    taps = [(i, j) for i in range(3) for j in range(2)]
+    return sum(lines[:, i : i + 5 : 2, 2 * j : 2 * j + 4] * weight[:, 0, i, j] for i, j in taps)
+
+
 def _positive(on: Tensor, x: Tensor) -> Tensor:
     most = torch.stack([torch.stack([head.max() for head in entry]) for entry in on])[..., None, None]
     return math.e ** (on - (x * x / 4).sum(-1, keepdim=True) - most) / 5**0.5 + 1e-4
@@ -133,6 +141,8 @@ CASES: Mapping[type[Semantics], Case] = {
             PredictedAttention(
                 TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), _ALL_IN_FULL, None, 0.25)),
                 "a kernel of its own",
+                Dense(),
+                DEQ(threshold=0.0),
             ),
             (SCORES, SCORES + 1, SCORES - 1),
             lambda q, k, v: _softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 4) @ v,
@@ -215,6 +225,7 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(GatherRows(), (X[0], torch.tensor([[4, 0], [2, 2]])), lambda t, i: torch.stack([t[j] for j in i])),
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
+        Case(Depthwise((2, 1), (1, 0), (1, 2)), (normal(2, 5, 6, 3), normal(3, 1, 3, 2)), _depthwise),
         Case(Concat(1), (X, X[:, :2]), lambda a, b: torch.stack([*a.unbind(1), *b.unbind(1)], 1)),
         Case(
             WriteRows(),

@@ -47,7 +47,7 @@ def test_a_kernel_runs_it(warned: pytest.LogCaptureFixture) -> None:
     each = masks.per_batch([masks.Causal(), masks.Dense()])
     out = sparse_attention(q, k, v, each, quantize=HOW)
     torch.testing.assert_close(out, expected(q, k, v, HOW, each.dense(70, 90)[:, None]), rtol=0, atol=ROUNDING)
-    assert not warned.text
+    assert "plain PyTorch" not in warned.text
 
 
 @pytest.mark.parametrize(

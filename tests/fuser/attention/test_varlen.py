@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fuser
-from fuser import SoftCap, masks, varlen_attention
+from fuser import DEQ, Sanger, SoftCap, masks, varlen_attention
 from fuser.attention.launch import run_plan
 from fuser.codegen import launch
 from fuser.ir.errors import FuserError, MaskError
+from fuser.ir.prediction import Prediction
 from fuser.ir.target import emulated_target
 from fuser.kernels.documents import plan_documents
+from fuser.runtime.device import cpu_target
 
 OPERATOR = torch.ops.fuser.varlen_attention.default
 LENGTHS = ((5, 5), (0, 0), (1, 1), (130, 130), (64, 64), (7, 40), (40, 7), (3, 0), (0, 6))
@@ -311,6 +313,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a mask of other heads": ({"mask": masks.per_head([masks.Causal()] * 3)}, "has 3 heads and q 4"),
     "a mask of other lengths": ({"mask": masks.from_dense(torch.ones(9, 9, dtype=torch.bool))}, "9"),
     "a score that is no rule": ({"score": 30.0}, "fuser.SoftCap"),
+    "bits that are no specification": ({"quantize": 4}, r"fuser\.DEQ, a fuser\.Sanger or None"),
+    "averages that nothing has begun": ({"quantize": DEQ(calibration="ema")}, "no thresholds yet"),
 }
 
 
@@ -357,3 +361,77 @@ def test_nested_tensors_are_packed_ones() -> None:
         fuser.varlen_attention(q.values(), k.values(), v.values())
     with pytest.raises(ValueError, match="second dimension"):
         fuser.varlen_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+# ---- scores of few bits
+
+KERNELS: dict[str, Prediction] = {
+    "deq": DEQ(threshold=0.2),
+    "a sample": DEQ(granularity="batch", calibration="dynamic", threshold=0.4),
+    "sanger": Sanger(threshold=0.05),
+}
+QUANTIZED = KERNELS | {
+    "eight bits": DEQ(bits=8, method="probability_threshold", threshold=0.02),
+    "unimportant": DEQ(method="inv_adaptive_maximum_threshold"),
+    "static": DEQ(calibration="static", thresholds=(0.4, 0.5), empty_row="dense"),
+    "a head": DEQ(granularity="head", before_softmax=True, threshold=0.3, empty_row="predicted"),
+    "dynamic": Sanger(calibration="dynamic", threshold=0.1, empty_row="zero"),
+}
+
+
+def expected_of_few_bits(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, mask: masks.Mask | None, how: Prediction
+) -> Tensor:
+    """The reference of the specification on the rows of each document that see something."""
+    out = torch.zeros_like(q)
+    bounds = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
+    for a, b, c, d in bounds:
+        rows = b - a if mask is None else min(b - a, d - c)
+        if not rows or c == d:
+            continue
+        seen = torch.ones(rows, d - c) if mask is None else mask.dense(d - c)[..., d - c - rows :, :]
+        added = torch.zeros(seen.shape).masked_fill(~seen.bool(), -math.inf)
+        one = (t.transpose(0, 1)[None] for t in (q[b - rows : b], k[c:d], v[c:d]))
+        out[b - rows : b] = how.reference(*one, additive_mask=added)[0][0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("mask", ["none", "causal", "longformer", "strided", "per head"])
+def test_scores_of_few_bits_are_those_of_every_document_by_itself(name: str, mask: str) -> None:
+    given, how = packed(LENGTHS), QUANTIZED[name]
+    # float64 has no kernel.
+    wide = (*(t.double() for t in given[:3]), *given[3:])
+    plain, sums = varlen_attention(*wide, MASKS[mask], quantize=how, return_lse=True)
+    want = expected_of_few_bits(*wide, MASKS[mask], how)
+    torch.testing.assert_close(plain, want, rtol=0, atol=1e-12)
+    if name in KERNELS:
+        out, lse = varlen_attention(*given, MASKS[mask], quantize=how, return_lse=True)
+        # Weights, and values of about 3, are rounded to bf16 where the CPU multiplies them so.
+        rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 3e-6
+        torch.testing.assert_close(out, expected_of_few_bits(*given, MASKS[mask], how), rtol=0, atol=rounding)
+        assert torch.equal(lse.isneginf(), sums.isneginf())
+
+
+def test_outliers_zeros_and_poison_of_one_document_are_its_own() -> None:
+    given, how = packed(LENGTHS), KERNELS["a sample"]
+    want, _ = varlen_attention(*given, quantize=how, return_lse=True)
+    q, k, _, cu, _ = given
+    start, stop = cu[3].item(), cu[4].item()
+    for row, value in ((start, 1e4), (start + 1, 0.0), (stop - 1, math.inf), (stop - 2, math.nan)):
+        q[row], k[row] = value, value
+    out, _ = varlen_attention(*given, quantize=how, return_lse=True)
+    others = torch.ones(len(q), dtype=torch.bool)
+    others[start:stop] = False
+    assert torch.equal(out[others], want[others]) and out[start:stop].isnan().any()
+
+
+def test_gradients_of_few_bits_are_those_of_the_reference() -> None:
+    q, k, v, cu_q, cu_k = packed(((5, 5), (3, 8)), width=8)
+    q, k, v = (t.double().requires_grad_() for t in (q, k, v))
+    how = DEQ(threshold=0.3, calibration="dynamic")
+    grad = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    out = varlen_attention(q, k, v, cu_q, cu_k, masks.Causal(), quantize=how)
+    want = expected_of_few_bits(q, k, v, cu_q, cu_k, masks.Causal(), how)
+    for a, b in zip(*(torch.autograd.grad((o * grad).sum(), (q, k, v)) for o in (out, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -161,6 +161,29 @@ def test_specifications_are_values() -> None:
     assert fuser.DEQ is DEQ and DEQ().form == DEQ(threshold=0.7).form != DEQ(bits=8).form
 
 
+@pytest.mark.parametrize(
+    ("spec", "by_row"),
+    [
+        (DEQ(), True),
+        (DEQ(before_softmax=True), True),
+        (DEQ(calibration="static", thresholds=(1.0, 1.0)), True),
+        # A probability is of one row, whatever a maximum would be of.
+        (Sanger(granularity="batch"), True),
+        (DEQ(calibration="dynamic"), False),
+        (DEQ(granularity="head"), False),
+        (DEQ.from_config("adamax_nb80"), False),
+    ],
+)
+def test_rows_decide_for_themselves_unless_they_are_compared(spec: Prediction, by_row: bool) -> None:
+    q, k, _ = inputs(2, 3, 9, 16)
+    chosen = spec.chosen(spec.predicted(q, k, 0.5))
+    # Beside rows of one large element.
+    q[:, :, 4:] = 0.0
+    q[:, :, 4:, 0] = 9.0
+    others = spec.chosen(spec.predicted(q, k, 0.5))
+    assert spec.is_by_row == by_row == torch.equal(others[:, :, :4], chosen[:, :, :4])
+
+
 # ---- decisions
 
 

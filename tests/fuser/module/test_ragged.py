@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fuser
-from fuser import masks
+from fuser import DEQ, Sanger, masks
 from fuser.ir.errors import IndexRangeError, KernelError, PackingError
 from fuser.ir.operators import DocumentMask
+from fuser.ir.prediction import Prediction
 from fuser.kernels.plan import AttentionPlan
 from fuser.module.ragged import Padding, packed_rows, rounded
+from fuser.runtime.device import cpu_target
 
 WIDTH, HEADS, WORDS = 32, 2, 50
 TOLERANCE = 1e-5
@@ -111,6 +113,9 @@ class Encoder(nn.Module):
     def mask(self, attention_mask: Tensor) -> Tensor:
         return attention_mask[:, None, None].bool()
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         b, s = input_ids.shape
         at = torch.arange(s)
@@ -119,7 +124,7 @@ class Encoder(nn.Module):
         allowed = self.mask(attention_mask)
         if self.window is not None:
             allowed = allowed & ((at[:, None] - at).abs() <= self.window)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, allowed)
+        mixed = self.attention(q, k, v, allowed)
         x = self.norm(x + self.out(mixed.transpose(1, 2).reshape(b, s, WIDTH)))
         return self.end(x + self.down(nn.functional.gelu(self.up(x))), attention_mask)
 
@@ -331,6 +336,71 @@ def test_a_mask_for_attention_meets_the_one_of_padding() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(fast(ids, mask), kept(ids, mask) * mask[..., None], rtol=0, atol=1e-6)
     assert len(fast.snapshot().padding) == 1
+
+
+class Quantized(Encoder):
+    """With scores of few bits, in plain PyTorch, and a constant mask."""
+
+    def __init__(self, how: Prediction, pattern: masks.Mask) -> None:
+        super().__init__()
+        self.how, self.pattern = how, pattern
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        s = q.shape[2]
+        allowed = allowed & self.pattern.dense(s, s)
+        added = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+        return self.how.reference(q, k, v, additive_mask=added)[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "pattern"),
+    [
+        (DEQ(threshold=0.3), masks.Dense()),
+        (DEQ(threshold=0.2), masks.SlidingWindow(3, 2)),
+        (Sanger(threshold=0.08), masks.Strided(4)),
+    ],
+)
+def test_scores_of_few_bits_are_those_of_every_entry_alone(
+    how: Prediction, pattern: masks.Mask, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, plain = Quantized(how, pattern).eval(), Encoder()
+    plain.load_state_dict(model.state_dict())
+    fast, _ = made(plain, padding="skip", quantize=how, attention=pattern)
+    # Weights and values are rounded to bf16 where the CPU multiplies them so.
+    rounding = 2.0**-7 if "avx512_bf16" in cpu_target().features else 1e-5
+    for spelling in ("right", "left", "holes", "empty"):
+        ids, mask = padded(spelling, 3, 31)
+        with torch.inference_mode():
+            got, want = fast(ids, mask), model(ids, mask)
+        seen = mask.bool()
+        torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=rounding)
+        assert not got[~seen].any()
+        for entry, count in enumerate(mask.sum(1).tolist() if spelling == "right" else []):
+            with torch.inference_mode():
+                alone = model(ids[entry : entry + 1, :count], mask[entry : entry + 1, :count])
+            torch.testing.assert_close(got[entry, :count], alone[0], rtol=0, atol=rounding)
+    assert len(fast.snapshot().padding) == 1
+    fast.save(tmp_path / "model.fuser")
+    with torch.inference_mode():
+        assert torch.equal(fuser.load(tmp_path / "model.fuser")(ids, mask), fast(ids, mask))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "reason"),
+    [
+        (DEQ(calibration="dynamic"), Encoder, "scores with those of other rows"),
+        (DEQ(before_softmax=True, unmasked_maximum=True), Additive, "scores with those of padding"),
+    ],
+)
+def test_scores_that_depend_on_padding_compute_it(how: Prediction, kind: type[Encoder], reason: str) -> None:
+    torch.manual_seed(0)
+    fast, model = made(kind(), padding="skip", quantize=how)
+    kept, _ = made(model, quantize=how)
+    ids, mask = padded("right")
+    with torch.inference_mode():
+        assert torch.equal(fast(ids, mask), kept(ids, mask))
+    assert any(reason in line for line in fast.snapshot().padding), fast.snapshot().padding
 
 
 def test_kept_padding_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
