@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from fuser.frontend import arguments
 from fuser.frontend.arguments import Change, Given, Taken, is_object, is_value
+from fuser.frontend.garbage import bring_back, set_aside
 from fuser.frontend.shadow import Shadow, attributes_of, forget
 from fuser.frontend.sizes import SizeRange, Sizes
 from fuser.frontend.watch import GlobalNumbers
@@ -45,8 +46,6 @@ _EXPORTING = ForkSafeRLock()
 _capturing: int | None = None
 _undo = contextlib.ExitStack()
 """What a capture has changed for the whole process, while it runs."""
-_aside = contextlib.ExitStack()
-"""The same for what it leaves for the collection of what it has made."""
 _EXPORTER = "torch.export._trace"
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
@@ -448,7 +447,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
     seen = _Seen()
     wrapper = _Flat(shadow, call, seen)
     watched = GlobalNumbers(model)
-    with _setting_aside():
+    with _EXPORTING, set_aside():
         try:
             inference = any(parameter.is_inference() for parameter in model.parameters())
             with _exporting(inference), watched.unchanged(), _python_random():
@@ -474,7 +473,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
             if left:
                 # Perhaps only cycles of older objects hold them.
                 left.clear()
-                _aside.close()
+                bring_back()
                 left = seen.left()
             if left:
                 forget(left, model)
@@ -603,7 +602,6 @@ def _python_random() -> Iterator[None]:
 def _after_fork() -> None:
     # The thread that captured does not exist in a forked child, so nobody would undo what it has done to the process.
     _undo.close()
-    _aside.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -632,17 +630,6 @@ def _thread_tracer() -> type:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     return ThreadTracer
-
-
-@contextlib.contextmanager
-def _setting_aside() -> Iterator[None]:
-    """Let collections of garbage look only at objects that are made from now on: to look at all of a process takes as
-    long as the trace of a small model. What a process has set aside itself stays so."""
-    with _EXPORTING, _aside:
-        if not gc.get_freeze_count():
-            gc.freeze()
-            _aside.callback(gc.unfreeze)
-        yield
 
 
 @contextlib.contextmanager

@@ -112,6 +112,8 @@ Atom = Name | Quotient | Maximum | Result
 Monomial = tuple[Atom, ...]
 """A product of atoms; the empty one is 1."""
 Bounds = tuple[int | None, int | None]
+_KEPT = 4096
+"""Sizes whose bounds and order are remembered: programs ask for those of the same few again and again."""
 
 
 class Size(_Base):
@@ -253,8 +255,11 @@ def result(function: Callable[..., int], *arguments: Any) -> Size:
 
 def bounds(size: int) -> Bounds:
     """The least and the greatest value of ``size``, as far as the ranges of its names tell; None: no end is known."""
-    if not isinstance(size, Size):
-        return size, size
+    return _bounds(size) if isinstance(size, Size) else (size, size)
+
+
+@functools.lru_cache(_KEPT)
+def _bounds(size: Size) -> Bounds:
     low, high = _sum_of_bounds(size)
     # The bounds of a difference of terms are wide, or none; what every size is above its least may tell more.
     above = _above_lows(size)
@@ -404,7 +409,11 @@ def _exact(numerator: int, denominator: int) -> int | None:
 
 
 def _order(term: tuple[Monomial, int]) -> tuple[int, str]:
-    monomial, _ = term
+    return _place(term[0])
+
+
+@functools.lru_cache(_KEPT)
+def _place(monomial: Monomial) -> tuple[int, str]:
     return -len(monomial), "*".join(map(str, monomial))
 
 

@@ -19,6 +19,7 @@ from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import Captured, FlatCall, Signature, StateError, capture
+from fuser.frontend.garbage import set_aside
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CalibrationError, CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
 from fuser.ir.graph import OperatorGraph
@@ -522,7 +523,7 @@ class Engine:
 def making(device: torch.device) -> Iterator[None]:
     """What a capture and its program are made under. Tensors made in inference mode could not be trained or written to
     later."""
-    with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten():
+    with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten(), set_aside():
         yield
 
 
