@@ -26,6 +26,7 @@ from fuser.kernels.base import (
     Layout,
     Operand,
     Packed,
+    TensorRef,
     floating,
 )
 from fuser.kernels.compose import RowProgram, compose
@@ -136,7 +137,7 @@ class DepthwiseMatch:
             program.operand_extents,
             program.output_strides,
         )
-        tensors = (value, Packed((weight,), TapsLayout()), *program.tensors)
+        tensors: tuple[TensorRef, ...] = (value, Packed((weight,), TapsLayout()), *program.tensors)
         return KernelCall(KernelSpec("depthwise", template, parameters), tensors, extents, program.outputs)
 
 

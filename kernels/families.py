@@ -24,6 +24,7 @@ from fuser.kernels.mlp import CudaMlp, MlpFamily
 from fuser.kernels.rotary import CPU_ROTARY, CUDA_ROTARY, RotaryFamily
 from fuser.kernels.rowwise import CpuRowwise, PointwiseFamily, RowwiseFamily
 from fuser.kernels.rowwise_cuda import CudaRowwise
+from fuser.kernels.unfold import CPU_UNFOLD, CUDA_UNFOLD, UnfoldFamily
 from fuser.kernels.write_rows import CpuWriteRows, WriteRowsFamily
 
 IMPLEMENTATIONS: Table = {
@@ -44,6 +45,8 @@ IMPLEMENTATIONS: Table = {
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
     (DepthwiseFamily(), "cpu"): (CpuDepthwise(),),
     (DepthwiseFamily(), "cuda"): (CudaDepthwise(),),
+    (UnfoldFamily(), "cpu"): (CPU_UNFOLD,),
+    (UnfoldFamily(), "cuda"): (CUDA_UNFOLD,),
     (LinearAttentionFamily(), "cpu"): (CpuLinearAttention(),),
     (LinearAttentionFamily(), "cuda"): (CudaLinearAttention(),),
     (FeaturesFamily(), "cpu"): (CpuFeatures(),),

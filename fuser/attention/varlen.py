@@ -214,18 +214,17 @@ def _op(
     try:
         target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        how = target, what.rule, what.quantize
         if what.quantize is None or what.quantize.is_by_row:
             plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
-            run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, *how)
+            run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize)
             return out, lse
         out.zero_()
         lse.fill_(-math.inf)
         for rows, keys, mask in _documents(what.mask, *bounds):
             plan = cached_plan(mask, rows.stop - rows.start, keys.stop - keys.start, target)
-            ours = (t[:, :, part] for t, part in ((q_heads, rows), (k_heads, keys), (v_heads, keys)))
             sums = lse.new_empty(1, q.shape[1], rows.stop - rows.start) if return_lse else None
-            run_plan(*ours, plan, None, scale, into[0][:, :, rows], sums, *how)
+            ours = q_heads[:, :, rows], k_heads[:, :, keys], v_heads[:, :, keys]
+            run_plan(*ours, plan, None, scale, into[0][:, :, rows], sums, target, what.rule, what.quantize)
             if sums is not None:
                 lse[:, rows] = sums[0]
         return out, lse

@@ -14,7 +14,7 @@ from fuser.attention.registry import spec_of
 from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
-from fuser.frontend.convolutions import arguments, depthwise, each, keeps_tokens, sequence
+from fuser.frontend.convolutions import arguments, depthwise, each, keeps_tokens, overlapping, sequence
 from fuser.frontend.linear import linear
 from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
@@ -467,7 +467,8 @@ def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
 
 @_handles(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
 def _convolution(r: Raiser, node: fx.Node) -> Value | None:
-    return next((found for raised in (_patches, depthwise, sequence) if (found := raised(r, node)) is not None), None)
+    ways = (_patches, depthwise, overlapping, sequence)
+    return next((found for raised in ways if (found := raised(r, node)) is not None), None)
 
 
 def _patches(r: Raiser, node: fx.Node) -> Value | None:
@@ -943,7 +944,11 @@ def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value
     if not isinstance(dims, (list, tuple)) or result.dtype != source.dtype or r.is_constant(x):
         return None
     dims = sorted(d % source.ndim for d in dims)
-    found = _few_combined(r, node.name, node.target, x, dims) or _many_combined(r, node, x, dims)
+    found = _few_combined(r, node.name, node.target, x, dims)
+    if found is None and x.strides() is None:
+        # PyTorch would be given such rows, too.
+        found = _few_combined(r, node.name, node.target, View.of(*_named(r, r.realize(x))), dims)
+    found = found or _many_combined(r, node, x, dims)
     if found is not None:
         return found.reshape(result.shape)
     if len(dims) < 2 or dims == list(range(dims[0], dims[-1] + 1)) or result.dtype.itemsize < 4:

@@ -793,6 +793,30 @@ class Depthwise(Semantics):
         return f"{inputs[1][2]} × {inputs[1][3]} over {output[-1]}"
 
 
+@kind("unfold")
+@dataclass(frozen=True)
+class Unfold(Semantics):
+    """Windows of ``kernel`` pixels, ``stride`` apart, of grids x (B, P, H, W, C) amid ``padding`` lines and columns of
+    zeros on both sides, as rows (B, lines, columns, P · kh · kw · C); sizes are of lines, then columns."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (x,) = inputs
+        (top, left), (high, wide), (down, right) = self.padding, self.kernel, self.stride
+        padded = torch.nn.functional.pad(x, (0, 0, left, left, top, top))
+        windows = padded.unfold(2, high, down).unfold(3, wide, right)
+        return (windows.permute(0, 2, 3, 1, 5, 6, 4).flatten(3),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 0.0
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{self.kernel[0]} × {self.kernel[1]}"
+
+
 @kind("concat")
 @dataclass(frozen=True)
 class Concat(Semantics):

@@ -331,14 +331,14 @@ class _Packer:
 
     def _predicted(self, op: Operator, semantics: PredictedAttention) -> None:
         """Attention that decides by few bits, if what it decides of a row is the same without padding."""
-        (*operands, attn_mask) = op.inputs if len(op.inputs) > 3 else (*op.inputs, None)
+        operands, attn_masks = op.inputs[:3], op.inputs[3:]
         if not semantics.quantize.is_by_row:
             raise PackingError(f"{op.name} compares scores with those of other rows, padding among them")
-        added = attn_mask is not None and self.graph.values[attn_mask].dtype != torch.bool
+        added = any(self.graph.values[value].dtype != torch.bool for value in attn_masks)
         if semantics.quantize.unmasked_maximum and added:
             raise PackingError(f"{op.name} compares scores with those of padding")
         pattern = None if semantics.pattern.allows_all else semantics.pattern
-        plan = self._plan(op, operands, [] if attn_mask is None else [attn_mask], Pattern(False, pattern))
+        plan = self._plan(op, operands, attn_masks, Pattern(False, pattern))
         _, _, _, key, _, scale = semantics.call.args
         call = TorchCall(torch.ops.fuser.document_attention.default, (*map(Ref, range(7)), key, scale))
         packed = replace(op, semantics=replace(semantics, call=call), inputs=(*operands, *_ROWS, plan))

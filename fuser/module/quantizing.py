@@ -32,6 +32,7 @@ _PREFIXES = 8
 """Choices that a study begins with: the layers with the largest errors kept, in so many steps."""
 INT8, BF16, KEPT = "int8", "bf16", "kept"
 """What a layer is multiplied in; as without quantization where it is kept."""
+_UNSEEN = "calibration has no rows to try it on"
 _BETTER = 0.9
 """Of the error without smoothing, what smoothing has to fall below to be worth its product a number."""
 
@@ -257,6 +258,8 @@ class Quantizer:
             return "among exclude="
         if "" in modules:
             return "its weight is no parameter of a module"
+        if self.settled and self.options.quality:
+            return _UNSEEN
         if min(weight.shape) < _SMALLEST:
             return f"smaller than {_SMALLEST}"
         terms = weight.shape[1 if op.semantics.transposed else 0]  # type: ignore[attr-defined]
@@ -319,6 +322,9 @@ class Quantizer:
     def _estimate(self, layer: Layer, weight: Tensor) -> None:
         """The error of a layer (N, K) on its sample, smoothed where that is better."""
         assert layer.sample is not None and layer.most is not None
+        if not len(layer.sample):
+            layer.precision, layer.reason = KEPT, _UNSEEN
+            return
         exact = layer.sample @ weight.mT
         size = exact.norm()
         if not bool(size.isfinite()):

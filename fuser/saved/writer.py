@@ -258,7 +258,7 @@ def _specs_of(plans: Sequence[ProgramPlan]) -> dict[str, AttentionSpec]:
             try:
                 codec.dump(spec)
             except TypeError:
-                if not call.target._schema.name.startswith("fuser::sparse_attention"):
+                if not str(call).startswith("fuser::sparse_attention"):
                     raise FuserError(
                         "a mask of functions over documents of any lengths cannot be saved, since it has no entries"
                     ) from None

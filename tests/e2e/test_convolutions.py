@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.ir.operators import Bias, Depthwise, Gemm, Norm
+from fuser.ir.operators import Bias, Depthwise, Gemm, Norm, Unfold
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -153,7 +153,7 @@ def test_what_a_caller_gets_with_channels_first_is_left_to_pytorch() -> None:
         nn.Conv2d(4, 8, 2, 2, groups=2),
         nn.Conv2d(4, 8, 1),
     ],
-    ids=["overlapping", "padded", "dilated", "grouped", "of one pixel"],
+    ids=["read with channels first", "padded", "dilated", "grouped", "of one pixel"],
 )
 def test_others_are_left_to_pytorch(convolution: nn.Module) -> None:
     model = nn.Sequential(convolution, nn.Flatten(2), nn.LazyLinear(16)).eval()
@@ -162,6 +162,28 @@ def test_others_are_left_to_pytorch(convolution: nn.Module) -> None:
     fast = fuser.optimize(model, search="model")
     torch.testing.assert_close(fast(x), expected)
     assert any("conv2d" in reason for _, reason in (*fast.unfused, *fast.outside))
+
+
+# Patches that overlap: of an image, and of a grid whose channels lie last.
+OVERLAPPING: list[tuple[Callable[[], nn.Module], Tensor, int]] = [
+    (lambda: nn.Conv2d(3, 32, 7, 4, padding=3), image(2, 3, 20, 13), 20),
+    (lambda: nn.Conv2d(8, 32, 3, 2, padding=1, bias=False), channels_last(2, 8, 9, 6), 15),
+    (lambda: nn.Conv2d(3, 32, (2, 5), (2, 3), padding=(1, 0)), image(1, 3, 8, 11), 15),
+]
+
+
+@pytest.mark.parametrize(("make", "x", "tokens"), OVERLAPPING)
+def test_patches_that_overlap_a_little_are_rows_of_a_product(
+    make: Callable[[], nn.Module], x: Tensor, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    model = Stem(make(), tokens, 32).eval()
+    exact, fast = copy.deepcopy(model).double(), fuser.optimize(model, search="model")
+    for batch in (x, x[:1], torch.cat((x, x))):
+        torch.testing.assert_close(fast(batch).double(), exact(batch.double()), rtol=2e-5, atol=2e-5)
+    assert fast.unfused == fast.fallbacks == fast.outside == ()
+    operators = [type(op.semantics) for op in fast.programs[-1].graph.operators]
+    assert operators.count(Unfold) == operators.count(Gemm) == 1
 
 
 class Tokens(nn.Module):

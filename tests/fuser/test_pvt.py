@@ -33,6 +33,9 @@ def test_an_optimized_model_runs_attention_in_fused_kernels(attention: str) -> N
     with torch.no_grad():
         torch.testing.assert_close(fast(images), model(images), rtol=2e-5, atol=2e-5)
     assert fast.fallbacks == ()
+    assert not any("conv2d" in reason for _, reason in (*fast.unfused, *fast.outside))
+    # One a block, with its GELU.
+    assert sum(kernel.calls for kernel in fast.kernels if kernel.family == "depthwise") == 4
     # Two a stage of EVA (chunks' summaries, windows) or LARA; the last one has exact attention.
     assert sum(kernel.calls for kernel in fast.kernels if kernel.family == "attention") >= 5
 

@@ -159,6 +159,45 @@ def test_threads_and_numbers_of_rows_change_nothing() -> None:
         assert all(torch.equal(a[:, :, :rows], b) for a, b in zip(whole, part, strict=True))
 
 
+@pytest.mark.parametrize("how", [DEQ(threshold=1.0, empty_row="dense"), Sanger(threshold=1.0, empty_row="zero")])
+def test_heads_where_nothing_is_above_a_limit(how: Prediction) -> None:
+    """All rows are computed whole, or give zeros; with the other answers they are in the tests above."""
+    q, k, _ = inputs()
+    full = chosen_of(q, k, AttentionSpec(MASKS[1], None, how), None, SCALE).full
+    assert full is not None and torch.equal(full, MASKS[1].dense(Q_LEN, KV_LEN).expand_as(full) & (not how.prunes))
+    check(how, MASKS[1])
+
+
+def test_outliers_leave_the_numbers_of_other_rows() -> None:
+    q, k, v = (t.clone() for t in inputs())
+    on, how, mask = target(), DEQ(threshold=0.4), masks.Dense()
+    k[0, 0, 5, 2], q[1, 0, 6, 3] = 1e4, -1e4
+    out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
+    run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
+    want, want_lse = reference(q, k, v, AttentionSpec(mask, None, how), None, SCALE)
+    # Scores are as large as 1e4, of which fp32 holds three digits behind the point.
+    torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=2e-3)
+    rounding = 2.0**-8 if "avx512_bf16" in on.features else 2e-3
+    torch.testing.assert_close(out, want, rtol=0, atol=rounding)
+    before, _ = run(how, mask)
+    assert torch.equal(out[1, 2:], before[1, 2:]) and torch.equal(out[1, 0, :6], before[1, 0, :6])
+
+
+@pytest.mark.parametrize("poison", [math.inf, -math.inf])
+def test_infinity_does_what_it_does_in_exact_attention(poison: float) -> None:
+    q, k, v = (t.clone() for t in inputs())
+    on, how, mask = target(), DEQ(), masks.Strided(7)
+    k[:, :, 21, 0] = poison
+    out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
+    run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
+    want, want_lse = reference(q, k, v, AttentionSpec(mask, None, how), None, SCALE)
+    assert torch.equal(out.isnan(), want.isnan()) and torch.equal(lse.isfinite(), want_lse.isfinite())
+    sound = want.isfinite()
+    assert sound[:, :, 21].any() and not sound[:, :, 21].all()
+    rounding = 2.0**-8 if "avx512_bf16" in on.features else 1e-6
+    torch.testing.assert_close(out[sound], want[sound], rtol=0, atol=rounding)
+
+
 def test_poison_reaches_rows_that_may_see_it() -> None:
     q, k, v = (t.clone() for t in inputs())
     on, how = target(), DEQ()

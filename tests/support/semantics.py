@@ -54,6 +54,7 @@ from fuser.ir.operators import (
     Softmax,
     SplitHeads,
     TorchCall,
+    Unfold,
     View,
     WriteRows,
 )
@@ -115,6 +116,14 @@ def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
     lines = torch.cat((torch.zeros(2, 1, 6, 3), x, torch.zeros(2, 1, 6, 3)), 1).double()
     taps = [(i, j) for i in range(3) for j in range(2)]
     return sum(lines[:, i : i + 5 : 2, 2 * j : 2 * j + 4] * weight[:, 0, i, j] for i, j in taps)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """2 × 3 pixels of every second line, a column of zeros on either side."""
+    zeros = torch.zeros(2, 3, 4, 1, 2, dtype=x.dtype)
+    grid = torch.cat((zeros, x, zeros), 3)
+    rows = [[grid[:, :, i : i + 2, j : j + 3].flatten(1) for j in range(5)] for i in (0, 2)]
+    return torch.stack([torch.stack(line, 1) for line in rows], 1)
 
 
 def _positive(on: Tensor, x: Tensor) -> Tensor:
@@ -226,6 +235,7 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Rotary(2, 4, interleaved=False), (X, ANGLES.cos(), ANGLES.sin()), _turned),
         Case(Append(), (SCORES, SCORES[:, :, :2]), lambda a, b: torch.stack([*a.unbind(2), *b.unbind(2)], 2)),
         Case(Depthwise((2, 1), (1, 0), (1, 2)), (normal(2, 5, 6, 3), normal(3, 1, 3, 2)), _depthwise),
+        Case(Unfold((2, 3), (2, 1), (0, 1)), (normal(2, 3, 4, 5, 2),), _windows),
         Case(Concat(1), (X, X[:, :2]), lambda a, b: torch.stack([*a.unbind(1), *b.unbind(1)], 1)),
         Case(
             WriteRows(),

@@ -122,6 +122,22 @@ def test_predicted_scores() -> None:
         hook.register(quantize="deq")  # type: ignore[arg-type]
 
 
+def test_predicted_scores_of_documents_in_one_row() -> None:
+    how = fuser.DEQ(threshold=0.3, bits=2)
+    q, k, v = torch.randn(3, 1, 4, 12, 16, generator=torch.Generator().manual_seed(3)).unbind(0)
+    starts, module = torch.tensor([0, 5, 12]), torch.nn.Module()
+    given: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "is_causal": True}
+    out, _ = hook._forward_with(None, how)(module, q, k, v, None, **given)
+    rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 1e-5
+    for start, stop in ((0, 5), (5, 12)):
+        one = (t[:, :, start:stop] for t in (q, k, v))
+        added = torch.full((stop - start, stop - start), -torch.inf).triu(1)
+        want = how.reference(*one, additive_mask=added)[0].transpose(1, 2)
+        torch.testing.assert_close(out[:, start:stop], want, rtol=0, atol=rounding)
+    with pytest.raises(ValueError, match="compares within rows"):
+        hook._forward_with(None, fuser.DEQ(granularity="head"))(module, q, k, v, None, **given)
+
+
 def test_four_dimensional_masks() -> None:
     eager, ours = model_of("bert", "eager"), model_of("bert", "fuser")
     allowed = torch.rand(2, 1, 21, 21, generator=torch.Generator().manual_seed(2)) > 0.4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -394,6 +395,38 @@ def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None
     with torch.no_grad():
         exact = model(x)[0]
     assert torch.equal(hidden.isnan().any(-1), exact.isnan().any(-1))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (rows(2, 0), "no rows to try it on"),
+        (rows(2, 9).masked_fill(torch.arange(64) == 3, math.nan), "not finite"),
+        (rows(2, 9).masked_fill(torch.arange(64) == 3, math.inf), "not finite"),
+    ],
+    ids=["empty", "nan", "inf"],
+)
+def test_calibration_that_tells_nothing_keeps_layers(given: Tensor, reason: str) -> None:
+    model, x = encoder(), rows(2, 9)
+    fast = optimized(model, calibrate=[given])
+    with torch.no_grad():
+        for got, want in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert [reason in layer.reason for layer in layers(fast)].count(True) >= 4
+    assert not any(layer.quantized for layer in layers(fast))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_weights_of_zeros_give_zeros(weights_only: bool) -> None:
+    model, x = encoder(), rows(2, 9)
+    for layer in (model.second.down, model.head):
+        nn.init.zeros_(layer.weight)
+    fast = optimized(model, weights_only=weights_only)
+    with torch.no_grad():
+        hidden, head = fast(x)
+        exact = model(x)
+    assert cosine(hidden, exact[0]) > 0.999 and torch.equal(head, exact[1])
+    assert next(layer for layer in layers(fast) if "second.down" in layer.modules).error == 0.0
 
 
 @pytest.mark.parametrize("how", [{}, {"weights_only": True}], ids=["int8", "weights"])
