@@ -106,6 +106,8 @@ def module(named: tuple[str, dict[str, Any]]) -> Square:
 
 def compared(make: Callable[[], nn.Module], x: Tensor, rounds: int, others: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Times of what ``make`` makes under fuser.optimize, in PyTorch, by torch.compile, and of optimized ``others``."""
+    # Compiled for other sizes, one function soon has its limit of programs, and runs as it is from then on.
+    torch._dynamo.reset()
     model, compiled, fused = make(), torch.compile(make(), dynamic=False), fuser.optimize(make())
 
     def alone(run: nn.Module) -> Tensor:
