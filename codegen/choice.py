@@ -45,6 +45,8 @@ class Kernel:
         operands = dict(read)
         if len(operands) < len(read):
             return None
+        if all(b == n for b, n in read):
+            return dataclasses.replace(self, made_for=group, match=match)
         given = {field.name: getattr(self.parameters, field.name) for field in dataclasses.fields(self.parameters)}
         other = {name: operands[x] for name, x in given.items() if isinstance(x, tuple) and operands.get(x, x) != x}
         parameters = dataclasses.replace(self.parameters, **other)

@@ -11,7 +11,7 @@ from fuser.ir.operators import Concat
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 
-_RANK = 4
+_RANK = 5
 _PARTS = 8
 
 
@@ -22,9 +22,9 @@ class PartExtents(Extents):
 
     start: int
     width: int
-    rows: tuple[int, int, int]
-    step: tuple[int, int, int]
-    out: tuple[int, int, int]
+    rows: tuple[int, int, int, int]
+    step: tuple[int, int, int, int]
+    out: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ConcatParameters:
 
 
 class ConcatFamily:
-    """One :class:`Concat` of up to eight tensors of up to four dimensions, with contiguous columns."""
+    """One :class:`Concat` of up to eight tensors of up to five dimensions, with contiguous columns."""
 
     name = "concat"
 
@@ -96,9 +96,9 @@ CUDA_CONCAT = RowConcat("cuda/concat.cu.j2")
 def _part(part: TensorSpec, out: TensorSpec, start: int) -> PartExtents:
     size, pad = out.dtype.itemsize, _RANK - len(part.shape)
 
-    def outer(values: Sequence[int], scale: int, filler: int) -> tuple[int, int, int]:
-        a, b, c = (*(filler for _ in range(pad)), *(n * scale for n in values[:-1]))
-        return a, b, c
+    def outer(values: Sequence[int], scale: int, filler: int) -> tuple[int, int, int, int]:
+        a, b, c, d = (*(filler for _ in range(pad)), *(n * scale for n in values[:-1]))
+        return a, b, c, d
 
     rows = outer(part.shape, 1, 1)
     return PartExtents(start, part.shape[-1] * size, rows, outer(part.strides, size, 0), outer(out.strides, size, 0))

@@ -280,7 +280,7 @@ def _cat(r: Raiser, node: fx.Node) -> Value | None:
 def _between_kernels(r: Raiser, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Value | None:
     """What is joined of results of kernels, such as patches of an image and the token before them."""
     views = [r.view(part) for part in parts]
-    if not 2 <= len(views[0].dims if views else ()) <= 4 or any(r.dtype(v) not in r.floating for v in views):
+    if not 2 <= len(views[0].dims if views else ()) <= 5 or any(r.dtype(v) not in r.floating for v in views):
         return None
     made = {value for op in r.operators if op.semantics.fusible for value in op.outputs}
     if made.isdisjoint(view.base for view in views):

@@ -29,10 +29,16 @@ def each(value: int | Sequence[int], count: int) -> Sequence[int]:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a convolution behind the weight, by name."""
+    """The arguments of a convolution behind the weight, by name. Padding is a word only where it differs by side."""
     names = ("bias", "stride", "padding", "dilation", "groups")
     given = {**dict(zip(names, node.args[2:], strict=False)), **node.kwargs}
-    return given if given.get("padding") != "valid" else {**given, "padding": 0}
+    if isinstance(given.get("padding"), str):
+        kernel = traced(node.args[1]).shape[2:]
+        apart = each(given.get("dilation", 1), len(kernel))
+        added = [0 if given["padding"] == "valid" else d * (n - 1) for d, n in zip(apart, kernel, strict=True)]
+        if all(n % 2 == 0 for n in added):
+            given["padding"] = [n // 2 for n in added]
+    return given
 
 
 def depthwise(r: Raiser, node: fx.Node) -> View | None:

@@ -217,7 +217,7 @@ class Grid(nn.Module):
     ("kind", "convolution", "shapes"),
     [
         (Tokens, nn.Conv2d(40, 40, 3, padding=1, groups=40), [(2, 3, 24, 20), (3, 3, 24, 20)]),
-        (Tokens, nn.Conv2d(40, 40, (3, 2), dilation=(1, 2), groups=40), [(2, 3, 24, 20)]),
+        (Tokens, nn.Conv2d(40, 40, (3, 2), dilation=(1, 2), padding="same", groups=40), [(2, 3, 24, 20)]),
         (Grid, nn.Conv2d(40, 40, 5, 2, padding=2, groups=40, bias=False), [(2, 9, 6, 3), (2, 10, 6, 3), (1, 4, 6, 3)]),
     ],
 )

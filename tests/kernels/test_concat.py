@@ -40,6 +40,7 @@ CASES = {
     "batches": ([normal(2, 3, 4), normal(1, 3, 4)], 0),
     "matrices": ([normal(3, 2), normal(4, 2)], 0),
     "rows of heads": ([normal(2, 5, 3, 4).transpose(1, 2), normal(2, 3, 2, 4)], 2),
+    "heads of windows": ([normal(2, 3, 5, 2, 4).transpose(2, 3), normal(2, 3, 2, 1, 4)], 3),
     "a column": ([normal(4, 3, 1), normal(4, 3, 6)], 2),
     "half": ([normal(2, 3, 4, dtype=torch.bfloat16), normal(2, 1, 4, dtype=torch.bfloat16)], 1),
     "large": ([normal(2, 300, 64), normal(2, 1, 64)], 1),
@@ -78,7 +79,7 @@ def test_a_gpu_joins_tensors(case: str, run_cuda: Callable[..., int]) -> None:
 
 @pytest.mark.parametrize(
     "parts",
-    [[normal(1, 1, 2, 2, 3)] * 2, [normal(2, 3)] * 9, [normal(3, 4).t(), normal(4, 3)]],
+    [[normal(1, 1, 1, 2, 2, 3)] * 2, [normal(2, 3)] * 9, [normal(3, 4).t(), normal(4, 3)]],
     ids=["rank", "parts", "columns"],
 )
 def test_what_is_larger_or_lies_otherwise_is_left_to_pytorch(parts: list[Tensor]) -> None:
