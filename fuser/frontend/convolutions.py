@@ -41,27 +41,31 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return given
 
 
-def depthwise(r: Raiser, node: fx.Node) -> View | None:
-    """A convolution of every channel by itself, where channels are contiguous before it, and so behind it."""
+def _of_grid(r: Raiser, node: fx.Node) -> tuple[View, View, View | None, dict[str, Any]] | None:
+    """Input, weight, bias and other arguments of a convolution of grids by constants, alike on both sides of each."""
     x, weight, given = r.view(node.args[0]), r.view(node.args[1]), arguments(node)
-    channels, *_ = weight.shape
-    alone = len(weight.dims) == 4 and given.get("groups", 1) == channels > 1 and weight.shape[1] == 1
-    if (
-        not alone
-        or isinstance(given.get("padding"), str)
-        or len(x.dims) != 4
-        or x.shape[1] != channels
-        or not stays_inside(node)
-    ):
+    if len(weight.dims) != 4 or len(x.dims) != 4 or isinstance(given.get("padding"), str):
         return None
     bias = None if given.get("bias") is None else r.view(given["bias"])
     if r.is_constant(x) or not all(r.is_constant(t) for t in (weight, bias) if t is not None):
         return None
+    if r.dtype(x) not in r.floating or r.dtype(weight) != r.dtype(x):
+        return None
+    return None if 0 in x.shape or 0 in traced(node).shape else (x, weight, bias, given)
+
+
+def depthwise(r: Raiser, node: fx.Node) -> View | None:
+    """A convolution of every channel by itself, where channels are contiguous before it, and so behind it."""
+    if (found := _of_grid(r, node)) is None:
+        return None
+    x, weight, bias, given = found
+    channels = weight.shape[0]
+    alone = given.get("groups", 1) == channels > 1 and weight.shape[1] == 1
+    if not alone or x.shape[1] != channels or not stays_inside(node):
+        return None
     rows = x.permute((0, 2, 3, 1))
     strides, (batch, _, *sizes) = rows.strides(), traced(node).shape
-    if strides is None or strides[-1] != 1 or r.dtype(x) not in r.floating or r.dtype(weight) != r.dtype(x):
-        return None
-    if 0 in x.shape or 0 in sizes:
+    if strides is None or strides[-1] != 1:
         return None
     spec = TensorSpec.contiguous((batch, *sizes, channels), r.dtype(x))
     inputs = (r.realize(rows), r.realize(weight))
@@ -75,26 +79,21 @@ def depthwise(r: Raiser, node: fx.Node) -> View | None:
 def overlapping(r: Raiser, node: fx.Node) -> View | None:
     """A convolution whose windows overlap a little, of which channels are read as rows: the product of these windows
     with all of its weight."""
-    x, weight, given = r.view(node.args[0]), r.view(node.args[1]), arguments(node)
-    if isinstance(given.get("padding"), str):
+    if (found := _of_grid(r, node)) is None:
         return None
+    x, weight, bias, given = found
     how, kernel = _spacing(given), weight.shape[2:]
-    if len(kernel) != 2 or len(x.dims) != 4 or given.get("groups", 1) != 1 or how["dilation"] != (1, 1):
+    if given.get("groups", 1) != 1 or how["dilation"] != (1, 1):
         return None
     if math.prod(kernel) > _MOST_COPIES * math.prod(how["stride"]) or not is_read_as_rows(node):
         return None
-    bias = None if given.get("bias") is None else r.view(given["bias"])
-    if r.is_constant(x) or not all(r.is_constant(t) for t in (weight, bias) if t is not None):
-        return None
-    (batch, _, *sizes), dtype = traced(node).shape, r.dtype(x)
-    if 0 in x.shape or 0 in sizes or dtype not in r.floating or r.dtype(weight) != dtype:
-        return None
+    batch, _, *sizes = traced(node).shape
     if (grid := _lines(x)) is None:
         return None
     matrix = weight if grid.shape[-1] == 1 else weight.permute((0, 2, 3, 1))
     matrix = r.reshaped(matrix, (weight.shape[0], math.prod(weight.shape[1:])))
     windows = kinds.Unfold((kernel[0], kernel[1]), how["stride"], how["padding"])
-    spec = TensorSpec.contiguous((batch, *sizes, matrix.shape[1]), dtype)
+    spec = TensorSpec.contiguous((batch, *sizes, matrix.shape[1]), r.dtype(x))
     rows = r.emit(windows, f"{node.name}_windows", (r.realize(grid),), spec)
     out = linear(r, node, rows, matrix, bias, transposed=True)
     return None if out is None else out.permute((0, 3, 1, 2))
