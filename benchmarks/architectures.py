@@ -1,4 +1,5 @@
-"""Warm calls of the architectures of ``transformers`` against eager PyTorch: none may be more than 5 % slower.
+"""Warm calls of the architectures of ``transformers`` against torch.compile and eager PyTorch, than which none may be
+more than 5 % slower.
 
 Two layers with random weights, called as users call them (caches and all), on one thread.
 
@@ -13,11 +14,12 @@ import collections
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import as_record, interleave, save
+from harness import as_record, compile_anew, interleave, save
 
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
@@ -27,6 +29,16 @@ LIMIT = 1.05
 """Of eager's time, what a warm call may take."""
 _WARMUP = 14
 """Calls after which a module has decided between its program and the original."""
+
+
+def compiled_arm(model: torch.nn.Module, call: dict[str, Any]) -> Callable[[], Any] | str:
+    """A call by torch.compile, or why there is none."""
+    try:
+        compiled = compile_anew(model)
+        compiled(**call)
+    except Exception as error:  # whatever torch.compile says against a model
+        return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+    return lambda: compiled(**call)
 
 
 def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
@@ -40,16 +52,22 @@ def run(name: str, scale: Scale, options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(_WARMUP):
         fast(**call)
     arms = {"fuser": lambda: fast(**call), "eager": lambda: model(**call)}
+    peer = "not asked for" if options.no_compile else compiled_arm(architecture.build(scale), call)
+    if not isinstance(peer, str):
+        arms["torch.compile"] = peer
     timings = interleave(arms, options.rounds, settle=0.01, lead=0.03)
-    ratio = timings["fuser"].median_ms / timings["eager"].median_ms
+    of = {arm: round(timings["fuser"].median_ms / timings[arm].median_ms, 3) for arm in timings if arm != "fuser"}
     print(
-        f"{name:<16} {ratio:5.2f} of eager's {timings['eager'].median_ms:7.2f} ms, {kernels:3} kernels, {unfused:3} "
+        f"{name:<16} {of['eager']:5.2f} of eager's {timings['eager'].median_ms:7.2f} ms, "
+        f"{of.get('torch.compile', peer)} of torch.compile's, {kernels:3} kernels, {unfused:3} "
         f"operators unfused{', the original runs' if not fast.programs else ''}; optimized in {seconds:.1f} s",
         flush=True,
     )
     return {
         "case": name,
-        "of_eager": round(ratio, 3),
+        "of_eager": of["eager"],
+        "of_compile": of.get("torch.compile"),
+        "without_compile": peer if isinstance(peer, str) else None,
         "timings": as_record(timings),
         "kernels": kernels,
         "unfused": unfused,
@@ -77,12 +95,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--search", default="model", help='"model" (quick) or "cached" (measures kernels first)')
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/architectures.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     # Reasons are in the results.
     logging.getLogger("fuser").setLevel(logging.ERROR)
+    torch._logging.set_logs(dynamo=logging.ERROR)
     target = cpu_target()
     torch.set_num_threads(1)
     scale = Scale(hidden=options.hidden, length=options.length)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import as_record, interleave, ratios, save
+from harness import as_record, compile_anew, interleave, ratios, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,9 +90,7 @@ class Attention(nn.Module):
 def flex_arms(name: str, q: Tensor, k: Tensor, v: Tensor, blocks: list[int]) -> dict[str, Arm]:
     from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-    # Every block size is a compilation, and more than eight of one function would fall back to eager.
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention)
+    compiled = compile_anew(flex_attention)
     if name in WITHOUT_MASK:
         return {"flex": lambda: compiled(q, k, v)}
     length, mod = k.shape[2], rule(name, k.shape[2])

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import RESULTS, as_record, interleave, ratios, save
+from harness import RESULTS, as_record, compile_anew, interleave, ratios, save
 
 import fuser
 from fuser import evit, pvt
@@ -106,9 +106,7 @@ def module(named: tuple[str, dict[str, Any]]) -> Square:
 
 def compared(make: Callable[[], nn.Module], x: Tensor, rounds: int, others: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Times of what ``make`` makes under fuser.optimize, in PyTorch, by torch.compile, and of optimized ``others``."""
-    # Compiled for other sizes, one function soon has its limit of programs, and runs as it is from then on.
-    torch._dynamo.reset()
-    model, compiled, fused = make(), torch.compile(make(), dynamic=False), fuser.optimize(make())
+    model, compiled, fused = make(), compile_anew(make(), dynamic=False), fuser.optimize(make())
 
     def alone(run: nn.Module) -> Tensor:
         with pytorch_alone():

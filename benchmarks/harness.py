@@ -22,6 +22,8 @@ from fuser.runtime.cpuinfo import cpu_name
 RESULTS = Path(__file__).parent / "results"
 _SETTLE_SECONDS = 0.05
 _LEAD_SECONDS = 0.15
+_LEADS = 20
+"""Of a call of so many leads the start is no matter."""
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy", "sparse-fuser")
 
 
@@ -46,8 +48,8 @@ def interleave(
     """Time every arm ``rounds`` times in turn, so that a change of the machine's speed meets them all.
 
     Before an arm's turn the threads of the one before get ``settle`` seconds to stop spinning. Then its calls are not
-    counted until ``lead`` seconds have passed in which clock and caches settle, and the order changes from round to
-    round, so that no arm pays for its neighbour.
+    counted until ``lead`` seconds have passed in which clock and caches settle, but for one that takes many times as
+    long, and the order changes from round to round, so that no arm pays for its neighbour.
     """
     for run in arms.values():
         for _ in range(warmup):
@@ -62,15 +64,23 @@ def interleave(
             while True:
                 start = time.perf_counter()
                 arms[name]()
-                if start >= ready:
+                seconds = time.perf_counter() - start
+                if start >= ready or seconds >= _LEADS * lead:
                     break
-            samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append(1e3 * seconds)
     return {name: _timing(s) for name, s in samples.items()}
 
 
 def _timing(samples: list[float]) -> Timing:
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
     return Timing(statistics.median(samples), quartiles[0], quartiles[2], len(samples))
+
+
+def compile_anew(network: Any, **options: Any) -> Any:
+    """``network`` by torch.compile, which forgets what it has compiled before: of one function it compiles a few
+    programs only, and runs it as it is from then on."""
+    torch.compiler.reset()
+    return torch.compile(network, **options)
 
 
 def machine(target: Target) -> dict[str, Any]:

@@ -177,10 +177,10 @@ def architectures(report: Mapping[str, Any]) -> str:
         if not result["programs"]:
             left = f"the original runs: {result['fallbacks'][0]}" if result["fallbacks"] else "the original runs"
         eager = result["timings"]["eager"]["median_ms"]
-        rows.append(
-            [result["case"], str(result["kernels"]), _ms(eager), f"{result['of_eager']:.2f}", left or "nothing"]
-        )
-    columns = ["architecture", "kernels run", "eager, ms", "fuser / eager", "left to PyTorch inside the regions"]
+        ratios = [f"{ratio:.2f}" if ratio else "" for ratio in (result["of_eager"], result.get("of_compile"))]
+        rows.append([result["case"], str(result["kernels"]), _ms(eager), *ratios, left or "nothing"])
+    columns = ["architecture", "kernels run", "eager, ms", "fuser / eager", "fuser / torch.compile"]
+    columns.append("left to PyTorch inside the regions")
     title = "Two layers of random weights, called as users call them, one thread, medians of interleaved warm calls"
     return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 
