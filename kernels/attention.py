@@ -21,6 +21,7 @@ from fuser.ir.operators import (
     QK,
     BiasByDistance,
     ChangeScores,
+    DisentangledBias,
     DocumentMask,
     ImportanceBias,
     JoinedKeys,
@@ -197,7 +198,7 @@ def workspace_bytes(
 
 _KINDS = (QK, Scale, ChangeScores, ScoreMask, Softmax, PV)
 """What becomes of queries, in this order."""
-_BESIDE = (ImportanceBias, JoinedKeys, LogSumExp)
+_BESIDE = (DisentangledBias, ImportanceBias, JoinedKeys, LogSumExp)
 """What reads scores, or makes what the chain reads beside them."""
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
@@ -211,7 +212,8 @@ class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
     ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
     plan, where that is known at run time alone; ``bias`` adds one by ``distances``. The mask may be what the operator
-    ``importance`` makes. That is not stored, and neither are keys and values that ``joins`` make."""
+    ``importance`` makes, or that to which ``disentangled`` adds positions. What these make is not stored, nor are keys
+    and values that ``joins`` make."""
 
     group: OperatorGroup
     q: str
@@ -227,6 +229,7 @@ class AttentionMatch:
     lse: str | None = None
     importance: Operator[ImportanceBias] | None = None
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
+    disentangled: Operator[DisentangledBias] | None = None
 
     @property
     def dtype(self) -> DType:
@@ -236,6 +239,11 @@ class AttentionMatch:
     def mask_dtype(self) -> DType | None:
         """Storage of the run-time mask."""
         return None if self.mask is None else STORAGE[self.group.graph.values[self.mask].dtype]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether all that a kernel reads is stored."""
+        return self.importance is None and self.joins is None and self.disentangled is None
 
     @property
     def distances(self) -> str | None:
@@ -369,6 +377,14 @@ class AttentionFamily:
             if rule is not None or bias is not None:
                 return None
             mask = None
+        disentangled = None
+        if positions := group.of(DisentangledBias):
+            disentangled = positions[0]
+            if len(positions) > 1 or disentangled.output != mask or importance or table is not None:
+                return None
+            (mask,) = disentangled.inputs[2 * disentangled.semantics.parts :] or (None,)
+            if mask is not None and not self._supported(group, operands, [mask], target):
+                return None
         joins = None
         if joining := group.of(JoinedKeys):
             # Keys and values, of the same tokens and summaries.
@@ -376,7 +392,9 @@ class AttentionFamily:
                 return None
             made = {op.output: op for op in joining}
             joins = made[k], made[v or k]
-        return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins)
+        return AttentionMatch(
+            group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins, disentangled
+        )
 
     @staticmethod
     def _has_distances(group: OperatorGroup, bias: Operator[BiasByDistance], target: Target) -> bool:
@@ -401,7 +419,7 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
         """Blocks of keys whose scores stay in the first cache."""
-        if match.importance is not None or match.joins is not None:
+        if not match.is_stored:
             return ()
         lse = match.lse is not None
         return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, lse, **match.of_scores)]

@@ -242,7 +242,7 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
         """What shared memory and registers hold: see :func:`choices`. None where the plan is known at run time: how
         many tiles a launch has follows from it; nor for sums without values, biases and keys that are not stored."""
-        if match.table is not None or match.out is None or match.importance is not None or match.joins is not None:
+        if match.table is not None or match.out is None or not match.is_stored:
             return ()
         lse = match.lse is not None
         return choices(*match.widths, match.dtype, match.mask_dtype, lse, target, **match.of_scores)

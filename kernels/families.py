@@ -5,6 +5,7 @@ from __future__ import annotations
 from fuser.kernels.append import AppendFamily, CpuAppend
 from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
+from fuser.kernels.attention_disentangled import CpuDisentangledAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.base import Table
@@ -32,7 +33,12 @@ IMPLEMENTATIONS: Table = {
     (WriteRowsFamily(), "cpu"): (CpuWriteRows(),),
     (ConcatFamily(), "cpu"): (CPU_CONCAT,),
     (ConcatFamily(), "cuda"): (CUDA_CONCAT,),
-    (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
+    (AttentionFamily(), "cpu"): (
+        CpuAttention(),
+        CpuDisentangledAttention(),
+        CpuImportanceAttention(),
+        CpuJoinedAttention(),
+    ),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),

@@ -226,6 +226,7 @@ FEATURES = [
     (FeatureMap.FAVOR_KEYS, 16, 64, BF16),
     (FeatureMap.FAVOR_KEYS, 7, 9, F32),
     (FeatureMap.RELU, 16, 80, F32),
+    (FeatureMap.PRODUCT, 20, 70, F32),
 ]
 OF_GPU = [
     (FeatureMap.FAVOR_QUERIES, 36, 300, F32),
@@ -233,6 +234,7 @@ OF_GPU = [
     FEATURES[2],
     FEATURES[3],
     (FeatureMap.RELU, 7, 33, BF16),
+    FEATURES[5],
 ]
 ROWS = 131
 
