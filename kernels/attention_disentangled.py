@@ -69,9 +69,16 @@ class CpuDisentangledAttention(Implementation[AttentionMatch, DisentangledParame
             return ()
         if any(spec.strides[3] != 1 for spec in products):
             return ()
-        given = *match.widths, match.dtype, match.mask_dtype
-        parts = {"of_queries": how.queries is not None, "of_keys": how.keys is not None}
-        return [DisentangledParameters(*given, **match.of_scores, **parts)]
+        return [
+            DisentangledParameters(
+                *match.widths,
+                match.dtype,
+                match.mask_dtype,
+                distances=match.distances_dtype,
+                of_queries=how.queries is not None,
+                of_keys=how.keys is not None,
+            )
+        ]
 
     def cost(self, match: AttentionMatch, parameters: DisentangledParameters, target: Target) -> Cost:
         assert match.disentangled is not None
