@@ -8,6 +8,7 @@ from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.attention_disentangled import CpuDisentangledAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
+from fuser.kernels.attention_predicted import CpuPredictedAttention
 from fuser.kernels.base import Table
 from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
 from fuser.kernels.depthwise import CpuDepthwise, CudaDepthwise, DepthwiseFamily
@@ -38,6 +39,7 @@ IMPLEMENTATIONS: Table = {
         CpuDisentangledAttention(),
         CpuImportanceAttention(),
         CpuJoinedAttention(),
+        CpuPredictedAttention(),
     ),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
