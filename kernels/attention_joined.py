@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fuser.ir.target import Target
 from fuser.kernels.attention import (
+    AnyPlan,
     AttentionExtents,
     AttentionMatch,
     AttentionParameters,
@@ -19,7 +20,6 @@ from fuser.kernels.attention import (
     ScorePolicy,
 )
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
-from fuser.kernels.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CpuJoinedAttention(Implementation[AttentionMatch, JoinedParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[JoinedParameters]:
         """One choice, where rows of all sources are contiguous."""
-        if match.joins is None or match.out is None:
+        if match.joins is None or match.out is None or match.disentangled is not None:
             return ()
         parts = [match.group.graph.values[value] for op in match.joins for value in op.inputs]
         if any(s.strides[3] != 1 and s.shape[3] > 1 for s in parts) or len({s.dtype for s in parts}) > 1:
@@ -83,7 +83,7 @@ class _Placed:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         tokens, step, near_first, far_first = self.places
         far_k, far_v = self.far

@@ -22,7 +22,7 @@ from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Dense, Mask
 from fuser.ir.prediction import Prediction
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
@@ -250,19 +250,6 @@ class Extern(_Called):
     reason: str
 
 
-@kind("predicted_attention")
-@dataclass(frozen=True)
-class PredictedAttention(Extern):
-    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full, as
-    ``quantize`` says; ``pattern`` is what constants allow. Both are those of the call.
-
-    Of packed rows the other inputs are those of a :class:`DocumentMask`.
-    """
-
-    pattern: Mask
-    quantize: Prediction
-
-
 @kind("view")
 @dataclass(frozen=True)
 class View(_Called):
@@ -444,6 +431,52 @@ class PV(Semantics):
         return ""
 
 
+@kind("predicted_attention")
+@dataclass(frozen=True)
+class PredictedAttention(Semantics):
+    """Attention of q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) that decides by few bits which of its
+    scores are computed in full, as ``quantize`` says: see :class:`fuser.ir.prediction.Prediction`.
+
+    ``rule`` changes scaled scores before masks do; ``pattern`` is what constants allow; a fourth input is a run-time
+    mask, boolean or added, that broadcasts to the scores. Of ``packed`` rows the other inputs are those of a
+    :class:`DocumentMask`, whose documents have the pattern each.
+    """
+
+    quantize: Prediction
+    scale: float
+    pattern: Mask = Dense()  # noqa: RUF009 a frozen value
+    rule: ScoreRule | None = None
+    packed: bool = False
+
+    makes_scores = True
+    consumes_scores = True
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *rest = inputs
+        added = torch.zeros((), dtype=q.dtype, device=q.device)
+        if self.packed:
+            allowed = DocumentMask(pattern=self.pattern).allowed(*rest[:3])
+        else:
+            allowed = self.pattern.dense(q.shape[2], k.shape[2]).to(q.device)
+            for mask in rest:
+                allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, mask)
+        added = torch.where(allowed, added, -math.inf)
+        return self.quantize.reference(q, k, v, additive_mask=added, score=self.rule, scale=self.scale)[:1]
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        """As if all scores were computed in full."""
+        q, k, v, *_ = inputs
+        return 2.0 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        pattern = "" if self.pattern.allows_all else str(self.pattern)
+        how = f"{type(self.quantize).__name__}, {self.quantize.bits} bits"
+        return ", ".join(part for part in (how, "packed" if self.packed else "", pattern) if part)
+
+    def widths(self, inputs: Sequence[Shape]) -> Shape:
+        return inputs[0][1], inputs[0][-1], inputs[2][-1]
+
+
 @kind("log-sum-exp")
 @dataclass(frozen=True)
 class LogSumExp(Semantics):
@@ -481,6 +514,51 @@ class ImportanceBias(Semantics):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"of {output[-1]} landmarks"
+
+
+@kind("disentangled bias")
+@dataclass(frozen=True)
+class DisentangledBias(Semantics):
+    """What relative positions add to scores: ``queries`` times the products of query i with the position of key j, plus
+    ``keys`` times those of key j with the position of query i (He et al., DeBERTa, arXiv:2006.03654, equation 4); one
+    of them may be None, and is left out.
+
+    Inputs are for each of these products of all rows with all positions, (B, H, Sq or Sk, P), and the position (Sq + Sk
+    - 1,), int32, that a distance has: element Sk - 1 + i - j. Then perhaps a mask of the scores' shape, which is added,
+    or forbids with False. It makes (B, H, Sq, Sk).
+    """
+
+    queries: float | None
+    keys: float | None
+
+    @property
+    def parts(self) -> int:
+        """How many of the two there are."""
+        return (self.queries is not None) + (self.keys is not None)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        total, given = None, list(inputs)
+        for factor, of_keys in ((self.queries, False), (self.keys, True)):
+            if factor is None:
+                continue
+            products, positions = given.pop(0), given.pop(0)
+            rows = products.shape[-2]
+            others = positions.shape[0] + 1 - rows
+            row, other = (torch.arange(size, device=products.device) for size in (rows, others))
+            element = rows - 1 - row[:, None] + other if of_keys else others - 1 + row[:, None] - other
+            part = products.gather(-1, positions[element].long().expand(*products.shape[:-1], others)) * factor
+            part = part.mT if of_keys else part
+            total = part if total is None else total + part
+        assert total is not None
+        for mask in given:
+            total = total.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else total + mask
+        return (total,)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * self.parts * math.prod(output)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"of {inputs[0][-1]} positions"
 
 
 @kind("joined keys")

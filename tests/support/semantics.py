@@ -10,10 +10,9 @@ import torch
 from linear_reference import recurrent
 from torch import Tensor
 
-from fuser.attention.registry import register_mask
 from fuser.ir.expression import Expression, Op, layer_norm, unary
 from fuser.ir.linear_attention import FeatureMap, Recurrence
-from fuser.ir.masks import Dense, SlidingWindow
+from fuser.ir.masks import SlidingWindow
 from fuser.ir.operators import (
     PV,
     QK,
@@ -27,6 +26,7 @@ from fuser.ir.operators import (
     ChangeScores,
     Concat,
     Depthwise,
+    DisentangledBias,
     DocumentMask,
     Embedding,
     Extern,
@@ -141,18 +141,12 @@ def _importance(q: Tensor, landmarks: Tensor, sums: Tensor, heuristic: Tensor, o
 
 ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
-_ALL_IN_FULL = register_mask(Dense(), quantize=DEQ(threshold=0.0))
 CASES: Mapping[type[Semantics], Case] = {
     type(case.semantics): case
     for case in (
         Case(Extern(TorchCall(torch.add, (Ref(0), Ref(0))), "no kernel adds a value to itself"), (X,), lambda x: 2 * x),
         Case(
-            PredictedAttention(
-                TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), _ALL_IN_FULL, None, 0.25)),
-                "a kernel of its own",
-                Dense(),
-                DEQ(threshold=0.0),
-            ),
+            PredictedAttention(DEQ(threshold=0.0), 0.25),
             (SCORES, SCORES + 1, SCORES - 1),
             lambda q, k, v: _softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 4) @ v,
         ),
@@ -213,6 +207,19 @@ CASES: Mapping[type[Semantics], Case] = {
             ImportanceBias(2.0, 0.5),
             (normal(2, 3, 7, 4), normal(2, 3, 5, 4), *(normal(2, 3, 5).abs() for _ in range(3))),
             _importance,
+        ),
+        Case(
+            DisentangledBias(0.5, 2.0),
+            (normal(2, 4, 3, 5), torch.tensor([4, 4, 0, 1, 2]).int(), normal(2, 4, 3, 5), torch.arange(5).int()),
+            lambda q, of_q, k, of_k: torch.stack(
+                [
+                    torch.stack(
+                        [q[:, :, i, of_q[2 + i - j]] / 2 + k[:, :, j, of_k[2 + i - j]] * 2 for j in range(3)], 2
+                    )
+                    for i in range(3)
+                ],
+                2,
+            ),
         ),
         Case(
             JoinedKeys(Windowed(4, before=2, chunk=2, relative=True)),
