@@ -48,6 +48,36 @@ def test_optimized_mechanisms_fuse_their_attention(case: str) -> None:
         assert calls == {"gemm": 2, "features": 2, "linear_attention": 1}
 
 
+LARA: list[tuple[str, str, str, tuple[int, ...]]] = [
+    ("pool", "mis-opt", "light", (8, 8)),
+    ("pool", "mis-bh", "dense", (8, 8)),
+    ("no-param-pool", "mis-biased", "light", (8, 8)),
+    ("pool-mixed", "mis-bh", "dense", (8, 8)),
+    ("no-param-pool-mixed", "mis-opt", "light", (10, 8)),
+    ("pool-vmixed", "mis-biased", "light", (8, 8)),
+    ("no-param-pool-vmixed", "mis-opt", "dense", (8, 8)),
+    ("adaptive-1d", "mis-opt", "light", (32,)),
+    ("adaptive-1d", "mis-biased", "light", (37,)),
+]
+"""Proposals, weights, whether heads are pooled together, and a grid or length that landmarks divide or not."""
+
+
+@pytest.mark.parametrize(("proposals", "weights", "pool", "tokens"), LARA)
+def test_all_of_lara_is_kernels(proposals: str, weights: str, pool: str, tokens: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    how = {"proposal_gen": proposals, "mis_type": weights, "pool_module_type": pool, "num_landmarks": 4}
+    module = build("lara", dim=WIDTH, num_heads=2, **how).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    fast, exact = fuser.optimize(module, search="model", dynamic=False), copy.deepcopy(module).double()
+    x = torch.randn(2, *tokens, WIDTH)
+    with torch.no_grad():
+        want = exact(x.double())
+        mine, eager = (float((out - want).norm() / want.norm()) for out in (fast(x), module(x)))
+    assert mine < max(3 * eager, 1e-6)
+    assert fast.fallbacks == fast.unfused == fast.outside == ()
+
+
 ANY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
     "local": ("local", {"window_size": 8, "overlap_window": True}),
     "performer": ("performer", {"approx_attn_dim": 16}),
