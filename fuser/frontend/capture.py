@@ -34,6 +34,7 @@ from fuser.frontend.arguments import Change, Given, Taken, is_object, is_value
 from fuser.frontend.garbage import bring_back, set_aside
 from fuser.frontend.shadow import Shadow, attributes_of, forget
 from fuser.frontend.sizes import SizeRange, Sizes
+from fuser.frontend.symbols import remembered_arithmetic
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 from fuser.runtime.locks import ForkSafeRLock
@@ -644,6 +645,10 @@ def _exporting(inference: bool) -> Iterator[None]:
         # torch.export prints what it has of a graph when a trace fails, hundreds of lines.
         _undo.enter_context(mock.patch.object(exporter, "print", lambda *lines, **where: None, create=True))
         _undo.enter_context(mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _given_causality))
+        _undo.enter_context(remembered_arithmetic())
+        if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
+            # Where each operator stands in the model's code: a sixth of a trace, for a note that nobody reads.
+            _undo.enter_context(mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True))
         warnings.simplefilter("ignore")
         # Patched by the export itself.
         for name in ("__call__", "__getattr__"):
