@@ -268,3 +268,16 @@ def test_tokens_of_a_named_length_are_lines_of_a_grid() -> None:
         # Of nine and 32 products each, in fp32.
         torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-5, atol=2e-6)
     assert fast.unfused == fast.outside == fast.fallbacks == ()
+
+
+def test_segformer_is_kernels() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    two = {"depths": [1, 1], "sr_ratios": [4, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}
+    heads = {"num_encoder_blocks": 2, "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    model = transformers.SegformerModel(transformers.SegformerConfig(**two, **heads)).eval()
+    fast, x = fuser.optimize(model, search="model"), image(1, 3, 64, 64)
+    want = copy.deepcopy(model).double()(x.double()).last_hidden_state
+    # Rounding of fp32 through two blocks.
+    assert (fast(x).last_hidden_state.double() - want).norm() <= 2e-6 * want.norm()
+    assert fast.fallbacks == () and all("copied" in reason for _, reason in fast.unfused)

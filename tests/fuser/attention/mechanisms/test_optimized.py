@@ -78,6 +78,27 @@ def test_all_of_lara_is_kernels(proposals: str, weights: str, pool: str, tokens:
     assert fast.fallbacks == fast.unfused == fast.outside == ()
 
 
+PADDED: dict[str, dict[str, Any]] = {
+    "performer": {"approx_attn_dim": 16},
+    "ra": {"num_samples": -1},
+    "lara": {"num_landmarks": 4, "proposal_gen": "adaptive-1d"},
+    "eva": {"window_size": 8, "num_landmarks": 4},
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_is_the_same_when_fused_also_where_all_is_padding(name: str) -> None:
+    torch.manual_seed(0)
+    module = build(name, dim=WIDTH, num_heads=2, **PADDED[name]).eval()
+    fast, exact = fuser.optimize(module, search="model", dynamic=False), copy.deepcopy(module).double()
+    x, padding = torch.randn(3, 32, WIDTH), torch.zeros(3, 32, dtype=torch.bool)
+    padding[0, 17:], padding[1, :3], padding[2] = True, True, True
+    with torch.no_grad():
+        # Rounding of fp32.
+        torch.testing.assert_close(fast(x, padding).double(), exact(x.double(), padding), rtol=1e-5, atol=2e-6)
+    assert fast.fallbacks == ()
+
+
 ANY_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
     "local": ("local", {"window_size": 8, "overlap_window": True}),
     "performer": ("performer", {"approx_attn_dim": 16}),
