@@ -26,10 +26,12 @@ from fuser.ir.operators import (
     JoinedKeys,
     LogSumExp,
     PatternMask,
+    PredictedAttention,
     Scale,
     ScoreMask,
     Softmax,
 )
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
@@ -48,6 +50,26 @@ from fuser.kernels.planner import PlanStore, stored_plan
 
 TEMPLATE = "cpu/attention.cpp.j2"
 HEADS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class RunTimePlan:
+    """A plan that is the contents of the value ``table``, for these numbers of queries and keys. Such plans have one
+    phase, as those of packed rows do."""
+
+    table: str
+    lengths: tuple[int, int]
+
+    phases: ClassVar[int] = 1
+    slots: ClassVar[int] = 0
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of a group, at most."""
+        return self.lengths[1]
+
+
+AnyPlan = AttentionPlan | RunTimePlan
 
 
 @dataclass(frozen=True)
@@ -153,10 +175,10 @@ class AttentionParameters:
         """The most rows of a group that is computed with the elements of a row in lanes."""
         return FEW_ROWS
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         batch, heads, key_heads = operands.heads
         return Launch(
-            Literal(f"plan:{plan.hash}", plan.array),
+            plan.table if isinstance(plan, RunTimePlan) else Literal(f"plan:{plan.hash}", plan.array),
             extents(
                 *(batch, heads, key_heads, *plan.lengths, scale),
                 *(operands.strides, operands.mask_strides, operands.distances),
@@ -189,9 +211,7 @@ def extents(
     return AttentionExtents(*sizes, q, k, v, out, sums, mask, far)
 
 
-def workspace_bytes(
-    batch: int, heads: int, value_dim: int, plan: AttentionPlan, in_flight: int = HEADS_IN_FLIGHT
-) -> int:
+def workspace_bytes(batch: int, heads: int, value_dim: int, plan: AnyPlan, in_flight: int = HEADS_IN_FLIGHT) -> int:
     """Scratch memory of one launch: counters, and partial results of rows that several phases share."""
     if plan.phases == 1:
         return 0
@@ -216,7 +236,8 @@ class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
     ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
     plan, where that is known at run time alone; ``bias`` adds one by ``distances``. The mask may be what the operator
-    ``importance`` makes. That is not stored, and neither are keys and values that ``joins`` make."""
+    ``importance`` makes. That is not stored, and neither are keys and values that ``joins`` make. ``quantize`` says
+    which scores are computed with few bits."""
 
     group: OperatorGroup
     q: str
@@ -232,6 +253,12 @@ class AttentionMatch:
     lse: str | None = None
     importance: Operator[ImportanceBias] | None = None
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
+    quantize: Prediction | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are products of rows that are stored, with what is added to them."""
+        return self.importance is None and self.joins is None and self.quantize is None
 
     @property
     def dtype(self) -> DType:
@@ -274,7 +301,10 @@ class AttentionMatch:
         if self.joins is not None:
             k, v = (op.inputs[0] for op in self.joins)
         reads = (self.q, k, v, *self.added)
-        return call_of(self.pattern, self.operands, reads, self.writes, self.scale, parameters, target, threads)
+        operands = self.operands
+        lengths = operands.q.shape[2], operands.k.shape[2]
+        plan = self.pattern if self.table is None else RunTimePlan(self.table, lengths)
+        return call_of(plan, operands, reads, self.writes, self.scale, parameters, target, threads)
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -304,6 +334,14 @@ class AttentionMatch:
         given = (self.q, self.k, self.v, self.out)
         return sum(self.group.graph.values[value].nbytes for value in given if value is not None)
 
+    def pairs(self, target: Target) -> int:
+        """Pairs of queries and keys of all heads, a guess where the plan is known at run time alone."""
+        batch, heads, rows, _ = self.group.graph.values[self.q].shape
+        if self.table is not None:
+            return batch * heads * rows * min(rows, _INTERVAL)
+        pairs = batch * heads * self.plan(target).pairs_allowed
+        return pairs if self.pattern.heads is None else pairs // heads
+
     def plan(self, target: Target) -> AttentionPlan:
         values = self.group.graph.values
         return cached_plan(self.pattern, values[self.q].shape[2], values[self.k].shape[2], target)
@@ -317,6 +355,8 @@ class AttentionFamily:
 
     def match(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
         """The group as one attention; None when a part is missing, foreign, or needed outside."""
+        if group.of(PredictedAttention):
+            return self._predicted(group, target)
         chain = tuple(op for op in group.operators if not isinstance(op.semantics, _BESIDE))
         if any(not isinstance(op.semantics, _KINDS) for op in chain):
             return None
@@ -384,6 +424,19 @@ class AttentionFamily:
             joins = made[k], made[v or k]
         return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins)
 
+    def _predicted(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
+        """Attention that is one operator, whose scores have a width each."""
+        if len(group.operators) != 1:
+            return None
+        ((q, k, v, *rest), how) = group.operators[0].inputs, group.of(PredictedAttention)[0].semantics
+        table, masks = (rest[3], []) if how.packed else (None, rest)
+        if not self._supported(group, (q, k, v), masks, target):
+            return None
+        if how.pattern.heads not in (None, group.graph.values[q].shape[1]):
+            return None
+        out, mask = group.operators[0].output, masks[0] if masks else None
+        return AttentionMatch(group, q, k, v, out, how.scale, how.pattern, mask, how.rule, table, quantize=how.quantize)
+
     @staticmethod
     def _has_distances(group: OperatorGroup, bias: Operator[BiasByDistance], target: Target) -> bool:
         """Whether numbers by distance lie as kernels read them."""
@@ -407,37 +460,18 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[AttentionParameters]:
         """Blocks of keys whose scores stay in the first cache."""
-        if match.importance is not None or match.joins is not None:
+        if not match.is_plain:
             return ()
         lse = match.lse is not None
         return [AttentionParameters(*match.widths, match.dtype, match.mask_dtype, lse, **match.of_scores)]
 
     def cost(self, match: AttentionMatch, parameters: AttentionParameters, target: Target) -> Cost:
-        batch, heads, rows, _ = match.group.graph.values[match.q].shape
-        if match.table is not None:
-            pairs = batch * heads * rows * min(rows, _INTERVAL)
-        else:
-            pairs = batch * heads * match.plan(target).pairs_allowed
-            if match.pattern.heads is not None:
-                pairs //= heads
         speedup = target.rate(match.group.graph.values[match.q].dtype) / target.peak_flops
-        flops = pairs * (2.0 * (parameters.head_dim + parameters.value_dim) / speedup + _EXP_FLOPS)
+        flops = match.pairs(target) * (2.0 * (parameters.head_dim + parameters.value_dim) / speedup + _EXP_FLOPS)
         return Cost(flops, float(match.moved_bytes), efficiency=0.7)
 
     def call(self, match: AttentionMatch, parameters: AttentionParameters, target: Target, threads: int) -> KernelCall:
-        if match.table is None:
-            return match.call(parameters, target, threads)
-        operands = match.operands
-        lengths = operands.q.shape[2], operands.k.shape[2]
-        sizes = extents(
-            *(*operands.heads, *lengths, match.scale, operands.strides),
-            *(operands.mask_strides, operands.distances),
-        )
-        assert match.v is not None and match.out is not None
-        # Plans of packed rows have one phase, which needs no scratch.
-        return KernelCall(
-            parameters.spec, (match.q, match.k, match.v, *match.added, match.table, match.out), sizes, (match.out,)
-        )
+        return match.call(parameters, target, threads)
 
 
 @dataclass(frozen=True)
@@ -477,7 +511,7 @@ class Operands:
 class Launch:
     """What one launch needs besides its tensors: the plan's array, extents, and bytes of scratch memory."""
 
-    plan: Literal
+    plan: TensorRef
     extents: Extents
     workspace_bytes: int
 
@@ -493,12 +527,12 @@ class PlanParameters(Protocol):
     @property
     def spec(self) -> KernelSpec: ...
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         """What the kernel needs to run ``plan`` on ``operands``."""
 
 
 def call_of(
-    plan: Mask | AttentionPlan,
+    plan: Mask | AnyPlan,
     operands: Operands,
     reads: Sequence[str],
     writes: Sequence[str],
@@ -512,7 +546,7 @@ def call_of(
     ``reads`` names q, k, v and the run-time mask, ``writes`` the output and the log-sum-exp, (B, H, Sq);
     masks and log-sum-exps where the parameters say so. Beside a mask, sizes may be known late.
     """
-    if isinstance(plan, AttentionPlan):
+    if isinstance(plan, AnyPlan):
         made = parameters.launch(plan, operands, scale, target, threads)
     else:
         made = late_fields(launch_of, Launch, plan, operands, scale, parameters, target, threads)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fuser.ir.extents import Extents
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AttentionMatch, Distances, HeadStrides, Launch, MaskStrides, Operands
+from fuser.kernels.attention import AnyPlan, AttentionMatch, Distances, HeadStrides, Launch, MaskStrides, Operands
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -87,7 +87,8 @@ class CudaAttentionParameters:
         slots = 4 if self.stages < 4 else 8
         return total + slots * (self.keys * 4 + 16) + (slots * self.keys * 4 if self.mask else 0) + 16
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        assert isinstance(plan, AttentionPlan), "how many tiles a launch has follows from its plan"
         batch, heads, key_heads = operands.heads
         chosen = schedule(plan, self, batch, heads, target.cores)
         return Launch(
@@ -246,7 +247,7 @@ class CudaAttention(Implementation[AttentionMatch, CudaAttentionParameters]):
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
         """What shared memory and registers hold: see :func:`choices`. None where the plan is known at run time: how
         many tiles a launch has follows from it; nor for sums without values, biases and keys that are not stored."""
-        if match.table is not None or match.out is None or match.importance is not None or match.joins is not None:
+        if match.table is not None or match.out is None or not match.is_plain:
             return ()
         lse = match.lse is not None
         return choices(*match.widths, match.dtype, match.mask_dtype, lse, target, **match.of_scores)

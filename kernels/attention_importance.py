@@ -11,6 +11,7 @@ from fuser.ir.importance import LEAST_WEIGHT
 from fuser.ir.size import Size
 from fuser.ir.target import Target
 from fuser.kernels.attention import (
+    AnyPlan,
     AttentionExtents,
     AttentionMatch,
     AttentionParameters,
@@ -21,7 +22,6 @@ from fuser.kernels.attention import (
     ScorePolicy,
 )
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec
-from fuser.kernels.plan import AttentionPlan
 
 MOST_LANDMARKS = 256
 """The mean over landmarks needs all of them in one block of keys."""
@@ -102,7 +102,7 @@ class _Weighted:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         landmarks, sums, heuristic, offset = self.strides
         return made.extended(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fuser.ir.target import Target
 from fuser.kernels.attention import (
+    AnyPlan,
     AttentionExtents,
     AttentionMatch,
     AttentionParameters,
@@ -19,7 +20,6 @@ from fuser.kernels.attention import (
     ScorePolicy,
 )
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
-from fuser.kernels.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Placed:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         tokens, step, near_first, far_first = self.places
         far_k, far_v = self.far

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from fuser.ir.prediction import EmptyRow, Form, Prediction
 from fuser.ir.target import Target
-from fuser.kernels.attention import AttentionExtents, AttentionParameters, Launch, Operands, ScorePolicy
-from fuser.kernels.base import KernelSpec
-from fuser.kernels.plan import AttentionPlan
+from fuser.kernels.attention import (
+    AnyPlan,
+    AttentionExtents,
+    AttentionMatch,
+    AttentionParameters,
+    CpuAttention,
+    Launch,
+    Operands,
+    ScorePolicy,
+)
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 
 _LANES = 64
 """Rows of a group, as in attention/scratch.h."""
@@ -83,7 +93,7 @@ class PredictedAttention:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         """Raises ScoreError for averages that no step of calibration has begun."""
         made = self.kernel.launch(plan, operands, scale, target, threads)
         batch, heads, key_heads = operands.heads
@@ -91,13 +101,13 @@ class PredictedAttention:
         # A line of memory with the factor of codes; two numbers for each row of q; two and its codes for each of k, and
         # its values as bf16 where they are multiplied so.
         keys = batch * key_heads * kv_len
-        words = 16 + 2 * batch * heads * q_len + keys * (2 + -(-self.kernel.head_dim // 4))
+        words = 16 + 2 * batch * heads * q_len + keys * (2 + (self.kernel.head_dim + 3) // 4)
         if "avx512_bf16" in target.features:
-            words += -(-keys * self.kernel.value_dim // 2)
+            words += (keys * self.kernel.value_dim + 1) // 2
         sums = 0
         if self.kernel.keeps_products and plan.phases == 1:
             sums = (plan.most_keys + _KEYS_BEYOND) * _LANES
-        words += -(-threads * sums // 2)
+        words += (threads * sums + 1) // 2
         self.quantize.check_calibrated()
         q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
         extended = made.extended(
@@ -109,3 +119,32 @@ class PredictedAttention:
             k_threshold=k_threshold,
         )
         return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * words)
+
+
+def takes(quantize: Prediction, mask: torch.dtype | None) -> bool:
+    """Whether the kernel makes these decisions under a run-time mask of this dtype: it knows no scores without what is
+    added to them."""
+    return mask in (None, torch.bool) or not quantize.unmasked_maximum
+
+
+class CpuPredictedAttention(Implementation[AttentionMatch, PredictedKernel]):
+    """Attention plans whose scores have a width each."""
+
+    def space(self, match: AttentionMatch, target: Target) -> Sequence[PredictedKernel]:
+        """One choice, that of the form."""
+        how, mask = match.quantize, match.mask_dtype
+        if how is None or not takes(how, None if mask is None else mask.torch):
+            return ()
+        return [PredictedKernel(*match.widths, match.dtype, mask, rule=match.rule, form=how.form)]
+
+    def cost(self, match: AttentionMatch, parameters: PredictedKernel, target: Target) -> Cost:
+        """What is computed in full is known when it runs, and so not counted."""
+        plain = CpuAttention().cost(match, parameters, target)
+        products = 2.0 * match.pairs(target) * parameters.head_dim
+        of_codes, in_full = (target.peak_flops / target.rate(dtype) for dtype in (torch.int8, parameters.dtype.torch))
+        walks = 1 if parameters.keeps_products else 2
+        return dataclasses.replace(plain, flops=plain.flops + products * (walks * of_codes - in_full))
+
+    def call(self, match: AttentionMatch, parameters: PredictedKernel, target: Target, threads: int) -> KernelCall:
+        assert match.quantize is not None
+        return match.call(PredictedAttention(parameters, match.quantize), target, threads)

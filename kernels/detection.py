@@ -50,10 +50,15 @@ class _Arrangement(NamedTuple):
         return out
 
 
-def detect(entries: Bools, model: GroupCost) -> Iterator[tuple[Int64s, int, Cover | None]]:
-    """Groups that cover ``entries`` (q_len, kv_len): order of slots, phase and cover, a slice of slots at a time."""
-    m = entries.shape[1]
+def detect(entries: Bools, model: GroupCost, *, one_phase: bool = False) -> Iterator[tuple[Int64s, int, Cover | None]]:
+    """Groups that cover ``entries`` (q_len, kv_len): order of slots, phase and cover, a slice of slots at a time.
+
+    With ``one_phase``, neighbouring rows are together where it would take several.
+    """
+    n, m = entries.shape
     chosen = _choose(entries, model)
+    if one_phase and len(chosen) > 1:
+        chosen = [_Arrangement.of(identity(n), n)]
     counts = [arrangement.counts(entries) for arrangement in chosen] if len(chosen) > 1 else []
     for phase, arrangement in enumerate(chosen):
         for start, stop in _slices(len(arrangement.order), m):

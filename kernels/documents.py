@@ -79,13 +79,17 @@ class Documents:
     is_key: Bools
 
     def plan(self, mask: Mask) -> AttentionPlan:
-        """The plan of rows that see the keys of their document that ``mask`` allows for its positions.
+        """The plan of rows that see the keys of their document that ``mask`` allows for its positions; of one phase,
+        since programs have no scratch memory for what is known when it runs.
 
         Raises MaskError where the mask does not fit the length.
         """
         around = _band_at(mask, self.length)
         heads = None if around is not None else mask.heads
-        groups = self._of_band(*around) if around is not None else self._one_by_one(mask)
+        if around is not None and not self._has_gaps:
+            groups = self._of_band(*around)
+        else:
+            groups = self._one_by_one(mask)
         return AttentionPlan.assemble(len(self.rows), len(self.rows), heads, **groups._asdict())
 
     @functools.cached_property
@@ -93,6 +97,13 @@ class Documents:
         """Where documents begin, and the end."""
         starts = np.flatnonzero(np.diff(self.rows // self.length, prepend=-1))
         return np.append(starts, len(self.rows))
+
+    @property
+    def _has_gaps(self) -> bool:
+        """Whether a row that may not be seen lies between two of its document that may."""
+        places = np.flatnonzero(self.is_key)
+        together = np.diff(self.rows[places] // self.length) == 0
+        return bool((np.diff(places)[together] > 1).any())
 
     def _of_band(self, low: int, high: int) -> _Groups:
         places = np.flatnonzero(self.is_key)
@@ -149,7 +160,7 @@ def _part(mask: Mask, length: int, positions: bytes, is_key: bytes) -> _Groups:
     at = torch.from_numpy(np.frombuffer(positions, np.int64).copy())
     seen = torch.from_numpy(np.frombuffer(is_key, np.bool_).copy())
     allowed = mask.dense(length, length)[..., at[:, None], at] & seen
-    return _groups_of(plan(from_dense(allowed), len(at)))
+    return _groups_of(plan(from_dense(allowed), len(at), one_phase=True))
 
 
 def _blind(q_bounds: Int64s, counts: Int64s, head: int) -> _Groups:

@@ -7,6 +7,7 @@ from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
+from fuser.kernels.attention_predicted import CpuPredictedAttention
 from fuser.kernels.base import Table
 from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
 from fuser.kernels.depthwise import CpuDepthwise, CudaDepthwise, DepthwiseFamily
@@ -32,7 +33,12 @@ IMPLEMENTATIONS: Table = {
     (WriteRowsFamily(), "cpu"): (CpuWriteRows(),),
     (ConcatFamily(), "cpu"): (CPU_CONCAT,),
     (ConcatFamily(), "cuda"): (CUDA_CONCAT,),
-    (AttentionFamily(), "cpu"): (CpuAttention(), CpuImportanceAttention(), CpuJoinedAttention()),
+    (AttentionFamily(), "cpu"): (
+        CpuAttention(),
+        CpuImportanceAttention(),
+        CpuJoinedAttention(),
+        CpuPredictedAttention(),
+    ),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),

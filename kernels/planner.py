@@ -50,8 +50,11 @@ class _Piece(NamedTuple):
     cover: Cover
 
 
-def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | None = None) -> AttentionPlan:
-    """The plan that computes ``mask`` for these lengths (``kv_len`` defaults to ``q_len``).
+def plan(
+    mask: Mask, q_len: int, kv_len: int | None = None, target: Target | None = None, *, one_phase: bool = False
+) -> AttentionPlan:
+    """The plan that computes ``mask`` for these lengths (``kv_len`` defaults to ``q_len``), with ``one_phase`` the best
+    that needs no scratch memory.
 
     Raises MaskError when the mask does not fit the lengths. The result is exact: each allowed pair is in one tile.
     """
@@ -63,12 +66,12 @@ def plan(mask: Mask, q_len: int, kv_len: int | None = None, target: Target | Non
     if q_len > 0 and m > 0 and isinstance(mask, Dense):
         return _whole(q_len, m, model)
     if mask.heads is None:
-        return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model)])
+        return _assemble(q_len, m, None, [(0, piece) for piece in _pieces(mask, q_len, m, model, one_phase)])
     masks = [mask.head(h) for h in range(mask.heads)]
     known: dict[Mask, list[_Piece]] = {}
     for part in masks:
         if part not in known:
-            known[part] = list(_pieces(part, q_len, m, model))
+            known[part] = list(_pieces(part, q_len, m, model, one_phase))
     return _assemble(q_len, m, mask.heads, [(h, piece) for h, part in enumerate(masks) for piece in known[part]])
 
 
@@ -156,14 +159,14 @@ def _assemble(q_len: int, kv_len: int, heads: int | None, pieces: list[tuple[int
     )
 
 
-def _pieces(mask: Mask, n: int, m: int, model: GroupCost) -> Iterator[_Piece]:
+def _pieces(mask: Mask, n: int, m: int, model: GroupCost, one_phase: bool) -> Iterator[_Piece]:
     """The groups of all rows of a mask that has no heads."""
     covered, phases = np.zeros(n, np.bool_), set()
     parts = mask.parts(n, m)
     found: Iterator[tuple[Int64s, int, Cover | None]]
-    if parts is None:
+    if parts is None or one_phase:
         entries = mask.array if isinstance(mask, TensorMask) else mask.dense(n, m).numpy()
-        found = detect(entries, model)
+        found = detect(entries, model, one_phase=one_phase)
     else:
         found = _arranged(parts, n, model)
     for order, phase, cover in found:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import fuser.attention.documents
 import fuser.attention.gradients  # noqa: F401 registers the operators and their backward pass
 from fuser.attention.checks import check_attn_mask, check_heads, check_operands, check_scores
 from fuser.attention.linear import linear_attention

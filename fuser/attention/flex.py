@@ -14,7 +14,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fuser.attention import sparse_attention
+from fuser.attention.checks import check_scores
 from fuser.attention.launch import say
+from fuser.ir.errors import ScoreError
+from fuser.ir.prediction import Prediction
 from fuser.ir.scores import SoftCap
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ def flex_attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: dict[str, Any] | None = None,
+    *,
+    quantize: Prediction | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch.nn.attention.flex_attention.flex_attention``, by kernels where they know what ``score_mod`` computes.
 
@@ -47,10 +52,12 @@ def flex_attention(
         enable_gqa: whether H may be a multiple of Hkv.
         return_lse: also return the log-sum-exp of each row, (B, H, Sq) fp32.
         kernel_options: for other implementations; ignored.
+        quantize: as in :func:`fuser.sparse_attention`; scores are predicted and compared after ``score_mod``.
 
-    Another ``score_mod`` runs in PyTorch's own, unfused, which is said once in the log. Raises ValueError and MaskError
-    as :func:`fuser.sparse_attention` does.
+    Another ``score_mod`` runs in PyTorch's own, unfused, which is said once in the log. Raises ValueError, MaskError
+    and ScoreError as :func:`fuser.sparse_attention` does, and ScoreError for ``quantize`` with another ``score_mod``.
     """
+    check_scores(None, quantize)
     if query.shape[1:2] != key.shape[1:2] and not enable_gqa:
         raise ValueError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True where heads of keys serve "
@@ -60,6 +67,11 @@ def flex_attention(
         key, value = (t.expand(query.shape[0], *t.shape[1:]) for t in (key, value))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     known = _Known() if score_mod is None else _known(score_mod, query, key)
+    if known is None and quantize is not None:
+        raise ScoreError(
+            "quantize= takes a score_mod that kernels know: factors, c * tanh(score / c), what is added, and -inf for "
+            "pairs of a condition, in this order"
+        )
     if known is None:
         from torch.nn.attention import flex_attention as torchs
 
@@ -73,6 +85,7 @@ def flex_attention(
         block_mask,
         bias=known.bias(query.dtype),
         score=known.cap,
+        quantize=quantize,
         scale=scale * known.factor,
         return_lse=return_lse,
     )

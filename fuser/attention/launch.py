@@ -24,7 +24,7 @@ from fuser.kernels.attention import (
     keep_plans,
 )
 from fuser.kernels.attention_cuda import CudaAttentionParameters
-from fuser.kernels.attention_predicted import PredictedAttention, PredictedKernel
+from fuser.kernels.attention_predicted import PredictedAttention, PredictedKernel, takes
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
@@ -63,7 +63,7 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: Predict
     if quantize is not None:
         if target.kind != "cpu":
             raise NoKernelError("quantize= has kernels for CPUs only")
-        if quantize.unmasked_maximum and attn_mask is not None and attn_mask.dtype != torch.bool:
+        if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
             raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
 

@@ -24,7 +24,7 @@ torch.library.define("fuser::sparse_attention", f"{_ARGUMENTS} -> Tensor", tags=
 torch.library.define("fuser::sparse_attention_lse", f"{_ARGUMENTS} -> (Tensor, Tensor)", tags=TAGS)
 
 
-KEYS = {"sparse_attention": 3, "sparse_attention_lse": 3, "varlen_attention": 5, "document_attention": 7}
+KEYS = {"sparse_attention": 3, "sparse_attention_lse": 3, "varlen_attention": 5}
 """Our operators, and which of their arguments is the key of what they compute."""
 
 

@@ -18,9 +18,9 @@ from fuser.codegen.assemble import KernelRecord
 from fuser.codegen.choice import Choice, GroupChoice
 from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.graph import Region
+from fuser.ir.graph import Operator, Region, is_kind
 from fuser.ir.masks import Mask
-from fuser.ir.operators import PatternMask, View
+from fuser.ir.operators import PatternMask, PredictedAttention, View
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
 from fuser.module.quantizing import Precision
@@ -58,6 +58,8 @@ class Width:
     operators: tuple[str, ...]
     width: str
     error: float
+    narrowed: bool = False
+    """Whether it multiplies fewer bits than it stores."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,17 @@ def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:
         operators = choice.group.operators
         graph = choice.group.graph
         stored = graph.values[operators[-1].output].dtype
-        width = next((_WIDTHS[op.kind] for op in operators if op.kind in _WIDTHS), _short(stored))
-        yield Width(tuple(op.name for op in operators), width, errors.get(operators[-1].name, math.nan))
+        width = next(filter(None, map(_multiplied, operators)), "")
+        error = errors.get(operators[-1].name, math.nan)
+        yield Width(tuple(op.name for op in operators), width or _short(stored), error, bool(width))
+
+
+def _multiplied(op: Operator) -> str:
+    """The numbers that an operator multiplies, if they are not those that it stores."""
+    if is_kind(op, PredictedAttention):
+        how = op.semantics.quantize
+        return f"{type(how).__name__} {how.bits} bits"
+    return _WIDTHS.get(op.kind, "")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -235,7 +246,7 @@ def render_text(found: Report) -> str:
     lines += [f"not captured for all sizes: {reason}" for reason in found.specialized]
     lines += [f"padding: {line}" for line in found.padding]
     lines += [f"precision: {line}" for line in found.precision]
-    if found.precision:
+    if found.precision or any(w.narrowed for w in found.widths):
         lines += [f"  {w.width:<13} {_error(w.error):>9}  {', '.join(w.operators)}" for w in found.widths]
     memory = found.memory
     lines += [

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuser.attention.registry import enter, pin
 from fuser.frontend.attention_masks import Distances, combined, four_dims
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
-from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.prediction import Prediction
 from fuser.ir.scores import ScoreRule
-from fuser.ir.size import Size
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
@@ -46,7 +42,7 @@ def check_restricted(graph: OperatorGraph) -> None:
         found = some if scores or predicted else "no attention"
         raise MaskError(f"attention= restricts attention of a sequence to itself, and fuser found {found}")
     for op in graph.operators:
-        if not is_kind(op, kinds.Extern) or is_kind(op, kinds.PredictedAttention):
+        if not is_kind(op, kinds.Extern):
             continue
         shapes = [graph.values[name].shape for name in op.inputs if name not in graph.constants]
         square = any(len(shape) > 2 and shape[-2] == shape[-1] for shape in shapes)
@@ -242,22 +238,12 @@ def _predicted(
     """Emit attention whose scores have a width each."""
     shape = (*q.shape[:-1], v.shape[-1])
     given = _operands(r, q, k, v, masks, pattern, causal, whole=True)
-    _, heads, q_len, kv_len = given.scores
+    _, heads, q_len, _ = given.scores
     seen = Dense() if given.pattern is None else given.pattern
-    spec = AttentionSpec(seen & Causal() if causal else seen, rule, quantize)
-    if any(isinstance(length, Size) for length in (q_len, kv_len)):
-        key = enter(spec, None, None, any_lengths=True)
-    else:
-        key = enter(spec, q_len, kv_len)
-    # The graph holds the key, as a trace does.
-    pin(key)
     inputs = [r.realize(t) for t in (given.q, given.k, given.v)] + ([] if given.mask is None else [given.mask])
-    attn_mask = None if given.mask is None else Ref(3)
-    call = TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), key, attn_mask, scale))
     width, strides = shape[-1], r.values[inputs[0]].strides
     out = TensorSpec.contiguous((*given.scores[:3], width), r.dtype(given.q))
     if strides[1] < strides[2]:
         out = TensorSpec(out.shape, out.dtype, (q_len * heads * width, width, heads * width, 1))
-    reason = f"one kernel of its own decides the width of each score, as {type(quantize).__name__} says"
-    semantics = kinds.PredictedAttention(call, reason, spec.mask, quantize)
+    semantics = kinds.PredictedAttention(quantize, scale, seen & Causal() if causal else seen, rule)
     return r.reshaped(r.emit(semantics, node.name, tuple(inputs), out), shape)

@@ -22,7 +22,7 @@ from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
-from fuser.ir.masks import Mask
+from fuser.ir.masks import Dense, Mask
 from fuser.ir.prediction import Prediction
 from fuser.ir.quantization import exact_products, quantize_rows
 from fuser.ir.scores import ScoreRule
@@ -250,19 +250,6 @@ class Extern(_Called):
     reason: str
 
 
-@kind("predicted_attention")
-@dataclass(frozen=True)
-class PredictedAttention(Extern):
-    """Attention of q, k, v and perhaps a mask, which decides by few bits which of its scores are computed in full, as
-    ``quantize`` says; ``pattern`` is what constants allow. Both are those of the call.
-
-    Of packed rows the other inputs are those of a :class:`DocumentMask`.
-    """
-
-    pattern: Mask
-    quantize: Prediction
-
-
 @kind("view")
 @dataclass(frozen=True)
 class View(_Called):
@@ -442,6 +429,52 @@ class PV(Semantics):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return ""
+
+
+@kind("predicted_attention")
+@dataclass(frozen=True)
+class PredictedAttention(Semantics):
+    """Attention of q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) that decides by few bits which of its
+    scores are computed in full, as ``quantize`` says: see :class:`fuser.ir.prediction.Prediction`.
+
+    ``rule`` changes scaled scores before masks do; ``pattern`` is what constants allow; a fourth input is a run-time
+    mask, boolean or added, that broadcasts to the scores. Of ``packed`` rows the other inputs are those of a
+    :class:`DocumentMask`, whose documents have the pattern each.
+    """
+
+    quantize: Prediction
+    scale: float
+    pattern: Mask = Dense()  # noqa: RUF009 a frozen value
+    rule: ScoreRule | None = None
+    packed: bool = False
+
+    makes_scores = True
+    consumes_scores = True
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *rest = inputs
+        added = torch.zeros((), dtype=q.dtype, device=q.device)
+        if self.packed:
+            allowed = DocumentMask(pattern=self.pattern).allowed(*rest[:3])
+        else:
+            allowed = self.pattern.dense(q.shape[2], k.shape[2]).to(q.device)
+            for mask in rest:
+                allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, mask)
+        added = torch.where(allowed, added, -math.inf)
+        return self.quantize.reference(q, k, v, additive_mask=added, score=self.rule, scale=self.scale)[:1]
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        """As if all scores were computed in full."""
+        q, k, v, *_ = inputs
+        return 2.0 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        pattern = "" if self.pattern.allows_all else str(self.pattern)
+        how = f"{type(self.quantize).__name__}, {self.quantize.bits} bits"
+        return ", ".join(part for part in (how, "packed" if self.packed else "", pattern) if part)
+
+    def widths(self, inputs: Sequence[Shape]) -> Shape:
+        return inputs[0][1], inputs[0][-1], inputs[2][-1]
 
 
 @kind("log-sum-exp")

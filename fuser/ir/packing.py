@@ -339,9 +339,7 @@ class _Packer:
             raise PackingError(f"{op.name} compares scores with those of padding")
         pattern = None if semantics.pattern.allows_all else semantics.pattern
         plan = self._plan(op, operands, attn_masks, Pattern(False, pattern))
-        _, _, _, key, _, scale = semantics.call.args
-        call = TorchCall(torch.ops.fuser.document_attention.default, (*map(Ref, range(7)), key, scale))
-        packed = replace(op, semantics=replace(semantics, call=call), inputs=(*operands, *_ROWS, plan))
+        packed = replace(op, semantics=replace(semantics, packed=True), inputs=(*operands, *_ROWS, plan))
         self._emit(packed, self._axes(op.output))
 
     def _plan(self, op: Operator, operands: Sequence[str], attn_masks: Sequence[str], pattern: Pattern) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fuser.ir.errors import ScoreError
+from fuser.ir.scores import ScoreRule
 
 BITS = (2, 4, 6, 8)
 METHODS = (
@@ -360,7 +361,14 @@ class Prediction(ABC):
         return ~(scores <= limit) & ~torch.isneginf(scores)
 
     def reference(
-        self, q: Tensor, k: Tensor, v: Tensor, *, additive_mask: Tensor | None = None, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        additive_mask: Tensor | None = None,
+        score: ScoreRule | None = None,
+        scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, Sq, Dv) and which scores were computed in full, bool (B, H, Sq, Sk), in plain PyTorch.
 
@@ -369,6 +377,7 @@ class Prediction(ABC):
             k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv); H is a multiple of Hkv.
             additive_mask: added to the scores, broadcastable to (B, H, Sq, Sk); pairs at -inf do not exist, those at
                 a number as low as -10000 do, without weight, as in the authors' software.
+            score: what becomes of scaled scores, predicted ones too, before the mask is added.
             scale: default 1 / sqrt(D).
 
         Gradients pass codes as if they were not rounded and take steps and decisions as constants.
@@ -380,9 +389,13 @@ class Prediction(ABC):
         bias = torch.zeros((), dtype=dtype, device=q.device) if additive_mask is None else additive_mask.to(dtype)
         forbidden = torch.isneginf(bias)
         predicted = self.predicted(queries, keys, scale)
-        seen = predicted if self.unmasked_maximum else predicted + bias
+
+        def changed(scores: Tensor) -> Tensor:
+            return scores if score is None else score.expression.evaluate(scores)[0]
+
+        seen = changed(predicted) if self.unmasked_maximum else changed(predicted) + bias
         chosen = self.chosen(seen.masked_fill(forbidden, -math.inf))
-        scores = self.mixed((queries * scale) @ keys.mT, predicted, chosen) + bias
+        scores = changed(self.mixed((queries * scale) @ keys.mT, predicted, chosen)) + bias
         if self.prunes:
             forbidden = forbidden | ~chosen
         scores = scores.masked_fill(forbidden, -math.inf)

@@ -81,6 +81,22 @@ def test_documents_attend_to_themselves_alone(name: str) -> None:
     assert sorted(set().union(*(group.rows.tolist() for group in made))) == list(range(sum(n for n, _ in LENGTHS)))
 
 
+@pytest.mark.parametrize("name", [*BANDS, *OTHERS])
+def test_rows_without_padding_take_one_phase(name: str) -> None:
+    """Of documents with holes, some of whose rows nobody sees."""
+    mask = (BANDS | OTHERS)[name]
+    rng, length = np.random.default_rng(0), 31
+    rows = np.flatnonzero(rng.random(3 * length) < 0.6)
+    is_key = rng.random(len(rows)) < 0.9
+    made = documents.Documents(rows, length, is_key).plan(mask)
+    document, at = rows // length, rows % length
+    near = torch.from_numpy((document[:, None] == document) & is_key)
+    heads = [mask] if mask.heads is None else [mask.head(h) for h in range(mask.heads)]
+    allowed = [masks.from_dense(head.dense(length)[at[:, None], at] & near) for head in heads]
+    made.validate(allowed[0] if mask.heads is None else masks.per_head(allowed))
+    assert made.phases == 1
+
+
 length = st.integers(0, 140)
 
 

@@ -10,10 +10,9 @@ import torch
 from linear_reference import recurrent
 from torch import Tensor
 
-from fuser.attention.registry import register_mask
 from fuser.ir.expression import Expression, Op, layer_norm, unary
 from fuser.ir.linear_attention import FeatureMap, Recurrence
-from fuser.ir.masks import Dense, SlidingWindow
+from fuser.ir.masks import SlidingWindow
 from fuser.ir.operators import (
     PV,
     QK,
@@ -141,18 +140,12 @@ def _importance(q: Tensor, landmarks: Tensor, sums: Tensor, heuristic: Tensor, o
 
 ANGLES = normal(5, 2).repeat(1, 2)
 _VIEW = TorchCall(torch.as_strided, (Ref(0), (2, 3, 4, 8), (96, 8, 24, 1), 0))
-_ALL_IN_FULL = register_mask(Dense(), quantize=DEQ(threshold=0.0))
 CASES: Mapping[type[Semantics], Case] = {
     type(case.semantics): case
     for case in (
         Case(Extern(TorchCall(torch.add, (Ref(0), Ref(0))), "no kernel adds a value to itself"), (X,), lambda x: 2 * x),
         Case(
-            PredictedAttention(
-                TorchCall(torch.ops.fuser.sparse_attention.default, (Ref(0), Ref(1), Ref(2), _ALL_IN_FULL, None, 0.25)),
-                "a kernel of its own",
-                Dense(),
-                DEQ(threshold=0.0),
-            ),
+            PredictedAttention(DEQ(threshold=0.0), 0.25),
             (SCORES, SCORES + 1, SCORES - 1),
             lambda q, k, v: _softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 4) @ v,
         ),

@@ -15,6 +15,10 @@ from torch.nn.attention import flex_attention as torchs
 
 import fuser
 from fuser.attention.launch import say
+from fuser.ir.errors import ScoreError
+from fuser.ir.prediction import Prediction
+from fuser.ir.scores import SoftCap
+from fuser.runtime.device import cpu_target
 
 HEADS, QUERIES, KEYS = 4, 70, 90
 SLOPES = torch.exp2(-torch.arange(1, HEADS + 1) * 2.0)
@@ -113,6 +117,40 @@ def test_keys_of_one_batch_entry_serve_all() -> None:
     q, k, v = inputs(2)
     mask = torchs.create_block_mask(causal, len(q), None, QUERIES, KEYS, device="cpu")
     check(q, k[:1], v[:1], block_mask=mask, score_mod=KNOWN["alibi"], enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("cap", fuser.DEQ(threshold=0.2)),
+        ("all", fuser.DEQ(threshold=0.2)),
+        ("alibi", fuser.Sanger(threshold=0.05)),
+    ],
+)
+def test_scores_of_few_bits(name: str, how: Prediction, caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = inputs()
+    mask = torchs.create_block_mask(causal, None, None, QUERIES, KEYS, device="cpu")
+    with caplog.at_level(logging.WARNING):
+        out = fuser.flex_attention(q, k, v, KNOWN[name], mask, quantize=how)
+    assert "plain PyTorch" not in caplog.text and "no kernel knows" not in caplog.text
+    rows, keys = torch.arange(QUERIES)[:, None], torch.arange(KEYS)
+    added, cap, factor = torch.zeros(HEADS, QUERIES, KEYS), None, 1.0
+    if name != "cap":
+        added = SLOPES[:, None, None] * (keys - rows) + (name == "all")
+    if name != "alibi":
+        cap, factor = (SoftCap(2.0), 1.0) if name == "cap" else (SoftCap(5.0), 2.0)
+    added = added.masked_fill(rows < keys, -math.inf)
+    want, _ = how.reference(q, k, v, additive_mask=added, score=cap, scale=factor / 4)
+    # Weights, and values of about 3, are rounded to bf16 where the CPU multiplies them so.
+    rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 1e-5
+    torch.testing.assert_close(out, want, rtol=0, atol=rounding)
+
+
+def test_few_bits_take_scores_that_kernels_know() -> None:
+    with pytest.raises(ScoreError, match="takes a score_mod that kernels know"):
+        fuser.flex_attention(*inputs(), UNKNOWN["sine"][0], quantize=fuser.DEQ())
+    with pytest.raises(ScoreError, match=r"quantize must be a fuser\.DEQ"):
+        fuser.flex_attention(*inputs(), quantize="adamax_nb80")  # type: ignore[arg-type]
 
 
 def test_gradients_reach_what_a_function_reads() -> None:

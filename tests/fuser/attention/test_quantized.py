@@ -20,6 +20,7 @@ from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import FuserError
 from fuser.ir.prediction import Prediction
 from fuser.runtime.device import cpu_target
+from fuser.runtime.program import NativeStep
 
 MASK = masks.Longformer(6, 2)
 HOW = DEQ(threshold=0.2)
@@ -105,7 +106,7 @@ def test_programs_exports_and_files_keep_it(tmp_path: Any) -> None:
         torch.testing.assert_close(fast(X), want, rtol=1e-4, atol=1e-5)
         fast.save(tmp_path / "block.fuser")
         torch.testing.assert_close(fuser.load(tmp_path / "block.fuser")(X), want, rtol=1e-4, atol=1e-5)
-        assert "sparse_attention" in str(fast.report())
+        assert "sparse_attention" in str(fast.report()) and not fast.unfused and not fast.outside
         torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), want, rtol=1e-4, atol=1e-5)
         counter = torch._dynamo.testing.CompileCounter()
         torch.testing.assert_close(torch.compile(model, backend=counter, fullgraph=True)(X), want, rtol=1e-4, atol=1e-5)
@@ -148,7 +149,40 @@ def test_optimize_quantizes_all_attention(how: Prediction, causal: bool, tmp_pat
         fast.save(tmp_path / "encoder.fuser")
         torch.testing.assert_close(fuser.load(tmp_path / "encoder.fuser")(*given), fast(*given))
     assert fast.fallbacks == () and len(list(fast._engine.forms)) == 1
-    assert sum("decides the width of each score" in reason for _, reason in fast.unfused) == 2
+    assert sum(kernel.calls for kernel in fast.kernels if kernel.family == "attention") == 2
+    assert not any("attention" in name for name, _ in (*fast.unfused, *fast.outside))
+    assert str(fast.report()).count(f"  {type(how).__name__} 4 bits") + (how != HOW) == 2
+
+
+class Windowed(Block):
+    """A mask by its definition, whose entries follow from the length."""
+
+    def __init__(self, how: Prediction | None) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (4 * self.qkv(x)).chunk(3, -1))
+        at = torch.arange(x.shape[1])
+        seen = ((at[:, None] - at).abs() <= 4) | (at < 2)
+        if self.how is None:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            y = expected(q, k, v, self.how, seen)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", [HOW, DEQ(method="probability_threshold", threshold=0.02, calibration="dynamic")])
+def test_one_capture_serves_masks_of_all_lengths(how: Prediction, tmp_path: Any) -> None:
+    fast, model = fuser.optimize(Windowed(None).eval(), quantize=how), Windowed(how).eval()
+    with torch.inference_mode():
+        for length in (40, 23, 64, 130):
+            x, _ = batch(2, length)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=ROUNDING)
+        fast.save(tmp_path / "windowed.fuser")
+        torch.testing.assert_close(fuser.load(tmp_path / "windowed.fuser")(x), fast(x))
+    assert fast.fallbacks == fast.specialized == () and len(list(fast._engine.forms)) == 1
+    assert all(isinstance(step, NativeStep) for step in fast.programs[-1].assembly.plan.steps)
 
 
 def test_optimize_quantizes_layers_and_attention() -> None:

@@ -22,7 +22,7 @@ class Blocks(nn.Module):
 
 def test_remembered_formulas_make_the_same_program() -> None:
     x, y = torch.ones(3, 5, 8), torch.ones(4, 6)
-    dims = tuple({d: torch.export.Dim.AUTO for d in range(t.ndim)} for t in (x, y))
+    dims = tuple(dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO) for t in (x, y))
 
     def export() -> torch.export.ExportedProgram:
         return torch.export.export(Blocks(), (x, y), dynamic_shapes=dims, strict=False)
