@@ -19,7 +19,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "local": ("local", {"window_size": 8, "overlap_window": True, "use_rpe": True}, 1),
     "performer": ("performer", {"approx_attn_dim": 16}, 0),
     "ra": ("ra", {"num_samples": -1}, 2),
-    "lara": ("lara", {"num_landmarks": 4, "proposal_gen": "pool-mixed"}, 4),
+    "lara": ("lara", {"num_landmarks": 4, "proposal_gen": "pool-mixed"}, 5),
     "scatterbrain": ("scatterbrain", {"window_size": 8, "approx_attn_dim": 16}, 1),
     "eva": ("eva", {"window_size": 4, "num_landmarks": 4, "attn_2d": True, "use_rpe": True}, 2),
     "causal_eva": ("causal_eva", {"window_size": 8, "chunk_size": 4, "causal": True, "use_t5_rpe": True}, 2),
