@@ -21,6 +21,7 @@ from fuser.ir.operators import (
     QK,
     BiasByDistance,
     ChangeScores,
+    DisentangledBias,
     DocumentMask,
     ImportanceBias,
     JoinedKeys,
@@ -222,7 +223,7 @@ def workspace_bytes(batch: int, heads: int, value_dim: int, plan: AnyPlan, in_fl
 
 _KINDS = (QK, Scale, ChangeScores, ScoreMask, Softmax, PV)
 """What becomes of queries, in this order."""
-_BESIDE = (ImportanceBias, JoinedKeys, LogSumExp)
+_BESIDE = (DisentangledBias, ImportanceBias, JoinedKeys, LogSumExp)
 """What reads scores, or makes what the chain reads beside them."""
 LARGEST_HEAD = 256
 """Widest heads of queries, keys and values that the kernel takes."""
@@ -236,8 +237,8 @@ class AttentionMatch:
     """One attention: values q, k, v (B, H, S, D), the score ``rule``, the constant ``pattern``, the run-time
     ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
     plan, where that is known at run time alone; ``bias`` adds one by ``distances``. The mask may be what the operator
-    ``importance`` makes. That is not stored, and neither are keys and values that ``joins`` make. ``quantize`` says
-    which scores are computed with few bits."""
+    ``importance`` makes, or that to which ``disentangled`` adds positions. What these make is not stored, nor are keys
+    and values that ``joins`` make. ``quantize`` says which scores are computed with few bits."""
 
     group: OperatorGroup
     q: str
@@ -253,12 +254,14 @@ class AttentionMatch:
     lse: str | None = None
     importance: Operator[ImportanceBias] | None = None
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
+    disentangled: Operator[DisentangledBias] | None = None
     quantize: Prediction | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether scores are products of rows that are stored, with what is added to them."""
-        return self.importance is None and self.joins is None and self.quantize is None
+        others = self.importance, self.joins, self.disentangled, self.quantize
+        return all(other is None for other in others)
 
     @property
     def dtype(self) -> DType:
@@ -415,6 +418,14 @@ class AttentionFamily:
             if rule is not None or bias is not None:
                 return None
             mask = None
+        disentangled = None
+        if positions := group.of(DisentangledBias):
+            disentangled = positions[0]
+            if len(positions) > 1 or disentangled.output != mask or importance or table is not None:
+                return None
+            (mask,) = disentangled.inputs[2 * disentangled.semantics.parts :] or (None,)
+            if mask is not None and not self._supported(group, operands, [mask], target):
+                return None
         joins = None
         if joining := group.of(JoinedKeys):
             # Keys and values, of the same tokens and summaries.
@@ -422,7 +433,9 @@ class AttentionFamily:
                 return None
             made = {op.output: op for op in joining}
             joins = made[k], made[v or k]
-        return AttentionMatch(group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins)
+        return AttentionMatch(
+            group, q, k, v, out, scale, pattern, mask, rule, table, bias, lse, importance, joins, disentangled
+        )
 
     def _predicted(self, group: OperatorGroup, target: Target) -> AttentionMatch | None:
         """Attention that is one operator, whose scores have a width each."""

@@ -48,7 +48,7 @@ class CpuJoinedAttention(Implementation[AttentionMatch, JoinedParameters]):
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[JoinedParameters]:
         """One choice, where rows of all sources are contiguous."""
-        if match.joins is None or match.out is None:
+        if match.joins is None or match.out is None or match.disentangled is not None:
             return ()
         parts = [match.group.graph.values[value] for op in match.joins for value in op.inputs]
         if any(s.strides[3] != 1 and s.shape[3] > 1 for s in parts) or len({s.dtype for s in parts}) > 1:

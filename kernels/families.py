@@ -5,6 +5,7 @@ from __future__ import annotations
 from fuser.kernels.append import AppendFamily, CpuAppend
 from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
+from fuser.kernels.attention_disentangled import CpuDisentangledAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.attention_predicted import CpuPredictedAttention
@@ -35,6 +36,7 @@ IMPLEMENTATIONS: Table = {
     (ConcatFamily(), "cuda"): (CUDA_CONCAT,),
     (AttentionFamily(), "cpu"): (
         CpuAttention(),
+        CpuDisentangledAttention(),
         CpuImportanceAttention(),
         CpuJoinedAttention(),
         CpuPredictedAttention(),

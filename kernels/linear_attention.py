@@ -246,13 +246,15 @@ class FeaturesExtents(Extents):
 
 @dataclass(frozen=True)
 class FeaturesParameters:
-    """Rows of ``width`` columns become ``features``: those of ``relu``, else of FAVOR+, of ``keys`` or of queries."""
+    """Rows of ``width`` columns become ``features``: those of ``relu``, else of FAVOR+, of ``keys`` or of queries; or
+    the ``product``."""
 
     width: int
     features: int
     x: DType
     relu: bool
     keys: bool
+    product: bool
 
     @property
     def extents(self) -> str:
@@ -262,14 +264,17 @@ class FeaturesParameters:
 
 @dataclass(frozen=True)
 class Directions(Layout):
-    """Directions (H, M, D) as (H, D, M) fp32, scaled by D^-¼, M padded by zeros to whole vectors of ``lanes``."""
+    """Directions (H, M, D) as (H, D, M) fp32, M padded by zeros to whole vectors of ``lanes``; ``scaled`` by D^-¼."""
 
     lanes: int
+    scaled: bool
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         (directions,) = tensors
-        scaled = directions.float() / math.sqrt(math.sqrt(directions.shape[-1]))
-        return (torch.nn.functional.pad(scaled.mT, (0, -scaled.shape[1] % self.lanes)).contiguous(),)
+        directions = directions.float()
+        if self.scaled:
+            directions = directions / math.sqrt(math.sqrt(directions.shape[-1]))
+        return (torch.nn.functional.pad(directions.mT, (0, -directions.shape[1] % self.lanes)).contiguous(),)
 
 
 @dataclass(frozen=True)
@@ -284,8 +289,8 @@ class FeaturesMatch:
         """What a kernel is built for."""
         values, op = self.group.graph.values, self.operator
         x, kind = values[op.inputs[0]], op.semantics.map
-        features, keys = values[op.output].shape[-1], kind is FeatureMap.FAVOR_KEYS
-        return FeaturesParameters(x.shape[-1], features, STORAGE[x.dtype], kind is FeatureMap.RELU, keys)
+        kinds = (kind is wanted for wanted in (FeatureMap.RELU, FeatureMap.FAVOR_KEYS, FeatureMap.PRODUCT))
+        return FeaturesParameters(x.shape[-1], values[op.output].shape[-1], STORAGE[x.dtype], *kinds)
 
     @property
     def moved_bytes(self) -> float:
@@ -303,7 +308,7 @@ class FeaturesMatch:
         half, share = 0.5 / math.sqrt(width), 1 / math.sqrt(features)
         return KernelCall(
             spec,
-            (op.inputs[0], Packed((op.inputs[1],), Directions(lanes)), op.output),
+            (op.inputs[0], Packed((op.inputs[1],), Directions(lanes, not self.parameters.product)), op.output),
             FeaturesExtents(batch, heads, rows, half, share, (strides[0], strides[1], strides[2])),
             op.outputs,
             0 if block is None else 4 * batch * heads * -(-rows // block),

@@ -15,7 +15,7 @@ from fuser.frontend.attention_masks import Distances
 from fuser.frontend.attention_operators import attention_from, average_from, scores_from, sums_from
 from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.convolutions import arguments, depthwise, each, keeps_tokens, overlapping, sequence
-from fuser.frontend.linear import linear
+from fuser.frontend.linear import linear, product_of_heads
 from fuser.frontend.raising import Handler, Raiser, stays_inside, storage_of
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View, collapsed
@@ -525,9 +525,11 @@ def _addmm(r: Raiser, node: fx.Node) -> Value | None:
     return _matrix_product(r, node, x, weight, bias)
 
 
-@_handles(aten.mm.default, aten.matmul.default)
+@_handles(aten.mm.default, aten.matmul.default, aten.bmm.default)
 def _matmul(r: Raiser, node: fx.Node) -> Value | None:
     x, weight = r.view(node.args[0]), r.view(node.args[1])
+    if len(weight.dims) > 2:
+        return product_of_heads(r, node, x, weight)
     if len(weight.dims) != 2 or len(x.dims) < 2 or r.is_constant(x):
         return None
     return _matrix_product(r, node, x, weight, None) if r.is_constant(weight) else _few_products(r, node, x, weight)

@@ -12,6 +12,8 @@ from torch import fx
 
 from fuser.frontend.attention_masks import Distances, combined, four_dims
 from fuser.frontend.attention_patterns import MaskUse
+from fuser.frontend.disentangled import Positions
+from fuser.frontend.disentangled import apart as positions_apart
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir import operators as kinds
@@ -88,6 +90,7 @@ class _Operands:
     pattern: Mask | None
     mask: str | None
     distances: Distances | None
+    positions: Positions | None
 
     @property
     def scores(self) -> tuple[int, ...]:
@@ -118,9 +121,12 @@ def _operands(
     given = None if r.attention is None else r.attention.mask
     if given is not None and not isinstance(given, Dense) and shape[2] == shape[3]:
         pattern = given if pattern is None else pattern & given
+    positions = None
+    if not whole:
+        masks, positions = positions_apart(r, masks, shape)
     pattern, attn_mask, distances = combined(r, masks, shape, rank, pattern, causal, r.dtype(q), whole=whole)
     # What PyTorch makes of masks would part the operators of attention as well.
-    return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask), distances)
+    return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask), distances, positions)
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,9 @@ def scores_from(
     if distances is not None:
         bias = kinds.BiasByDistance(distances.first, distances.reversed)
         s = r.emit(bias, f"{name}_bias", (s, distances.value), scores).base
+    if given.positions is not None:
+        inputs = (*given.positions.inputs, *([] if added is None else [added]))
+        added = r.emit(given.positions.semantics, f"{name}_positions", inputs, scores).base
     if added is not None:
         mask = kinds.AdditiveMask() if r.values[added].dtype.is_floating_point else kinds.BooleanMask()
         s = r.emit(mask, f"{name}_mask", (s, added), scores).base

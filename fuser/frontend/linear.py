@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from fuser.frontend.raising import Raiser
-from fuser.frontend.views import View
+from fuser.frontend.views import View, collapsed
 from fuser.ir import operators as kinds
 from fuser.ir.graph import TensorSpec
+from fuser.ir.linear_attention import FeatureMap
 
 
 def linear(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool) -> View | None:
@@ -41,6 +43,26 @@ def _are_even(rows: View) -> bool:
     strides = rows.strides() or ()
     spaced = [(size, step) for size, step in zip(rows.shape[:-1], strides, strict=False) if size != 1]
     return all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(spaced))
+
+
+def product_of_heads(r: Raiser, node: fx.Node, x: View, matrices: View) -> View | None:
+    """x (B · H, S, D) or (B, H, S, D) times a constant matrix (D, P) of each head, the same for all samples."""
+    rank = len(x.dims)
+    if r.is_constant(x) or not r.is_constant(matrices) or len(matrices.dims) != rank or rank not in (3, 4):
+        return None
+    if {r.dtype(x), r.dtype(matrices)} != {torch.float32} or 0 in (*x.shape, *matrices.shape):
+        return None
+    outer = [factor for factors in matrices.dims[:-2] for factor in collapsed(factors)]
+    each = [factor for factor in outer if factor[1] != 0]
+    if len(each) != 1 or outer[-1:] != each or (rank == 4 and x.shape[1] != each[0][0]):
+        return None
+    heads, (rows, depth), columns = each[0][0], x.shape[-2:], matrices.shape[-1]
+    batch = x.shape[0] // heads if rank == 3 else x.shape[0]
+    directions = View(matrices.base, ((each[0],), matrices.dims[-1], matrices.dims[-2]), matrices.offset)
+    inputs = r.realize(r.reshaped(x, (batch, heads, rows, depth))), r.realize(directions)
+    spec = TensorSpec.contiguous((batch, heads, rows, columns), torch.float32)
+    out = r.emit(kinds.Features(FeatureMap.PRODUCT), node.name, inputs, spec)
+    return out.reshape((*x.shape[:-1], columns))
 
 
 def _gemm(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, transposed: bool, columns: int) -> View:

@@ -109,19 +109,23 @@ class Recurrence:
 
 
 class FeatureMap(enum.Enum):
-    """Positive features of projections on random directions.
+    """Features of projections on directions, which are random and the features positive but for ``PRODUCT``.
 
     FAVOR+ (Choromanski et al., Performer, 2021): exp(p - ‖x‖² / (2 √D) - m) / √M + 1e-4 of the projections p = x · w /
     D^¼, where m is the largest of a query's projections, or of all of a head's keys. ``RELU``: max(p / √M, 0) + 1e-3.
+    ``PRODUCT``: x · w.
     """
 
     FAVOR_QUERIES = "favor queries"
     FAVOR_KEYS = "favor keys"
     RELU = "relu"
+    PRODUCT = "product"
 
     def evaluate(self, x: Tensor, directions: Tensor) -> Tensor:
         """x (B, H, N, D) and directions (H, M, D) give (B, H, N, M), at least in fp32."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self is FeatureMap.PRODUCT:
+            return x @ directions.mT.to(x.dtype)
         on = x @ directions.mT.to(x.dtype) * (1 / math.sqrt(math.sqrt(x.shape[-1])))
         share = 1 / math.sqrt(directions.shape[-2])
         if self is FeatureMap.RELU:

@@ -516,6 +516,51 @@ class ImportanceBias(Semantics):
         return f"of {output[-1]} landmarks"
 
 
+@kind("disentangled bias")
+@dataclass(frozen=True)
+class DisentangledBias(Semantics):
+    """What relative positions add to scores: ``queries`` times the products of query i with the position of key j, plus
+    ``keys`` times those of key j with the position of query i (He et al., DeBERTa, arXiv:2006.03654, equation 4); one
+    of them may be None, and is left out.
+
+    Inputs are for each of these products of all rows with all positions, (B, H, Sq or Sk, P), and the position (Sq + Sk
+    - 1,), int32, that a distance has: element Sk - 1 + i - j. Then perhaps a mask of the scores' shape, which is added,
+    or forbids with False. It makes (B, H, Sq, Sk).
+    """
+
+    queries: float | None
+    keys: float | None
+
+    @property
+    def parts(self) -> int:
+        """How many of the two there are."""
+        return (self.queries is not None) + (self.keys is not None)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        total, given = None, list(inputs)
+        for factor, of_keys in ((self.queries, False), (self.keys, True)):
+            if factor is None:
+                continue
+            products, positions = given.pop(0), given.pop(0)
+            rows = products.shape[-2]
+            others = positions.shape[0] + 1 - rows
+            row, other = (torch.arange(size, device=products.device) for size in (rows, others))
+            element = rows - 1 - row[:, None] + other if of_keys else others - 1 + row[:, None] - other
+            part = products.gather(-1, positions[element].long().expand(*products.shape[:-1], others)) * factor
+            part = part.mT if of_keys else part
+            total = part if total is None else total + part
+        assert total is not None
+        for mask in given:
+            total = total.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else total + mask
+        return (total,)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 2.0 * self.parts * math.prod(output)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"of {inputs[0][-1]} positions"
+
+
 @kind("joined keys")
 @dataclass(frozen=True)
 class JoinedKeys(Semantics):

@@ -31,7 +31,6 @@ _EXPERTS = (
 )
 LEFT: Mapping[str, Collection[str]] = {
     "big-bird": ("aten::index_copy", "aten::index_select"),
-    "deberta-v2": ("aten::bmm", "aten::gather", "residual"),
     "fnet": ("aten::fft_fftn", "aten::view_as_real", "residual"),
     "mixtral": _EXPERTS,
     "qwen2-moe": _EXPERTS,

@@ -26,6 +26,7 @@ from fuser.ir.operators import (
     ChangeScores,
     Concat,
     Depthwise,
+    DisentangledBias,
     DocumentMask,
     Embedding,
     Extern,
@@ -206,6 +207,19 @@ CASES: Mapping[type[Semantics], Case] = {
             ImportanceBias(2.0, 0.5),
             (normal(2, 3, 7, 4), normal(2, 3, 5, 4), *(normal(2, 3, 5).abs() for _ in range(3))),
             _importance,
+        ),
+        Case(
+            DisentangledBias(0.5, 2.0),
+            (normal(2, 4, 3, 5), torch.tensor([4, 4, 0, 1, 2]).int(), normal(2, 4, 3, 5), torch.arange(5).int()),
+            lambda q, of_q, k, of_k: torch.stack(
+                [
+                    torch.stack(
+                        [q[:, :, i, of_q[2 + i - j]] / 2 + k[:, :, j, of_k[2 + i - j]] * 2 for j in range(3)], 2
+                    )
+                    for i in range(3)
+                ],
+                2,
+            ),
         ),
         Case(
             JoinedKeys(Windowed(4, before=2, chunk=2, relative=True)),
