@@ -168,8 +168,10 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
 @_handles(aten.diagonal.default)
 def _diagonal(r: Raiser, node: fx.Node) -> Value | None:
     view, given = r.view(node.args[0]), {"offset": 0, "dim1": 0, "dim2": 1, **_given(node, "offset", "dim1", "dim2")}
-    dims = [given[name] % len(view.dims) for name in ("dim1", "dim2")]
-    return None if any(isinstance(view.shape[d], Size) for d in dims) else view.diagonal(*dims, given["offset"])
+    first, second = (given[name] % len(view.dims) for name in ("dim1", "dim2"))
+    if any(isinstance(view.shape[d], Size) for d in (first, second)):
+        return None
+    return view.diagonal(first, second, given["offset"])
 
 
 @_handles(aten.index.Tensor)
