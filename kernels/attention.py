@@ -83,7 +83,7 @@ class ScorePolicy:
 
 @dataclass(frozen=True)
 class HeadStrides(Extents):
-    """Elements between batch entries, heads and rows of q, k, v or out."""
+    """Elements between batch entries, heads and rows of q, k, v, out or lse."""
 
     batch: int
     head: int
@@ -126,6 +126,7 @@ class AttentionExtents(Extents):
     k: HeadStrides
     v: HeadStrides
     out: HeadStrides
+    lse: HeadStrides
     mask: MaskStrides
     distances: Distances
 
@@ -182,6 +183,7 @@ class AttentionParameters:
             extents(
                 *(batch, heads, key_heads, *plan.lengths, scale),
                 *(operands.strides, operands.mask_strides, operands.distances),
+                lse=operands.lse_strides,
             ),
             workspace_bytes(batch, heads, self.value_dim, plan),
         )
@@ -198,13 +200,16 @@ def extents(
     mask_strides: Sequence[int] | None = None,
     distances: Distances | None = None,
     in_flight: int = HEADS_IN_FLIGHT,
+    lse: Sequence[int] | None = None,
 ) -> AttentionExtents:
     """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, ``mask_strides``
-    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance."""
-    q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
+    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance, ``lse``
+    (batch, head, row) of that output, unless it is contiguous."""
+    q, k, v, out, sums = (HeadStrides(*tensor) for tensor in (*strides, lse or (heads * q_len, q_len, 1)))
     mask = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
     far = distances or Distances(0, 0, 0)
-    return AttentionExtents(batch, heads, key_heads, q_len, kv_len, float(scale), in_flight, q, k, v, out, mask, far)
+    sizes = (batch, heads, key_heads, q_len, kv_len, float(scale), in_flight)
+    return AttentionExtents(*sizes, q, k, v, out, sums, mask, far)
 
 
 def workspace_bytes(batch: int, heads: int, value_dim: int, plan: AnyPlan, in_flight: int = HEADS_IN_FLIGHT) -> int:
@@ -324,7 +329,8 @@ class AttentionMatch:
         if self.bias is not None:
             row, how = self.group.graph.values[self.bias.inputs[1]], self.bias.semantics
             far = Distances(0 if row.shape[0] == 1 else row.strides[0], how.first, 1 if how.reversed else -1)
-        return Operands(q, k, v, out, mask, far)
+        lse = None if self.lse is None else self.group.graph.values[self.lse].layout
+        return Operands(q, k, v, out, mask, far, lse)
 
     @property
     def moved_bytes(self) -> int:
@@ -484,7 +490,8 @@ class CpuAttention(Implementation[AttentionMatch, AttentionParameters]):
 @dataclass(frozen=True)
 class Operands:
     """The tensors of one attention as they lie in memory: q, k, v and out (B, H, S, D) with contiguous rows, and the
-    run-time ``mask`` of the scores' shape; and where a bias by distance has its elements."""
+    run-time ``mask`` of the scores' shape; where a bias by distance has its elements; and ``lse`` (B, H, Sq), unless it
+    is contiguous."""
 
     q: TensorSpec
     k: TensorSpec
@@ -492,6 +499,7 @@ class Operands:
     out: TensorSpec
     mask: TensorSpec | None = None
     distances: Distances | None = None
+    lse: TensorSpec | None = None
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -506,6 +514,10 @@ class Operands:
     @property
     def mask_strides(self) -> tuple[int, ...] | None:
         return None if self.mask is None else self.mask.strides
+
+    @property
+    def lse_strides(self) -> tuple[int, ...] | None:
+        return None if self.lse is None else self.lse.strides
 
 
 @dataclass(frozen=True)
@@ -544,7 +556,7 @@ def call_of(
 ) -> KernelCall:
     """The call of an attention kernel on ``operands``: of this plan, or of the one that a mask has for their lengths.
 
-    ``reads`` names q, k, v and the run-time mask, ``writes`` the output and the log-sum-exp, (B, H, Sq) and contiguous;
+    ``reads`` names q, k, v and the run-time mask, ``writes`` the output and the log-sum-exp, (B, H, Sq);
     masks and log-sum-exps where the parameters say so. Beside a mask, sizes may be known late.
     """
     if isinstance(plan, AnyPlan):

@@ -95,7 +95,7 @@ class CudaAttentionParameters:
             Literal(chosen.tiles.key, chosen.tiles.array),
             extents(
                 *(batch, heads, key_heads, plan, chosen, scale, target.cores),
-                *(operands.strides, operands.mask_strides, operands.distances),
+                *(operands.strides, operands.mask_strides, operands.distances, operands.lse_strides),
             ),
             chosen.workspace_bytes,
         )
@@ -188,6 +188,7 @@ class CudaAttentionExtents(Extents):
     k: HeadStrides
     v: HeadStrides
     out: HeadStrides
+    lse: HeadStrides
     mask: MaskStrides
     distances: Distances
 
@@ -203,15 +204,18 @@ def extents(
     strides: Sequence[Sequence[int]],
     mask_strides: Sequence[int] | None = None,
     distances: Distances | None = None,
+    lse: Sequence[int] | None = None,
 ) -> CudaAttentionExtents:
     """The kernel's extents: ``strides`` are (batch, head, row) of q, k, v and out, in elements, ``mask_strides``
-    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance."""
+    (batch, head, row, key) of the run-time mask, 0 where it is broadcast, ``distances`` of a bias by distance, ``lse``
+    (batch, head, row) of that output, unless it is contiguous."""
     cut = chosen.tiles
     sizes = (batch, heads, key_heads, plan.q_len, plan.kv_len, float(scale))
     of_tiles = (cut.items, cut.states, int(cut.heads is not None), chosen.in_flight, multiprocessors, *cut.offsets)
-    q, k, v, out = (HeadStrides(*tensor) for tensor in strides)
+    contiguous = (heads * plan.q_len, plan.q_len, 1)
+    q, k, v, out, sums = (HeadStrides(*tensor) for tensor in (*strides, lse or contiguous))
     masks = MaskStrides(*(mask_strides or (0, 0, 0, 0)))
-    return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, masks, distances or Distances(0, 0, 0))
+    return CudaAttentionExtents(*sizes, *of_tiles, q, k, v, out, sums, masks, distances or Distances(0, 0, 0))
 
 
 def cost(

@@ -30,7 +30,7 @@ from fuser.kernels.base import (
 WIDEST = 512
 """The widest keys: what one thread works in grows with it."""
 _CHUNK = 32
-_BLOCK = 64
+_BLOCK = 96
 """Rows of the features of keys whose largest projection is kept."""
 
 

@@ -165,6 +165,15 @@ def _slice(r: Raiser, node: fx.Node) -> Value | None:
     return view.slice(dim, start, count, step) if count != 0 else None
 
 
+@_handles(aten.diagonal.default)
+def _diagonal(r: Raiser, node: fx.Node) -> Value | None:
+    view, given = r.view(node.args[0]), {"offset": 0, "dim1": 0, "dim2": 1, **_given(node, "offset", "dim1", "dim2")}
+    first, second = (given[name] % len(view.dims) for name in ("dim1", "dim2"))
+    if any(isinstance(view.shape[d], Size) for d in (first, second)):
+        return None
+    return view.diagonal(first, second, given["offset"])
+
+
 @_handles(aten.index.Tensor)
 def _index(r: Raiser, node: fx.Node) -> Value | None:
     """Indices of one dimension that are constant and evenly spaced, or whatever picks whole rows."""
@@ -1033,6 +1042,11 @@ def _few_combined(r: Raiser, name: str, target: Any, x: View, dims: Sequence[int
     made = r.emit(kinds.Pointwise(b.build(y)), name, inputs, TensorSpec.contiguous(shape, r.dtype(x)))
     found = made.reshape(rows[0].shape)
     return found and found.permute([order.index(d) for d in range(len(order))])
+
+
+@_handles(aten.logsumexp.default)
+def _log_sum_exp(r: Raiser, node: fx.Node) -> Value | None:
+    return _reductions(r, node, _given(node, "dim", "keepdim"), ex.log_sum_exp())
 
 
 @_handles(aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)

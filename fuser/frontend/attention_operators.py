@@ -184,8 +184,10 @@ def scores_from(
 
 
 def sums_from(r: Raiser, node: fx.Node, scores: Scores) -> View:
-    """Emit the log-sum-exp of scores, (…, Sq)."""
-    spec = TensorSpec.contiguous(scores.spec.shape[:3], torch.float32)
+    """Emit the log-sum-exp of scores, (…, Sq), in the order in which queries lie in memory."""
+    order = scores.q.memory_order()[:3]
+    dense = TensorSpec.contiguous([scores.spec.shape[d] for d in order], torch.float32).strides
+    spec = TensorSpec(scores.spec.shape[:3], torch.float32, tuple(dense[order.index(d)] for d in range(3)))
     made = r.emit(kinds.LogSumExp(), f"{node.name}_sums", (scores.value,), spec)
     return r.reshaped(made, scores.shape[:-1])
 

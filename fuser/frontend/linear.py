@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -31,7 +32,17 @@ def linear(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, t
             rows, restore = rearranged
             out = _gemm(r, node, rows, weight, bias, transposed, columns)
             return restore(out)
+    elif not _are_even(rows) and (gathered := r.gathered(rows)) is not None:
+        # Such as heads of q inside of a product for q, k and v: a kernel reads rows that are evenly spaced.
+        rows = View.of(gathered, r.values[gathered])
     return _gemm(r, node, rows, weight, bias, transposed, columns).permute(inverse)
+
+
+def _are_even(rows: View) -> bool:
+    """Whether rows follow each other at one distance."""
+    strides = rows.strides() or ()
+    spaced = [(size, step) for size, step in zip(rows.shape[:-1], strides, strict=False) if size != 1]
+    return all(step == size * inner for (_, step), (size, inner) in itertools.pairwise(spaced))
 
 
 def product_of_heads(r: Raiser, node: fx.Node, x: View, matrices: View) -> View | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuser.ir.graph import TensorSpec
 from fuser.ir.operators import Ref, TorchCall
+from fuser.ir.size import Size
 
 Factor = tuple[int, int]
 
@@ -53,12 +54,13 @@ class View:
 
     def reshape(self, shape: Sequence[int]) -> View | None:
         """The view with another shape of the same number of elements; None when a factor would have to be cut where
-        its size does not divide."""
+        its size does not divide. A named size may not say that it is divided, but that follows from the number of
+        elements."""
         if 0 in shape or 0 in self.shape:
             return None
         pending = collapsed([f for factors in self.dims for f in factors])
         dims = []
-        for size in shape:
+        for d, size in enumerate(shape):
             taken: list[Factor] = []
             while size != 1:
                 if not pending:
@@ -67,10 +69,16 @@ class View:
                 if size % extent == 0:
                     taken.append((extent, stride))
                     size //= extent
-                elif extent % size == 0:
+                elif not pending and isinstance(extent * size, Size) and set(shape[d + 1 :]) <= {1}:
+                    taken.append((size, stride))
+                    size = 1
+                elif extent % size == 0 or (isinstance(extent, Size) and not isinstance(size, Size)):
                     taken.append((size, stride * (extent // size)))
                     pending.insert(0, (extent // size, stride))
                     size = 1
+                elif isinstance(size, Size) and not isinstance(extent, Size):
+                    taken.append((extent, stride))
+                    size //= extent
                 else:
                     return None
             dims.append(tuple(taken) or ((1, 0),))
@@ -92,6 +100,19 @@ class View:
         stride = factors[0][1] if factors else 0
         dims = (*self.dims[:dim], ((count, stride * step),), *self.dims[dim + 1 :])
         return replace(self, dims=dims, offset=self.offset + start * stride)
+
+    def diagonal(self, dim: int, other: int, offset: int) -> View | None:
+        """Elements of two dimensions whose second index is ``offset`` more than the first, as the last dimension; None
+        where there are none, or for dimensions without single strides."""
+        first, second = self.shape[dim], self.shape[other]
+        count = min(first + min(offset, 0), second - max(offset, 0))
+        steps = [collapsed(self.dims[d]) or [(1, 0)] for d in (dim, other)]
+        if count <= 0 or max(map(len, steps)) > 1:
+            return None
+        down, right = (factors[0][1] for factors in steps)
+        start = offset * right if offset > 0 else -offset * down
+        rest = (factors for d, factors in enumerate(self.dims) if d not in (dim, other))
+        return replace(self, dims=(*rest, ((count, down + right),)), offset=self.offset + start)
 
     def expand(self, shape: Sequence[int]) -> View:
         """Broadcast to ``shape`` with strides of zero. Raises ValueError for shapes that do not broadcast."""

@@ -322,5 +322,16 @@ def masked_softmax() -> Expression:
     return b.build(b.apply(Op.DIV, e, b.apply(Op.MAXIMUM, b.apply(Op.ROW_SUM, e), b.constant(0.5))))
 
 
+def log_sum_exp() -> Expression:
+    """The logarithm of the sum of exponentials along a row; infinities as PyTorch has them."""
+    b = Builder()
+    x = b.input(0)
+    # A finite number, whose differences to infinities are these.
+    highest = b.apply(Op.MAXIMUM, b.apply(Op.ROW_MAX, x), b.constant(_LOWEST))
+    highest = b.apply(Op.MINIMUM, highest, b.constant(-_LOWEST))
+    total = b.apply(Op.ROW_SUM, b.apply(Op.EXP, b.apply(Op.SUB, x, highest)))
+    return b.build(b.apply(Op.ADD, b.apply(Op.LOG, total), highest))
+
+
 _LOWEST = -3.4028234663852886e38
 """The lowest finite number of fp32, so below every score but -inf."""

@@ -242,3 +242,42 @@ def test_a_grid_with_channels_first_is_convolved_by_pytorch() -> None:
     fast = fuser.optimize(model, search="model")
     torch.testing.assert_close(fast(x), expected)
     assert any("conv2d" in reason for _, reason in (*fast.unfused, *fast.outside))
+
+
+class LinesOfTokens(nn.Module):
+    """A convolution of tokens as a grid of eight lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.convolution = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        grid = y.transpose(1, 2).view(y.shape[0], y.shape[2], 8, -1)
+        out: Tensor = self.after(self.convolution(grid).flatten(2).transpose(1, 2))
+        return out
+
+
+def test_tokens_of_a_named_length_are_lines_of_a_grid() -> None:
+    torch.manual_seed(0)
+    model = LinesOfTokens().eval()
+    fast, exact = fuser.optimize(model, search="model"), copy.deepcopy(model).double()
+    for tokens in (64, 40, 128):
+        x = image(2, tokens, 16)
+        # Of nine and 32 products each, in fp32.
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-5, atol=2e-6)
+    assert fast.unfused == fast.outside == fast.fallbacks == ()
+
+
+def test_segformer_is_kernels() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    two = {"depths": [1, 1], "sr_ratios": [4, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}
+    heads = {"num_encoder_blocks": 2, "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    model = transformers.SegformerModel(transformers.SegformerConfig(**two, **heads)).eval()
+    fast, x = fuser.optimize(model, search="model"), image(1, 3, 64, 64)
+    want = copy.deepcopy(model).double()(x.double()).last_hidden_state
+    # Rounding of fp32 through two blocks.
+    assert (fast(x).last_hidden_state.double() - want).norm() <= 2e-6 * want.norm()
+    assert fast.fallbacks == () and all("copied" in reason for _, reason in fast.unfused)

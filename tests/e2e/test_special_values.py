@@ -55,6 +55,7 @@ def test_one_special_value_spreads_as_in_eager() -> None:
     torch.manual_seed(0)
     for model in (
         Model(lambda m, x: F.softmax(x, -1)),
+        Model(lambda m, x: torch.logsumexp(x, -1)),
         nn.LayerNorm(WIDTH),
         nn.RMSNorm(WIDTH),
         Model(lambda m, x: m.linear(x)),
@@ -80,6 +81,8 @@ def test_nothing_but_extremes() -> None:
     check(Model(lambda m, x: F.softmax(x, -1)), torch.full((2, 4, WIDTH), -INF))
     check(Model(lambda m, x: F.softmax(x.transpose(1, 2), -1)), torch.full((2, 4, WIDTH), -INF))
     check(Model(lambda m, x: F.softmax(x, -1)), X * 1e30)
+    for value in (-INF, INF, -3e38, 3e38):
+        check(Model(lambda m, x: torch.logsumexp(x, -1, keepdim=True)), torch.full((2, 4, WIDTH), value))
     check(nn.LayerNorm(WIDTH), torch.full((2, 4, WIDTH), 5.0))
     check(nn.LayerNorm(WIDTH), X * 1e18)
     check(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)), X * 1e-42)

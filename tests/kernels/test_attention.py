@@ -120,7 +120,8 @@ def attend(
     distances: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given. ``dot``: of DOTS."""
+    """Run the kernel on views as they are; the output is (B, S, H, D) in memory unless given, sums (B, S, H). ``dot``:
+    of DOTS."""
     (batch, heads, q_len, dim), (_, key_heads, kv_len, value_dim) = q.shape, v.shape
     kind = None if mask is None else STORAGE[mask.dtype]
     parameters = AttentionParameters(dim, value_dim, STORAGE[q.dtype], kind, lse, rule=rule)
@@ -130,7 +131,7 @@ def attend(
     run = kernel(parameters, isa) if dot is None else load(dots(dot)[symbol], symbol)
     if out is None:
         out = torch.full((batch, q_len, heads, value_dim), 777.0, dtype=q.dtype).transpose(1, 2)
-    sums = torch.full((batch, heads, q_len), 777.0)
+    sums = torch.full((batch, q_len, heads), 777.0).transpose(1, 2)
     whole = None if mask is None else mask.expand(batch, heads, q_len, kv_len)
     array = torch.from_numpy(tiles.array.copy())
     far = None
@@ -147,6 +148,7 @@ def attend(
         None if whole is None else whole.stride(),
         far,
         in_flight,
+        sums.stride(),
     )
     scratch = torch.empty(workspace_bytes(batch, heads, value_dim, tiles, in_flight) + 64, dtype=torch.uint8)
     aligned = -(-scratch.data_ptr() // 64) * 64

@@ -104,7 +104,7 @@ def attend(
     assert (width, v.shape[3], STORAGE[q.dtype]) == (p.head_dim, p.value_dim, p.dtype)
     chosen = schedule(tiles, p, batch, heads, cores) if chosen is None else chosen
     out = torch.full((batch, heads, rows, v.shape[3]), 7.0, dtype=q.dtype) if out is None else out
-    lse = torch.full((batch, heads, rows), math.nan)
+    lse = torch.full((batch, rows, heads), math.nan).transpose(1, 2)
     full = None if mask is None else mask.expand(batch, heads, rows, k.shape[2])
     given = (t for t in (full, distances) if t is not None)
     tensors = [q, k, v, *given, torch.from_numpy(chosen.tiles.array.copy()), out]
@@ -119,6 +119,7 @@ def attend(
         [t.stride()[:3] for t in (q, k, v, out)],
         None if full is None else full.stride(),
         None if distances is None else Distances(distances.stride(0), k.shape[2] - 1, -1),
+        lse.stride(),
     )
     given = [*tensors, lse] if p.lse else tensors
     status = run(p.spec, given, sizes, workspace_bytes=chosen.workspace_bytes)

@@ -133,5 +133,5 @@ class EvaAttention(LocalAttention):
             omega = 0.5 * (self.adaptive_mu_q(mean(q)) + k_bar)
         if self.training:
             omega = omega + torch.randn_like(omega)
-        beta = attend_squares(omega, k, v, -half_norms(k).to(k.dtype), columns=grid[1], size=size)
+        beta = attend_squares(omega, k, v, (-half_norms(k)).mT.to(k.dtype), columns=grid[1], size=size)
         return Far(k_bar.unsqueeze(1), beta.unsqueeze(1))

@@ -28,22 +28,16 @@ def wide(x: Tensor) -> Tensor:
 
 
 def half_norms(x: Tensor) -> Tensor:
-    """‖x‖² / (2 √D), (…, N, D) → (…, 1, N)."""
-    return x.square().sum(-1).unsqueeze(-2) * (0.5 / math.sqrt(x.shape[-1]))
-
-
-def lphi(x: Tensor, w: Tensor) -> Tensor:
-    """Logarithm of the positive random features of softmax attention: w · x / √D - ‖x‖² / (2 √D).
-
-    Directions ``w`` (…, C, D) and vectors ``x`` (…, N, D) give (…, C, N), at least in fp32.
-    """
-    x, w = wide(x), wide(w)
-    return w @ x.mT * (1 / math.sqrt(x.shape[-1])) - half_norms(x)
+    """‖x‖² / (2 √D), (…, N, D) → (…, N, 1)."""
+    return x.square().sum(-1, keepdim=True) * (0.5 / math.sqrt(x.shape[-1]))
 
 
 def attend_features(w: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """softmax over keys of ``lphi(k, w)``, times values: attention with lengths of keys as a bias. (…, C, D)."""
-    return attend(wide(w), wide(k), wide(v), hidden, -half_norms(wide(k))).to(v.dtype)
+    """softmax over keys of w · k / √D - ‖k‖² / (2 √D), times values: attention with lengths of keys as a bias.
+
+    The scores are logarithms of positive random features. (…, C, D).
+    """
+    return attend(wide(w), wide(k), wide(v), hidden, (-half_norms(wide(k))).mT).to(v.dtype)
 
 
 def projected(x: Tensor, directions: Tensor) -> Tensor:
@@ -55,7 +49,7 @@ def fourier(x: Tensor, directions: Tensor) -> Tensor:
     """Sines and cosines (Random Feature Attention, Peng et al., 2021), (B, H, N, D) → (B, H, N, 2 M)."""
     on = projected(x, directions)
     length = half_norms(x)
-    length = torch.exp(length - length.amax(-1, keepdim=True)).mT
+    length = torch.exp(length - length.amax(-2, keepdim=True))
     return torch.cat([on.sin(), on.cos()], -1) * (length * (1 / math.sqrt(directions.shape[-2])))
 
 

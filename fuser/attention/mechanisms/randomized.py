@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fuser.attention.landmarks import averages, importance_attention, log_sums
 from fuser.attention.mechanisms.configuration import Configuration, LaraConfiguration, RandomizedConfiguration
-from fuser.attention.mechanisms.features import attend, attend_features, half_norms, lphi, wide
+from fuser.attention.mechanisms.features import attend, attend_features, half_norms, wide
 from fuser.attention.mechanisms.softmax import SoftmaxAttention, for_scores, initialize, projection
 from fuser.attention.mechanisms.windows import heads_of, qkv_of
 from fuser.ir.errors import MechanismError
@@ -158,23 +158,25 @@ class LaraAttention(SoftmaxAttention):
         dtype = q.dtype
         q, k, v, q_bar, mu = wide(q), wide(k), wide(v), wide(q_bar), wide(q_bar) + wide(k_bar)
         omega, copies = self._sample(mu)
-        bias = -half_norms(k)
+        bias = (-half_norms(k)).mT
         if hidden is not None:
             bias = bias.masked_fill(hidden, -math.inf)
         # (B, H, C, D) and (B, H, C).
         values, mass = averages(omega, k, v, bias)
         if copies > 1:
             mu, q_bar = (x.repeat(1, 1, copies, 1) for x in (mu, q_bar))
-        density = lphi(mu, omega)
+        lengths = (-half_norms(mu)).mT
+        # log Σ_m exp φ(μ_m, ω_c), (B, H, C).
+        density = log_sums(omega, mu, lengths)
         if self.mis_type == "mis-opt":
-            own = density.diagonal(dim1=-2, dim2=-1)
-            heuristic = torch.exp(own - density.logsumexp(-1))
+            own = (omega * mu).sum(-1) * (1 / math.sqrt(mu.shape[-1])) + lengths.squeeze(-2)
+            heuristic = torch.exp(own - density)
             # How close a landmark is to all queries together.
             sums = log_sums(q_bar, q)
             return importance_attention(q, omega, values, q_bar, sums, heuristic, mass - own, self.alpha_coeff).to(
                 dtype
             )
-        offset = (mass - density.logsumexp(-1)).unsqueeze(-2)
+        offset = (mass - density).unsqueeze(-2)
         return attend(q, omega + mu if self.mis_type == "mis-biased" else omega, values, bias=offset).to(dtype)
 
     def _sample(self, mu: Tensor) -> tuple[Tensor, int]:

@@ -37,7 +37,7 @@ class ScatterbrainAttention(LocalAttention, Directions):
         directions = self.directions()
         count = directions.shape[-2]
         q, k, v = (wide(t) for t in qkv_of(qkv, self.num_heads))
-        log_phi = projected(k, directions) - half_norms(k).mT - math.log(count) / 2
+        log_phi = projected(k, directions) - half_norms(k) - math.log(count) / 2
         if hidden is not None:
             log_phi = log_phi.masked_fill(hidden[:, None, :, None], -math.inf)
         # (B, H, 1, M); finite also where all is padding.
@@ -51,7 +51,7 @@ class ScatterbrainAttention(LocalAttention, Directions):
         # window's or whole sum.
         whole = torch.maximum(total, of_window).clamp(min=torch.finfo(phi.dtype).tiny)
         score = whole.log() + torch.log(outside / whole + 1e-5) + top.transpose(1, 2)
-        norms = windows(half_norms(q).mT.transpose(1, 2).flatten(2), grid, self.window_size).mT.unsqueeze(-1)
+        norms = windows(half_norms(q).transpose(1, 2).flatten(2), grid, self.window_size).mT.unsqueeze(-1)
         bias = score.unsqueeze(3) - norms - math.log(count) / 2
         keys = directions * self.head_dim**0.25
         return Far(keys[None, None], mixed / outside.clamp(min=1e-3).unsqueeze(-1), bias.to(qkv.dtype))

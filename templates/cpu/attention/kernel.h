@@ -58,7 +58,7 @@ FUSER_INLINE void finish(const Head<C>& t, const Group& g, Scratch<C>& w) {
     if (!(done >> r & 1)) {
       t.state_top[g.slot[r]] = w.top[r], t.state_sum[g.slot[r]] = w.sum[r];
     } else if (C::kLse) {
-      t.lse[g.row[r]] = w.sum[r] == 0.0f ? -kInf : w.top[r] + std::log(w.sum[r]);
+      t.lse[g.row[r] * t.lse_row] = w.sum[r] == 0.0f ? -kInf : w.top[r] + std::log(w.sum[r]);
     }
   }
   for (int64_t c = 0; c < vectors; ++c) {
@@ -222,10 +222,11 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
         t.distances += e.distances.first, t.distance_step = e.distances.step;
       }
       t.out = static_cast<Element*>(after_masks[1]) + b * e.out.batch + h * e.out.head;
-      t.lse = C::kLse ? static_cast<float*>(after_masks[C::kValueDim ? 2 : 1]) + index * plan.q_len : nullptr;
+      t.lse = C::kLse ? static_cast<float*>(after_masks[C::kValueDim ? 2 : 1]) + b * e.lse.batch + h * e.lse.head : nullptr;
       t.state = state + (plan.phases > 1 ? index % in_flight * state_size : 0);
       t.state_top = t.state + plan.slots * kStateRow<C>, t.state_sum = t.state_top + plan.slots;
       t.q_row = e.q.row, t.k_row = e.k.row, t.v_row = e.v.row, t.out_row = e.out.row;
+      t.lse_row = e.lse.row;
       t.mask_row = e.mask.row, t.mask_key = e.mask.key;
       t.scale = float(e.scale);
       const Group g(plan, i);
@@ -237,8 +238,8 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
 
 // tensors: q, k, v, mask (if kMask), distances (if kDistances), plan (plan.h), out, lse (if kLse), then what the score policy reads. Without values
 //   (kValueDim 0) there is no out, and v is not read.
-// extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is contiguous (batch,
-//   heads, queries).
+// extents: AttentionExtents of kernels/attention.py. Heads of q, k, v and out are contiguous; lse is (batch, heads,
+//   queries).
 // workspace (64-byte aligned, see workspace_bytes): a 64-bit counter for every (batch, head, phase), then for every head
 //   in flight the partial results, maxima and sums of its slots; unused when the plan has one phase. After it, what the
 //   score policy needs.

@@ -68,7 +68,7 @@ struct Head {
   const typename C::DistanceElement* distances;  // of row 0 and key 0
   typename C::Element* out;
   float *lse, *state, *state_top, *state_sum;
-  int64_t q_row, k_row, v_row, out_row, mask_row, mask_key, distance_step;
+  int64_t q_row, k_row, v_row, out_row, lse_row, mask_row, mask_key, distance_step;
   float scale;
   typename C::Scores::OfHead scores;
 };

@@ -75,7 +75,7 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
               out[c] = Element<S>(o[j][e] * factor);
         }
       }
-      if (S::kLse && lane % S::kLanes == 0) place.lse[row[r]] = log_sum(p, top[r], sum[r]);
+      if (S::kLse && lane % S::kLanes == 0) place.lse[int64_t(row[r]) * p.of_lse.row] = log_sum(p, top[r], sum[r]);
     } else {
       const int64_t state = states + member.y + member.z;
 #pragma unroll
@@ -177,7 +177,7 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
 #pragma unroll
         for (int c = 0; c < S::kValueWidth / 32 + 1; ++c)
           if (const int d = 32 * c + lane; d < S::kValueDim) out[d] = Element<S>(result[c] * factor);
-        if (S::kLse && lane == 0) place.lse[member.x] = log_sum(p, most, all);
+        if (S::kLse && lane == 0) place.lse[int64_t(member.x) * p.of_lse.row] = log_sum(p, most, all);
       }
     }
   }

@@ -137,8 +137,8 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
 }
 
 // tensors: q, k, v, mask (if kMask), distances (if kDistances), tiles (see kernels/attention_tiles.py), out, lse (if kLse)
-// extents: CudaAttentionExtents of kernels/attention_cuda.py. Heads of q, k, v and out are contiguous; lse is contiguous
-//   (batch, heads, queries).
+// extents: CudaAttentionExtents of kernels/attention_cuda.py. Heads of q, k, v and out are contiguous; lse is (batch,
+//   heads, queries).
 // A unit is a (batch, head), or a batch where heads have tiles of their own. Tiles are taken longest first from a few
 // units at a time. workspace (see workspace_bytes): the number of the next tile (int64), the tiles done of every unit
 // and, for the units in flight, how many parts of a row have arrived (int32), then result, and maximum and sum, of every
@@ -163,7 +163,7 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
   }
   p.out = static_cast<Element<S>*>(after_masks[1]);
   if (S::kLse) p.lse = static_cast<float*>(after_masks[2]);
-  p.heads = int(e.heads), p.group = int(e.heads / e.key_heads), p.q_len = e.q_len;
+  p.heads = int(e.heads), p.group = int(e.heads / e.key_heads);
   p.tiles = e.items, p.states = e.states, p.per_head = e.per_head != 0, p.in_flight = e.in_flight;
   p.units = p.per_head ? e.batch : e.batch * e.heads;
   p.items = tiles, p.members = tiles + e.members_at / 4, p.records = tiles + e.records_at / 4;
@@ -175,6 +175,7 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
     return Strides{strides.batch, strides.head, int(strides.row)};
   };
   p.of_q = narrowed(e.q), p.of_k = narrowed(e.k), p.of_v = narrowed(e.v), p.of_out = narrowed(e.out);
+  if (S::kLse) p.of_lse = narrowed(e.lse);
   if (!fits) return kUnsupported;
   p.of_mask = {e.mask.batch, e.mask.head, e.mask.row, e.mask.key};
   p.scale = float(e.scale);

@@ -79,9 +79,9 @@ struct Problem {
   const int4 *items, *members, *records;
   const int* lists;
   const uint32_t* words;
-  Strides of_q, of_k, of_v, of_out;
+  Strides of_q, of_k, of_v, of_out, of_lse;
   MaskStrides of_mask;
-  int64_t units, in_flight, tiles, states, q_len, distance_head;
+  int64_t units, in_flight, tiles, states, distance_head;
   int heads, group, distance_step;
   // The exponents of scores are taken after a multiplication with unit.
   float scale, unit;
@@ -186,7 +186,7 @@ struct Place {
     mask = p.mask + b * p.of_mask.batch + h * p.of_mask.head;
     distances = p.distances + h * p.distance_head;
     out = p.out + b * p.of_out.batch + h * p.of_out.head;
-    lse = p.lse + (b * p.heads + h) * p.q_len;
+    lse = p.lse + b * p.of_lse.batch + h * p.of_lse.head;
     members = p.members + int64_t(work.x) * S::kRows;
     item = p.items[work.x];
   }

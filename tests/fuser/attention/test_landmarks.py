@@ -51,11 +51,23 @@ def test_averages_and_their_sums_are_one_kernel(queries: int, keys: int) -> None
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_alone_need_no_values(masked: bool) -> None:
-    q, k, more = normal(1, 2, 49, 16), normal(1, 2, 130, 16), [normal(1, 2, 1, 130)] if masked else []
+    q, k, more = normal(2, 3, 49, 16), normal(2, 3, 130, 16), [normal(2, 3, 1, 130)] if masked else []
     fast = fuser.optimize(Called(log_sums).eval(), search="model", dynamic=False)
     scores = q.double() @ k.double().mT / 4 + (more[0].double() if masked else 0.0)
     close(fast(q, k, *more), scores.logsumexp(-1))
     assert families(fast) == ["attention"] and fast.fallbacks == ()
+
+
+def test_sums_lie_as_queries_do() -> None:
+    """Tokens before heads, so that elementwise operators read them beside what else is made of the queries."""
+
+    def function(q: Tensor, k: Tensor) -> Tensor:
+        return log_sums(q, k) - q.square().sum(-1)
+
+    q, k = normal(2, 49, 3, 16).transpose(1, 2), normal(2, 3, 130, 16)
+    fast = fuser.optimize(Called(function).eval(), search="model", dynamic=False)
+    close(fast(q, k), (q.double() @ k.double().mT / 4).logsumexp(-1) - q.double().square().sum(-1))
+    assert sorted(families(fast)) == ["attention", "pointwise", "rowwise"] and not fast.unfused
 
 
 def weighted(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, *rest: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_chains_of_views_show_what_pytorch_shows(data: st.DataObject) -> None:
     storage = base.clone().view(-1)
     tensor, view = base, View.of("x", TensorSpec.contiguous(start, torch.float32))
     for _ in range(data.draw(st.integers(1, 6))):
-        kind = data.draw(st.sampled_from(["reshape", "permute", "slice", "select", "expand"]))
+        kind = data.draw(st.sampled_from(["reshape", "permute", "slice", "select", "diagonal", "expand"]))
         if kind == "reshape":
             shape = data.draw(shapes(tensor.numel()))
             found = view.reshape(shape)
@@ -77,6 +77,14 @@ def test_chains_of_views_show_what_pytorch_shows(data: st.DataObject) -> None:
                 assert view.strides() is None
                 continue
             tensor, view = result, chosen
+        elif kind == "diagonal" and tensor.dim() > 1:
+            dims = data.draw(st.permutations(range(tensor.dim())))[:2]
+            offset = data.draw(st.integers(1 - tensor.shape[dims[0]], tensor.shape[dims[1]] - 1))
+            chosen = view.diagonal(*dims, offset)
+            if chosen is None:
+                assert view.strides() is None
+                continue
+            tensor, view = tensor.diagonal(offset, *dims), chosen
         elif kind == "expand" and tensor.numel() <= 200:
             shape = tuple(3 if size == 1 and data.draw(st.booleans()) else size for size in tensor.shape)
             shape = (*((2,) if data.draw(st.booleans()) else ()), *shape)

@@ -35,9 +35,9 @@ def test_numbers_lie_in_the_order_of_the_fields() -> None:
 
 
 def test_a_struct_without_arrays_packs_the_same_words() -> None:
-    strides = (HeadStrides(*range(i, i + 3)) for i in (7, 10, 13, 16))
-    made = AttentionExtents(1, 2, 3, 4, 5, 0.25, 6, *strides, MaskStrides(19, 20, 21, 22), Distances(23, 24, 25))
-    assert made.pack() == struct.pack("=5qd20q", 1, 2, 3, 4, 5, 0.25, *range(6, 26))
+    strides = (HeadStrides(*range(i, i + 3)) for i in (7, 10, 13, 16, 19))
+    made = AttentionExtents(1, 2, 3, 4, 5, 0.25, 6, *strides, MaskStrides(22, 23, 24, 25), Distances(26, 27, 28))
+    assert made.pack() == struct.pack("=5qd23q", 1, 2, 3, 4, 5, 0.25, *range(6, 29))
     assert Strides(7, -1).pack() == struct.pack("=2q", 7, -1)
     with pytest.raises(struct.error):
         Strides(1 << 63, 0).pack()
