@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fuser.ir.target import Target
 from fuser.kernels.attention import (
+    AnyPlan,
     AttentionExtents,
     AttentionMatch,
     AttentionParameters,
@@ -19,7 +20,6 @@ from fuser.kernels.attention import (
     ScorePolicy,
 )
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec
-from fuser.kernels.plan import AttentionPlan
 
 _LOOK_UP_FLOPS = 40
 """What reading a number by its distance costs."""
@@ -117,7 +117,7 @@ class _LookedUp:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def launch(self, plan: AttentionPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         return made.extended(
             DisentangledExtents,
