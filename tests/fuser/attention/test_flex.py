@@ -198,3 +198,15 @@ def test_in_an_optimized_model(name: str) -> None:
             torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
     assert fast.fallbacks == () and any(kernel.family == "attention" for kernel in fast.kernels)
     assert bool(fast.programs[-1].sizes) == (name == "cap")
+
+
+@pytest.mark.parametrize("of", ["scores", "positions"])
+def test_control_flow_on_data_is_refused_as_pytorch_refuses_it(of: str) -> None:
+    q, k, v = inputs()
+
+    def branch(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s if (s > 0 if of == "scores" else i > j) else -s
+
+    for run in (torchs.flex_attention, fuser.flex_attention):
+        with pytest.raises(Exception, match="Data-dependent branching"):
+            run(q, k, v, score_mod=branch)
