@@ -104,7 +104,7 @@ def compose(
         return None
     rows, columns = shapes.pop()
 
-    def operand(value: str, shape: tuple[int, ...]) -> int | None:
+    def operand(value: str, shape: tuple[int, ...], decides: bool) -> int | None:
         spec = graph.values[value]
         base = graph.base(value)
         if value in at:
@@ -114,7 +114,7 @@ def compose(
         bound = bind(value, spec, shape)
         if bound is None and groups:
             bound = bind_groups(value, spec, shape)
-        if bound is None or spec.dtype not in storage:
+        if bound is None or not (spec.dtype in storage or (decides and spec.dtype == torch.bool)):
             return None
         return _input(value, bound)
 
@@ -151,7 +151,8 @@ def compose(
             if rows_and_columns(shape)[1] != columns:
                 # What is one number already would be counted once for every column.
                 return None
-        arguments = [operand(value, shape) for value in op.inputs[: op.expression.inputs]]
+        decide, given = op.expression.conditions, op.inputs[: op.expression.inputs]
+        arguments = [operand(value, shape, i in decide) for i, value in enumerate(given)]
         if any(a is None for a in arguments):
             return None
         (at[op.output],) = builder.inline(op.expression, [a for a in arguments if a is not None])

@@ -889,6 +889,31 @@ def _scalar(r: Raiser, node: fx.Node) -> float | None:
     return None
 
 
+@_handles(
+    *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+)
+def _where(r: Raiser, node: fx.Node) -> Value | None:
+    """Numbers of tensors, or the same for all, where a condition holds and where it does not."""
+    filled = node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+    x, condition, other = node.args if filled else (node.args[1], node.args[0], node.args[2])
+    decides = r.env[condition]
+    if not isinstance(decides, View) or r.dtype(decides) != torch.bool or node.kwargs:
+        return None
+    b = Builder()
+    operands, at = list[View](), list[int]()
+    for argument in (x, other):
+        number = _scalar(r, argument) if isinstance(argument, fx.Node) else float(argument)
+        if number is None:
+            operands.append(r.view(argument))
+        at.append(b.input(len(operands) - 1) if number is None else b.constant(number))
+    if not any(not r.is_constant(view) for view in operands):
+        return None
+    first, second = reversed(at) if filled else at
+    chosen = b.apply(Op.WHERE, b.input(len(operands)), first, second)
+    return r.elementwise(node, kinds.Pointwise(b.build(chosen)), [*operands, decides])
+
+
 @_handles(aten.pow.Tensor_Scalar, aten.square.default)
 def _pow(r: Raiser, node: fx.Node) -> Value | None:
     exponent = node.args[1] if node.target is aten.pow.Tensor_Scalar else 2

@@ -82,7 +82,7 @@ class Raiser(GraphBuilder):
         self._laid: dict[tuple[str, tuple[int, ...]], str] = {}
         """Constants with other strides, by value and these."""
         self._elementwise: dict[tuple[Any, ...] | None, View] = {}
-        """What PyTorch computes element by element, by how and of which: such as one mask for all layers."""
+        """What is computed element by element, by how and of which: such as one mask for all layers."""
 
     # ---- tensors of the model
 
@@ -169,24 +169,26 @@ class Raiser(GraphBuilder):
         """An elementwise or row-wise operator, in the order in which its largest operand lies in memory.
 
         Kernels compute in fp32 whatever a model stores, so where operands and result differ in dtype, as in a cast,
-        each is rounded to its own.
+        each is rounded to its own. What only decides between others may be boolean.
         """
         spec = self.spec(node)
         if spec.dtype not in self.floating or not spec.shape or spec.numel == 0:
             return None
-        if any(self.dtype(v) not in self.floating for v in operands):
+        dtypes = [self.dtype(view) for view in operands]
+        decide = frozenset[int]() if semantics.expression is None else semantics.expression.conditions
+        if any(d not in self.floating and not (d == torch.bool and i in decide) for i, d in enumerate(dtypes)):
             return None
         full = next((v for v in operands if v.shape == spec.shape and not self.is_constant(v)), None)
         if full is None:
             return None
-        dtypes = [self.dtype(view) for view in operands]
+        dtypes = [spec.dtype if dtype == torch.bool else dtype for dtype in dtypes]
         if any(dtype != spec.dtype for dtype in dtypes):
             semantics = _rounded(semantics, dtypes, spec.dtype)
         order = full.memory_order()
         if semantics.expression is not None and not semantics.expression.has_reduction:
             whole = [v.expand((1,) * (len(spec.shape) - len(v.dims)) + v.shape) for v in operands]
-            alike = {v.memory_order(rows=False) for v in whole if sum(size != 1 for size in v.shape) > 1}
-            order = alike.pop() if len(alike) == 1 else order
+            elements = full.memory_order(rows=False)
+            order = elements if all(v.lies_in(elements) for v in whole) else order
         inverse = tuple(order.index(d) for d in range(len(order)))
         inputs = []
         for view in operands:
@@ -195,7 +197,13 @@ class Raiser(GraphBuilder):
                 view = view.expand((1,) * pad + view.shape).permute(order)
             inputs.append(self.realize(view))
         shape = tuple(spec.shape[d] for d in order)
-        out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
+        # What every layer makes of one mask is made once.
+        key = (semantics.expression, tuple(inputs), shape, spec.dtype) if stays_inside(node) else None
+        out = self._elementwise.get(key)
+        if out is None:
+            out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
+            if key is not None:
+                self._elementwise[key] = out
         return out.permute(inverse)
 
     def reduction(self, name: str, function: Expression, x: View, dtype: torch.dtype, keepdim: bool) -> View | None:

@@ -159,6 +159,11 @@ class View:
         ordered = iter(sorted(moved, key=lambda d: -strides[d]))
         return tuple(next(ordered) if d in moved else d for d in identity)
 
+    def lies_in(self, order: Sequence[int]) -> bool:
+        """Whether elements lie in this order of dimensions, of which those of one element may be anywhere."""
+        mine = self.memory_order(rows=False)
+        return [d for d in order if self.shape[d] != 1] == [d for d in mine if self.shape[d] != 1]
+
     def copied(self) -> TorchCall:
         """The call that makes a contiguous tensor of this view from the base."""
         flat = [factor for factors in self.dims for factor in factors]

@@ -28,6 +28,7 @@ class Op(enum.Enum):
     DIV = "div"
     MAXIMUM = "maximum"
     MINIMUM = "minimum"
+    WHERE = "where"
     NEG = "neg"
     ABS = "abs"
     EXP = "exp"
@@ -59,6 +60,7 @@ _ARITY = {
     Op.INPUT: 0,
     Op.CONSTANT: 0,
     **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM), 2),
+    Op.WHERE: 3,
 }
 
 _TORCH: dict[Op, Callable[..., Tensor]] = {
@@ -68,6 +70,7 @@ _TORCH: dict[Op, Callable[..., Tensor]] = {
     Op.DIV: torch.div,
     Op.MAXIMUM: torch.maximum,
     Op.MINIMUM: torch.minimum,
+    Op.WHERE: lambda condition, a, b: torch.where(condition != 0, a, b),
     Op.NEG: torch.neg,
     Op.ABS: torch.abs,
     Op.EXP: torch.exp,
@@ -141,6 +144,15 @@ class Expression:
         return max((i.index + 1 for i in self.instructions if i.op is Op.INPUT), default=0)
 
     @property
+    def conditions(self) -> frozenset[int]:
+        """Inputs that only decide between others, and so may be booleans."""
+        places = {at: i.index for at, i in enumerate(self.instructions) if i.op is Op.INPUT}
+        read = [(i.op is Op.WHERE and n == 0, a) for i in self.instructions for n, a in enumerate(i.args)]
+        read += [(False, output) for output in self.outputs]
+        decide, others = ({places[a] for only, a in read if only is wanted and a in places} for wanted in (True, False))
+        return frozenset(decide - others)
+
+    @property
     def has_reduction(self) -> bool:
         return any(i.op in REDUCTIONS for i in self.instructions)
 
@@ -193,11 +205,12 @@ class Expression:
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The plain PyTorch meaning, in the dtype of the inputs; inputs broadcast against ``(..., columns)``."""
         results: list[Tensor] = []
+        like = next((x for x in inputs if x.is_floating_point()), inputs[0])
         for instruction in self.instructions:
             if instruction.op is Op.INPUT:
                 results.append(inputs[instruction.index])
             elif instruction.op is Op.CONSTANT:
-                results.append(torch.tensor(instruction.value, dtype=inputs[0].dtype, device=inputs[0].device))
+                results.append(torch.tensor(instruction.value, dtype=like.dtype, device=like.device))
             else:
                 results.append(_TORCH[instruction.op](*(results[a] for a in instruction.args)))
         return tuple(results[o] for o in self.outputs)

@@ -35,6 +35,7 @@ FUSER_INLINE float to_float(bf16 x) {
   std::memcpy(&f, &u, 4);
   return f;
 }
+FUSER_INLINE float to_float(uint8_t x) { return x; }
 FUSER_INLINE void from_float(float* p, float x) { *p = x; }
 FUSER_INLINE void from_float(bf16* p, float x) {
   uint32_t u;
@@ -148,6 +149,7 @@ FUSER_INLINE vi first(int64_t n) {
 }
 
 FUSER_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+FUSER_INLINE vf where(vf condition, vf a, vf b) { return select((vi)(condition != 0.0f), a, b); }
 
 // Both keep a NaN of either operand, and of two zeros the first, as PyTorch's clamp does.
 FUSER_INLINE vf maximum(vf a, vf b) { return select((vi)(a != a), a, select((vi)(a >= b), a, b)); }
@@ -180,6 +182,17 @@ FUSER_INLINE vf load(const int8_t* p) {
   vb v;
   std::memcpy(&v, p, sizeof(v));
   return to_float(__builtin_convertvector(v, vi));
+}
+FUSER_INLINE vf load(const uint8_t* p) {
+  typedef uint8_t vb __attribute__((vector_size(kLanes)));
+  vb v;
+  std::memcpy(&v, p, sizeof(v));
+  return to_float(__builtin_convertvector(v, vi));
+}
+FUSER_INLINE vf load_n(const uint8_t* p, int64_t n) {
+  uint8_t t[kLanes] = {};
+  std::memcpy(t, p, n);
+  return load(t);
 }
 // The nearest integers, halves to even.
 FUSER_INLINE vi to_int(vf x) {

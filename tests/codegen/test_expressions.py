@@ -115,7 +115,21 @@ def fixed(expression: Expression, inputs: int = 1) -> Case:
     return Case(expression, (Operand(Access.MATRIX, DType.F32),) * inputs, (DType.F32,))
 
 
+def chosen() -> Case:
+    """Numbers of a row or of a column, by a condition for each element and one for each row."""
+    b = Builder()
+    x, column, each, row = (b.input(i) for i in range(4))
+    accesses = (Access.MATRIX, Access.COLUMN, Access.MATRIX, Access.COLUMN)
+    dtypes = (DType.F32, DType.F32, DType.BOOL, DType.BOOL)
+    return Case(
+        b.build(b.apply(Op.WHERE, each, x, column), b.apply(Op.WHERE, row, x, b.constant(-math.inf))),
+        tuple(Operand(access, dtype) for access, dtype in zip(accesses, dtypes, strict=True)),
+        (DType.F32, DType.F32),
+    )
+
+
 CASES: dict[str, Case] = {
+    "where": chosen(),
     **{f"random{seed}": randomized(seed) for seed in range(8)},
     "softmax": fixed(softmax()),
     "masked softmax": fixed(masked_softmax()),
@@ -175,6 +189,19 @@ def test_random_expressions(kernels: Mapping[str, Kernel], name: str, rows: int,
         rounding = 2**-8 if dtype is DType.BF16 else 2e-6
         error, reference = float((mine.double() - truth).norm()), float((theirs.double() - truth).norm())
         assert error <= 2 * reference + rounding * scale + 1e-12
+
+
+@pytest.mark.parametrize("columns", [1, 7, 16, 41])
+def test_conditions_choose(kernels: Mapping[str, Kernel], columns: int) -> None:
+    case = CASES["where"]
+    generator = torch.Generator().manual_seed(columns)
+    x, column = torch.randn(5, columns, generator=generator), torch.randn(5, 1, generator=generator)
+    each, row = (torch.rand(shape, generator=generator) > 0.5 for shape in ((5, columns), (5, 1)))
+    # Numbers that are not chosen leave no trace.
+    x[~each], x[0, 0], each[0, 0] = math.nan, math.inf, True
+    first, second = run(kernels["where"], case, [x, column, each, row], 5, columns)
+    assert torch.equal(first, torch.where(each, x, column))
+    assert torch.equal(second.nan_to_num(), torch.where(row, x, -math.inf).nan_to_num())
 
 
 @pytest.mark.parametrize("columns", [1, 16, 33])

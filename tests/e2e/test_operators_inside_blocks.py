@@ -72,6 +72,28 @@ def test_operators_inside_blocks(run: Callable[..., Any]) -> None:
     assert len(fast.kernels) > 0
 
 
+KEPT = torch.rand(2, 16, generator=torch.Generator().manual_seed(5)) > 0.4
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x, kept: m.linear(m.linear(x).masked_fill(kept[..., None], 0)),
+        lambda m, x, kept: m.linear(m.linear(x).masked_fill(kept[..., None], torch.tensor(-2.0))),
+        lambda m, x, kept: m.linear(torch.where(kept[..., None], m.linear(x), x)),
+        lambda m, x, kept: m.linear(torch.where(kept[..., None], NAN * x, m.linear(x)).masked_fill(kept[..., None], 1)),
+        lambda m, x, kept: m.linear(torch.where(kept[:1, :, None], -1.0, m.linear(x).relu())),
+        lambda m, x, kept: m.linear(torch.where(kept[:, None, :], m.linear(x).mT, 3.0).mT),
+        lambda m, x, kept: F.layer_norm(torch.where(kept[0], x[:, :, :16], x[:, :, 16:]), (16,)),
+        lambda m, x, kept: m.linear(torch.where(kept[..., None], m.linear(x).bfloat16(), x).float()),
+    ],
+    ids=["filled", "by a tensor", "of two", "not chosen", "of samples", "transposed", "by column", "of two dtypes"],
+)
+def test_conditions_choose_inside_of_kernels(run: Callable[..., Any]) -> None:
+    fast = check(Model(run), X, KEPT)
+    assert fast.fallbacks == () and fast.unfused == () and fast.outside == ()
+
+
 def test_random_numbers_are_drawn_in_the_order_of_the_model() -> None:
     def run(m: Any, x: Tensor) -> Any:
         y = m.linear(x)

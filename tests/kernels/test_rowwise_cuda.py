@@ -319,19 +319,22 @@ def test_every_instruction(run_cuda: Run) -> None:
         lambda b: [
             *(b.apply(op, b.input(0)) for op in UNARY),
             *(b.apply(op, b.input(0), b.input(1)) for op in BINARY),
+            b.apply(Op.WHERE, b.input(2), b.input(0), b.input(1)),
             *(b.constant(value) for value in (math.nan, -math.inf, 0.1)),
         ]
     )
     matrix = Operand(Access.MATRIX, DType.F32)
     count = len(made.outputs)
-    parameters = CudaRowwiseParameters(made, (matrix, matrix), (DType.F32,) * count, 4, 128, 0, 0)
+    operands = (matrix, matrix, Operand(Access.MATRIX, DType.BOOL))
+    parameters = CudaRowwiseParameters(made, operands, (DType.F32,) * count, 4, 128, 0, 0)
     x = torch.cat([torch.randn(200), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-30, 90.0, -90.0])])
     y = x.roll(3)
     outputs = [torch.empty_like(x) for _ in range(count)]
-    extents = RowwiseExtents(1, x.numel(), (OperandExtents(x.numel(), 1),) * 2, (x.numel(),) * count)
-    assert run_cuda(spec(parameters), [x, y, *outputs], extents) == 0
-    exact = made.evaluate(x.double(), y.double())
-    for op, mine, truth in zip((*UNARY, *BINARY, *[Op.CONSTANT] * 3), outputs, exact, strict=True):
+    extents = RowwiseExtents(1, x.numel(), (OperandExtents(x.numel(), 1),) * 3, (x.numel(),) * count)
+    holds = torch.arange(x.numel()) % 3 == 0
+    assert run_cuda(spec(parameters), [x, y, holds, *outputs], extents) == 0
+    exact = made.evaluate(x.double(), y.double(), holds)
+    for op, mine, truth in zip((*UNARY, *BINARY, Op.WHERE, *[Op.CONSTANT] * 3), outputs, exact, strict=True):
         truth = truth.broadcast_to(x.shape)
         # Where 1 + erf or 1 + tanh cancel, the error is that of one next to it.
         assert torch.allclose(mine.double(), truth.float().double(), rtol=1e-6, atol=2e-7, equal_nan=True), op

@@ -83,7 +83,7 @@ BINARY: dict[Op, Callable[[float, float], float]] = {
 
 
 def test_every_instruction_is_defined_here() -> None:
-    assert {*UNARY, *BINARY, Op.INPUT, Op.CONSTANT} == set(Op)
+    assert {*UNARY, *BINARY, Op.WHERE, Op.INPUT, Op.CONSTANT} == set(Op)
 
 
 @pytest.mark.parametrize("op", UNARY)
@@ -102,6 +102,20 @@ def test_an_instruction_of_two_operands_is_its_definition(op: Op) -> None:
     ]
     (got,) = binary(op).evaluate(X, other)
     assert torch.equal(got, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_condition_chooses_between_numbers() -> None:
+    b = Builder()
+    x, other, condition = (b.input(i) for i in range(3))
+    made = b.build(b.apply(Op.WHERE, condition, x, b.apply(Op.MUL, other, b.constant(2.0))))
+    first, second = torch.tensor([[1.0, math.nan, -0.0, math.inf]]), torch.tensor([[math.nan, 3.0, 5.0, 7.0]])
+    for holds in (torch.tensor([[True, False, True, False]]), torch.tensor([[0.5, 0.0, math.nan, -0.0]])):
+        (got,) = made.evaluate(first, second, holds)
+        assert got.tolist() == [[1.0, 6.0, -0.0, 14.0]] and bool(got[0, 2].signbit())
+    assert made.conditions == {2}
+    # What is computed with as well is no mere condition.
+    assert b.build(b.apply(Op.WHERE, x, x, other)).conditions == frozenset()
+    assert b.build(b.apply(Op.WHERE, condition, x, other), condition).conditions == frozenset()
 
 
 @pytest.mark.parametrize("op", [op for op in UNARY if op not in (Op.LOG, Op.SQRT, Op.RSQRT, Op.RECIPROCAL)])
