@@ -52,6 +52,9 @@ _FUNCTIONS = (
     "fuser.frontend.attention_masks._rows_allow",
     "fuser.frontend.building._is_still",
     "fuser.frontend.building._of_contents",
+    "fuser.frontend.disentangled._are_by_distance",
+    "fuser.frontend.disentangled._of_keys",
+    "fuser.frontend.disentangled._of_queries",
     "fuser.frontend.views._strided_copy",
     "fuser.ir.operators.laid_out",
     "fuser.ir.packing._picked",
@@ -69,6 +72,8 @@ _TORCH_CONSTANTS: dict[str, type] = {
     "memory_format": torch.memory_format,
 }
 _ARRAY_KINDS = "biuf"
+_SMALL = 1 << 16
+"""Bytes of a tensor that is written with what is computed from it; weights are written apart."""
 Encode = Callable[[Any], Any]
 Decode = Callable[[Any], Any]
 
@@ -162,6 +167,14 @@ def _encode_array(value: Any, encode: Encode) -> Any:
     ]
 
 
+def _encode_tensor(value: Any, encode: Encode) -> Any:
+    size = value.numel() * value.itemsize
+    if value.device.type != "cpu" or value.layout is not torch.strided or size > _SMALL:
+        raise TypeError(f"a tensor of {size} bytes on {value.device} of layout {value.layout} is no plain data")
+    content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return ["tensor", encode(value.dtype), list(value.shape), encode(content)]
+
+
 def _encode_operator(value: Any, encode: Encode) -> Any:
     _permit(value)
     return ["operator", value._schema.name, value._overloadname]
@@ -188,6 +201,7 @@ _WRITERS: tuple[tuple[Any, Callable[[Any, Encode], Any]], ...] = (
     ),
     (torch.device, lambda x, encode: ["device", str(x)]),
     (np.ndarray, _encode_array),
+    (torch.Tensor, _encode_tensor),
     (torch._ops.OpOverload, _encode_operator),
     (types.BuiltinFunctionType, _encode_builtin),
     (pytree.TreeSpec, lambda x, encode: ["structure", encode(outline_of_spec(x))]),
@@ -362,6 +376,13 @@ def _array(kind: str, shape: list[int], content: str) -> Any:
     return np.frombuffer(base64.b64decode(content, validate=True), dtype).reshape(shape).copy()
 
 
+def _tensor(decode: Decode, dtype: Any, shape: list[int], content: Any) -> Any:
+    octets, dtype = torch.from_numpy(decode(content)), decode(dtype)
+    if octets.dtype != torch.uint8 or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"there are no tensors of {dtype} in {octets.dtype}")
+    return (octets.view(dtype) if len(octets) else torch.empty(0, dtype=dtype)).reshape(shape)
+
+
 def _structure(decode: Decode, value: Any) -> Any:
     outline = decode(value)
     if not isinstance(outline, Outline):
@@ -376,6 +397,7 @@ _CONTAINERS: dict[str, Callable[..., Any]] = {
     "frozenset": lambda decode, *items: frozenset(map(decode, items)),
     "size": lambda decode, *terms: Size({decode(monomial): decode(factor) for monomial, factor in terms}),
     "structure": _structure,
+    "tensor": _tensor,
 }
 _READERS: dict[str, Callable[..., Any]] = {
     "float": float.fromhex,

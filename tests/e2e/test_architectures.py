@@ -178,7 +178,7 @@ def test_an_architecture_with_all_of_its_outputs(without_kernels: None, name: st
     check(model, **architecture.call(SCALE), output_hidden_states=True, output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "modernbert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "modernbert", "t5", "deberta-v2"])
 def test_an_architecture_on_kernels_saved_and_loaded(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model, call = architecture.build(SCALE), architecture.call(SCALE)
@@ -187,7 +187,9 @@ def test_an_architecture_on_kernels_saved_and_loaded(name: str, tmp_path: Path) 
     assert ("rotary" in {kernel.family for kernel in fast.kernels}) == (name in ROTATED)
     assert not any("takes this rotary" in reason for _, reason in fast.unfused)
     fast.save(tmp_path / "model.fuser")
-    agree(fuser.load(tmp_path / "model.fuser")(**call), model(**call))
+    loaded, shorter = fuser.load(tmp_path / "model.fuser"), architecture.call(SHORTER)
+    agree(loaded(**call), model(**call))
+    agree(loaded(**shorter), model(**shorter))
 
 
 def test_a_cache_that_is_passed_in_is_filled() -> None:

@@ -107,7 +107,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     type(None): st.none(),
     torch.dtype: st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
-    # What holds one is not saved.
+    # Those that are small are tested by themselves: a value that holds one has no equality.
     torch.Tensor: st.nothing(),
     Guard: st.nothing(),
     Mask: st.sampled_from(MASKS),
@@ -208,9 +208,44 @@ def test_plain_values_come_back_equal() -> None:
     assert np.array_equal(codec.load(codec.dump(array)), array)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_small_tensors(dtype: torch.dtype) -> None:
+    for tensor in (torch.tensor(3.0), torch.arange(6.0).reshape(2, 3).T, torch.empty(0, 2)):
+        tensor = tensor.to(dtype)
+        read = codec.load(codec.dump(tensor))
+        assert read.dtype == dtype and torch.equal(read, tensor)
+    for other in (torch.zeros(1 << 15, 3), torch.zeros(2, device="meta"), torch.eye(2).to_sparse()):
+        with pytest.raises(TypeError, match="no plain data"):
+            codec.dump(other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["tensor", ["dtype", "float32"], [2], ["array", "|u1", [4], "AAAAAA=="]]',
+        '["tensor", ["dtype", "float32"], [1], ["array", "<i4", [1], "AAAAAA=="]]',
+        '["tensor", 3, [1], ["array", "|u1", [4], "AAAAAA=="]]',
+    ],
+)
+def test_what_is_no_tensor(text: str) -> None:
+    with pytest.raises((TypeError, RuntimeError)):
+        codec.load(text.encode())
+
+
 @pytest.mark.parametrize(
     "value",
-    [print, eval, object(), lambda: 0, {1, 2}, torch.zeros(1), torch.nn.Linear(1, 1), torch.load, Any, dataclasses],
+    [
+        print,
+        eval,
+        object(),
+        lambda: 0,
+        {1, 2},
+        torch.zeros(1 << 15),
+        torch.nn.Linear(1, 1),
+        torch.load,
+        Any,
+        dataclasses,
+    ],
 )
 def test_what_is_no_plain_data_is_not_written(value: Any) -> None:
     with pytest.raises(TypeError):
