@@ -620,6 +620,8 @@ def _thread_tracer() -> type:
         def __init__(self, scope_root: Any) -> None:
             self._thread = threading.get_ident()
             super().__init__(scope_root)
+            # Where each operator stands in the model's code: a sixth of a trace, for a note that nobody reads.
+            self.record_stack_traces = False
 
         def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if threading.get_ident() != self._thread:
@@ -646,9 +648,6 @@ def _exporting(inference: bool) -> Iterator[None]:
         _undo.enter_context(mock.patch.object(exporter, "print", lambda *lines, **where: None, create=True))
         _undo.enter_context(mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _given_causality))
         _undo.enter_context(remembered_arithmetic())
-        if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
-            # Where each operator stands in the model's code: a sixth of a trace, for a note that nobody reads.
-            _undo.enter_context(mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True))
         warnings.simplefilter("ignore")
         # Patched by the export itself.
         for name in ("__call__", "__getattr__"):
