@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import enum
@@ -13,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +101,8 @@ CALLS = st.sampled_from(
 PREDICTIONS = st.sampled_from(
     [DEQ(), DEQ.from_config("adamax_nb80"), Sanger(calibration="static", thresholds=(0.5, 0.5))]
 )
+ROOT = Path(__file__).parents[3]
+CALLING = ("decided", "assumed", "evaluated", "TorchCall")
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     Any: PLAIN,
     int: st.integers(-3, 64),
@@ -360,3 +364,16 @@ def test_classes_of_other_kinds_or_modules_that_nobody_imported_are_refused(modu
         with pytest.raises(TypeError):
             outline.check()
     assert "antigravity" not in sys.modules
+
+
+def test_functions_that_programs_call_are_saved() -> None:
+    """Those that the frontend hands to what decides, assumes and computes when sizes are known."""
+    found = set()
+    for path in sorted((ROOT / "fuser").glob("frontend/**/*.py")):
+        tree, module = ast.parse(path.read_text()), ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        own = {node.name: module for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and call.args and ast.unparse(call.func).split(".")[-1] in CALLING:
+                names = [node.id for node in ast.walk(call.args[0]) if isinstance(node, ast.Name)]
+                found |= {f"{own[name]}.{name}" for name in names if name in own}
+    assert len(found) > 5 and found <= set(codec._FUNCTIONS)
