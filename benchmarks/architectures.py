@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import as_record, compile_anew, interleave, save
+from harness import as_record, compile_anew, interleave, reason, save
 
 import fuser
 from fuser.architectures import ARCHITECTURES, Scale
@@ -37,7 +37,7 @@ def compiled_arm(model: torch.nn.Module, call: dict[str, Any]) -> Callable[[], A
         compiled = compile_anew(model)
         compiled(**call)
     except Exception as error:  # whatever torch.compile says against a model
-        return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+        return reason(error)
     return lambda: compiled(**call)
 
 

@@ -83,6 +83,11 @@ def compile_anew(network: Any, **options: Any) -> Any:
     return torch.compile(network, **options)
 
 
+def reason(error: Exception) -> str:
+    """Why an arm is missing, for results: the error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+
+
 def machine(target: Target) -> dict[str, Any]:
     """The machine and the versions that a result belongs to."""
     versions = {}

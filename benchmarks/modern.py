@@ -20,7 +20,7 @@ from typing import Any
 import decoding
 import torch
 from encoders import AGREEMENT, export_onnx, openvino_arm, parse, tokens
-from harness import as_record, compile_anew, interleave, ratios, save
+from harness import as_record, compile_anew, interleave, ratios, reason, save
 from torch import Tensor, nn
 
 import fuser
@@ -93,7 +93,7 @@ def run(case: str, peers: list[str], rounds: int) -> dict[str, Any]:
             call = PEERS[peer](network, ids)
             errors[peer] = error_of(call, reference)
         except Exception as error:  # whatever a peer says against a model
-            missing[peer] = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+            missing[peer] = reason(error)
             continue
         if errors[peer] > AGREEMENT:
             missing[peer] = f"it does not compute the same: its relative error is {errors[peer]:.3g}"
