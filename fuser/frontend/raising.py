@@ -198,7 +198,7 @@ class Raiser(GraphBuilder):
             inputs.append(self.realize(view))
         shape = tuple(spec.shape[d] for d in order)
         # What every layer makes of one mask is made once.
-        key = (semantics.expression, tuple(inputs), shape, spec.dtype) if stays_inside(node) else None
+        key = (semantics, tuple(inputs), shape, spec.dtype) if stays_inside(node) else None
         out = self._elementwise.get(key)
         if out is None:
             out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
@@ -313,18 +313,21 @@ def _rounded(semantics: Semantics, operands: Sequence[torch.dtype], result: torc
 
 def storage_of(node: fx.Node) -> int:
     """The number of the storage of a node's tensor."""
-    storage: int = traced(node).storage
+    (storage,) = _storages(node)
     return storage
 
 
+def _storages(node: fx.Node) -> frozenset[int]:
+    """The numbers of the storages of all tensors of a node, such as of the parts of a split."""
+    value = traced(node)
+    return frozenset(v.storage for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Traced))
+
+
 def stays_inside(node: fx.Node) -> bool:
-    """Whether no output of the graph is in the memory of the tensor of ``node``, which a caller may write to."""
+    """Whether no output of the graph is in the memory of a tensor of ``node``, which a caller may write to."""
+    own = _storages(node)
     for user in node.users:
-        if user.op == "output":
-            return False
-        value = traced(user)
-        views = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, Traced) and v.storage == storage_of(node) for v in views) and not stays_inside(user):
+        if user.op == "output" or own & _storages(user) and not stays_inside(user):
             return False
     return True
 

@@ -165,9 +165,15 @@ Reasons = tuple[tuple[str, str], ...]
 
 
 def by_place(graph: OperatorGraph, unfused: Reasons) -> tuple[Reasons, Reasons]:
-    """Those (operator, reason) between the first and the last operator of a graph's regions, and the others."""
-    position = graph.position
-    fused = [position[op.name] for region in graph.regions for op in region.operators]
+    """Those (operator, reason) between the first and the last operator of a graph's regions, and the others. Kernels
+    that only make masks of attention, at the start of a model, do not count."""
+    position, computed = graph.position, _reached(graph, graph.outputs, masks=False)
+    fused = [
+        position[op.name]
+        for region in graph.regions
+        for op in region.operators
+        if not computed.isdisjoint(graph.base(name) for name in op.outputs)
+    ]
     is_inside = [bool(fused) and min(fused) <= position[name] <= max(fused) for name, _ in unfused]
     inside, outside = (
         tuple(u for u, there in zip(unfused, is_inside, strict=True) if there == s) for s in (True, False)
