@@ -68,6 +68,7 @@ class GraphBuilder:
         self._tensors: dict[str, Tensor] = {}
         self._evaluations: dict[str, Evaluation] = {}
         self._decisions: dict[Hashable, Any] = {}
+        self._producers: dict[str, Operator] = {}
         self._realized: dict[View, str] = {}
         self._numbers: dict[tuple[tuple[str, ...], str], str] = {}
         self.inspected: set[str] = set()
@@ -270,7 +271,11 @@ class GraphBuilder:
 
     def producer(self, value: str) -> Operator | None:
         """The operator that makes a value, if one does."""
-        return next((op for op in reversed(self.operators) if value in op.outputs), None)
+        return self._producers.get(value)
+
+    def append(self, operator: Operator) -> None:
+        self.operators.append(operator)
+        self._producers.update(dict.fromkeys(operator.outputs, operator))
 
     def emit(self, semantics: Semantics, name: str, inputs: Sequence[str], spec: TensorSpec) -> View:
         """Append an operator with one output of its own storage."""
@@ -281,7 +286,7 @@ class GraphBuilder:
     ) -> tuple[View, ...]:
         """Append an operator with outputs of their own storage."""
         outputs = tuple(self.add_value(name, spec) for spec in specs)
-        self.operators.append(Operator(outputs[0], semantics, tuple(inputs), outputs))
+        self.append(Operator(outputs[0], semantics, tuple(inputs), outputs))
         return tuple(map(View.of, outputs, specs))
 
     def alias(self, name: str, base: str, shape: Sequence[int], strides: Sequence[int], offset: int) -> str:

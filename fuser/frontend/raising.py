@@ -267,7 +267,7 @@ class Raiser(GraphBuilder):
         if key in self._elementwise:
             return self._elementwise[key]
         names = tuple(self.add_value(s, spec) for s, spec in zip(suffixes, specs, strict=True))
-        self.operators.append(Operator(names[0], extern, inputs, names))
+        self.append(Operator(names[0], extern, inputs, names))
         if _is_view(node.target):
             self._viewing.update(dict.fromkeys(names, inputs[0]))
         found = tuple(View.of(n, s) for n, s in zip(names, specs, strict=True))
