@@ -487,7 +487,7 @@ def test_layers_in_fp8(tmp_path: Path) -> None:
     # Few elements lie where fp32 and float64 round to neighbouring codes, but these are up to a sixteenth apart.
     assert float((hidden - want).norm()) < 0.1 * float((hidden - exact).norm())
     assert 1 - 1e-2 < cosine(hidden, exact) < 1 - 1e-5
-    widths = collect(fast).widths
+    widths = collect(fast.snapshot()).widths
     assert [w.width for w in widths if "linear" in " ".join(w.operators)][:4] == ["fp8"] * 4
     fast.save(tmp_path / "encoder.fuser")
     for trust in ("kernels", "data"):
