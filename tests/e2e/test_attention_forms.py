@@ -32,9 +32,8 @@ def families(fast: OptimizedModule) -> set[str]:
 RANDOM = torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize("batch", [1, B])
-@pytest.mark.parametrize("heads", [1, H])
-@pytest.mark.parametrize("rows", [1, S])
+# Any two of the dimensions in every combination.
+@pytest.mark.parametrize(("batch", "heads", "rows"), [(1, 1, 1), (1, H, S), (B, 1, S), (B, H, 1)])
 def test_masks_broadcast_over_everything(batch: int, heads: int, rows: int) -> None:
     additive = torch.randn(batch, heads, rows, S, generator=RANDOM)
     allowed = torch.rand(batch, heads, rows, S, generator=RANDOM) > 0.4
