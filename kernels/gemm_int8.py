@@ -92,7 +92,7 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
-        if match.gemm.semantics.codes != torch.int8 or not 0 < match.k <= MAX_TERMS:
+        if codes_of(match) != torch.int8 or not 0 < match.k <= MAX_TERMS:
             return []
         tiles = _tiles(match.n, target)
         choices = [(tile, depth, True) for tile in matrix_tiles(match.n, target, "amx_int8") for depth in _DEPTHS]
@@ -115,6 +115,13 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
+
+
+def codes_of(match: GemmMatch) -> torch.dtype:
+    """What the factors of a product are rounded to."""
+    semantics = match.gemm.semantics
+    assert isinstance(semantics, QuantizedGemm)
+    return semantics.codes
 
 
 def int8_parameters(

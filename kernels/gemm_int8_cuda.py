@@ -28,6 +28,7 @@ from fuser.kernels.gemm_cuda import (
     match_tiles,
     product_dtype,
 )
+from fuser.kernels.gemm_int8 import codes_of
 
 _ALIGNMENT = 16
 """Bytes to a multiple of which rows of codes start, so that they are copied in vectors."""
@@ -109,7 +110,7 @@ class CudaQuantizedGemm(Implementation[GemmMatch, CudaQuantizedGemmParameters]):
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[CudaQuantizedGemmParameters]:
         """The tiles with the least predicted time."""
-        codes = STORAGE[match.gemm.semantics.codes]
+        codes = STORAGE[codes_of(match)]
         if match.k == 0 or (match.k > MAX_TERMS if codes is DType.I8 else not target.fp8):
             return []
         a_dtype = STORAGE[match.group.graph.values[match.a].dtype]

@@ -18,7 +18,9 @@ MAX_TERMS = 131_072
 """Products of two int8 numbers whose sum always fits into int32: 2**31 / 127**2 and a little less."""
 
 
-def quantize_rows(x: Tensor, factors: Tensor | None = None, codes: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, factors: Tensor | None = None, *, codes: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     """Rows (…, K) as ``codes``, one of :data:`MOST`, with a scale each: codes (…, K), float32 scales (…, 1).
 
     Symmetric and found at run time: the scale is the row's largest magnitude over that of the codes (127 for int8, 448

@@ -231,6 +231,11 @@ def test_sums_that_may_not_fit_are_refused() -> None:
     assert MAX_TERMS * 127**2 < 2**31
 
 
+def test_other_codes_are_refused() -> None:
+    graph = Case(32, 64, codes=torch.float8_e4m3fn).graph(1)
+    assert CpuInt8Gemm().space(match_of(graph, target()), target()) == []
+
+
 def test_weights_are_a_quarter() -> None:
     graph, ways = Case(768, 768).graph(4), CpuInt8Gemm()
     match = match_of(graph, target())
