@@ -279,6 +279,30 @@ def test_a_static_cache_is_written_in_its_place(fresh: tuple[Any, Any]) -> None:
     assert not fresh[1].fallbacks
 
 
+@pytest.mark.parametrize("make", [llama, gemma3])
+def test_steps_over_long_buffers_see_what_was_written(make: Callable[[], Any]) -> None:
+    """All positions of a static cache, and few after it was reset, with padding on the left."""
+    pair, length = made(make), 150
+
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=length), prompt(2, length)
+        found = []
+        for start in (length - 3, 4):
+            mask = torch.ones(2, start, dtype=torch.int64)
+            mask[0, :2] = 0
+            with torch.no_grad():
+                found.append(model(ids[:, :start], attention_mask=mask, past_key_values=cache).logits[1])
+                for i in range(start, start + 3):
+                    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                    found.append(model(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits)
+            found += [t.clone() for layer in cache.layers for t in (layer.keys[1], layer.values[1])]
+            cache.reset()
+        return found
+
+    close(pair, run)
+    assert not pair[1].fallbacks
+
+
 def test_a_static_cache_that_is_too_short_is_refused_and_stays_as_it_is(fresh: tuple[Any, Any]) -> None:
     for model in fresh:
         cache, ids = transformers.StaticCache(model.config, max_cache_len=4), prompt(1, 6)
