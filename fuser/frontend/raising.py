@@ -326,10 +326,7 @@ def _storages(node: fx.Node) -> frozenset[int]:
 def stays_inside(node: fx.Node) -> bool:
     """Whether no output of the graph is in the memory of a tensor of ``node``, which a caller may write to."""
     own = _storages(node)
-    for user in node.users:
-        if user.op == "output" or own & _storages(user) and not stays_inside(user):
-            return False
-    return True
+    return not any(user.op == "output" or (own & _storages(user) and not stays_inside(user)) for user in node.users)
 
 
 def _is_view(target: Any) -> bool:

@@ -44,8 +44,8 @@ _ROOTS = (
 )
 """Modules of fuser, and packages with all their modules, whose frozen dataclasses and enumerations may be saved."""
 _FUNCTIONS = (
-    "fuser.frontend.aten._all_true",
-    "fuser.frontend.aten._evenly_spaced",
+    "fuser.frontend.aten.elementwise._all_true",
+    "fuser.frontend.aten.layout._evenly_spaced",
     "fuser.frontend.attention_masks._distances_of",
     "fuser.frontend.attention_masks._is_of_distances",
     "fuser.frontend.attention_masks._is_pattern",
