@@ -340,7 +340,7 @@ def test_few_rows(rows: int, isa: Isa) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 70])
 @pytest.mark.parametrize("lowest", [None, -math.inf, torch.finfo(torch.float32).min])
 def test_buffers_of_which_a_part_is_in_use(lowest: float | None, rows: int, isa: Isa) -> None:
-    """What a row sees is one stretch of a long buffer, as of a cache: its start, its end, a window, almost all, nothing."""
+    """What a row sees is one stretch of a long buffer: its start, its end, a window, almost all of it, nothing."""
     kv_len, stretches = 333, [(0, 5), (64, 128), (100, 229), (0, 332), (332, 333), (7, 7)]
     q, k, v = heads(1, 6, 4, rows, 32), heads(2, 6, 2, kv_len, 32), heads(3, 6, 2, kv_len, 32)
     first, last = torch.tensor(stretches).T[:, :, None, None, None]
