@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fuser
+from fuser.ir.errors import FuserError, KernelError
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY = 97
@@ -340,10 +342,21 @@ def test_steps_with_static_caches_have_the_originals_gradients(fresh: tuple[Any,
     assert any("gradients" in reason for reason in fresh[1].fallbacks)
 
 
-def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: Any) -> None:
-    fast = fresh[1]
+def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: Any, caplog: Any) -> None:
+    model, fast = fresh
+    cache = transformers.StaticCache(model.config, max_cache_len=12)
+    steps(fast, cache, prompt(2, 5))
+    with pytest.raises(FuserError, match="objects, such as caches"):
+        fast.save(tmp_path / "program.fuser")
     with torch.no_grad():
         fast(prompt(2, 5), use_cache=False)
-    fast.save(tmp_path / "program.fuser")
+    with caplog.at_level(logging.WARNING, "fuser"):
+        fast.save(tmp_path / "program.fuser")
+    assert "objects, such as caches" in caplog.text
     loaded = fuser.load(tmp_path / "program.fuser")
     assert loaded.calls and all("use_cache=False" in call for call in loaded.calls)
+    kept = cache.layers[0].keys.clone()
+    with pytest.raises(KernelError, match=r"past_key_values=StaticCache.*optimize the model here"):
+        loaded(prompt(2, 1), past_key_values=cache)
+    assert torch.equal(cache.layers[0].keys, kept)
+    assert cache.get_seq_length() == 5
