@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fuser.frontend.attention_patterns import MaskUse
 from fuser.frontend.disentangled import Positions
 from fuser.frontend.disentangled import apart as positions_apart
 from fuser.frontend.raising import Raiser
-from fuser.frontend.views import View
+from fuser.frontend.views import View, collapsed
 from fuser.ir import operators as kinds
 from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Op
@@ -110,6 +110,10 @@ def _operands(
     whole: bool = False,
 ) -> _Operands:
     rank = len(q.dims)
+    if (parts := _samples_and_heads(q, k, v)) is not None:
+        merged = (*q.shape[:-1], k.shape[-2])
+        masks = [use if use.shape else replace(use, shape=merged) for use in masks]
+        rank, (q, k, v) = 4, parts
     q, k, v = (four_dims(t) for t in (q, k, v))
     # Heads that are repeated for groups of queries, as they must be where a product has no groups.
     group = math.gcd(k.repeats(1), v.repeats(1))
@@ -127,6 +131,19 @@ def _operands(
     pattern, attn_mask, distances = combined(r, masks, shape, rank, pattern, causal, r.dtype(q), whole=whole)
     # What PyTorch makes of masks would part the operators of attention as well.
     return _Operands(q, k, v, pattern, None if attn_mask is None else r.realize(attn_mask), distances, positions)
+
+
+def _samples_and_heads(q: View, k: View, v: View) -> tuple[View, View, View] | None:
+    """Operands (B·H, S, D) as (B, H, S, D) where one of them lies in memory so that no stride leads from every head to
+    the next: a copy of it would be needed, and one of the result."""
+    if len(q.dims) != 3:
+        return None
+    for outer in (collapsed(t.dims[0]) for t in (q, k, v)):
+        if len(outer) == 2:
+            sizes = (outer[0][0], outer[1][0])
+            q4, k4, v4 = (t.reshape((*sizes, *t.shape[1:])) for t in (q, k, v))
+            return None if q4 is None or k4 is None or v4 is None else (q4, k4, v4)
+    return None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -69,9 +69,9 @@ def sparsify(model: M) -> M:
 def serve(model: M, options: Options, optimize: Callable[[nn.Module, Options], Any]) -> Any:
     """What ``optimize`` makes of a sparse model.
 
-    Which tokens are global is known in the middle of a call of Longformer and LED, and decides about sizes. So their
-    encoders' layers alone become programs, and the model a copy of its class that runs them; a BigBird is optimized as
-    a whole.
+    Which tokens are global is known in the middle of a call of Longformer and LED, and decides about sizes. So the
+    layers of an encoder become a program, a decoder another, and the model a copy of its class that runs them; a
+    BigBird is optimized as a whole.
 
     Raises MaskError if ``options`` has a mask, and CalibrationError for inputs to calibrate such layers on.
     """
@@ -87,36 +87,59 @@ def serve(model: M, options: Options, optimize: Callable[[nn.Module, Options], A
         raise CalibrationError(
             f"the layers of {type(model).__name__} are calibrated on the first call: leave calibrate= out"
         )
-    stacks = []
+    programs = []
     for encoder in encoders:
-        stacks.append(optimize(_Stack(encoder._layers), options))
-        object.__setattr__(encoder, "_stack", stacks[-1])
+        programs.append(optimize(_Stack(encoder._layers), options))
+        object.__setattr__(encoder, "_stack", programs[-1])
+    for module in _beside(sparse):
+        programs.append(optimize(_without_hooks(module), options))
+        object.__setattr__(module, "_program", programs[-1])
+        module.__class__ = _derived(_Programmed, type(module))
     # A Longformer encoder is a root that has a replacement already.
     sparse.__class__ = _derived(_Served, type(sparse))
-    object.__setattr__(sparse, "_serving", (model, options, optimize, stacks))
+    object.__setattr__(sparse, "_serving", (model, options, optimize, programs))
     return sparse
+
+
+def _beside(module: nn.Module) -> Iterator[nn.Module]:
+    """What has layers of its own beside the encoders of a model, such as a decoder."""
+    if isinstance(module, _WindowedEncoder):
+        return
+    lists = (nn.ModuleList, nn.ModuleDict)
+    inside = list(module.modules())
+    if isinstance(module, lists) or any(isinstance(one, _WindowedEncoder) for one in inside):
+        for child in module.children():
+            yield from _beside(child)
+    elif any(isinstance(one, lists) for one in inside):
+        yield module
+
+
+class _Programmed(_Before):
+    """A module beside an encoder, which an optimized copy of it computes."""
+
+    _program: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) if self.training else self._program(*args, **kwargs)
 
 
 _TOLD = ("programs", "kernels", "unfused", "outside", "fallbacks", "specialized")
 
 
 class _Served(_Before):
-    """A model with optimized encoders, which has what these tell as attributes."""
+    """A model with optimized encoders and decoders, which has what these tell as attributes."""
 
     _serving: tuple[nn.Module, Options, Callable[[nn.Module, Options], Any], list[Any]]
 
     def report(self) -> str:
-        """What was fused in the layers of each of its encoders, and what was not and why."""
-        model, _, _, stacks = self._serving
-        name = type(model).__name__
-        return "\n\n".join(
-            f"{name}: attention runs through plans; embeddings, heads and decoders are PyTorch's\n{stack.report()}"
-            for stack in stacks
-        )
+        """What was fused in the layers of its encoders and in its decoders, and what was not and why."""
+        model, _, _, programs = self._serving
+        said = f"{type(model).__name__}: attention of encoders runs through plans; embeddings and heads are PyTorch's"
+        return "\n\n".join([said, *(program.report() for program in programs)])
 
     def __getattr__(self, name: str) -> Any:
         if name in _TOLD:
-            return tuple(found for stack in self._serving[-1] for found in getattr(stack, name))
+            return tuple(found for program in self._serving[-1] for found in getattr(program, name))
         return super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -405,7 +428,7 @@ def _sparse_class(module: nn.Module) -> type:
 
 
 def _transformers_class(module: nn.Module) -> type:
-    ours = (_Served, _BlockSparseMasks, *(before for _, before in _REPLACEMENTS.values()))
+    ours = (_Served, _Programmed, _BlockSparseMasks, *(before for _, before in _REPLACEMENTS.values()))
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, ours))
 
 
@@ -438,6 +461,15 @@ def _copied(module: nn.Module, made: dict[nn.Module, nn.Module], class_of: Calla
         for name, child in module._modules.items():
             copied._modules[name] = None if child is None else _copied(child, made, class_of)
     return made[module]
+
+
+def _without_hooks(module: nn.Module) -> Any:
+    """A copy whose own hooks do not run: those of ``module`` do when it is called."""
+    copied = _copied(module, {}, type)
+    for name, value in vars(copied).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            value.clear()
+    return copied
 
 
 def _seen_as(cls: type, module: nn.Module, **modules: nn.Module) -> Any:

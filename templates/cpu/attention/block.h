@@ -35,7 +35,8 @@ struct Block {
   const Range every{0, (g.count + L - 1) / L};
   Range range = every;  // vectors that some key of the block concerns
 
-  bool fill() {
+  // Compiled once for all that walk over a plan.
+  __attribute__((noinline)) bool fill() {
     n = 0;
     masked = false;
     Range wanted = every;

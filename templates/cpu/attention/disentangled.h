@@ -57,8 +57,8 @@ struct Disentangled : Products<C> {
       for (int64_t j = 0; j < n; ++j) w.scores.key[j] = t.scores.keys.product + w.key[j] * t.scores.keys.row;
   }
 
-  template <int RV, bool kExact>
-  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v) {
+  template <int RV>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v, bool) {
     constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
     const auto& of = w.scores;
     float* const s = w.s + v * L;

@@ -48,8 +48,8 @@ struct Importance : Products<C> {
     to.coefficient = from.coefficient;
   }
 
-  template <int RV, bool kExact>
-  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v) {
+  template <int RV>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v, bool) {
     constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
     const int64_t pitch = w.pitch;
     const auto& of = w.scores;

@@ -84,10 +84,20 @@ FUSER_INLINE void finish(const Head<C>& t, const Group& g, Scratch<C>& w) {
   }
 }
 
+// The softmax of either kind of run, of which an exact one leaves weights unpaired.
+template <int RV, bool kPaired, class C>
+FUSER_INLINE void weigh(Scratch<C>& w, int64_t n, int64_t v, bool changes, bool row_bias, bool exact) {
+  if (exact)
+    softmax<RV, true, false>(w, n, v, changes, row_bias);
+  else
+    softmax<RV, false, kPaired>(w, n, v, changes, row_bias);
+}
+
 // Runs one group. Returns false when the result may be wrong and only an exact run can tell: a bias below kNever was
-// taken as masked and some row has no other key, or a value that a masked row may not see is not finite.
-template <bool kExact, class C>
-bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
+// taken as masked and some row has no other key, or a value that a masked row may not see is not finite. Both kinds of
+// runs share their code, most of what a kernel has, since compilers need seconds for it.
+template <class C>
+__attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<C>& w, bool exact) {
   using Scores = typename C::Scores;
   constexpr int64_t DV = C::kValueDim;
   const int64_t vectors = (g.count + L - 1) / L, pitch = w.pitch = vectors * L;
@@ -95,7 +105,7 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
   Scores::queries(t, g, w);
   bool first = !resume(t, g, w);
 
-  Block<C> block{t, g, w, kExact};
+  Block<C> block{t, g, w, exact};
   bool masked = false;
   while (block.fill()) {
     const int64_t n = block.n;
@@ -108,14 +118,14 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
     const bool changes = Scores::kChanges || (block.masked && !Scores::kMasks);
     if (few) {
       Scores::score_few(w, n, g.count);
-      softmax<1, kExact, false>(w, n, 0, changes, block.row_bias);
-      if constexpr (!kExact) values_of_few(w, n, g.count);
+      weigh<1, false>(w, n, 0, changes, block.row_bias, exact);
+      if (!exact) values_of_few(w, n, g.count);
     } else {
       by_tiles(block.range, [&](auto size, int64_t v) {
-        const int64_t kept = Scores::template score<size(), kExact>(w, n, v);
-        if (kept == 0 && !first && !kExact) return;
-        softmax<size(), kExact, Scores::kPairValues && !kExact>(w, kept, v, changes, block.row_bias);
-        if constexpr (kExact) return;
+        const int64_t kept = Scores::template score<size()>(w, n, v, exact);
+        if (kept == 0 && !first && !exact) return;
+        weigh<size(), Scores::kPairValues>(w, kept, v, changes, block.row_bias, exact);
+        if (exact) return;
         if constexpr (Scores::kPairValues) {
           if (Scores::kPrunes || v == block.range.first) pair_values(w, Scores::value_rows(w), kept);
           values<size()>(w, w.pair_row, (kept + 1) / 2, v, first);
@@ -124,13 +134,13 @@ bool attend(const Head<C>& t, const Group& g, Scratch<C>& w) {
         }
       });
     }
-    if constexpr (kExact) values_exact(w, n, block.range, first);
+    if (exact) values_exact(w, n, block.range, first);
     masked |= block.masked || kBiased<C> || Scores::kPrunes;
     first = false;
   }
   if (first) std::memset(w.o, 0, DV * pitch * sizeof(float));
 
-  if constexpr (!kExact) {
+  if (!exact) {
     if (block.skipped)
       for (int64_t r = 0; r < g.count; ++r)
         if (!(w.top[r] > kNever / 2)) return false;
@@ -256,7 +266,7 @@ FUSER_INLINE int run(const FuserArgs* args) {
     Scores::open(args, t, index);
     // Groups are taken in turn, so this thread is likely to get the one that is as many on as there are threads.
     look_ahead(plan, t, g, i, i + args->threads, w.ahead);
-    if (!attend<false>(t, g, w)) attend<true>(t, g, w);
+    if (!attend(t, g, w, false)) attend(t, g, w, true);
   });
   return 0;
 }

@@ -291,7 +291,7 @@ struct Predicted : Products<C> {
     return limit;
   }
 
-  FUSER_INLINE void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
+  static __attribute__((noinline)) void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
     own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
     for (int64_t r = 0; r < w.pitch; ++r) {
@@ -332,7 +332,7 @@ struct Predicted : Products<C> {
       Base::value_keys(t, w, n);
   }
 
-  FUSER_INLINE void own_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+  static __attribute__((noinline)) void own_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
     w.scores.sums = w.scores.next;
     if (kOnce && w.scores.sums != nullptr) w.scores.next += n * w.pitch;
     uint64_t lanes = ~0ull;
@@ -408,14 +408,14 @@ struct Predicted : Products<C> {
 
   FUSER_INLINE auto value_rows(const Scratch<C>& w) { return C::kPrune ? w.scores.v_row : w.v_row; }
 
-  template <int RV, bool kExact>
-  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0) {
+  template <int RV>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0, bool exact) {
     if (kOnce && w.scores.sums != nullptr)
       predict_chosen<RV, kOnce ? Sums::kRead : Sums::kMade>(w, n, v0);
     else
       predict_chosen<RV, Sums::kMade>(w, n, v0);
     const bool any = refine(w, n);
-    if constexpr (C::kPrune) return keep<RV, kExact>(w, n, v0);
+    if constexpr (C::kPrune) return keep<RV>(w, n, v0, exact);
     if (any && !Base::kChanges)
       for (int64_t v = v0; v < v0 + RV; ++v) {
         vf top = load(w.top + v * L);
@@ -489,15 +489,15 @@ struct Predicted : Products<C> {
 
   // Brings together the keys that some row in RV vectors needs, their scores changed, and -inf where they were not
   // chosen. An exact run keeps all. Returns how many.
-  template <int RV, bool kExact>
-  FUSER_INLINE int64_t keep(Scratch<C>& w, int64_t n, int64_t v0) {
+  template <int RV>
+  FUSER_INLINE int64_t keep(Scratch<C>& w, int64_t n, int64_t v0, bool exact) {
     OfThread& own = w.scores;
     int64_t kept = 0;
     vf top[RV];
     for (int v = 0; v < RV; ++v) top[v] = load(w.top + (v0 + v) * L);
     for (int64_t j = 0; j < n; ++j) {
       const uint64_t lanes = own.chosen[j];
-      if (!kExact && lanes == 0) continue;
+      if (!exact && lanes == 0) continue;
       for (int v = 0; v < RV; ++v) {
         vf x = load(w.s + j * w.pitch + (v0 + v) * L);
         if constexpr (Base::kChanges) x = Base::change(w, x, j, v0 + v, own.row_bias);

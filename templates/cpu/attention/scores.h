@@ -6,7 +6,7 @@
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
 //   value_keys(t, w, n)        the same in w.v_row of their values
-//   score<RV, kExact>(w, n, v) into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
+//   score<RV>(w, n, v, exact)  into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
 //                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
@@ -160,8 +160,8 @@ struct Products {
 
   FUSER_INLINE auto value_rows(const Scratch<C>& w) { return w.v_row; }
 
-  template <int RV, bool kExact>
-  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v) {
+  template <int RV>
+  static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v, bool) {
     constexpr int64_t RK = kAccumulators / RV < kMostKeys ? kAccumulators / RV : kMostKeys;
     vf top[RV];
 #pragma GCC unroll 8

@@ -62,7 +62,7 @@ KNOWN: dict[str, Callable[..., Any]] = {
     "table": lambda s, b, h, q, k: s + TABLE[h, q - k + KEYS],
     "number": lambda s, b, h, q, k: 2.0 + s,
     "cap": lambda s, b, h, q, k: 2.0 * torch.tanh(s / 2.0),
-    "cap of more": lambda s, b, h, q, k: torch.tanh(s * 0.7) * 1.5,
+    "cap of more": lambda s, b, h, q, k: torch.tanh(s * 0.7) * 2.0,
     "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -math.inf),
     "inverted": lambda s, b, h, q, k: torch.where(q < k, torch.tensor(-math.inf), s),
     "padding": lambda s, b, h, q, k: torch.where(SEEN[b, k], s, float("-inf")),

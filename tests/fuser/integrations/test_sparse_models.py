@@ -165,3 +165,32 @@ def test_copies_and_refusals() -> None:
         fuser.optimize(model, attention=fuser.masks.Causal())
     with pytest.raises(TypeError, match="no sparse attention"):
         sparsify(nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_a_decoder_beside_a_sparse_encoder_is_fused_and_generates() -> None:
+    config = model_of("led").config
+    config.pad_token_id, config.decoder_start_token_id, config.eos_token_id = 1, 2, 98
+    torch.manual_seed(0)
+    model = transformers.LEDForConditionalGeneration(config).eval()
+    ran: list[str] = []
+    model.led.decoder.register_forward_hook(lambda *_: ran.append("decoder"))
+    fast = fuser.optimize(model, search="model")
+    assert isinstance(fast.led.decoder, type(model.led.decoder))
+    call = {**calls("led", 37)[3], "decoder_input_ids": torch.randint(5, 99, (3, 7))}
+    ran.clear()
+    got = fast(**call, use_cache=False)
+    assert ran == ["decoder"]
+    agree(got, model(**call, use_cache=False), 1e-5)
+    decoder = fast._serving[-1][1]
+    assert decoder.fallbacks == () and decoder.unfused == () and "LEDDecoder" in fast.report()
+    assert sum(kernel.calls for kernel in decoder.kernels if kernel.family == "attention") == 2
+    written = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    inputs = calls("led", 37)[1]
+    assert torch.equal(fast.generate(**inputs, **written), model.generate(**inputs, **written))
+    assert fast.fallbacks == ()
+    fast.train()
+    assert {m.training for m in fast.led.decoder.modules()} == {True}
+    ran.clear()
+    fast(**call)
+    assert ran == ["decoder"]
