@@ -86,9 +86,7 @@ def flex_attention(
         from torch.nn.attention import flex_attention as torchs
 
         aux: dict[str, Any] = {} if return_aux is None else {"return_aux": return_aux}
-        return torchs.flex_attention(  # type: ignore[call-overload,no-any-return]
-            query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse, **aux
-        )
+        return torchs.flex_attention(query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse, **aux)
     result: Tensor | tuple[Tensor, Tensor] = sparse_attention(
         query,
         key,
