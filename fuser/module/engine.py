@@ -503,6 +503,8 @@ class Engine:
         with self.lock:
             if self.store.changed:
                 self.follow()
+            if any(has_objects(signature) or c.updated for (signature, *_), c in self.programs.items()):
+                logger.warning("programs of calls with objects, such as caches, or that write to inputs are not saved")
             return [
                 SavedCall(
                     signature,

@@ -229,7 +229,10 @@ class OptimizedModule(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the compiled programs, weights and kernels to a file for :func:`fuser.load`.
 
-        Raises FuserError when nothing has been compiled.
+        Programs of calls with objects, such as key-value caches, are left out, with a word in the log: which of an
+        object's numbers count, and how a call changes it, is known to the process that has captured the model alone.
+
+        Raises FuserError when nothing has been compiled that can be saved.
         """
         from fuser.saved.writer import save
 
