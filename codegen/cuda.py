@@ -17,6 +17,7 @@ C_TYPES = {
     DType.F32: "float",
     DType.F16: "device::half",
     DType.BF16: "device::bf16",
+    DType.E4M3: "device::e4m3",
     DType.I64: "int64_t",
     DType.I32: "int32_t",
     DType.I8: "int8_t",

@@ -21,6 +21,7 @@ _EXPORTS = {
     "attention": ("fuser.attention", None),
     "flex_attention": ("fuser.attention.flex", "flex_attention"),
     "Int8": ("fuser.module.quantizing", "Int8"),
+    "FP8": ("fuser.module.quantizing", "FP8"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
     "DEQ": ("fuser.ir.prediction", "DEQ"),
     "Sanger": ("fuser.ir.prediction", "Sanger"),

@@ -17,8 +17,8 @@ from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_grouped import CpuGroupedGemm, GroupedGemmFamily
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily
-from fuser.kernels.gemm_int8_cuda import CudaInt8Gemm, CudaInt8WeightGemm
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, QuantizedGemmFamily
+from fuser.kernels.gemm_int8_cuda import CudaInt8WeightGemm, CudaQuantizedGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
 from fuser.kernels.linear_attention_cuda import CudaFeatures, CudaLinearAttention
@@ -47,8 +47,8 @@ IMPLEMENTATIONS: Table = {
     (GroupedGemmFamily(), "cpu"): (CpuGroupedGemm(),),
     (Bf16GemmFamily(), "cpu"): (CpuBf16Gemm(),),
     (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
-    (Int8GemmFamily(), "cpu"): (CpuInt8Gemm(),),
-    (Int8GemmFamily(), "cuda"): (CudaInt8Gemm(),),
+    (QuantizedGemmFamily(), "cpu"): (CpuInt8Gemm(),),
+    (QuantizedGemmFamily(), "cuda"): (CudaQuantizedGemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
     (DepthwiseFamily(), "cpu"): (CpuDepthwise(),),

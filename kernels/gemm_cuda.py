@@ -160,9 +160,15 @@ class CudaGemmParameters:
         return self.dtype
 
     @property
-    def integer(self) -> bool:
-        """Whether integers are multiplied, with scales of rows and columns (:mod:`fuser.kernels.gemm_int8_cuda`)."""
+    def rounded(self) -> bool:
+        """Whether codes of eight bits are multiplied, which rows of A are rounded to, with scales of rows and columns
+        (:mod:`fuser.kernels.gemm_int8_cuda`)."""
         return False
+
+    @property
+    def integer(self) -> bool:
+        """Whether sums are integers."""
+        return self.dtype is DType.I8
 
     @property
     def scaled(self) -> bool:

@@ -4,7 +4,7 @@ The epilogue, the register tile and the blocks are those of :mod:`fuser.kernels.
 multiplies as many elements as an instruction of the target sums into 32 bits: four where it has the dot products of
 VNNI or the tiles of AMX, whose first factors are unsigned, so that 128 is added to activations and the sums of the
 weights' columns are taken off again; else two, widened to 16 bits. All sum exactly, so that all targets give the same
-numbers, which are those of :class:`fuser.ir.operators.Int8Gemm`.
+numbers, which are those of :class:`fuser.ir.operators.QuantizedGemm`. CPUs have no products of other codes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuser.ir.operators import Int8Gemm
+from fuser.ir.operators import QuantizedGemm
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
@@ -39,11 +39,11 @@ _PAIR_TILES = ((6, 2), (5, 2))
 
 
 @dataclass(frozen=True)
-class Int8GemmFamily(GemmFamily):
-    """As :class:`GemmFamily`, for products in int8."""
+class QuantizedGemmFamily(GemmFamily):
+    """As :class:`GemmFamily`, for products in codes of eight bits."""
 
-    name = "int8_gemm"
-    kind = Int8Gemm
+    name = "quantized_gemm"
+    kind = QuantizedGemm
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
-        if not 0 < match.k <= MAX_TERMS:
+        if codes_of(match) != torch.int8 or not 0 < match.k <= MAX_TERMS:
             return []
         tiles = _tiles(match.n, target)
         choices = [(tile, depth, True) for tile in matrix_tiles(match.n, target, "amx_int8") for depth in _DEPTHS]
@@ -109,12 +109,19 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         layout = Int8Layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
         packed = (Packed((weight, *factors), layout, i) for i in range(3))
         return KernelCall(
-            KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters),
+            KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", parameters),
             (match.a, *packed, *factors, *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
+
+
+def codes_of(match: GemmMatch) -> torch.dtype:
+    """What the factors of a product are rounded to."""
+    semantics = match.gemm.semantics
+    assert isinstance(semantics, QuantizedGemm)
+    return semantics.codes
 
 
 def int8_parameters(

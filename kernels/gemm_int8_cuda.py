@@ -1,7 +1,9 @@
-"""Products in int8 on GPUs, by the template of :mod:`fuser.kernels.gemm_cuda`.
+"""Products in eight bits on GPUs, by the template of :mod:`fuser.kernels.gemm_cuda`.
 
-:class:`CudaInt8Gemm` multiplies integers with ``mma.sync``: a kernel before it rounds the rows of A, sums are exact
-also where blocks share them, and numbers are those of :class:`fuser.ir.operators.Int8Gemm`, as on CPUs.
+:class:`CudaQuantizedGemm` multiplies codes with ``mma.sync``, which a kernel before it rounds the rows of A to. Sums of
+int8 are exact also where blocks share them, and numbers are those of :class:`fuser.ir.operators.QuantizedGemm`, as on
+CPUs; those of e4m3 are of fp32. Tensor cores keep only 13 bits of mantissa of these (SageAttention2, arXiv:2411.10958),
+so that every instruction starts from zero, and additions of fp32 join what they give.
 :class:`CudaInt8WeightGemm` has only weights in int8, which are widened to A's type on their way to shared memory.
 """
 
@@ -10,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fuser.ir.quantization import MAX_TERMS, quantize_rows
+from fuser.ir.quantization import MAX_TERMS, MOST, quantize_rows
 from fuser.ir.target import Target
 from fuser.kernels.base import STORAGE, Cost, DType, Implementation, KernelCall, KernelSpec, Layout, Packed
 from fuser.kernels.gemm import GemmMatch
@@ -25,31 +28,37 @@ from fuser.kernels.gemm_cuda import (
     match_tiles,
     product_dtype,
 )
+from fuser.kernels.gemm_int8 import codes_of
 
 _ALIGNMENT = 16
-"""Bytes to a multiple of which rows of integers start, so that they are copied in vectors."""
+"""Bytes to a multiple of which rows of codes start, so that they are copied in vectors."""
 
 
 @dataclass(frozen=True)
-class CudaInt8GemmParameters(CudaGatedGemmParameters):
-    """As :class:`~fuser.kernels.gemm_cuda.CudaGemmParameters`, with ``parts`` products of integers, which an A of
+class CudaQuantizedGemmParameters(CudaGatedGemmParameters):
+    """As :class:`~fuser.kernels.gemm_cuda.CudaGemmParameters`, with ``parts`` products of codes, which an A of
     ``a_dtype`` is rounded to; with ``factors``, its elements are multiplied by those of a (K,) tensor before."""
 
     a_dtype: DType = DType.F32
     factors: bool = False
 
     @property
-    def integer(self) -> bool:
+    def rounded(self) -> bool:
         return True
 
     @property
+    def most(self) -> str:
+        """The largest magnitude of a code, in C."""
+        return f"{MOST[self.dtype.torch]}f"
+
+    @property
     def depth_bytes(self) -> int:
-        """Bytes of a row's integers in the workspace."""
+        """Bytes of a row's codes in the workspace."""
         return _rounded(self.k)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes between the rows in the workspace: integers, then the scale."""
+        """Bytes between the rows in the workspace: codes, then the scale."""
         return self.depth_bytes + _ALIGNMENT
 
     def workspace_bytes(self, rows: int) -> int:
@@ -71,21 +80,23 @@ class CudaInt8WeightGemmParameters(CudaGatedGemmParameters):
 
 
 @dataclass(frozen=True)
-class Int8RowLayout(Layout):
-    """A weight, and the factors of its K rows if it has some, as int8 (N, K) in rows that are padded with zeros, and
-    the scale of each (N,)."""
+class QuantizedRowLayout(Layout):
+    """A weight, and the factors of its K rows if it has some, as ``codes`` (N, K) in rows that are padded with zeros,
+    and the scale of each (N,)."""
 
     transposed: bool
+    codes: torch.dtype = torch.int8
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         weight, *factors = tensors
-        integers, scales = quantize_rows(weight if self.transposed else weight.t(), *(1 / f for f in factors))
-        return _padded(integers), scales[:, 0].contiguous()
+        rows = weight if self.transposed else weight.t()
+        codes, scales = quantize_rows(rows, *(1 / f for f in factors), codes=self.codes)
+        return _padded(codes), scales[:, 0].contiguous()
 
 
 @dataclass(frozen=True)
 class Int8WeightRowLayout(Layout):
-    """Integers and their scales as :class:`Int8RowLayout` has them."""
+    """Integers and their scales as :class:`QuantizedRowLayout` has them."""
 
     transposed: bool
 
@@ -94,19 +105,20 @@ class Int8WeightRowLayout(Layout):
         return _padded(integers if self.transposed else integers.t()), scales.float().contiguous()
 
 
-class CudaInt8Gemm(Implementation[GemmMatch, CudaInt8GemmParameters]):
+class CudaQuantizedGemm(Implementation[GemmMatch, CudaQuantizedGemmParameters]):
     """Our template on GPUs."""
 
-    def space(self, match: GemmMatch, target: Target) -> Sequence[CudaInt8GemmParameters]:
+    def space(self, match: GemmMatch, target: Target) -> Sequence[CudaQuantizedGemmParameters]:
         """The tiles with the least predicted time."""
-        if not 0 < match.k <= MAX_TERMS:
+        codes = STORAGE[codes_of(match)]
+        if match.k == 0 or (match.k > MAX_TERMS if codes is DType.I8 else not target.fp8):
             return []
         a_dtype = STORAGE[match.group.graph.values[match.a].dtype]
         return [
-            CudaInt8GemmParameters(
+            CudaQuantizedGemmParameters(
                 match.n,
                 match.k,
-                DType.I8,
+                codes,
                 True,
                 match.program.expression,
                 match.program.operands,
@@ -116,19 +128,21 @@ class CudaInt8Gemm(Implementation[GemmMatch, CudaInt8GemmParameters]):
                 a_dtype,
                 len(match.gemm.inputs) > 2,
             )
-            for tile in match_tiles(match, DType.I8, True, target)
+            for tile in match_tiles(match, codes, True, target)
         ]
 
-    def cost(self, match: GemmMatch, parameters: CudaInt8GemmParameters, target: Target) -> Cost:
-        """Whole tiles on whole SMs, every tensor touched once, the integers of A twice, and another launch for them."""
+    def cost(self, match: GemmMatch, parameters: CudaQuantizedGemmParameters, target: Target) -> Cost:
+        """Whole tiles on whole SMs, every tensor touched once, the codes of A twice, and another launch for them."""
         seconds = match_seconds(match, parameters, target)
         seconds += 2.0 * match.program.rows * match.k / (target.l2_bandwidth * target.cores)
-        return cost_of(match, seconds, 3 if parameters.separate else 2, target, DType.I8)
+        return cost_of(match, seconds, 3 if parameters.separate else 2, target, parameters.dtype)
 
-    def call(self, match: GemmMatch, parameters: CudaInt8GemmParameters, target: Target, threads: int) -> KernelCall:
+    def call(
+        self, match: GemmMatch, parameters: CudaQuantizedGemmParameters, target: Target, threads: int
+    ) -> KernelCall:
         _, weight, *factors = match.gemm.inputs
-        tensors = (weight, *factors), Int8RowLayout(match.transposed)
-        return _call(match, parameters, tensors, factors, "int8_gemm")
+        tensors = (weight, *factors), QuantizedRowLayout(match.transposed, parameters.dtype.torch)
+        return _call(match, parameters, tensors, factors, "quantized_gemm")
 
 
 class CudaInt8WeightGemm(Implementation[GemmMatch, CudaInt8WeightGemmParameters]):
@@ -190,7 +204,7 @@ def _rounded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _padded(integers: Tensor) -> Tensor:
-    padded = integers.new_zeros(len(integers), _rounded(integers.shape[1]))
-    padded[:, : integers.shape[1]] = integers
+def _padded(codes: Tensor) -> Tensor:
+    padded = codes.new_zeros(len(codes), _rounded(codes.shape[1]))
+    padded[:, : codes.shape[1]] = codes
     return padded

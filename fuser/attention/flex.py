@@ -21,7 +21,7 @@ from fuser.ir.prediction import Prediction
 from fuser.ir.scores import SoftCap
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 aten = torch.ops.aten
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -38,8 +38,9 @@ def flex_attention(
     return_lse: bool = False,
     kernel_options: dict[str, Any] | None = None,
     *,
+    return_aux: AuxRequest | None = None,
     quantize: Prediction | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """``torch.nn.attention.flex_attention.flex_attention``, by kernels where they know what ``score_mod`` computes.
 
     Args:
@@ -52,12 +53,16 @@ def flex_attention(
         enable_gqa: whether H may be a multiple of Hkv.
         return_lse: also return the log-sum-exp of each row, (B, H, Sq) fp32.
         kernel_options: for other implementations; ignored.
+        return_aux: also return an ``AuxOutput`` with what is asked for. Its
+            ``max_scores`` are left to PyTorch, which has them on GPUs alone.
         quantize: as in :func:`fuser.sparse_attention`; scores are predicted and compared after ``score_mod``.
 
     Another ``score_mod`` runs in PyTorch's own, unfused, which is said once in the log. Raises ValueError, MaskError
     and ScoreError as :func:`fuser.sparse_attention` does, and ScoreError for ``quantize`` with another ``score_mod``.
     """
     check_scores(None, quantize)
+    if return_lse and return_aux is not None:
+        raise ValueError("pass either return_lse or return_aux, which has lse as well")
     if query.shape[1:2] != key.shape[1:2] and not enable_gqa:
         raise ValueError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True where heads of keys serve "
@@ -66,19 +71,23 @@ def flex_attention(
     if key.shape[:1] == value.shape[:1] == (1,):
         key, value = (t.expand(query.shape[0], *t.shape[1:]) for t in (key, value))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    known = _Known() if score_mod is None else _known(score_mod, query, key)
+    known: _Known | None
+    if return_aux is not None and return_aux.max_scores:
+        say("no kernel gives the largest scores")
+        known = None
+    else:
+        known = _Known() if score_mod is None else _known(score_mod, query, key)
     if known is None and quantize is not None:
         raise ScoreError(
-            "quantize= takes a score_mod that kernels know: factors, c * tanh(score / c), what is added, and -inf for "
-            "pairs of a condition, in this order"
+            "quantize= takes no max_scores, and a score_mod that kernels know: factors, c * tanh(score / c), what is "
+            "added, and -inf for pairs of a condition, in this order"
         )
     if known is None:
         from torch.nn.attention import flex_attention as torchs
 
-        return torchs.flex_attention(  # type: ignore[call-overload,no-any-return]
-            query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse
-        )
-    return sparse_attention(
+        aux: dict[str, Any] = {} if return_aux is None else {"return_aux": return_aux}
+        return torchs.flex_attention(query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse, **aux)
+    result: Tensor | tuple[Tensor, Tensor] = sparse_attention(
         query,
         key,
         value,
@@ -87,8 +96,13 @@ def flex_attention(
         score=known.cap,
         quantize=quantize,
         scale=scale * known.factor,
-        return_lse=return_lse,
+        return_lse=return_lse or (return_aux is not None and return_aux.lse),
     )
+    if return_aux is None:
+        return result
+    from torch.nn.attention.flex_attention import AuxOutput
+
+    return (result, AuxOutput()) if isinstance(result, Tensor) else (result[0], AuxOutput(lse=result[1]))
 
 
 @dataclass

@@ -82,7 +82,7 @@ def quantize(
     console().print(table(model.name, ("layer", "precision", ">error", ""), cells))
     if precision.front:
         points = [(str(p.layers), f"{1e3 * p.seconds:.4g} ms", f"{p.cosine:.6f}") for p in precision.front]
-        console().print(table("time and error", (">layers in int8", ">time", ">cosine"), points))
+        console().print(table("time and error", (">layers in eight bits", ">time", ">cosine"), points))
     typer.echo(
         f"\nmean cosine of hidden states {precision.cosine:.6f}, of embeddings at least {found.min_cosine:.6f}"
         + ("" if out is None else f"\nwritten: {out}")

@@ -20,7 +20,8 @@ from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Operator, Region, is_kind
 from fuser.ir.masks import Mask
-from fuser.ir.operators import PatternMask, PredictedAttention, View
+from fuser.ir.operators import PatternMask, PredictedAttention, QuantizedGemm, View
+from fuser.ir.quantization import NAMES
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
 from fuser.module.quantizing import Precision
@@ -175,7 +176,7 @@ def _regions(compiled: Compiled) -> Iterator[RegionRow]:
         yield RegionRow(region.hash, count, str(choice.scheme), choice.seconds, groups)
 
 
-_WIDTHS = {"bf16_gemm": "bf16", "int8_gemm": "int8", "int8_weight_gemm": "int8 weights"}
+_WIDTHS = {"bf16_gemm": "bf16", "int8_weight_gemm": "int8 weights"}
 
 
 def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:
@@ -195,6 +196,8 @@ def _multiplied(op: Operator) -> str:
     if is_kind(op, PredictedAttention):
         how = op.semantics.quantize
         return f"{type(how).__name__} {how.bits} bits"
+    if is_kind(op, QuantizedGemm):
+        return NAMES[op.semantics.codes]
     return _WIDTHS.get(op.kind, "")
 
 

@@ -133,6 +133,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
             key.append((type(leaf), leaf))
         elif is_object(leaf):
             template[i] = Given(len(taken.objects), type(leaf).__name__)
+            key.append((type(leaf), template[i]))
             taken.take(leaf)
         else:
             raise CaptureError(f"an argument is a {type(leaf).__name__}; pass tensors and plain Python values")

@@ -83,7 +83,7 @@ def serve(model: M, options: Options, optimize: Callable[[nn.Module, Options], A
     encoders = [module for module in sparse.modules() if isinstance(module, _WindowedEncoder)]
     if not encoders:
         return optimize(sparse, options)
-    if options.int8 is not None and options.int8.calibrate is not None:
+    if options.linear is not None and options.linear.calibrate is not None:
         raise CalibrationError(
             f"the layers of {type(model).__name__} are calibrated on the first call: leave calibrate= out"
         )

@@ -15,6 +15,10 @@ class CalibrationError(FuserError, ValueError):
     """The inputs given for a calibration are none that the model can run on."""
 
 
+class TargetError(FuserError, ValueError):
+    """A target lacks instructions that were asked for by name."""
+
+
 class PackingError(FuserError):
     """The rows of a model that are padding cannot be left out: something else follows from them."""
 

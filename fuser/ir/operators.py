@@ -24,7 +24,7 @@ from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense, Mask
 from fuser.ir.prediction import Prediction
-from fuser.ir.quantization import exact_products, quantize_rows
+from fuser.ir.quantization import NAMES, code_products, quantize_rows
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
 
@@ -330,21 +330,26 @@ class Bf16Gemm(Product):
         return ((rows @ (columns.mT if self.transposed else columns)).to(inputs[0].dtype),)
 
 
-@kind("int8_gemm")
+@kind("quantized_gemm")
 @dataclass(frozen=True)
-class Int8Gemm(Product):
-    """x · W as :class:`Gemm`, multiplied in int8: :func:`~fuser.ir.quantization.quantize_rows` of x and of the columns
-    of W, their products summed exactly, and scaled back. An optional third input (K,) are factors that x is multiplied
-    and W divided by before (SmoothQuant, Xiao et al., arXiv:2211.10438, equation 3)."""
+class QuantizedGemm(Product):
+    """x · W as :class:`Gemm`, multiplied in ``codes`` of eight bits: :func:`~fuser.ir.quantization.quantize_rows` of x
+    and of the columns of W, their products summed (exactly for int8, in fp32 or wider for ``torch.float8_e4m3fn``), and
+    scaled back. An optional third input (K,) are factors that x is multiplied and W divided by before (SmoothQuant,
+    Xiao et al., arXiv:2211.10438, equation 3)."""
 
     transposed: bool
+    codes: torch.dtype = torch.int8
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, weight, *factors = inputs
         columns = weight if self.transposed else weight.mT
-        rows, row_scales = quantize_rows(x, *factors)
-        weights, scales = quantize_rows(columns, *(1 / f for f in factors))
-        sums = exact_products(rows, weights)
+        rows, row_scales = quantize_rows(x, *factors, codes=self.codes)
+        weights, scales = quantize_rows(columns, *(1 / f for f in factors), codes=self.codes)
+        sums = code_products(rows, weights, torch.promote_types(x.dtype, torch.float32))
         return ((sums * (row_scales * scales.mT)).to(x.dtype),)
 
 

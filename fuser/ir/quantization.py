@@ -7,32 +7,39 @@ import hashlib
 import torch
 from torch import Tensor
 
-MOST = 127
-"""The largest magnitude of a symmetric int8 number."""
+MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The formats of eight bits that rows are rounded to, and the largest magnitude that each is used for."""
+NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+"""What reports and kernels call the formats."""
 TINY = 2.0**-100
 """Rows whose largest magnitude is not above are zero, so that inverses of scales are finite."""
-_EXACT = 2**24 // MOST**2
+_EXACT = 2**24 // 127**2
 MAX_TERMS = 131_072
 """Products of two int8 numbers whose sum always fits into int32: 2**31 / 127**2 and a little less."""
 
 
-def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (…, K) as int8 with a scale each: integers (…, K) in [-127, 127], float32 scales (…, 1).
+def quantize_rows(
+    x: Tensor, factors: Tensor | None = None, *, codes: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """Rows (…, K) as ``codes``, one of :data:`MOST`, with a scale each: codes (…, K), float32 scales (…, 1).
 
-    Symmetric and found at run time: the scale is the row's largest magnitude over 127, and elements are rounded to the
-    nearest integer, halves to even. Everything is computed in fp32. ``factors`` (K,) multiply the row before. A row
-    with NaN or an infinity has the scale NaN; one of zeros (or below 2**-100) the scale zero.
+    Symmetric and found at run time: the scale is the row's largest magnitude over that of the codes (127 for int8, 448
+    for ``torch.float8_e4m3fn``), and elements are rounded to the nearest code, halves to even. Everything is computed
+    in fp32. ``factors`` (K,) multiply the row before. A row with NaN or an infinity has the scale NaN; one of zeros (or
+    below 2**-100) the scale zero; the codes of both are zeros.
     """
+    end = MOST[codes]
     x = x.float() if factors is None else x.float() * factors.float()
     if x.shape[-1] == 0:
-        return x.to(torch.int8), x.new_zeros((*x.shape[:-1], 1))
+        return x.to(codes), x.new_zeros((*x.shape[:-1], 1))
     most = x.abs().amax(-1, keepdim=True)
     finite = most < torch.inf
-    scales = torch.where(most > TINY, most / MOST, 0.0)
+    scales = torch.where(most > TINY, most / end, 0.0)
     # A number over a tensor would be the rounded reciprocal times the number.
-    inverses = torch.where(finite & (most > TINY), torch.full_like(most, MOST) / most, 0.0)
-    integers = torch.where(finite, x * inverses, 0.0).round().to(torch.int8)
-    return integers, torch.where(finite, scales, torch.nan)
+    inverses = torch.where(finite & (most > TINY), torch.full_like(most, end) / most, 0.0)
+    scaled = torch.where(finite, x * inverses, 0.0)
+    rounded = scaled if codes.is_floating_point else scaled.round()
+    return rounded.to(codes), torch.where(finite, scales, torch.nan)
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
@@ -42,6 +49,13 @@ def exact_products(a: Tensor, b: Tensor) -> Tensor:
     if len(parts) <= 1:
         return parts[0] if parts else torch.zeros(*a.shape[:-1], len(b))
     return sum(part.double() for part in parts).float()  # type: ignore[union-attr]
+
+
+def code_products(a: Tensor, b: Tensor, wide: torch.dtype = torch.float32) -> Tensor:
+    """a · bᵀ for codes (…, M, K) and (N, K): :func:`exact_products` of integers, else summed in ``wide``."""
+    if a.dtype == torch.int8:
+        return exact_products(a, b)
+    return a.to(wide) @ b.to(wide).mT
 
 
 def integers_of(weight: Tensor, transposed: bool) -> Tensor:

@@ -49,6 +49,11 @@ _FP8_TENSOR = {"sm_89": 2.0, "sm_90": 2.0, "sm_90a": 2.0, "sm_100": 2.0, "sm_103
 _MMA_SHARE = {"sm_90": 0.63, "sm_90a": 0.63, "sm_100": 0.63, "sm_103": 0.63}
 
 
+# Of fp8 they are fed fp16 there, which ptxas converts it to (github.com/NVIDIA/cutlass, issue 1986; nvcc 13's code for
+# sm_100 has the same conversions).
+_MMA_CONVERTS_FP8 = frozenset(_MMA_SHARE)
+
+
 @dataclass(frozen=True)
 class _Gpu:
     """A GPU by its data sheet: rates of the whole device in flop/s and bytes/s, memories in bytes."""
@@ -140,9 +145,15 @@ class Target:
         ratios = _INT8_TENSOR if dtype in _EIGHT_BITS else _FP8_TENSOR if dtype in _FP8 else {}
         return self.tensor_flops * ratios[self.arch] if self.arch in ratios else self.peak_flops
 
+    @property
+    def fp8(self) -> bool:
+        """Whether ``mma.sync`` takes e4m3, as it does from compute capability 8.9 on (PTX ISA, "mma")."""
+        return self.kind == "cuda" and self.arch in _FP8_TENSOR
+
     def mma_rate(self, dtype: torch.dtype, share: float) -> float:
         """The :meth:`rate` of a kernel that reaches a ``share`` of it, unless ``mma.sync`` alone reaches less."""
-        return self.rate(dtype) * min(share, _MMA_SHARE.get(self.arch, 1.0))
+        converted = dtype in _FP8 and self.arch in _MMA_CONVERTS_FP8
+        return self.rate(torch.float16 if converted else dtype) * min(share, _MMA_SHARE.get(self.arch, 1.0))
 
     @property
     def l2_bandwidth(self) -> float:
@@ -224,6 +235,7 @@ def cuda_target(
     )
 
 
-def emulated_target() -> Target:
-    """``cuda:emulated``: the kernels of sm_80 on the CPU, with so few SMs that small problems exercise every loop."""
-    return cuda_target("sm_80", cores=_EMULATED_CORES, features=frozenset({EMULATED}))
+def emulated_target(arch: str = "sm_80") -> Target:
+    """The kernels of ``arch`` on the CPU, with so few SMs that small problems exercise every loop; ``cuda:emulated`` is
+    that of sm_80."""
+    return cuda_target(arch, cores=_EMULATED_CORES, features=frozenset({EMULATED}))

@@ -21,7 +21,15 @@ from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.capture import Captured, FlatCall, Signature, StateError, capture
 from fuser.frontend.garbage import set_aside
 from fuser.frontend.graphs import raise_graph
-from fuser.ir.errors import CalibrationError, CaptureError, DeviceMemoryError, FuserError, MaskError, PlanError
+from fuser.ir.errors import (
+    CalibrationError,
+    CaptureError,
+    DeviceMemoryError,
+    FuserError,
+    MaskError,
+    PlanError,
+    TargetError,
+)
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
@@ -84,7 +92,7 @@ class Engine:
         self.padding = Padding(options.padding)
         self.policy = CompilationPolicy()
         self.comparisons: dict[Key, Comparison] = {}
-        self.quantizer = None if options.int8 is None else Quantizer(model, options.int8)
+        self.quantizer = None if options.linear is None else Quantizer(model, options.linear)
         self.failed: dict[Key, str] = {}
         self.slower: dict[Key, str] = {}
         self.said: set[str] = set()
@@ -150,7 +158,7 @@ class Engine:
                 compiled = self.for_sizes(call, key, device) if calibrated else None
                 compiled = compiled or run_after_fork(self.compile, call, key, device)
                 self._calibrated.clear()
-            except (MaskError, PlanError, DeviceMemoryError, CalibrationError):
+            except (MaskError, PlanError, DeviceMemoryError, CalibrationError, TargetError):
                 raise
             except FuserError as error:
                 self.policy.failed(key, form)
@@ -395,8 +403,11 @@ class Engine:
         return with_stored_integers(graph, captured.parameters), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
-        """What to compile for, and for how many threads."""
-        target = self.target = self.options.target or target_of(device)
+        """What to compile for, and for how many threads. Raises TargetError for a device that lacks what it needs."""
+        target = self.options.target or target_of(device)
+        if self.options.linear is not None:
+            self.options.linear.check(target)
+        self.target = target
         place = key[1]
         threads = place if isinstance(place, int) and target.kind == "cpu" else 1
         if self._tuner is None or self._tuner.target != target:
@@ -481,8 +492,8 @@ class Engine:
             self.packed.clear()
             self.forms.clear()
             self.masks = KnownMasks()
-            if self.options.int8 is not None:
-                self.quantizer = Quantizer(self.model, self.options.int8)
+            if self.options.linear is not None:
+                self.quantizer = Quantizer(self.model, self.options.linear)
             self.policy = CompilationPolicy()
             self.store = WeightStore(self.model)
 
@@ -492,6 +503,8 @@ class Engine:
         with self.lock:
             if self.store.changed:
                 self.follow()
+            if any(has_objects(signature) or c.updated for (signature, *_), c in self.programs.items()):
+                logger.warning("programs of calls with objects, such as caches, or that write to inputs are not saved")
             return [
                 SavedCall(
                     signature,

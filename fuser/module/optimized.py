@@ -25,7 +25,7 @@ from fuser.module.nested import is_nested
 from fuser.module.options import Options
 from fuser.module.packed import of_nested, without_padding
 from fuser.module.policy import AT_ONCE, Comparison
-from fuser.module.quantizing import Int8
+from fuser.module.quantizing import LinearQuantization
 from fuser.module.recompute import Originals, Recorded, is_recomputing, run_recorded
 from fuser.module.snapshot import Memory, Snapshot
 
@@ -229,7 +229,10 @@ class OptimizedModule(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the compiled programs, weights and kernels to a file for :func:`fuser.load`.
 
-        Raises FuserError when nothing has been compiled.
+        Programs of calls with objects, such as key-value caches, are left out, with a word in the log: which of an
+        object's numbers count, and how a call changes it, is known to the process that has captured the model alone.
+
+        Raises FuserError when nothing has been compiled that can be saved.
         """
         from fuser.saved.writer import save
 
@@ -351,7 +354,7 @@ def optimize(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     attention: Mask | None = None,
-    quantize: Int8 | Prediction | Sequence[Int8 | Prediction] | None = None,
+    quantize: LinearQuantization | Prediction | Sequence[LinearQuantization | Prediction] | None = None,
     search: str | int = "cached",
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
@@ -371,10 +374,10 @@ def optimize(
             first call compiles.
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
-        quantize: ``fuser.Int8(...)`` runs linear layers in int8, as many as keep the model's outputs what they
-            are to a bound; the report lists them. ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` compute all attention
-            as their ``reference`` does, scores in full only where a prediction by few bits says that they matter. A
-            sequence has one for layers and one for attention.
+        quantize: ``fuser.Int8(...)`` runs linear layers in int8, ``fuser.FP8(...)`` in fp8, as many as keep the model's
+            outputs what they are to a bound; the report lists them. ``fuser.DEQ(...)`` and ``fuser.Sanger(...)``
+            compute all attention as their ``reference`` does, scores in full only where a prediction by few bits says
+            that they matter. A sequence has one for layers and one for attention.
         search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
@@ -398,6 +401,8 @@ def optimize(
         ValueError: ``padding`` or ``search`` is none of its values, or ``concurrency`` no positive number.
         MaskError: ``attention`` does not fit the model, or the model cannot be compiled with it. Calls raise it, too,
             where they would have to run the original model, which knows nothing of the mask.
+        TargetError: ``quantize=fuser.FP8(...)`` for a target without products of fp8. Calls raise it, too, for inputs
+            on such a device.
         FuserError: ``target`` is a device that this machine does not have, or that fuser has no kernels for.
     """
     if not isinstance(model, nn.Module):

@@ -13,7 +13,7 @@ from fuser.ir.masks import Dense, Mask
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
 from fuser.ir.prediction import Prediction
 from fuser.ir.target import Target
-from fuser.module.quantizing import Int8
+from fuser.module.quantizing import LinearQuantization
 from fuser.runtime.targets import named_target
 
 PADDING = ("keep", "skip")
@@ -24,8 +24,8 @@ PADDING = ("keep", "skip")
 class Options:
     """The options of :func:`fuser.optimize`, which says what they mean, and of the backend of ``torch.compile``.
 
-    Raises MaskError for a mask that is none of ``fuser.masks``, TypeError and ValueError for other values of the wrong
-    kind.
+    Raises MaskError for a mask that is none of ``fuser.masks``, TargetError for a ``quantize`` that the target has no
+    products for, TypeError and ValueError for other values of the wrong kind.
     """
 
     attention: Mask | None = None
@@ -35,7 +35,7 @@ class Options:
     dynamic: bool | Mapping[str, Collection[int]] = True
     concurrency: int = 1
     padding: str = "keep"
-    quantize: Int8 | Prediction | Sequence[Int8 | Prediction] | None = None
+    quantize: LinearQuantization | Prediction | Sequence[LinearQuantization | Prediction] | None = None
 
     def __post_init__(self) -> None:
         if is_block_mask(self.attention):
@@ -47,15 +47,17 @@ class Options:
         if self.padding not in PADDING:
             raise ValueError(f"padding must be {' or '.join(map(repr, PADDING))}, not {self.padding!r}")
         for how in self._quantize:
-            if not isinstance(how, (Int8, Prediction)):
+            if not isinstance(how, (LinearQuantization, Prediction)):
                 raise TypeError(
-                    "quantize must be fuser.Int8(...) for linear layers, fuser.DEQ(...) or fuser.Sanger(...) for "
-                    f"attention, or one of each, not a {type(how).__name__}"
+                    "quantize must be fuser.Int8(...) or fuser.FP8(...) for linear layers, fuser.DEQ(...) or "
+                    f"fuser.Sanger(...) for attention, or one of each, not a {type(how).__name__}"
                 )
             if isinstance(how, Prediction):
                 how.check_calibrated()
-        if len(self._quantize) != len({isinstance(how, Int8) for how in self._quantize}):
+        if len(self._quantize) != len({isinstance(how, Prediction) for how in self._quantize}):
             raise ValueError("quantize takes one specification for linear layers and one for attention")
+        if self.linear is not None and isinstance(self.target, Target):
+            self.linear.check(self.target)
         if type(self.concurrency) is not int or self.concurrency < 1:
             raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
 
@@ -66,9 +68,9 @@ class Options:
         return tuple(self.quantize) if isinstance(self.quantize, (tuple, list)) else (self.quantize,)
 
     @property
-    def int8(self) -> Int8 | None:
+    def linear(self) -> LinearQuantization | None:
         """How linear layers are quantized."""
-        return next((how for how in self._quantize if isinstance(how, Int8)), None)
+        return next((how for how in self._quantize if isinstance(how, LinearQuantization)), None)
 
     def attention_now(self) -> AttentionSpec | None:
         """What is done to the model's attention, by the mask as it is now (:meth:`Mask.current`); None for nothing."""
@@ -81,8 +83,8 @@ class Options:
     def of(cls, **given: Any) -> Options:
         """Options as users give them, with a target or the name of one.
 
-        Raises MaskError as above, and FuserError for options that there are not, and for a target that is a device
-        that this machine does not have, or that fuser has no kernels for.
+        Raises MaskError and TargetError as above, and FuserError for options that there are not, and for a target
+        that is a device that this machine does not have, or that fuser has no kernels for.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(names)):

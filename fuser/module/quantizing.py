@@ -1,4 +1,4 @@
-"""Which linear layers of a model run in int8: chosen by patterns, and by what it does to the model's own outputs."""
+"""Which linear layers of a model run in eight bits: chosen by patterns, and by what becomes of the model's outputs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fuser.codegen.choice import GroupChoice
-from fuser.ir.errors import CaptureError
+from fuser.ir.errors import CaptureError, TargetError
 from fuser.ir.evaluation import Evaluation
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
-from fuser.ir.operators import Bf16Gemm, Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
-from fuser.ir.quantization import MAX_TERMS, Fixed, integers_of, recovered_scales, scales_of
+from fuser.ir.operators import Bf16Gemm, Gemm, Int8WeightGemm, QuantizedGemm, Ref, TorchCall
+from fuser.ir.quantization import MAX_TERMS, NAMES, Fixed, integers_of, recovered_scales, scales_of
 from fuser.ir.target import Target
 from fuser.module.weights import value_of
 
@@ -30,23 +30,24 @@ _SAMPLED = 128
 """Rows of a layer's input that its error is estimated on."""
 _PREFIXES = 8
 """Choices that a study begins with: the layers with the largest errors kept, in so many steps."""
-INT8, BF16, KEPT = "int8", "bf16", "kept"
-"""What a layer is multiplied in; as without quantization where it is kept."""
+BF16, KEPT = "bf16", "kept"
+"""What a layer is multiplied in beside codes of eight bits, which :data:`~fuser.ir.quantization.NAMES` has; as without
+quantization where it is kept."""
 _UNSEEN = "calibration has no rows to try it on"
 _BETTER = 0.9
 """Of the error without smoothing, what smoothing has to fall below to be worth its product a number."""
 
 
 @dataclass(frozen=True)
-class Int8:
-    """How ``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8.
+class LinearQuantization:
+    """How linear layers run in eight bits: what ``fuser.Int8`` and ``fuser.FP8`` have in common.
 
-    Weights have a scale for each output, rows of activations one that is found at run time; sums are exact, and bias,
-    activation, residual and norm are computed in fp32 behind them. Before the first program is made, the layers are
-    tried on calibration inputs, whose outputs decide: with the layers in int8, the mean cosine between rows of the
-    model's outputs and those without quantization must be ``quality`` or more, or the layers with the largest errors
-    are multiplied in bf16, where the target does that faster than fp32, and else, or where that is not enough, stay as
-    they are. Layers stay as they are, too, where int8 and bf16 are no faster on these inputs, as measured, or with
+    Weights have a scale for each output, rows of activations one that is found at run time; bias, activation, residual
+    and norm are computed in fp32 behind the sums. Before the first program is made, the layers are tried on calibration
+    inputs, whose outputs decide: with the layers in eight bits, the mean cosine between rows of the model's outputs and
+    those without quantization must be ``quality`` or more, or the layers with the largest errors are multiplied in
+    bf16, where the target does that faster than fp32, and else, or where that is not enough, stay as they are. Layers
+    stay as they are, too, where eight bits and bf16 are no faster on these inputs, as measured, or with
     ``search="model"`` as predicted. The report lists every layer.
 
     Args:
@@ -54,15 +55,12 @@ class Int8:
             arguments. Without them the first call is the calibration.
         quality: the least mean cosine, in (0, 1]; 0 quantizes without a look at outputs, and needs no calibration:
             without one, no times are compared either.
-        weights_only: keep activations as they are and only store weights in int8, which are widened as they are read:
-            smaller errors, and as fast where reading weights is the work, in decoding token by token; with many rows,
-            products take what they do without quantization. Nothing is smoothed.
         smooth: whether factors for the columns of activations move to the weights where that makes errors smaller
             (SmoothQuant with α = 0.5, Xiao et al., arXiv:2211.10438, equation 4); needs calibration.
         trials: how many choices of layers a study of time against error tries (Optuna's NSGA-II); the fastest that has
             the ``quality`` is taken, and the report lists the Pareto front. Without it, layers with the largest errors
-            leave int8, as many as it takes.
-        bf16: whether layers of a model in fp32 may be multiplied in bf16 that int8 does not suit.
+            leave eight bits, as many as it takes.
+        bf16: whether layers of a model in fp32 may be multiplied in bf16 that eight bits do not suit.
         include: patterns (as in ``fnmatch``) of the names of modules that may be quantized.
         exclude: patterns of those that may not be; a product of several layers at once is excluded with any of them.
 
@@ -70,10 +68,11 @@ class Int8:
     that are no strings.
     """
 
+    codes: ClassVar[torch.dtype]
+    """What activations and weights are rounded to."""
     calibrate: Sequence[Any] | None = None
     quality: float = 0.999
     smooth: bool = True
-    weights_only: bool = False
     trials: int = 0
     bf16: bool = True
     include: tuple[str, ...] = ("*",)
@@ -99,6 +98,9 @@ class Int8:
                 raise TypeError(f"{name} takes patterns of module names, not {patterns!r}")
             object.__setattr__(self, name, patterns)
 
+    def check(self, target: Target) -> None:
+        """Raise TargetError for a target that has no products of these codes."""
+
     def arguments(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Positional and keyword arguments of every calibration call."""
         for given in self.calibrate or ():
@@ -108,14 +110,48 @@ class Int8:
                 yield (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
 
 
+@dataclass(frozen=True)
+class Int8(LinearQuantization):
+    """``fuser.optimize(model, quantize=fuser.Int8())`` runs linear layers in int8, on every target and with the same
+    numbers: sums are exact. Its arguments are those of :class:`LinearQuantization`, and one more.
+
+    Args:
+        weights_only: keep activations as they are and only store weights in int8, which are widened as they are read:
+            smaller errors, and as fast where reading weights is the work, in decoding token by token; with many rows,
+            products take what they do without quantization. Nothing is smoothed.
+    """
+
+    codes = torch.int8
+    weights_only: bool = False
+
+
+@dataclass(frozen=True)
+class FP8(LinearQuantization):
+    """``fuser.optimize(model, quantize=fuser.FP8())`` runs linear layers in fp8 (e4m3: ``torch.float8_e4m3fn``), on
+    GPUs of compute capability 8.9 and later. Elements keep four significant bits whatever their size, so that outliers
+    cost less than in int8, and elements near the largest of their row more. Sums are of fp32. Its arguments are those
+    of :class:`LinearQuantization`.
+    """
+
+    codes = torch.float8_e4m3fn
+
+    def check(self, target: Target) -> None:
+        if not target.fp8:
+            where = "CPUs have" if target.kind == "cpu" else f"the GPU architecture {target.arch} has"
+            raise TargetError(
+                f"{where} no products of fp8, which need a GPU of compute capability 8.9 or later: "
+                "use quantize=fuser.Int8() there"
+            )
+
+
 @dataclass
 class Layer:
     """One product with constant weights: the modules that it is made of, and what was decided."""
 
     modules: tuple[str, ...]
-    precision: str = INT8
+    precision: str = NAMES[torch.int8]
     error: float = math.nan
-    """Relative error of its result in int8, on calibration inputs."""
+    """Relative error of its result in eight bits, on calibration inputs."""
     factors: Tensor | None = None
     reason: str = ""
     saved: dict[str, float] = field(default_factory=dict)
@@ -125,8 +161,8 @@ class Layer:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is in int8."""
-        return self.precision == INT8
+        """Whether it is in eight bits."""
+        return self.precision in NAMES.values()
 
     @property
     def smoothed(self) -> bool:
@@ -145,14 +181,14 @@ class Layer:
 @dataclass(frozen=True)
 class FrontPoint:
     """A choice of layers that no other beats in time and error: ``seconds`` of the calibration inputs of distinct
-    shapes, the mean ``cosine`` of outputs, and how many layers are in int8."""
+    shapes, the mean ``cosine`` of outputs, and how many layers are in eight bits."""
 
     seconds: float
     cosine: float
     layers: int
 
     def __str__(self) -> str:
-        return f"{self.layers} layers in int8, {1e3 * self.seconds:.4g} ms, cosine {self.cosine:.6f}"
+        return f"{self.layers} layers in eight bits, {1e3 * self.seconds:.4g} ms, cosine {self.cosine:.6f}"
 
 
 @dataclass(frozen=True)
@@ -171,9 +207,7 @@ class Precision:
     def lines(self) -> tuple[str, ...]:
         """What the report says."""
         cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
-        front = [
-            f"front: {p.layers} layers in int8, {1e3 * p.seconds:.4g} ms, cosine {p.cosine:.6f}" for p in self.front
-        ]
+        front = [f"front: {point}" for point in self.front]
         return (*cosine, *front, *map(str, self.layers))
 
 
@@ -190,8 +224,10 @@ class _Call:
 class Quantizer:
     """What is decided for the layers of one model, whatever the shapes of its calls."""
 
-    def __init__(self, model: nn.Module, options: Int8) -> None:
+    def __init__(self, model: nn.Module, options: LinearQuantization) -> None:
         self.options = options
+        self._narrow = NAMES[options.codes]
+        self._weights_only = isinstance(options, Int8) and options.weights_only
         self._modules = {id(p): name.rpartition(".")[0] or name for name, p in model.named_parameters()}
         self._layers: dict[tuple[int, ...], Layer] = {}
         self._calls: list[_Call] = []
@@ -199,7 +235,7 @@ class Quantizer:
         self._plain_seconds = 0.0
         self.front: tuple[FrontPoint, ...] = ()
         self.cosine = math.nan
-        smooth = options.smooth and not options.weights_only
+        smooth = options.smooth and not self._weights_only
         self.settled = options.quality == 0 and not (smooth and options.calibrate)
         """Whether there is nothing left to decide."""
 
@@ -213,7 +249,7 @@ class Quantizer:
         return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)), dict(self._errors), self.front)
 
     def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
-        """``graph`` with the chosen layers in int8 or bf16."""
+        """``graph`` with the chosen layers in eight bits or bf16."""
         operators, values, constants = [], dict(graph.values), dict(graph.constants)
         for op in graph.operators:
             layer = self._layer(graph, op, parameters)
@@ -225,16 +261,16 @@ class Quantizer:
             if layer.precision == BF16:
                 operators.append(dataclasses.replace(op, semantics=Bf16Gemm(semantics.transposed)))
                 continue
-            if self.options.weights_only:
+            if self._weights_only:
                 operators.append(_with_integers(op, values, constants))
                 continue
-            inputs = op.inputs
+            quantized, inputs = QuantizedGemm(semantics.transposed, self.options.codes), op.inputs
             if layer.factors is not None:
                 name = f"{op.inputs[1]}_factors"
                 values[name] = TensorSpec.contiguous(layer.factors.shape, torch.float32)
                 constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors.cpu())))
                 inputs = (*inputs, name)
-            operators.append(dataclasses.replace(op, semantics=Int8Gemm(semantics.transposed), inputs=inputs))
+            operators.append(dataclasses.replace(op, semantics=quantized, inputs=inputs))
         return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 
     def _layer(self, graph: OperatorGraph, op: Operator, parameters: Mapping[str, Tensor]) -> Layer | None:
@@ -247,7 +283,7 @@ class Quantizer:
         if key not in self._layers:
             modules = tuple(dict.fromkeys(self._modules.get(i, "") for i in key)) or ("",)
             reason = self._refused(modules, op, graph.values[weight])
-            self._layers[key] = Layer(modules, KEPT if reason else INT8, reason=reason)
+            self._layers[key] = Layer(modules, KEPT if reason else self._narrow, reason=reason)
         return self._layers[key]
 
     def _refused(self, modules: Sequence[str], op: Operator, weight: TensorSpec) -> str:
@@ -263,7 +299,8 @@ class Quantizer:
         if min(weight.shape) < _SMALLEST:
             return f"smaller than {_SMALLEST}"
         terms = weight.shape[1 if op.semantics.transposed else 0]  # type: ignore[attr-defined]
-        return f"sums of more than {MAX_TERMS} products" if terms > MAX_TERMS else ""
+        fit = terms <= MAX_TERMS or self.options.codes.is_floating_point
+        return "" if fit else f"sums of more than {MAX_TERMS} products"
 
     # ---- calibration
 
@@ -309,10 +346,10 @@ class Quantizer:
             if id(layer) in weights and layer.sample is not None and layer.most is not None:
                 self._estimate(layer, weights[id(layer)])
             layer.sample = layer.most = None
-        widths = [INT8]
-        if self.options.bf16 and not self.options.weights_only and _prefers_bf16(target):
+        widths = [self._narrow]
+        if self.options.bf16 and not self._weights_only and _prefers_bf16(target):
             widths.append(BF16)
-        if not self.options.weights_only:
+        if not self._weights_only:
             self._keep_fast(widths, choose, compare)
         self._keep_quality()
         if self._calls:
@@ -330,8 +367,8 @@ class Quantizer:
         if not bool(size.isfinite()):
             layer.precision, layer.reason = KEPT, "its inputs are not finite"
             return
-        only = self.options.weights_only
-        got = _int8_weight(layer.sample, weight) if only else _int8(layer.sample, weight)
+        only = self._weights_only
+        got = _int8_weight(layer.sample, weight) if only else self._product(layer.sample, weight)
         layer.error = float((got - exact).norm() / size.clamp_min(1e-30))
         if only or not self.options.smooth:
             return
@@ -340,13 +377,16 @@ class Quantizer:
         factors = torch.where(used, (most_of_weights / layer.most.clamp_min(1e-30)).sqrt(), 1.0)
         # Around one, so that products stay in the range of numbers that they had.
         factors = (factors / factors.log().mean().exp()).contiguous()
-        error = float((_int8(layer.sample, weight, factors) - exact).norm() / size.clamp_min(1e-30))
+        error = float((self._product(layer.sample, weight, factors) - exact).norm() / size.clamp_min(1e-30))
         if error < _BETTER * layer.error:
             layer.error, layer.factors = error, factors
 
+    def _product(self, rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
+        return QuantizedGemm(True, self.options.codes).evaluate(rows, weight, *factors)[0]
+
     def _keep_quality(self) -> None:
-        """Take from int8 as many of the layers with the largest errors as the outputs ask for, and, where bf16 is not
-        enough for all of these, as many from that; or those that a study finds."""
+        """Take from eight bits as many of the layers with the largest errors as the outputs ask for, and, where bf16 is
+        not enough for all of these, as many from that; or those that a study finds."""
         wanted = self.options.quality
         order = sorted(
             (x for x in self.layers if x.precision != KEPT and not math.isnan(x.error)), key=lambda x: -x.error
@@ -370,7 +410,7 @@ class Quantizer:
             for i, (layer, (precision, reason)) in enumerate(zip(order, before, strict=True)):
                 layer.precision, layer.reason = precision, reason
                 if i < number and precision != KEPT:
-                    layer.precision = BF16 if precision == INT8 and BF16 in layer.saved else KEPT
+                    layer.precision = BF16 if precision == self._narrow and BF16 in layer.saved else KEPT
                     layer.reason = f"outputs would fall below a cosine of {wanted:g}"
             return self._cosine()
 
@@ -390,7 +430,7 @@ class Quantizer:
         study = optuna.create_study(directions=("minimize", "minimize"), sampler=sampler)
         # The layers with the largest errors in bf16 or kept, more and more of them; with all of them kept the outputs
         # are what they were.
-        widths = [[KEPT, *(p for p in (BF16, INT8) if p in (*x.saved, x.precision))] for x in order]
+        widths = [[KEPT, *(p for p in (BF16, self._narrow) if p in (*x.saved, x.precision))] for x in order]
         for kept in sorted({len(order) * i // _PREFIXES for i in range(_PREFIXES + 1)}, reverse=True):
             for lower in (BF16, KEPT):
                 ways = [w[-1] if i >= kept else lower if lower in w else KEPT for i, w in enumerate(widths)]
@@ -405,7 +445,7 @@ class Quantizer:
         front = {}
         for trial in study.best_trials:
             seconds, error = trial.values
-            layers = sum(precision == INT8 for precision in trial.params.values())
+            layers = sum(precision == self._narrow for precision in trial.params.values())
             front[seconds, error] = FrontPoint(seconds, 1.0 - error, layers), trial
         self.front = tuple(front[key][0] for key in sorted(front))
         enough = [key for key in front if 1.0 - key[1] >= wanted] or [max(front)]
@@ -441,20 +481,20 @@ class Quantizer:
                         before, after = times.get(width, (0.0, 0.0))
                         times[width] = before + seconds[0], after + seconds[1]
         for layer in chosen:
-            layer.precision = INT8
+            layer.precision = self._narrow
         for layer, times in spent.values():
             layer.saved = {width: before - after for width, (before, after) in times.items() if after < before}
             layer.precision = max(layer.saved, key=layer.saved.__getitem__, default=KEPT)
             if layer.quantized:
                 continue
-            layer.saved.pop(INT8, None)
-            before, after = times[INT8]
+            layer.saved.pop(self._narrow, None)
+            before, after = times[self._narrow]
             other = (
                 f"{1e6 * before:.3g} µs without"
                 if layer.precision == KEPT
                 else f"{1e6 * times[BF16][1]:.3g} µs in bf16"
             )
-            layer.reason = f"no faster in int8: {1e6 * after:.3g} µs, {other}"
+            layer.reason = f"no faster in {self._narrow}: {1e6 * after:.3g} µs, {other}"
 
     def _cosine(self) -> float:
         total, count = 0.0, 0
@@ -523,10 +563,6 @@ def _errors_of(call: _Call, graph: OperatorGraph) -> dict[str, float]:
     _run(call.graph, call.parameters, call.values, after=keep)
     _run(graph, call.parameters, call.values, after=compare)
     return errors
-
-
-def _int8(rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
-    return Int8Gemm(True).evaluate(rows, weight, *factors)[0]
 
 
 def _int8_weight(rows: Tensor, weight: Tensor) -> Tensor:

@@ -272,13 +272,14 @@ def torch_calls(plans: Sequence[ProgramPlan]) -> list[TorchStep]:
 
 
 def describe(key: tuple[Any, ...]) -> str:
-    """The call of a signature: ``(int64 (1, 128), attention_mask=int64 (1, 128))``."""
+    """The call of a signature: ``(int64 (1, 128), attention_mask=int64 (1, 128))``; what objects consist of stands
+    behind the arguments."""
     spec, *leaves = key
     texts = [
         _Text(f"{str(leaf[1]).removeprefix('torch.')} {leaf[0]}" + (f" on {leaf[2]}" if leaf[2] != "cpu" else ""))
         if len(leaf) > 2
         else _Text(repr(leaf[1]))
-        for leaf in leaves
+        for leaf in leaves[: spec.num_leaves]
     ]
     args, kwargs = pytree.tree_unflatten(texts, spec)
     return f"({', '.join([*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())])})"

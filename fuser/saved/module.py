@@ -70,6 +70,11 @@ class LoadedModule(nn.Module):
                 call = flatten_call(args, kwargs)
                 found = self._served(call)
         if found is None:
+            if call.objects:
+                raise KernelError(
+                    f"a file has no programs for calls with objects, such as caches, and this is {describe(call.key)}: "
+                    "optimize the model here"
+                )
             shapes = "\n  ".join(self.calls)
             raise KernelError(
                 f"no program was saved for the call {describe(call.key)}; {self._content.path} has\n  {shapes}"

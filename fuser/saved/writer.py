@@ -74,7 +74,10 @@ def save(calls: Sequence[SavedCall], forms: Sequence[SavedForm], snapshot: Snaps
     spans = _Spans()
     captures = tuple(made for form in forms if (made := _capture(form, spans)) is not None)
     if not calls and not captures:
-        raise FuserError("nothing is compiled yet that can be saved: call the module on plain tensors")
+        raise FuserError(
+            "nothing is compiled yet that can be saved, and programs of calls with objects, such as caches, cannot: "
+            "call the module on plain tensors"
+        )
     kernels = _kernels_of(calls, forms)
     try:
         programs = SavedPrograms(tuple(_saved(call, spans) for call in calls), captures, ())

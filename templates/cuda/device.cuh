@@ -40,6 +40,20 @@ struct bf16 {
     __device__ __forceinline__ operator float() const { return __uint_as_float(uint32_t(bits) << 16); }
 };
 
+// fp8 with four bits of exponent and three of mantissa, no infinities and one NaN; conversions round to nearest even, and
+// what is beyond 448 becomes that.
+struct e4m3 {
+    uint8_t bits;
+    e4m3() = default;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    __device__ __forceinline__ explicit e4m3(float value) {
+        uint16_t pair;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
+        bits = uint8_t(pair);
+    }
+#endif
+};
+
 struct tf32;  // names the operand type of mma<tf32>; values are uint32_t of to_tf32
 
 __device__ __forceinline__ uint32_t pack_half(float low, float high) {
@@ -74,6 +88,9 @@ __device__ void mma(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     }
 FUSER_MMA(half, float, "f", "m16n8k16.row.col.f32.f16.f16.f32")
 FUSER_MMA(bf16, float, "f", "m16n8k16.row.col.f32.bf16.bf16.f32")
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+FUSER_MMA(e4m3, float, "f", "m16n8k32.row.col.f32.e4m3.e4m3.f32")
+#endif
 FUSER_MMA(tf32, float, "f", "m16n8k8.row.col.f32.tf32.tf32.f32")
 FUSER_MMA(int8_t, int, "r", "m16n8k32.row.col.s32.s8.s8.s32")
 FUSER_MMA(uint8_t, int, "r", "m16n8k32.row.col.s32.u8.u8.s32")

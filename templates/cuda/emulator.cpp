@@ -708,6 +708,7 @@ namespace device {
 namespace matrix {
 template void multiply<half, half>(emulator::Warp&, uint32_t);
 template void multiply<bf16, bf16>(emulator::Warp&, uint32_t);
+template void multiply<e4m3, e4m3>(emulator::Warp&, uint32_t);
 template void multiply<tf32, tf32>(emulator::Warp&, uint32_t);
 template void multiply<int8_t, int8_t>(emulator::Warp&, uint32_t);
 template void multiply<uint8_t, uint8_t>(emulator::Warp&, uint32_t);

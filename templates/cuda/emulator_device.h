@@ -420,6 +420,23 @@ inline uint16_t float_to_bf16(float value) {
     if ((bits & 0x7fffffff) > 0x7f800000u) return 0x7fff;
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline float e4m3_to_float(uint8_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x80) << 24, magnitude = uint32_t(bits & 0x7f) << 20;
+    if (magnitude == 0x07f00000u) return __uint_as_float(sign | 0x7fc00000u);
+    if (magnitude < 0x00800000u) return __uint_as_float(sign | __float_as_uint(float(bits & 0x7f) * 0x1p-9f));
+    return __uint_as_float(sign | (magnitude + 0x3c000000u));
+}
+inline uint8_t float_to_e4m3(float value) {
+    const uint32_t bits = __float_as_uint(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000u) return 0x7f;
+    if (magnitude >= 0x43e00000u) return uint8_t(sign | 0x7e);  // from 448 on
+    if (magnitude < 0x3c800000u) {
+        // Subnormal: adding 2^14 leaves the rounded multiple of 2^-9 in the lowest bits.
+        return uint8_t(sign | (__float_as_uint(__uint_as_float(magnitude) + 0x1p14f) - 0x46800000u));
+    }
+    const uint32_t rounded = magnitude + 0x7ffff + (magnitude >> 20 & 1);
+    return uint8_t(sign | ((rounded - 0x3c000000u) >> 20));
+}
 }  // namespace conversions
 
 struct half {
@@ -433,6 +450,11 @@ struct bf16 {
     bf16() = default;
     inline explicit bf16(float value) : bits(conversions::float_to_bf16(value)) {}
     inline operator float() const { return __uint_as_float(uint32_t(bits) << 16); }
+};
+struct e4m3 {
+    uint8_t bits;
+    e4m3() = default;
+    inline explicit e4m3(float value) : bits(conversions::float_to_e4m3(value)) {}
 };
 struct tf32;
 
@@ -472,6 +494,12 @@ template <> struct Element<bf16> {
     using Sum = float;
     using Row = Floats;
     static float at(uint32_t word, int i) { return __uint_as_float(i ? word & 0xffff0000u : word << 16); }
+};
+template <> struct Element<e4m3> {
+    static constexpr int count = 4;
+    using Sum = float;
+    using Row = Floats;
+    static float at(uint32_t word, int i) { return conversions::e4m3_to_float(uint8_t(word >> 8 * i)); }
 };
 template <> struct Element<tf32> {
     static constexpr int count = 1;
@@ -534,6 +562,7 @@ FUSER_UNCHECKED void multiply(emulator::Warp& warp, uint32_t lanes) {
 
 extern template void multiply<half, half>(emulator::Warp&, uint32_t);
 extern template void multiply<bf16, bf16>(emulator::Warp&, uint32_t);
+extern template void multiply<e4m3, e4m3>(emulator::Warp&, uint32_t);
 extern template void multiply<tf32, tf32>(emulator::Warp&, uint32_t);
 extern template void multiply<int8_t, int8_t>(emulator::Warp&, uint32_t);
 extern template void multiply<uint8_t, uint8_t>(emulator::Warp&, uint32_t);

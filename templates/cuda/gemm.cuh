@@ -60,7 +60,7 @@ __device__ __forceinline__ void load(
     for (int i = 0; i < kRows; i += kDown)
       copy(i, [](T* q, const T* p, int count) {
 #pragma unroll
-        for (int e = 0; e < kVector<T>; ++e) q[e] = e < count ? p[e] : T(0.0f);
+        for (int e = 0; e < kVector<T>; ++e) q[e] = e < count ? p[e] : T{};
       });
   }
 }
@@ -97,19 +97,38 @@ struct Fragments {
   }
 };
 
+// Whether tensor cores sum in fewer bits than fp32 has (13 of mantissa: SageAttention2, arXiv:2411.10958), so that only
+// sums of one instruction are theirs.
+template <class Product>
+constexpr bool kPromotes = std::is_same_v<Product, e4m3>;
+
+// sums += a * b
+template <class Product, class Sum>
+__device__ __forceinline__ void add_product(Sum (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kPromotes<Product>) {
+    float part[4] = {};
+    mma<Product>(part, a, b);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[e] += part[e];
+  } else {
+    mma<Product>(sums, a, b);
+  }
+}
+
 // Sums of a warp's tile on the tensor cores: fragments of 16 x 8, spread over the lanes as mma.sync does.
 template <class Product, int kTilesM, int kTilesN>
 struct Sums {
   using Sum = std::conditional_t<std::is_same_v<Product, int8_t>, int, float>;
   Sum value[kTilesM][kTilesN][4] = {};
 
-  // With kAhead = 1, fragments are loaded a step ahead, at the price of registers for two.
-  template <int kDepth, int kAhead = 1, class T>
+  // With kAhead = 1, fragments are loaded a step ahead, at the price of registers for two. Sums that are promoted take
+  // these, and would take those of all steps if the loop were unrolled.
+  template <int kDepth, int kAhead = !kPromotes<Product>, class T>
   __device__ __forceinline__ void multiply(const T* tile_a, int row, const T* tile_w, int column) {
     constexpr int kSteps = kDepth / kVector<T> / 2;
     Fragments<Product, kDepth, kTilesM, kTilesN> fragments[kAhead + 1];
     if (kAhead) fragments[0].load(tile_a, row, tile_w, column, 0);
-#pragma unroll
+#pragma unroll (kPromotes<Product> ? 1 : kSteps)
     for (int step = 0; step < kSteps; ++step) {
       const int next = step + kAhead;
       if (next < kSteps) fragments[next % (kAhead + 1)].load(tile_a, row, tile_w, column, next);
@@ -117,7 +136,7 @@ struct Sums {
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j) mma<Product>(value[i][j], f.a[i], f.w[j]);
+        for (int j = 0; j < kTilesN; ++j) add_product<Product>(value[i][j], f.a[i], f.w[j]);
     }
   }
 

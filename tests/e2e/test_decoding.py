@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fuser
+from fuser.ir.errors import FuserError, KernelError
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY = 97
@@ -279,6 +281,30 @@ def test_a_static_cache_is_written_in_its_place(fresh: tuple[Any, Any]) -> None:
     assert not fresh[1].fallbacks
 
 
+@pytest.mark.parametrize("make", [llama, gemma3])
+def test_steps_over_long_buffers_see_what_was_written(make: Callable[[], Any]) -> None:
+    """All positions of a static cache, and few after it was reset, with padding on the left."""
+    pair, length = made(make), 150
+
+    def run(model: Any) -> list[Tensor]:
+        cache, ids = transformers.StaticCache(model.config, max_cache_len=length), prompt(2, length)
+        found = []
+        for start in (length - 3, 4):
+            mask = torch.ones(2, start, dtype=torch.int64)
+            mask[0, :2] = 0
+            with torch.no_grad():
+                found.append(model(ids[:, :start], attention_mask=mask, past_key_values=cache).logits[1])
+                for i in range(start, start + 3):
+                    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                    found.append(model(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits)
+            found += [t.clone() for layer in cache.layers for t in (layer.keys[1], layer.values[1])]
+            cache.reset()
+        return found
+
+    close(pair, run)
+    assert not pair[1].fallbacks
+
+
 def test_a_static_cache_that_is_too_short_is_refused_and_stays_as_it_is(fresh: tuple[Any, Any]) -> None:
     for model in fresh:
         cache, ids = transformers.StaticCache(model.config, max_cache_len=4), prompt(1, 6)
@@ -316,10 +342,21 @@ def test_steps_with_static_caches_have_the_originals_gradients(fresh: tuple[Any,
     assert any("gradients" in reason for reason in fresh[1].fallbacks)
 
 
-def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: Any) -> None:
-    fast = fresh[1]
+def test_programs_with_caches_are_not_saved(fresh: tuple[Any, Any], tmp_path: Any, caplog: Any) -> None:
+    model, fast = fresh
+    cache = transformers.StaticCache(model.config, max_cache_len=12)
+    steps(fast, cache, prompt(2, 5))
+    with pytest.raises(FuserError, match="objects, such as caches"):
+        fast.save(tmp_path / "program.fuser")
     with torch.no_grad():
         fast(prompt(2, 5), use_cache=False)
-    fast.save(tmp_path / "program.fuser")
+    with caplog.at_level(logging.WARNING, "fuser"):
+        fast.save(tmp_path / "program.fuser")
+    assert "objects, such as caches" in caplog.text
     loaded = fuser.load(tmp_path / "program.fuser")
     assert loaded.calls and all("use_cache=False" in call for call in loaded.calls)
+    kept = cache.layers[0].keys.clone()
+    with pytest.raises(KernelError, match=r"past_key_values=StaticCache.*optimize the model here"):
+        loaded(prompt(2, 1), past_key_values=cache)
+    assert torch.equal(cache.layers[0].keys, kept)
+    assert cache.get_seq_length() == 5

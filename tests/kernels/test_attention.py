@@ -336,6 +336,28 @@ def test_few_rows(rows: int, isa: Isa) -> None:
                 check(attend(q, k, v, tiles, mask, isa=isa), exact(q, k, v, allowed, added))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("lowest", [None, -math.inf, torch.finfo(torch.float32).min])
+def test_buffers_of_which_a_part_is_in_use(lowest: float | None, rows: int, isa: Isa) -> None:
+    """What a row sees is one stretch of a long buffer: its start, its end, a window, almost all of it, nothing."""
+    kv_len, stretches = 333, [(0, 5), (64, 128), (100, 229), (0, 332), (332, 333), (7, 7)]
+    q, k, v = heads(1, 6, 4, rows, 32), heads(2, 6, 2, kv_len, 32), heads(3, 6, 2, kv_len, 32)
+    first, last = torch.tensor(stretches).T[:, :, None, None, None]
+    keys = torch.arange(kv_len)
+    tiles = plan(masks.Dense(), rows, kv_len)
+    for until in (last, last + torch.arange(rows)[:, None] * (last > first)):
+        seen = (keys >= first) & (keys < until)
+        # Nobody reads the rest, but where all are equally low.
+        unread = ~seen.any(-2, keepdim=True) & (seen.any((-2, -1), keepdim=True) | (lowest != torch.finfo().min))
+        dirty = [t.masked_fill(unread.mT, math.nan) for t in (k, v)]
+        if lowest is None:
+            check(attend(q, *dirty, tiles, seen, isa=isa), exact(q, k, v, seen))
+            continue
+        bias = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~seen, lowest)
+        check(attend(q, *dirty, tiles, bias, isa=isa), exact(q, k, v, bias=bias))
+
+
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_poison_among_few_rows(where: str) -> None:
     q, k, v = heads(1, 1, 2, 3, 32), heads(2, 1, 2, 50, 32), heads(3, 1, 2, 50, 32)

@@ -37,7 +37,7 @@ CASES = [Case(5, 2), Case(50, 131, "norm"), Case(33, 64, transposed=False), Case
 def in_bf16(graph: OperatorGraph) -> OperatorGraph:
     operators = [
         dataclasses.replace(op, semantics=Bf16Gemm(op.semantics.transposed), inputs=op.inputs[:2])  # type: ignore[attr-defined]
-        if op.kind in ("gemm", "int8_gemm")
+        if op.kind in ("gemm", "quantized_gemm")
         else op
         for op in graph.operators
     ]

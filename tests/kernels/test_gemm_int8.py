@@ -1,4 +1,4 @@
-"""Products in int8 against :class:`fuser.ir.operators.Int8Gemm`, bit for bit, on every instruction set at hand."""
+"""Products in int8 against :class:`fuser.ir.operators.QuantizedGemm`, bit for bit, on every instruction set at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, as_int8, assembly, quantized_values, target
+from int8_cases import NATIVE, Case, as_quantized, assembly, quantized_values, target
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
@@ -21,7 +21,7 @@ from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
 from fuser.kernels.gemm import GemmMatch
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmFamily, Int8GemmParameters, Int8Layout, int8_parameters
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmParameters, Int8Layout, QuantizedGemmFamily, int8_parameters
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
@@ -53,7 +53,7 @@ def cache() -> KernelCache:
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
-    match = Int8GemmFamily().match(graph.group(graph.compute), machine)
+    match = QuantizedGemmFamily().match(graph.group(graph.compute), machine)
     assert match is not None
     return match
 
@@ -85,7 +85,7 @@ def choices_of(case: Case, machine: Target) -> list[Int8GemmParameters]:
 
 
 def built(choices: Sequence[Int8GemmParameters], machine: Target, cache: KernelCache) -> list[Path]:
-    sources = [render(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", c)) for c in choices]
+    sources = [render(KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", c)) for c in choices]
     paths = build(sources, machine, headers=header_folder(machine), cache=cache)
     return [paths[source.symbol] for source in sources]
 
@@ -148,7 +148,7 @@ def test_matrix_tiles_are_taken_where_the_target_has_them(tmp_path: Path) -> Non
     seconds = [CpuInt8Gemm().cost(match, c, aim).seconds(aim) for c in choices]
     assert choices[seconds.index(min(seconds))].tiles and not all(c.tiles for c in choices)
     assert not any(c.tiles for c in CpuInt8Gemm().space(match, target(Isa.AVX512, AMX - {"amx_int8"})))
-    text = assembly(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", choices[0]), aim, tmp_path)
+    text = assembly(KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", choices[0]), aim, tmp_path)
     assert text.count("tdpbusd") >= 4 and "ldtilecfg" in text and "tilerelease" in text
 
 
@@ -177,10 +177,10 @@ def test_products_that_meet_in_the_epilogue(cache: KernelCache) -> None:
 
     for isa, features in MACHINES:
         aim = target(isa, features)
-        parameters = CpuInt8Gemm().space(match_of(as_int8(case.graph(1)), aim), aim)[0]
+        parameters = CpuInt8Gemm().space(match_of(as_quantized(case.graph(1)), aim), aim)[0]
         assert parameters.products == 2
         (library,) = built([parameters], aim, cache)
-        graph = as_int8(case.graph(19))
+        graph = as_quantized(case.graph(19))
         values = quantized_values(graph)
         (want,) = evaluate(graph, values).values()
         (got,) = run(graph, values, aim, parameters, library, 2).values()
@@ -204,7 +204,7 @@ def test_inner_loops_keep_their_sums_in_registers(
     aim = target(isa, frozenset(features))
     graph = Case(96, 256).graph(64)
     parameters = CpuInt8Gemm().space(match_of(graph, aim), aim)[0]
-    text = assembly(KernelSpec("int8_gemm", "cpu/gemm.cpp.j2", parameters), aim, tmp_path)
+    text = assembly(KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", parameters), aim, tmp_path)
     function = re.search(rf"multiplyILi{parameters.mr}E\S*:\n(.*?)\n\s*ret", text, re.S)
     assert function is not None
     blocks = re.split(r"\n\.L\w+:", function[1])
@@ -229,6 +229,11 @@ def test_sums_that_may_not_fit_are_refused() -> None:
         graph = Case(32, k, "none").graph(1)
         assert bool(CpuInt8Gemm().space(match_of(graph, target()), target())) == fits
     assert MAX_TERMS * 127**2 < 2**31
+
+
+def test_other_codes_are_refused() -> None:
+    graph = Case(32, 64, codes=torch.float8_e4m3fn).graph(1)
+    assert CpuInt8Gemm().space(match_of(graph, target()), target()) == []
 
 
 def test_weights_are_a_quarter() -> None:

@@ -290,12 +290,16 @@ FUSER_EXPORT int block_chain(const FuserArgs* args, void* stream) {
 // Tensor cores
 
 template <typename T, typename D>
-__global__ void multiply_fragments(const uint32_t* a, const uint32_t* b, D* d) {
+__device__ void multiply_own(const uint32_t* a, const uint32_t* b, D* d) {
     const int t = threadIdx.x;
     const uint32_t own_a[4] = {a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3]}, own_b[2] = {b[2 * t], b[2 * t + 1]};
     D own_d[4] = {d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3]};
     mma<T>(own_d, own_a, own_b);
     for (int i = 0; i < 4; ++i) d[4 * t + i] = own_d[i];
+}
+template <typename T, typename D>
+__global__ void multiply_fragments(const uint32_t* a, const uint32_t* b, D* d) {
+    multiply_own<T>(a, b, d);
 }
 #define FUSER_TEST_MMA(name, T, D)                                                                                  \
     FUSER_EXPORT int name(const FuserArgs* args, void* stream) {                                                     \
@@ -307,6 +311,17 @@ FUSER_TEST_MMA(mma_bf16, bf16, float)
 FUSER_TEST_MMA(mma_tf32, tf32, float)
 FUSER_TEST_MMA(mma_int8, int8_t, int)
 FUSER_TEST_MMA(mma_uint8, uint8_t, int)
+
+// Older architectures have no fp8.
+__global__ void multiply_fp8(const uint32_t* a, const uint32_t* b, float* d) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    multiply_own<e4m3>(a, b, d);
+#endif
+}
+FUSER_EXPORT int mma_e4m3(const FuserArgs* args, void* stream) {
+    return launch(multiply_fp8, 1, 32, 0, stream, tensor<const uint32_t>(args, 0), tensor<const uint32_t>(args, 1),
+                  tensor<float>(args, 2));
+}
 
 __global__ void multiply_mixed(const uint32_t* a, const uint32_t* b, int* d) {
     const int t = threadIdx.x;
@@ -416,6 +431,15 @@ __global__ void convert_all(const float* x, int n, uint16_t* halves, uint16_t* b
         packed[i] = pack<half>(x[i], x[n - 1 - i]);
         packed[n + i] = pack<bf16>(x[i], x[n - 1 - i]);
     }
+}
+__global__ void convert_fp8(const float* x, int n, uint8_t* out) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = e4m3(x[i]).bits;
+#endif
+}
+FUSER_EXPORT int to_fp8(const FuserArgs* args, void* stream) {
+    return launch(convert_fp8, 1, 64, 0, stream, tensor<const float>(args, 0), int(extents(args)[0]),
+                  tensor<uint8_t>(args, 1));
 }
 FUSER_EXPORT int from_float(const FuserArgs* args, void* stream) {
     return launch(convert_all, 1, 64, 0, stream, tensor<const float>(args, 0), int(extents(args)[0]),

@@ -296,7 +296,17 @@ def bf16_bits(x: Array) -> Array:
     return torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
-@pytest.mark.parametrize(("name", "k", "bits"), [("mma_half", 16, 16), ("mma_bf16", 16, 16), ("mma_tf32", 8, 32)])
+def fp8_bits(x: Array) -> Array:
+    return torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def fp8_values(bits: Array) -> Array:
+    return torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "bits"), [("mma_half", 16, 16), ("mma_bf16", 16, 16), ("mma_e4m3", 32, 8), ("mma_tf32", 8, 32)]
+)
 def test_mma_of_floats(library: Path, name: str, k: int, bits: int) -> None:
     generator = random(4)
     a, b = generator.standard_normal((16, k)).astype(np.float32), generator.standard_normal((k, 8)).astype(np.float32)
@@ -307,6 +317,9 @@ def test_mma_of_floats(library: Path, name: str, k: int, bits: int) -> None:
     elif name == "mma_bf16":
         raw_a, raw_b = bf16_bits(a), bf16_bits(b)
         a, b = ((raw.astype(np.uint32) << 16).view(np.float32) for raw in (raw_a, raw_b))
+    elif name == "mma_e4m3":
+        raw_a, raw_b = fp8_bits(a), fp8_bits(b)
+        a, b = fp8_values(raw_a), fp8_values(raw_b)
     else:
         raw_a, raw_b = tf32_bits(a), tf32_bits(b)
         a, b = raw_a.view(np.float32), raw_b.view(np.float32)
@@ -315,7 +328,7 @@ def test_mma_of_floats(library: Path, name: str, k: int, bits: int) -> None:
     run(library, name, [pack(raw_a[fragment_a(k, count)], bits), pack(raw_b[fragment_b(k, count)], bits), d])
     result = np.empty((16, 8))
     result[fragment_d()] = d
-    # Sums of 17 products in fp32.
+    # Sums of 33 products in fp32 at most.
     np.testing.assert_allclose(result, a.astype(np.float64) @ b.astype(np.float64) + c, rtol=1e-5, atol=2e-5)
 
 
@@ -452,6 +465,23 @@ def test_nan_stays_nan(library: Path) -> None:
     assert np.isnan(as_half.view(np.float16)).all()
     assert np.isnan((as_bf16.astype(np.uint32) << 16).view(np.float32)).all()
     assert np.isnan(as_tf32.view(np.float32)).all()
+
+
+def test_rounding_to_fp8(library: Path) -> None:
+    """As PyTorch's conversion, but for what is beyond the largest number, which becomes that (PTX ISA, "cvt",
+    ``.satfinite``)."""
+    numbers = fp8_values(np.arange(0x7F, dtype=np.uint8))
+    ties = (numbers[:-1] + numbers[1:]) / 2
+    near = np.concatenate([np.nextafter(ties, np.float32(side), dtype=np.float32) for side in (0, 1e3)])
+    anything = random(10).integers(0, 1 << 32, 6000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([numbers, ties, near, anything[np.isfinite(anything)], [449, 3e38, np.inf]]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    out = np.zeros(len(x), np.uint8)
+    run(library, "to_fp8", [x, out], [len(x)])
+    np.testing.assert_array_equal(out, fp8_bits(np.clip(x, -448, 448)))
+    out = np.zeros(2, np.uint8)
+    run(library, "to_fp8", [np.array([np.nan, -np.nan], np.float32), out], [2])
+    assert np.isnan(fp8_values(out)).all()
 
 
 def test_widening_of_every_16_bit_value(library: Path) -> None:

@@ -15,7 +15,7 @@ from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import ToolchainError
 from fuser.ir.expression import Op, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, Int8Gemm, Int8WeightGemm, Norm, Residual
+from fuser.ir.operators import Activation, Bias, Int8WeightGemm, Norm, QuantizedGemm, Residual
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec
 from fuser.runtime.compilers import find_toolchain
@@ -37,6 +37,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     transposed: bool = True
     chunked: bool = False
+    codes: torch.dtype = torch.int8
 
     def graph(self, rows: int) -> OperatorGraph:
         weight = (self.n, self.k) if self.transposed else (self.k, self.n)
@@ -55,7 +56,7 @@ class Case:
                 Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",)),
             ],
         }[self.chain]
-        chain = (Operator("dense", Int8Gemm(self.transposed), inputs, ("product",)), *steps)
+        chain = (Operator("dense", QuantizedGemm(self.transposed, self.codes), inputs, ("product",)), *steps)
         constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
         return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
 
@@ -75,10 +76,10 @@ def assembly(spec: KernelSpec, aim: Target, folder: Path) -> str:
         pytest.skip(f"this compiler knows no {' '.join(sorted(aim.features))}: {error}")
 
 
-def as_int8(graph: OperatorGraph) -> OperatorGraph:
-    """Products of a graph in int8."""
+def as_quantized(graph: OperatorGraph, codes: torch.dtype = torch.int8) -> OperatorGraph:
+    """Products of a graph in ``codes``."""
     operators = [
-        dataclasses.replace(op, semantics=Int8Gemm(op.semantics.transposed))  # type: ignore[attr-defined]
+        dataclasses.replace(op, semantics=QuantizedGemm(op.semantics.transposed, codes))  # type: ignore[attr-defined]
         if op.kind == "gemm"
         else op
         for op in graph.operators
@@ -90,7 +91,7 @@ def with_integers(graph: OperatorGraph) -> OperatorGraph:
     """Products of a graph with their weights in int8."""
     values, operators, constants = dict(graph.values), [], dict(graph.constants)
     for op in graph.operators:
-        if op.kind in ("int8_gemm", "gemm"):
+        if op.kind in ("quantized_gemm", "gemm"):
             transposed = op.semantics.transposed  # type: ignore[attr-defined]
             shape = values["weight"].shape
             values["weight"] = TensorSpec.contiguous(shape, torch.int8)

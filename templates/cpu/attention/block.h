@@ -46,6 +46,9 @@ struct Block {
       int64_t room = C::kKeyBlock - n;
       if (run < g.runs) {
         const int32_t* r = g.run + 3 * run;
+        if constexpr (C::kMask)
+          if (r[2] == 1 && t.mask_key == 1)
+            while (r[1] - at >= kGroup && none_seen(r[0] + at)) at += kGroup;
         room = r[1] - at < room ? r[1] - at : room;
         for (int64_t i = 0; i < room; ++i) {
           w.key[n + i] = r[0] + int32_t(at + i) * r[2];
@@ -150,6 +153,31 @@ struct Block {
         store(to + r, C::kBias && row_mask ? x + load(to + r) : x);
       }
     }
+  }
+
+  // Whether the run-time mask allows kGroup keys from `first` to no row, as those of a cache that are still to come. What
+  // a decoding step reads of its buffer beyond the last position is then the mask alone.
+  bool none_seen(int64_t first) {
+    vi allowed = {};
+    for (int64_t r = row_mask ? g.count - 1 : 0; r >= 0; --r) {
+      const typename C::MaskElement* m = mask_of(r) + first;
+      if constexpr (C::kBias) {
+        vi seen = {};
+        for (int64_t j = 0; j < kGroup; j += L) {
+          const vf b = load(m + j);
+          seen |= ~(vi)(b <= (exact ? -kInf : kNever));
+          allowed |= ~(vi)(b == set1(-kInf));
+        }
+        if (any(seen)) return false;
+      } else {
+        uint64_t words[kGroup / 8], seen = 0;
+        std::memcpy(words, m, kGroup);
+        for (const uint64_t word : words) seen |= word;
+        if (seen != 0) return false;
+      }
+    }
+    skipped |= any(allowed);
+    return true;
   }
 
   const typename C::MaskElement* mask_of(int64_t lane) const { return t.mask + g.row[lane] * t.mask_row; }

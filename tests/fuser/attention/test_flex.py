@@ -107,6 +107,27 @@ def test_block_masks_scales_and_grouped_heads() -> None:
         fuser.flex_attention(*inputs(2))
 
 
+@pytest.mark.skipif(not hasattr(torchs, "AuxRequest"), reason="this PyTorch has no auxiliary outputs")
+@pytest.mark.parametrize("name", ["alibi", "sine"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_auxiliary_outputs(lse: bool, name: str) -> None:
+    q, k, v = inputs()
+    function = KNOWN[name] if name in KNOWN else UNKNOWN[name][0]
+    settings = {"score_mod": function, "return_aux": torchs.AuxRequest(lse)}
+    out, aux = fuser.flex_attention(q, k, v, **settings)
+    exact, expected = torchs.flex_attention(q.double(), k.double(), v.double(), **settings)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-5)
+    assert aux.max_scores is None
+    assert (aux.lse is not None) is lse
+    if lse:
+        torch.testing.assert_close(aux.lse.double(), expected.lse.double(), rtol=2e-6, atol=1e-5)
+    with pytest.raises(ValueError, match="return_lse"):
+        fuser.flex_attention(q, k, v, return_lse=True, **settings)
+    with pytest.raises(NotImplementedError, match="max scores"):
+        # As PyTorch on CPUs.
+        fuser.flex_attention(q, k, v, return_aux=torchs.AuxRequest(lse, max_scores=True))
+
+
 def test_one_block_far_larger_than_the_mask() -> None:
     one = torch.ones(1, 1, 1, 1, dtype=torch.int32)
     mask = torchs.BlockMask.from_kv_blocks(one[..., 0], one - 1, BLOCK_SIZE=2**30, seq_lengths=(QUERIES, KEYS))

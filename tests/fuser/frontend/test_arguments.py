@@ -47,6 +47,16 @@ def test_numbers_that_change_are_sizes_from_then_on() -> None:
     assert not flat(made(-3)).counted
 
 
+def test_calls_differ_by_the_place_of_an_object() -> None:
+    @dataclass
+    class Cache:
+        rows: Tensor
+
+    x, cache = torch.ones(2), Cache(torch.ones(2, 3))
+    calls = [flatten_call(args, {}) for args in ((x, None, cache), (x, cache, None), (cache, x, None))]
+    assert len({call.key for call in calls}) == len({call.alike for call in calls}) == 3
+
+
 def test_a_capture_finds_counters_and_names_them() -> None:
     @dataclass
     class Cache:

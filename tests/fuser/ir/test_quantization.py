@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuser.ir.operators import Int8Gemm
+from fuser.ir.operators import QuantizedGemm
 from fuser.ir.quantization import TINY, Fixed, exact_products, quantize_rows
 
 
@@ -25,17 +25,58 @@ def test_elements_are_half_a_step_off_at_most(rows: int, columns: int, power: fl
     assert bool((off <= scales.double() * (0.5 + 127 * 2.0**-22)).all())
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.floats(-25, 25), st.integers(0, 2**31))
+def test_fp8_keeps_four_significant_bits(rows: int, columns: int, power: float, seed: int) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**power
+    codes, scales = quantize_rows(x, codes=torch.float8_e4m3fn)
+    assert codes.dtype is torch.float8_e4m3fn and scales.dtype is torch.float32 and scales.shape == (rows, 1)
+    assert bool((codes.float().abs().amax(-1) == 448).all())
+    want = x.double() / x.double().abs().amax(-1, keepdim=True) * 448
+    off = (codes.double() - want).abs()
+    # Half a step of four bits or of subnormal numbers, and the roundings of fp32.
+    assert bool((off <= (want.abs() * 2.0**-4).clamp_min(2.0**-10) + want.abs() * 2.0**-22).all())
+    torch.testing.assert_close(scales.double() * 448, x.double().abs().amax(-1, keepdim=True), rtol=2.0**-23, atol=0.0)
+
+
+def test_fp8_codes_are_those_of_the_conversion() -> None:
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    # A row whose scale is one: its elements are what PyTorch makes of them.
+    x[0] = torch.linspace(-20, 20, 300) ** 3 / 20
+    x[0, 0] = 448
+    codes, scales = quantize_rows(x, codes=torch.float8_e4m3fn)
+    assert scales[0] == 1 and torch.equal(codes[0].float(), x[0].to(torch.float8_e4m3fn).float())
+    halves = torch.tensor([[448.0, 17.0, 19.0, 21.0, -17.0, -19.0]])
+    assert quantize_rows(halves, codes=torch.float8_e4m3fn)[0].float().tolist() == [[448, 16, 20, 20, -16, -20]]
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_products_of_fp8_codes(transposed: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 96, generator=g), torch.randn(7, 96, generator=g)
+    scales = [t.abs().amax(-1, keepdim=True) / 448 for t in (x, weight)]
+    a, b = ((t / s).to(torch.float8_e4m3fn).double() for t, s in zip((x, weight), scales, strict=True))
+    want = a @ b.mT * (scales[0] * scales[1].mT).double()
+    how = QuantizedGemm(transposed, torch.float8_e4m3fn)
+    given = weight if transposed else weight.mT
+    # Nothing of these rows lies where a quotient and a product with an inverse round to different codes.
+    torch.testing.assert_close(how.evaluate(x.double(), given)[0], want, rtol=2.0**-22, atol=1e-6)
+    torch.testing.assert_close(how.evaluate(x, given)[0].double(), want, rtol=2.0**-20, atol=1e-4)
+    assert how.signature != QuantizedGemm(transposed).signature
+
+
 def test_halves_go_to_even_integers() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
     assert quantize_rows(x)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
-def test_rows_without_a_scale() -> None:
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rows_without_a_scale(codes: torch.dtype) -> None:
     x = torch.tensor([[0.0, 0.0], [TINY, -TINY], [1.0, torch.nan], [torch.inf, 1.0], [-torch.inf, 0.0]])
-    integers, scales = quantize_rows(x)
-    assert integers.tolist() == [[0, 0]] * 5
+    found, scales = quantize_rows(x, codes=codes)
+    assert found.float().tolist() == [[0, 0]] * 5
     assert scales[:2].flatten().tolist() == [0.0, 0.0] and bool(scales[2:].isnan().all())
-    assert quantize_rows(torch.zeros(3, 0))[1].tolist() == [[0.0]] * 3
+    assert quantize_rows(torch.zeros(3, 0), codes=codes)[1].tolist() == [[0.0]] * 3
 
 
 @pytest.mark.parametrize("k", [0, 1, 1040, 1041, 5000])
@@ -57,7 +98,7 @@ def test_an_outlier_is_evened_out_by_factors(transposed: bool) -> None:
     factors = torch.ones(64)
     factors[3] = 1 / 60
     errors = [
-        float((Int8Gemm(transposed).evaluate(x, weight, *more)[0] - exact).norm() / exact.norm())
+        float((QuantizedGemm(transposed).evaluate(x, weight, *more)[0] - exact).norm() / exact.norm())
         for more in ((), (factors,))
     ]
     assert errors[1] < 0.02 < 3 * errors[1] < errors[0]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fuser.ir.target import CUDA_ARCHS, TF32, Target, cuda_target
+from fuser.ir.target import CUDA_ARCHS, TF32, Target, cuda_target, emulated_target
 
 CPU = Target("cpu", "avx2", frozenset(), 4, (1, 1, 1), peak_flops=8e10, bandwidth=1e10, launch_seconds=1e-6)
 
@@ -49,10 +49,21 @@ def test_kernels_of_mma_sync_reach_what_it_can_feed_the_tensor_cores() -> None:
     assert hopper.mma_rate(torch.float16, 0.6) == 0.6 * hopper.tensor_flops
 
 
+def test_mma_sync_of_fp8_is_fp16_where_it_is_converted() -> None:
+    ada, hopper = cuda_target("sm_89"), cuda_target("sm_90a")
+    assert ada.mma_rate(torch.float8_e4m3fn, 0.85) == 0.85 * ada.rate(torch.float8_e4m3fn) > 1.6 * ada.tensor_flops
+    assert hopper.mma_rate(torch.float8_e4m3fn, 0.85) == hopper.mma_rate(torch.float16, 0.85)
+
+
 def test_caches_are_faster_the_nearer_they_are() -> None:
     for arch in CUDA_ARCHS:
         target = cuda_target(arch)
         assert target.bandwidth / target.cores < target.l2_bandwidth < target.shared_bandwidth
+
+
+def test_gpus_that_multiply_fp8() -> None:
+    assert {arch for arch in CUDA_ARCHS if not cuda_target(arch).fp8} == {"sm_80", "sm_86", "sm_87"}
+    assert not emulated_target().fp8 and emulated_target("sm_89").fp8
 
 
 def test_rates_of_a_gpu_depend_on_what_its_tensor_cores_multiply() -> None:

@@ -1,4 +1,4 @@
-"""`optimize(quantize=fuser.Int8())`: which layers it takes, what becomes of the outputs, and how it says so."""
+"""`optimize(quantize=fuser.Int8())` and `fuser.FP8()`: what they take, what becomes of outputs, what they say."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from fuser.codegen.choice import GroupChoice
 from fuser.explain.report import collect
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
-from fuser.ir.errors import CalibrationError
-from fuser.ir.graph import OperatorGraph
+from fuser.ir.errors import CalibrationError, TargetError
+from fuser.ir.graph import OperatorGraph, is_kind
+from fuser.ir.operators import QuantizedGemm
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
-from fuser.ir.target import Target
+from fuser.ir.target import Target, emulated_target
 from fuser.kernels.base import floating
 from fuser.module import compiler, engine, forms
 from fuser.module.compiler import choose_all
-from fuser.module.quantizing import Layer, Quantizer
+from fuser.module.quantizing import Layer, LinearQuantization, Quantizer
 from fuser.runtime.targets import named_target
 from fuser.search.tuning import Tuner
 
@@ -65,9 +66,9 @@ def rows(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def int8_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+def int8_linear(x: Tensor, layer: nn.Linear, codes: torch.dtype = torch.int8) -> Tensor:
     """A linear layer on rounded numbers, in float64."""
-    (a, s), (w, t) = quantize_rows(x), quantize_rows(layer.weight)
+    (a, s), (w, t) = quantize_rows(x, codes=codes), quantize_rows(layer.weight, codes=codes)
     return (a.double() @ w.double().mT) * (s.double() * t.double().mT) + layer.bias.double()
 
 
@@ -104,7 +105,7 @@ def test_layers_run_on_rounded_numbers() -> None:
             )
         hidden, _ = fast(x)
         exact, _ = model(x)
-    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"]
+    assert kinds(fast) == ["quantized_gemm"] * 4 + ["gemm"]
     # An element in a hundred lies where fp32 and float64 round to neighbouring integers.
     torch.testing.assert_close(hidden.double(), want, atol=2e-3, rtol=0)
     assert 1 - 1e-3 < cosine(hidden, exact) < 1 - 1e-6
@@ -127,7 +128,7 @@ def test_the_report_lists_layers_with_errors_and_reasons() -> None:
     # A hundredth is what steps of 1/127 of a row's largest element make of normal numbers.
     assert all(3e-3 < error < 3e-2 for error in errors)
     assert lines[3].endswith("among exclude=") and lines[5].endswith("smaller than 32")
-    assert kinds(fast) == ["int8_gemm"] * 2 + ["gemm"] * 3
+    assert kinds(fast) == ["quantized_gemm"] * 2 + ["gemm"] * 3
 
 
 def test_the_report_says_the_width_and_the_error_of_every_group() -> None:
@@ -148,7 +149,7 @@ def test_the_report_says_the_width_and_the_error_of_every_group() -> None:
 def test_only_what_is_included() -> None:
     fast = optimized(encoder(), include=("*.up",), quality=0)
     fast(rows(1, 5))
-    assert kinds(fast) == ["int8_gemm", "gemm", "int8_gemm", "gemm", "gemm"]
+    assert kinds(fast) == ["quantized_gemm", "gemm", "quantized_gemm", "gemm", "gemm"]
 
 
 def test_one_program_for_all_lengths_and_smoothing_in_all() -> None:
@@ -196,10 +197,12 @@ def test_layers_that_would_spoil_the_outputs_are_kept() -> None:
     loose = optimized(model, smooth=False, quality=0)
     with torch.no_grad():
         assert cosine(loose(x), model(x)) < 0.9
-    assert kinds(loose) == ["int8_gemm"] * 2
+    assert kinds(loose) == ["quantized_gemm"] * 2
 
 
-def _quantizer(rates: Mapping[str, float], quality: float, bf16_ratio: float = 2.0) -> tuple[Quantizer, OperatorGraph]:
+def _quantizer(
+    rates: Mapping[str, float], quality: float, bf16_ratio: float = 2.0, how: type[LinearQuantization] = fuser.Int8
+) -> tuple[Quantizer, OperatorGraph]:
     """What is decided for Narrow on a CPU with bf16 instructions where choices take such times."""
     torch.manual_seed(0)
     model, x = Narrow().eval(), rows(4, 9)
@@ -207,7 +210,7 @@ def _quantizer(rates: Mapping[str, float], quality: float, bf16_ratio: float = 2
         model.bad.weight[:, 1:].mul_(100)
     captured = capture(model, flatten_call((x,), {}))
     graph = raise_graph(captured, None, floating(named_target("cpu")))
-    quantizer = Quantizer(model, fuser.Int8(quality=quality, smooth=False))
+    quantizer = Quantizer(model, how(quality=quality, smooth=False))
     quantizer.observe(graph, captured.parameters, [x])
     target = Target(
         "cpu", "avx512", frozenset({"avx512_bf16"} if bf16_ratio > 1 else ()), 2, (1, 1, 1), 1e11, 1e12, 0.0
@@ -218,7 +221,7 @@ def _quantizer(rates: Mapping[str, float], quality: float, bf16_ratio: float = 2
         return [rates[kind] for kind in kinds]
 
     def choose(of: OperatorGraph) -> list[GroupChoice]:
-        return choose_all(of, named_target("cpu"), None)[0]
+        return choose_all(of, named_target("cpu") if how is fuser.Int8 else emulated_target("sm_89"), None)[0]
 
     quantizer.settle(target, choose, compare)
     return quantizer, quantizer.apply(graph, captured.parameters)
@@ -227,14 +230,14 @@ def _quantizer(rates: Mapping[str, float], quality: float, bf16_ratio: float = 2
 @pytest.mark.parametrize(
     ("rates", "quality", "ratio", "precisions"),
     [
-        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9, 2.0, ["int8", "int8"]),
-        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9985, 2.0, ["int8", "bf16"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": 1.0}, 0.9, 2.0, ["int8", "int8"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": 1.0}, 0.9985, 2.0, ["int8", "bf16"]),
         # bf16 is not enough, is no faster than fp32, is not what the target multiplies faster, or is faster than int8.
-        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 1 - 4e-6, 2.0, ["bf16", "kept"]),
-        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 1 - 1e-9, 2.0, ["kept", "kept"]),
-        ({"gemm": 3.0, "bf16_gemm": 3.0, "int8_gemm": 1.0}, 0.9985, 2.0, ["int8", "kept"]),
-        ({"gemm": 3.0, "bf16_gemm": 2.0, "int8_gemm": 1.0}, 0.9985, 1.0, ["int8", "kept"]),
-        ({"gemm": 3.0, "bf16_gemm": 1.0, "int8_gemm": 2.0}, 0.9, 2.0, ["bf16", "bf16"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": 1.0}, 1 - 4e-6, 2.0, ["bf16", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": 1.0}, 1 - 1e-9, 2.0, ["kept", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 3.0, "quantized_gemm": 1.0}, 0.9985, 2.0, ["int8", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": 1.0}, 0.9985, 1.0, ["int8", "kept"]),
+        ({"gemm": 3.0, "bf16_gemm": 1.0, "quantized_gemm": 2.0}, 0.9, 2.0, ["bf16", "bf16"]),
     ],
 )
 def test_bf16_is_tried_before_a_layer_is_kept(
@@ -242,10 +245,22 @@ def test_bf16_is_tried_before_a_layer_is_kept(
 ) -> None:
     quantizer, graph = _quantizer(rates, quality, ratio)
     assert [layer.precision for layer in quantizer.layers] == precisions
-    kinds = {"int8": "int8_gemm", "bf16": "bf16_gemm", "kept": "gemm"}
+    kinds = {"int8": "quantized_gemm", "bf16": "bf16_gemm", "kept": "gemm"}
     assert [op.kind for op in graph.operators if op.kind.endswith("gemm")] == [kinds[p] for p in precisions]
     assert quantizer.cosine >= quality
     assert [f": {p}" in str(layer) for layer, p in zip(quantizer.layers, precisions, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "quality", "precisions"),
+    [(1.0, 0.9, ["fp8", "fp8"]), (1.0, 1 - 1e-9, ["kept", "kept"]), (2.5, 0.9, ["bf16", "bf16"])],
+)
+def test_layers_leave_fp8_as_they_leave_int8(seconds: float, quality: float, precisions: list[str]) -> None:
+    rates = {"gemm": 3.0, "bf16_gemm": 2.0, "quantized_gemm": seconds}
+    quantizer, graph = _quantizer(rates, quality, how=fuser.FP8)
+    assert [layer.precision for layer in quantizer.layers] == precisions and quantizer.cosine >= quality
+    codes = [op.semantics.codes for op in graph.operators if is_kind(op, QuantizedGemm)]
+    assert codes == [torch.float8_e4m3fn] * precisions.count("fp8")
 
 
 def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
@@ -254,7 +269,7 @@ def test_given_inputs_calibrate_in_the_place_of_the_first_call() -> None:
     fast = optimized(model, calibrate=[rows(1, 8), (rows(2, 4),), {"x": rows(1, 3)}])
     # Whose outputs would keep every layer.
     fast(torch.full((1, 5, 64), torch.nan))
-    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"]
+    assert kinds(fast) == ["quantized_gemm"] * 4 + ["gemm"]
     with torch.no_grad():
         assert cosine(fast(rows(1, 5))[0], model(rows(1, 5))[0]) > 0.999
 
@@ -271,7 +286,7 @@ def test_calibration_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "capture", counted)
     fast = optimized(encoder(), calibrate=[rows(3, 8), rows(2, 4), rows(3, 5)])
     fast(rows(2, 9))
-    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(count) == 1
+    assert kinds(fast) == ["quantized_gemm"] * 4 + ["gemm"] and len(count) == 1
 
 
 def test_weights_whose_sums_may_not_fit_are_kept() -> None:
@@ -318,7 +333,7 @@ def test_bert_with_padding_left_out() -> None:
     with torch.no_grad():
         got, want = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (fast, model))
     assert cosine(got[mask.bool()], want[mask.bool()]) > 0.999 and not got[~mask.bool()].any()
-    assert "int8_gemm" in {op.kind for p in fast.programs for op in p.graph.operators}
+    assert "quantized_gemm" in {op.kind for p in fast.programs for op in p.graph.operators}
 
 
 def test_gated_layers_and_tied_embeddings() -> None:
@@ -328,7 +343,7 @@ def test_gated_layers_and_tied_embeddings() -> None:
     with torch.no_grad():
         fast = optimized(model)
         assert cosine(fast(**call).logits, model(**call).logits) > 0.999
-    assert kinds(fast).count("int8_gemm") >= 8
+    assert kinds(fast).count("quantized_gemm") >= 8
     assert any(len(layer.modules) > 1 for layer in layers(fast))
 
 
@@ -344,8 +359,9 @@ def test_gated_layers_and_tied_embeddings() -> None:
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        fuser.Int8(**options)
+    for how in (fuser.Int8, fuser.FP8):
+        with pytest.raises(ValueError, match=words):
+            how(**options)
 
 
 def test_what_is_no_quantization_and_inputs_that_do_not_fit() -> None:
@@ -384,7 +400,7 @@ def test_calibration_on_the_first_call_captures_it_once(monkeypatch: pytest.Monk
             monkeypatch.setattr(module, "capture", counted)
     fast = fuser.optimize(encoder(), quantize=fuser.Int8(), search="model", dynamic=dynamic)
     fast(rows(2, 9))
-    assert kinds(fast) == ["int8_gemm"] * 4 + ["gemm"] and len(captures) == 1
+    assert kinds(fast) == ["quantized_gemm"] * 4 + ["gemm"] and len(captures) == 1
 
 
 def test_inputs_that_are_not_finite_keep_layers_and_rows_to_themselves() -> None:
@@ -437,7 +453,7 @@ def test_on_a_gpu_kernels_give_the_numbers_of_cpus(how: dict[str, Any]) -> None:
     here = fuser.optimize(model, quantize=quantize, search="model")
     got, want = there(x), here(x)
     assert kinds(there) == kinds(here)
-    assert {k.family for k in there.kernels} >= {"int8_weight_gemm" if how else "int8_gemm"}
+    assert {k.family for k in there.kernels} >= {"int8_weight_gemm" if how else "quantized_gemm"}
     assert there.fallbacks == ()
     # Norms are summed in another order, and a number behind one may become the integer beside it.
     for ours, theirs in zip(got, want, strict=True):
@@ -453,6 +469,56 @@ def test_on_a_gpu_layers_are_tried_and_kept_where_int8_is_no_faster() -> None:
     found = layers(fast)
     assert kinds(fast) == ["gemm"] * 5 and all(layer.reason for layer in found)
     assert sum("no faster in int8" in layer.reason for layer in found) == 4
+
+
+def test_layers_in_fp8(tmp_path: Path) -> None:
+    model, x = encoder(), rows(2, 9)
+    fast = fuser.optimize(model, quantize=fuser.FP8(quality=0), search="model", target=emulated_target("sm_89"))
+    with torch.no_grad():
+        want = x
+        for block in (model.first, model.second):
+            inner = nn.functional.gelu(int8_linear(want.float(), block.up, torch.float8_e4m3fn))
+            total = want.double() + int8_linear(inner.float(), block.down, torch.float8_e4m3fn)
+            want = nn.functional.layer_norm(total, (64,), block.norm.weight.double(), block.norm.bias.double())
+        hidden, head = fast(x)
+        exact, _ = model(x)
+    assert kinds(fast) == ["quantized_gemm"] * 4 + ["gemm"] and fast.fallbacks == ()
+    assert {k.family for k in fast.kernels} >= {"quantized_gemm"}
+    # Few elements lie where fp32 and float64 round to neighbouring codes, but these are up to a sixteenth apart.
+    assert float((hidden - want).norm()) < 0.1 * float((hidden - exact).norm())
+    assert 1 - 1e-2 < cosine(hidden, exact) < 1 - 1e-5
+    widths = collect(fast.snapshot()).widths
+    assert [w.width for w in widths if "linear" in " ".join(w.operators)][:4] == ["fp8"] * 4
+    fast.save(tmp_path / "encoder.fuser")
+    for trust in ("kernels", "data"):
+        again = fuser.load(tmp_path / "encoder.fuser", trust=trust)(x)
+        assert torch.equal(again[0], hidden) and torch.equal(again[1], head)
+
+
+def test_fp8_is_tried_and_kept_where_it_is_no_faster() -> None:
+    model, x = encoder(), rows(2, 9)
+    how = fuser.FP8([x], bf16=False, exclude="second.*")
+    fast = fuser.optimize(model, quantize=how, search="model", target=emulated_target("sm_89"))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
+    found = layers(fast)
+    assert sum("no faster in fp8" in layer.reason for layer in found) == 2
+    # A half of sixteenths, as elements are all over a step.
+    assert all(1e-2 < layer.error < 5e-2 for layer in found if layer.reason.startswith("no faster"))
+
+
+def test_targets_without_fp8_say_so() -> None:
+    model, x = encoder(), rows(1, 4)
+    for target, words in (("cpu", "CPUs have no"), ("cuda:emulated", "sm_80 has no")):
+        with pytest.raises(TargetError, match=f"{words} products of fp8.*8\\.9.*fuser.Int8"):
+            fuser.optimize(model, quantize=fuser.FP8(), target=target)
+    for quality in (0, 0.999):
+        fast = fuser.optimize(model, quantize=fuser.FP8(quality=quality), search="model")
+        for _ in range(2):
+            with pytest.raises(TargetError, match="CPUs have no"):
+                fast(x)
+    with pytest.raises(ValueError, match="one specification for linear layers"):
+        fuser.optimize(model, quantize=[fuser.FP8(), fuser.Int8()])
 
 
 def test_weights_alone(tmp_path: Path) -> None:
@@ -530,7 +596,7 @@ def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     def compare(_: Tuner, ways: Sequence[Sequence[GroupChoice]]) -> list[float]:
         plain, rounded = ways
         assert {n for c in plain for n in c.group.names} == {n for c in rounded for n in c.group.names}
-        assert any(op.kind == "int8_gemm" for c in rounded for op in c.group.operators)
+        assert any(op.kind == "quantized_gemm" for c in rounded for op in c.group.operators)
         values, operators = plain[0].group.graph.values, [op for c in plain for op in c.group.operators]
         wide = any(op.kind == "gemm" and values[op.output].shape[-1] == 128 for op in operators)
         return [2e-6, 3e-6] if wide else [3e-6, 2e-6]
@@ -542,7 +608,7 @@ def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     kept = {x.modules[0]: x.reason for x in layers(fast) if not x.quantized}
     assert sorted(kept) == ["first.up", "head", "second.up"]
     assert kept["first.up"] == "no faster in int8: 3 µs, 2 µs without"
-    assert kinds(fast) == ["gemm", "int8_gemm"] * 2 + ["gemm"]
+    assert kinds(fast) == ["gemm", "quantized_gemm"] * 2 + ["gemm"]
     # The layers left change the outputs less than all would.
     precision = fast.snapshot().precision
     assert precision is not None and precision.cosine > 0.9999
@@ -564,5 +630,5 @@ def test_a_study_of_time_against_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # The fastest of those that are good enough.
     good = next(p for p in precision.front if p.cosine >= 0.9999)
     assert precision.cosine == good.cosine and sum(x.quantized for x in precision.layers) == good.layers
-    assert f"front: {good.layers} layers in int8" in fast.report()
-    assert kinds(fast).count("int8_gemm") == good.layers
+    assert f"front: {good.layers} layers in eight bits" in fast.report()
+    assert kinds(fast).count("quantized_gemm") == good.layers
