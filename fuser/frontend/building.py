@@ -110,9 +110,23 @@ class GraphBuilder:
         elif strides is not None:
             name = self.alias(f"{view.base}_view", view.base, shape, strides, view.offset)
         else:
-            name = self.gathered(view) or self._copied(view)
+            name = self._turned(view) or self.gathered(view) or self._copied(view)
         self._realized[view] = name
         return name
+
+    def _turned(self, view: View) -> str | None:
+        """A view whose columns are rows in memory, as one of the rows that :meth:`gathered` gives, which others read,
+        too; None for others."""
+        if len(view.dims) < 2 or self.is_constant(view):
+            return None
+        back = (*range(len(view.dims) - 2), len(view.dims) - 1, len(view.dims) - 2)
+        rows = view.permute(back)
+        if self.row_numbers(view) is not None or self.row_numbers(rows) is None:
+            return None
+        name = self.realize(rows)
+        turned = View.of(name, self.values[name]).permute(back)
+        strides = turned.strides()
+        return None if strides is None else self.alias(f"{name}_turned", name, turned.shape, strides, turned.offset)
 
     def _copied(self, view: View) -> str:
         copy = Extern(view.copied(), "a view that no strides can describe is copied")

@@ -48,8 +48,9 @@ def _are_even(rows: View) -> bool:
 def product_of_heads(r: Raiser, node: fx.Node, x: View, matrices: View) -> View | None:
     """x (B · H, S, D) or (B, H, S, D) times a constant matrix (D, P) of each head, the same for all samples."""
     rank = len(x.dims)
-    if r.is_constant(x) or not r.is_constant(matrices) or len(matrices.dims) != rank or rank not in (3, 4):
+    if r.is_constant(x) or not r.is_constant(matrices) or len(matrices.dims) > rank or rank not in (3, 4):
         return None
+    matrices = matrices.expand((1,) * (rank - len(matrices.dims)) + matrices.shape)
     if {r.dtype(x), r.dtype(matrices)} != {torch.float32} or 0 in (*x.shape, *matrices.shape):
         return None
     outer = [factor for factors in matrices.dims[:-2] for factor in collapsed(factors)]

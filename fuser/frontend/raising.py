@@ -7,6 +7,7 @@ stays an ``extern`` operator that PyTorch runs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from fuser.attention import windowed as _windowed  # noqa: F401
 from fuser.frontend.building import GraphBuilder
 from fuser.frontend.capture import Captured
 from fuser.frontend.sizes import Traced, traced
-from fuser.frontend.views import Conjunction, Value, View
+from fuser.frontend.views import Conjunction, Value, View, collapsed
 from fuser.ir import operators as kinds
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError
@@ -178,25 +179,30 @@ class Raiser(GraphBuilder):
         decide = frozenset[int]() if semantics.expression is None else semantics.expression.conditions
         if any(d not in self.floating and not (d == torch.bool and i in decide) for i, d in enumerate(dtypes)):
             return None
-        full = next((v for v in operands if v.shape == spec.shape and not self.is_constant(v)), None)
-        if full is None:
+        running = [v for v in operands if not self.is_constant(v)]
+        if not running:
             return None
+        full = next((v for v in running if v.shape == spec.shape), None)
+        if full is None:
+            # Such as the sum of a column and a row.
+            full = running[0].expand(spec.shape)
+            operands = [full if v is running[0] else v for v in operands]
         dtypes = [spec.dtype if dtype == torch.bool else dtype for dtype in dtypes]
         if any(dtype != spec.dtype for dtype in dtypes):
             semantics = _rounded(semantics, dtypes, spec.dtype)
         order = full.memory_order()
-        if semantics.expression is not None and not semantics.expression.has_reduction:
-            whole = [v.expand((1,) * (len(spec.shape) - len(v.dims)) + v.shape) for v in operands]
+        by_element = semantics.expression is not None and not semantics.expression.has_reduction
+        whole = [v.expand((1,) * (len(spec.shape) - len(v.dims)) + v.shape) for v in operands]
+        if by_element:
             elements = full.memory_order(rows=False)
             order = elements if all(v.lies_in(elements) for v in whole) else order
         inverse = tuple(order.index(d) for d in range(len(order)))
-        inputs = []
-        for view in operands:
-            pad = len(spec.shape) - len(view.dims)
-            if order != tuple(range(len(order))):
-                view = view.expand((1,) * pad + view.shape).permute(order)
-            inputs.append(self.realize(view))
-        shape = tuple(spec.shape[d] for d in order)
+        ordered = shape = tuple(spec.shape[d] for d in order)
+        if order != tuple(range(len(order))):
+            operands = [view.permute(order) for view in whole]
+        if by_element and any(map(_repeats_between, whole)):
+            shape, operands = _with_wide_rows(shape, [view.permute(order) for view in whole])
+        inputs = [self.realize(view) for view in operands]
         # What every layer makes of one mask is made once.
         key = (semantics, tuple(inputs), shape, spec.dtype) if stays_inside(node) else None
         out = self._elementwise.get(key)
@@ -204,7 +210,7 @@ class Raiser(GraphBuilder):
             out = self.emit(semantics, node.name, inputs, TensorSpec.contiguous(shape, spec.dtype))
             if key is not None:
                 self._elementwise[key] = out
-        return out.permute(inverse)
+        return self.reshaped(out, ordered).permute(inverse)
 
     def reduction(self, name: str, function: Expression, x: View, dtype: torch.dtype, keepdim: bool) -> View | None:
         """One number for every row of ``x``, which ``function`` makes of the row."""
@@ -315,6 +321,25 @@ def storage_of(node: fx.Node) -> int:
     """The number of the storage of a node's tensor."""
     (storage,) = _storages(node)
     return storage
+
+
+def _repeats_between(view: View) -> bool:
+    """Whether rows of a view are the same along one dimension and differ along one before and one behind it."""
+    differ = [size != 1 for size in view.shape[:-1]]
+    return True in differ and False in differ[differ.index(True) : len(differ) - differ[::-1].index(True)]
+
+
+def _with_wide_rows(shape: tuple[int, ...], views: list[View]) -> tuple[tuple[int, ...], list[View]]:
+    """Operands of a shape whose last dimensions are one, as far as each of them has all or nothing of these in one
+    piece of memory."""
+    while len(shape) > 1:
+        narrow = [view.shape[-2:] != shape[-2:] for view in views]
+        one = [view.reshape((*view.shape[:-2], math.prod(view.shape[-2:]))) for view in views]
+        joined = [view for view in one if view is not None and len(collapsed(view.dims[-1])) <= 1]
+        if len(joined) < len(views) or any(n and view.shape[-1] != 1 for n, view in zip(narrow, joined, strict=True)):
+            break
+        shape, views = (*shape[:-2], math.prod(shape[-2:])), joined
+    return shape, views
 
 
 def _storages(node: fx.Node) -> frozenset[int]:

@@ -72,6 +72,20 @@ def test_operators_inside_blocks(run: Callable[..., Any]) -> None:
     assert len(fast.kernels) > 0
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.linear(m.linear(x).amax(-1, True) + m.linear(x)[:, :1]),
+        lambda m, x: m.linear(m.linear(x)[:, :1] - m.linear(x).amax(-1, True)),
+        lambda m, x: m.linear(m.linear(x)[:1] * m.linear(x)[:, 3:4]),
+    ],
+    ids=["column and row", "row and column", "of samples and tokens"],
+)
+def test_what_broadcasts_from_both_sides_is_a_kernel(run: Callable[..., Any]) -> None:
+    fast = check(Model(run), X)
+    assert fast.fallbacks == () and fast.unfused == () and fast.outside == ()
+
+
 KEPT = torch.rand(2, 16, generator=torch.Generator().manual_seed(5)) > 0.4
 
 

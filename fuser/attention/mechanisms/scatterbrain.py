@@ -43,20 +43,23 @@ class ScatterbrainAttention(LocalAttention, Directions):
         # (B, H, 1, M); finite also where all is padding.
         top = log_phi.amax(2, keepdim=True).clamp(min=torch.finfo(log_phi.dtype).min)
         phi = torch.exp(log_phi - top)
-        inside, values = self._windows(phi, grid), self._windows(v, grid)
-        total, of_window = phi.sum(2)[:, None], inside.sum(3)
-        outside = total - of_window
-        mixed = (phi.mT @ v)[:, None] - inside.mT @ values
+        inside, values = (self._windows(t, grid, self.extension) for t in (phi, v))
+        of_window, mixed_inside = inside.sum(3), inside.mT @ values
+        if self.extension:
+            total, mixed_total = phi.sum(2)[:, None], (phi.mT @ v)[:, None]
+        else:
+            # Each token is in one window.
+            total, mixed_total = of_window.sum(1, keepdim=True), mixed_inside.sum(1, keepdim=True)
+        outside, mixed = total - of_window, mixed_total - mixed_inside
         # The reference's constants keep the difference from vanishing, relative to the largest of features and to the
         # window's or whole sum.
         whole = torch.maximum(total, of_window).clamp(min=torch.finfo(phi.dtype).tiny)
         score = whole.log() + torch.log(outside / whole + 1e-5) + top.transpose(1, 2)
-        norms = windows(half_norms(q).transpose(1, 2).flatten(2), grid, self.window_size).mT.unsqueeze(-1)
-        bias = score.unsqueeze(3) - norms - math.log(count) / 2
+        bias = score.unsqueeze(3) - half_norms(self._windows(q, grid, 0)) - math.log(count) / 2
         keys = directions * self.head_dim**0.25
         return Far(keys[None, None], mixed / outside.clamp(min=1e-3).unsqueeze(-1), bias.to(qkv.dtype))
 
-    def _windows(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Windows with their extension of what each head has of each token, (B, H, N, F) → (B, G, H, L, F)."""
-        split = windows(x.transpose(1, 2).flatten(2), grid, self.window_size, self.extension, self.extension)
+    def _windows(self, x: Tensor, grid: Sequence[int], extension: int) -> Tensor:
+        """Extended windows of what each head has of each token, (B, H, N, F) → (B, G, H, L, F)."""
+        split = windows(x.transpose(1, 2).flatten(2), grid, self.window_size, extension, extension)
         return heads_of(split, x.shape[1])

@@ -113,7 +113,8 @@ def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value
     found = _few_combined(r, node.name, node.target, x, dims)
     if found is None and x.strides() is None:
         # PyTorch would be given such rows, too.
-        found = _few_combined(r, node.name, node.target, View.of(*named(r, r.realize(x))), dims)
+        x = View.of(*named(r, r.realize(x)))
+        found = _few_combined(r, node.name, node.target, x, dims)
     found = found or _many_combined(r, node, x, dims)
     if found is not None:
         return found.reshape(result.shape)

@@ -78,6 +78,22 @@ def test_all_of_lara_is_kernels(proposals: str, weights: str, pool: str, tokens:
     assert fast.fallbacks == fast.unfused == fast.outside == ()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_products_of_windows_are_what_scatterbrain_leaves_to_pytorch(overlap: bool) -> None:
+    torch.manual_seed(0)
+    how = {"window_size": 4, "attn_2d": True, "use_rpe": True, "approx_attn_dim": 32, "overlap_window": overlap}
+    module = build("scatterbrain", dim=2 * WIDTH, num_heads=2, **how).eval()
+    fast, exact = fuser.optimize(module, search="model", dynamic=False), copy.deepcopy(module).double()
+    x = torch.randn(1, 64, 2 * WIDTH)
+    with torch.no_grad():
+        want = exact(x.double())
+        mine, eager = (float((out - want).norm() / want.norm()) for out in (fast(x), module(x)))
+    assert mine < max(3 * eager, 1e-6)
+    if not overlap:
+        assert [reason for _, reason in fast.unfused] == ["no kernel family knows aten.matmul.default"]
+        assert fast.fallbacks == fast.outside == ()
+
+
 PADDED: dict[str, dict[str, Any]] = {
     "performer": {"approx_attn_dim": 16},
     "ra": {"num_samples": -1},
