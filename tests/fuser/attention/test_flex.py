@@ -168,7 +168,7 @@ def test_scores_of_few_bits(name: str, how: Prediction, caplog: pytest.LogCaptur
 
 
 def test_few_bits_take_scores_that_kernels_know() -> None:
-    with pytest.raises(ScoreError, match="takes a score_mod that kernels know"):
+    with pytest.raises(ScoreError, match="a score_mod that kernels know"):
         fuser.flex_attention(*inputs(), UNKNOWN["sine"][0], quantize=fuser.DEQ())
     with pytest.raises(ScoreError, match=r"quantize must be a fuser\.DEQ"):
         fuser.flex_attention(*inputs(), quantize="adamax_nb80")  # type: ignore[arg-type]
