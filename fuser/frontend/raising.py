@@ -198,10 +198,11 @@ class Raiser(GraphBuilder):
             order = elements if all(v.lies_in(elements) for v in whole) else order
         inverse = tuple(order.index(d) for d in range(len(order)))
         ordered = shape = tuple(spec.shape[d] for d in order)
+        turned = [view.permute(order) for view in whole]
         if order != tuple(range(len(order))):
-            operands = [view.permute(order) for view in whole]
-        if by_element and any(map(_repeats_between, whole)):
-            shape, operands = _with_wide_rows(shape, [view.permute(order) for view in whole])
+            operands = turned
+        if by_element and any(map(_repeats_between, turned)):
+            shape, operands = with_wide_rows(shape, turned)
         inputs = [self.realize(view) for view in operands]
         # What every layer makes of one mask is made once.
         key = (semantics, tuple(inputs), shape, spec.dtype) if stays_inside(node) else None
@@ -329,7 +330,7 @@ def _repeats_between(view: View) -> bool:
     return True in differ and False in differ[differ.index(True) : len(differ) - differ[::-1].index(True)]
 
 
-def _with_wide_rows(shape: tuple[int, ...], views: list[View]) -> tuple[tuple[int, ...], list[View]]:
+def with_wide_rows(shape: tuple[int, ...], views: list[View]) -> tuple[tuple[int, ...], list[View]]:
     """Operands of a shape whose last dimensions are one, as far as each of them has all or nothing of these in one
     piece of memory."""
     while len(shape) > 1:

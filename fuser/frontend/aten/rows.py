@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fuser.frontend.aten.handlers import FEW, aten, given_by, handles, named
-from fuser.frontend.raising import Raiser
+from fuser.frontend.raising import Raiser, with_wide_rows
 from fuser.frontend.sizes import traced
 from fuser.frontend.views import Value, View, collapsed
 from fuser.ir import expression as ex
@@ -186,13 +186,10 @@ def _few_combined(r: Raiser, name: str, target: Any, x: View, dims: Sequence[int
         y = b.apply(Op.MUL, y, b.constant(1 / len(known)))
     order = known[0].memory_order()
     rows = [part.permute(order) for part in known]
-    shape, strides = rows[0].shape, rows[0].strides()
     # Heads beside each other are one row.
-    while strides is not None and len(shape) > 1 and strides[-2] == shape[-1] * strides[-1]:
-        shape, strides = (*shape[:-2], shape[-2] * shape[-1]), (*strides[:-2], strides[-1])
-    wide = [part for part in (row.reshape(shape) for row in rows) if part is not None]
+    shape, wide = with_wide_rows(rows[0].shape, rows)
     # Kernels read rows that are evenly spaced in evenly spaced groups.
-    if len(wide) < len(rows) or len(collapsed([f for factors in wide[0].dims[:-1] for f in factors])) > 2:
+    if len(collapsed([f for factors in wide[0].dims[:-1] for f in factors])) > 2:
         return None
     inputs = [r.realize(part) for part in wide]
     made = r.emit(kinds.Pointwise(b.build(y)), name, inputs, TensorSpec.contiguous(shape, r.dtype(x)))
