@@ -174,6 +174,11 @@ class GemmParameters:
         return False
 
     @property
+    def scales(self) -> bool:
+        """Whether sums are multiplied with scales before the epilogue reads them."""
+        return self.integer or self.scaled
+
+    @property
     def grouped(self) -> bool:
         """Whether groups of rows have weights of their own (:mod:`fuser.kernels.gemm_grouped`)."""
         return False

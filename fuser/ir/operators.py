@@ -427,7 +427,7 @@ class PV(Semantics):
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         p, v = inputs
-        return (p @ v.repeat_interleave(p.shape[1] // v.shape[1], 1),)
+        return (p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], 1),)
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return 2.0 * math.prod(output) * inputs[0][-1]

@@ -218,7 +218,7 @@ def compile_call(
     graph = raise_graph(captured, attention, floating(target))
     graph = with_stored_integers(graph, captured.parameters)
     if quantizer is not None:
-        graph = quantizer.apply(graph, captured.parameters)
+        graph = quantizer.apply(graph, captured.parameters, target)
     lap("raise")
     chosen, choices = choose_all(graph, target, tuner)
     lap("schemes")

@@ -461,7 +461,7 @@ class Form:
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
         graph = with_stored_integers(graph, self.captured.parameters)
         if self._quantizer is not None:
-            graph = self._quantizer.apply(graph, self.captured.parameters)
+            graph = self._quantizer.apply(graph, self.captured.parameters, target)
         variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)
         self._variants.append(variant)
         return variant

@@ -19,6 +19,7 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kin
 from fuser.ir.operators import Bf16Gemm, Gemm, Int8WeightGemm, QuantizedGemm, Ref, TorchCall
 from fuser.ir.quantization import MAX_TERMS, NAMES, Fixed, integers_of, recovered_scales, scales_of
 from fuser.ir.target import Target
+from fuser.module.narrowing import narrowed, narrows
 from fuser.module.weights import value_of
 
 Look = Callable[[Operator, Evaluation], None]
@@ -60,7 +61,9 @@ class LinearQuantization:
         trials: how many choices of layers a study of time against error tries (Optuna's NSGA-II); the fastest that has
             the ``quality`` is taken, and the report lists the Pareto front. Without it, layers with the largest errors
             leave eight bits, as many as it takes.
-        bf16: whether layers of a model in fp32 may be multiplied in bf16 that eight bits do not suit.
+        bf16: whether, on a target that multiplies pairs of bf16 numbers, layers of a model in fp32 may be multiplied
+            in bf16 that eight bits do not suit, and values be stored in bf16 that pass from layers in eight bits to
+            such layers, with the attention between them. The residual stream and norms stay in fp32.
         include: patterns (as in ``fnmatch``) of the names of modules that may be quantized.
         exclude: patterns of those that may not be; a product of several layers at once is excluded with any of them.
 
@@ -202,13 +205,16 @@ class Precision:
     errors: Mapping[str, float] = field(default_factory=dict)
     front: tuple[FrontPoint, ...] = ()
     """The Pareto front of time and error that a study has found, the fastest first."""
+    narrow: bool = False
+    """Whether values that pass between layers in eight bits are stored in bf16."""
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What the report says."""
         cosine = () if math.isnan(self.cosine) else (f"cosine to the unquantized outputs {self.cosine:.6f}",)
         front = [f"front: {point}" for point in self.front]
-        return (*cosine, *front, *map(str, self.layers))
+        narrow = ("values between layers in eight bits: bf16",) if self.narrow else ()
+        return (*cosine, *front, *narrow, *map(str, self.layers))
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,7 @@ class Quantizer:
         self._calls: list[_Call] = []
         self._errors: dict[str, float] = {}
         self._plain_seconds = 0.0
+        self._narrows = options.bf16
         self.front: tuple[FrontPoint, ...] = ()
         self.cosine = math.nan
         smooth = options.smooth and not self._weights_only
@@ -246,10 +253,12 @@ class Quantizer:
     @property
     def found(self) -> Precision:
         """What is decided by now."""
-        return Precision(self.cosine, tuple(map(dataclasses.replace, self.layers)), dict(self._errors), self.front)
+        layers = tuple(map(dataclasses.replace, self.layers))
+        return Precision(self.cosine, layers, dict(self._errors), self.front, self._narrows and self.settled)
 
-    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
-        """``graph`` with the chosen layers in eight bits or bf16."""
+    def apply(self, graph: OperatorGraph, parameters: Mapping[str, Tensor], target: Target) -> OperatorGraph:
+        """``graph`` with the chosen layers in eight bits or bf16, and what passes between those in eight bits in bf16
+        where ``target`` gains by it and the outputs allow it."""
         operators, values, constants = [], dict(graph.values), dict(graph.constants)
         for op in graph.operators:
             layer = self._layer(graph, op, parameters)
@@ -271,7 +280,8 @@ class Quantizer:
                 constants[name] = Constant(name, (), TorchCall(Fixed(layer.factors.cpu())))
                 inputs = (*inputs, name)
             operators.append(dataclasses.replace(op, semantics=quantized, inputs=inputs))
-        return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+        made = dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+        return narrowed(made) if self._narrows and narrows(target) else made
 
     def _layer(self, graph: OperatorGraph, op: Operator, parameters: Mapping[str, Tensor]) -> Layer | None:
         """What is decided for a product, by the tensors that its weight is made of; None for other operators."""
@@ -335,6 +345,7 @@ class Quantizer:
         """Decide by what was observed: ``choose`` gives the kernels of a graph, ``compare`` the seconds of ways to do
         the same work, None where they are not to be had."""
         self.settled = True
+        self._narrows = self._narrows and narrows(target)
         weights: dict[int, Tensor] = {}
         for call in self._calls:
             for op in call.graph.operators:
@@ -350,10 +361,11 @@ class Quantizer:
         if self.options.bf16 and not self._weights_only and _prefers_bf16(target):
             widths.append(BF16)
         if not self._weights_only:
-            self._keep_fast(widths, choose, compare)
-        self._keep_quality()
+            self._keep_fast(widths, choose, compare, target)
+        self._keep_quality(target)
         if self._calls:
-            self._errors = _errors_of(self._calls[-1], self.apply(self._calls[-1].graph, self._calls[-1].parameters))
+            last = self._calls[-1]
+            self._errors = _errors_of(last, self.apply(last.graph, last.parameters, target))
         self._calls.clear()
 
     def _estimate(self, layer: Layer, weight: Tensor) -> None:
@@ -384,9 +396,10 @@ class Quantizer:
     def _product(self, rows: Tensor, weight: Tensor, *factors: Tensor) -> Tensor:
         return QuantizedGemm(True, self.options.codes).evaluate(rows, weight, *factors)[0]
 
-    def _keep_quality(self) -> None:
-        """Take from eight bits as many of the layers with the largest errors as the outputs ask for, and, where bf16 is
-        not enough for all of these, as many from that; or those that a study finds."""
+    def _keep_quality(self, target: Target) -> None:
+        """Give up what is stored in bf16 if the outputs ask for it; then take from eight bits as many of the layers with
+        the largest errors as they ask for, and, where bf16 is not enough for all of these, as many from that; or those
+        that a study finds."""
         wanted = self.options.quality
         order = sorted(
             (x for x in self.layers if x.precision != KEPT and not math.isnan(x.error)), key=lambda x: -x.error
@@ -394,15 +407,18 @@ class Quantizer:
         if not self._calls or wanted == 0:
             return
         if self.options.trials and order:
-            self._study(order)
+            self._study(order, target)
             return
-        self.cosine = self._cosine()
+        self.cosine = self._cosine(target)
+        if self.cosine < wanted and self._narrows:
+            self._narrows = False
+            self.cosine = self._cosine(target)
         for _ in range(2):
             if self.cosine >= wanted:
                 return
-            self._lower(order, wanted)
+            self._lower(order, wanted, target)
 
-    def _lower(self, order: Sequence[Layer], wanted: float) -> None:
+    def _lower(self, order: Sequence[Layer], wanted: float, target: Target) -> None:
         """Give the fewest of the first layers that are enough the next precision that is faster than none, or all."""
         before = [(layer.precision, layer.reason) for layer in order]
 
@@ -412,7 +428,7 @@ class Quantizer:
                 if i < number and precision != KEPT:
                     layer.precision = BF16 if precision == self._narrow and BF16 in layer.saved else KEPT
                     layer.reason = f"outputs would fall below a cosine of {wanted:g}"
-            return self._cosine()
+            return self._cosine(target)
 
         low, high = 0, len(order)
         while high - low > 1:
@@ -420,7 +436,7 @@ class Quantizer:
             low, high = (low, middle) if cosine(middle) >= wanted else (middle, high)
         self.cosine = cosine(high)
 
-    def _study(self, order: Sequence[Layer]) -> None:
+    def _study(self, order: Sequence[Layer], target: Target) -> None:
         """Choose layers by a study of time against error, and keep its Pareto front. Times are additive."""
         import optuna
 
@@ -439,7 +455,7 @@ class Quantizer:
         def judge(trial: optuna.Trial) -> tuple[float, float]:
             for i, layer in enumerate(order):
                 layer.precision = trial.suggest_categorical(str(i), widths[i])
-            return self._plain_seconds - math.fsum(x.saved.get(x.precision, 0.0) for x in order), 1.0 - self._cosine()
+            return self._plain_seconds - math.fsum(x.saved.get(x.precision, 0.0) for x in order), 1.0 - self._cosine(target)
 
         study.optimize(judge, n_trials=max(trials, len(study.get_trials())))
         front = {}
@@ -456,7 +472,7 @@ class Quantizer:
             if not layer.quantized:
                 layer.reason = f"left out by a study for a cosine of {wanted:g}"
 
-    def _keep_fast(self, widths: Sequence[str], choose: Choose, compare: Compare) -> None:
+    def _keep_fast(self, widths: Sequence[str], choose: Choose, compare: Compare, target: Target) -> None:
         """Give layers the fastest of ``widths`` that is faster than none, by the sum over the calls, and note what they
         save."""
         spent: dict[int, tuple[Layer, dict[str, tuple[float, float]]]] = {}
@@ -468,7 +484,7 @@ class Quantizer:
             for width in widths:
                 for layer in chosen:
                     layer.precision = width
-                rounded = choose(self.apply(call.graph, call.parameters))
+                rounded = choose(self.apply(call.graph, call.parameters, target))
                 for op in call.graph.operators:
                     found = self._layer(call.graph, op, call.parameters)
                     if found is None or found.precision == KEPT:
@@ -496,10 +512,10 @@ class Quantizer:
             )
             layer.reason = f"no faster in {self._narrow}: {1e6 * after:.3g} µs, {other}"
 
-    def _cosine(self) -> float:
+    def _cosine(self, target: Target) -> float:
         total, count = 0.0, 0
         for call in self._calls:
-            graph = self.apply(call.graph, call.parameters)
+            graph = self.apply(call.graph, call.parameters, target)
             outputs = _run(graph, call.parameters, call.values)
             for got, exact in zip(outputs, call.outputs, strict=True):
                 if not exact.is_floating_point() or exact.numel() == 0 or exact.dim() == 0:

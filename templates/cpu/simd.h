@@ -79,7 +79,14 @@ FUSER_INLINE vf load(const bf16* p) {
   std::memcpy(&h, p, sizeof(h));
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
-// The bits of the nearest bf16 number in the low half of every lane.
+// The bits of the nearest bf16 number in the low half of every lane. What is below the normal range may become zero.
+#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
+FUSER_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+FUSER_INLINE void store(bf16* p, vf v) {
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof(h));
+}
+#else
 FUSER_INLINE vu bf16_bits(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -91,6 +98,7 @@ FUSER_INLINE void store(bf16* p, vf v) {
   const vh h = __builtin_convertvector(bf16_bits(v), vh);
   std::memcpy(p, &h, sizeof(h));
 }
+#endif
 FUSER_INLINE vf to_bf16(vf v) { return (vf)(bf16_bits(v) << 16); }
 
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
@@ -174,6 +182,7 @@ FUSER_INLINE float reduce_max(vf v) {
   return t[0];
 }
 
+FUSER_INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
 // Sums of integers wrap around, so that what is off by a constant can be put right afterwards.
 FUSER_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
 FUSER_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
