@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fuser
 from fuser import demo
+from fuser.kernels.gemm import multiplies_bf16
 from fuser.runtime.device import cpu_target
 
 CALIBRATION = 16
@@ -44,7 +45,8 @@ def onnxruntime_int8(path: Path, ids: Tensor, threads: int) -> Callable[[], Any]
     return onnxruntime_arm(small, ids, threads)
 
 
-def openvino_int8(path: Path, ids: Tensor, threads: int) -> Callable[[], Any]:
+def openvino_int8(path: Path, ids: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
+    """Around the products in fp32, and, where the CPU multiplies it, in bf16, as is its default there."""
     import nncf
     import openvino as ov
 
@@ -55,7 +57,10 @@ def openvino_int8(path: Path, ids: Tensor, threads: int) -> Callable[[], Any]:
     small = nncf.quantize(ov.Core().read_model(str(path)), data, model_type=nncf.ModelType.TRANSFORMER)
     saved = path.with_name("int8.xml")
     ov.save_model(small, str(saved))
-    return openvino_arm(saved, ids, threads)
+    arms = {"OpenVINO int8 (NNCF)": openvino_arm(saved, ids, threads)}
+    if multiplies_bf16(cpu_target()):
+        arms["OpenVINO int8 (NNCF), bf16"] = openvino_arm(saved, ids, threads, "bf16")
+    return arms
 
 
 def run(case: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def run(case: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
         arms["ONNX Runtime int8"] = onnxruntime_int8(path, ids, options.threads)
         arms["OpenVINO fp32"] = openvino_arm(path, ids, options.threads)
         try:
-            arms["OpenVINO int8 (NNCF)"] = openvino_int8(path, ids, options.threads)
+            arms |= openvino_int8(path, ids, options.threads)
         except ImportError as error:
             print(f"  OpenVINO int8 is left out: {error}")
         cosines = {arm: cosine(torch.as_tensor(call()), reference) for arm, call in arms.items()}

@@ -44,6 +44,7 @@ from fuser.kernels.operands import OperandExtents, row_stride, rows_and_columns
 _MAX_OPERANDS = 16
 _LINE = 16  # floats in a cache line
 _DEPTHS = (256, 384)  # longer passes add up more roundings than a library's GEMM does
+_PAIR_DEPTHS = (384, 256)  # those of bf16 factors are larger
 _MAX_BLOCK = 168
 _SHARED_ROWS = 512
 _SERIAL_BELOW = 1 << 18
@@ -54,7 +55,7 @@ _TILES_RATIO = 8.0  # of AMX's rate over that of vectors, for int8 as for bf16
 
 # (rows, vectors) of the register tile: accumulators, one row of W and a broadcast element fill the register file.
 _TILES = {
-    Isa.AVX512: ((8, 3), (14, 2), (6, 4)),
+    Isa.AVX512: ((6, 4), (8, 3), (14, 2)),
     Isa.AVX2: ((6, 2), (4, 3)),
     Isa.NEON: ((8, 3), (12, 2)),
     Isa.PORTABLE: ((4, 2), (6, 1)),
@@ -446,9 +447,10 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
             )
 
         tiles = register_tiles(match.n, target)
+        depths = _PAIR_DEPTHS if pairs else _DEPTHS
         wide = matrix_tiles(match.n, target, "amx_bf16") if pairs else []
-        choices = [choice(tile, depth, True) for tile in wide for depth in _DEPTHS]
-        choices += [choice(tile, _DEPTHS[0]) for tile in tiles] + [choice(tiles[0], _DEPTHS[1])]
+        choices = [choice(tile, depth, True) for tile in wide for depth in depths]
+        choices += [choice(tile, depths[0]) for tile in tiles] + [choice(tiles[0], depths[1])]
         return [*dict.fromkeys(choices)]
 
     def cost(self, match: GemmMatch, parameters: GemmParameters, target: Target) -> Cost:

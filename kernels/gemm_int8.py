@@ -36,8 +36,6 @@ _OFFSET = 128
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 _DEPTHS = (512, 256)
 _PAIR_TILES = ((6, 2), (5, 2))
-_QUAD_TILES = ((6, 4), (8, 3), (14, 2))
-"""Of AVX-512: the fewer rows, the fewer words of A are broadcast for a product."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +141,5 @@ def _has_quads(target: Target) -> bool:
 
 def _tiles(n: int, target: Target) -> list[tuple[int, int]]:
     """Register tiles (rows, vectors). Without dot products one more register holds the products of pairs."""
-    if Isa(target.arch) is Isa.AVX2 and not _has_quads(target):
-        return register_tiles(n, target, _PAIR_TILES)
-    return register_tiles(n, target, _QUAD_TILES if Isa(target.arch) is Isa.AVX512 and _has_quads(target) else None)
+    pairs = Isa(target.arch) is Isa.AVX2 and not _has_quads(target)
+    return register_tiles(n, target, _PAIR_TILES if pairs else None)
