@@ -89,9 +89,7 @@ def _attention(graph: OperatorGraph, op: Operator) -> tuple[set[Place], set[str]
     return _places(graph, (op, (0, 1)), (found[0], (1,)), result=found[0].output)
 
 
-def _places(
-    graph: OperatorGraph, *reads: tuple[Operator, tuple[int, ...]], result: str
-) -> tuple[set[Place], set[str]]:
+def _places(graph: OperatorGraph, *reads: tuple[Operator, tuple[int, ...]], result: str) -> tuple[set[Place], set[str]]:
     places = {(op.name, i) for op, positions in reads for i in positions}
     values = {graph.base(op.inputs[i]) for op, positions in reads for i in positions}
     return places, values | {graph.base(result)}

@@ -397,9 +397,9 @@ class Quantizer:
         return QuantizedGemm(True, self.options.codes).evaluate(rows, weight, *factors)[0]
 
     def _keep_quality(self, target: Target) -> None:
-        """Give up what is stored in bf16 if the outputs ask for it; then take from eight bits as many of the layers with
-        the largest errors as they ask for, and, where bf16 is not enough for all of these, as many from that; or those
-        that a study finds."""
+        """Give up what is stored in bf16 if the outputs ask for it; then take from eight bits as many of the layers
+        with the largest errors as they ask for, and, where bf16 is not enough for all of these, as many from that; or
+        those that a study finds."""
         wanted = self.options.quality
         order = sorted(
             (x for x in self.layers if x.precision != KEPT and not math.isnan(x.error)), key=lambda x: -x.error
@@ -455,7 +455,9 @@ class Quantizer:
         def judge(trial: optuna.Trial) -> tuple[float, float]:
             for i, layer in enumerate(order):
                 layer.precision = trial.suggest_categorical(str(i), widths[i])
-            return self._plain_seconds - math.fsum(x.saved.get(x.precision, 0.0) for x in order), 1.0 - self._cosine(target)
+            return self._plain_seconds - math.fsum(x.saved.get(x.precision, 0.0) for x in order), 1.0 - self._cosine(
+                target
+            )
 
         study.optimize(judge, n_trials=max(trials, len(study.get_trials())))
         front = {}

@@ -79,14 +79,7 @@ FUSER_INLINE vf load(const bf16* p) {
   std::memcpy(&h, p, sizeof(h));
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
-// The bits of the nearest bf16 number in the low half of every lane. What is below the normal range may become zero.
-#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
-FUSER_INLINE vu bf16_bits(vf v) { return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)); }
-FUSER_INLINE void store(bf16* p, vf v) {
-  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(p, &h, sizeof(h));
-}
-#else
+// The bits of the nearest bf16 number in the low half of every lane.
 FUSER_INLINE vu bf16_bits(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -95,10 +88,17 @@ FUSER_INLINE vu bf16_bits(vf v) {
   return (vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded));
 }
 FUSER_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {
+    const __m256bh nearest = _mm512_cvtneps_pbh((__m512)v);  // takes subnormal numbers for zero
+    std::memcpy(p, &nearest, sizeof(nearest));
+    return;
+  }
+#endif
   const vh h = __builtin_convertvector(bf16_bits(v), vh);
   std::memcpy(p, &h, sizeof(h));
 }
-#endif
 FUSER_INLINE vf to_bf16(vf v) { return (vf)(bf16_bits(v) << 16); }
 
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64

@@ -19,6 +19,7 @@ from fuser.attention.registry import spec_of
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import FuserError
 from fuser.ir.prediction import Prediction
+from fuser.kernels.gemm import multiplies_bf16
 from fuser.runtime.device import cpu_target
 from fuser.runtime.program import NativeStep
 
@@ -144,7 +145,10 @@ def test_optimize_quantizes_all_attention(how: Prediction, causal: bool, tmp_pat
     model = Encoder(how, causal).eval()
     with torch.inference_mode():
         for given in (batch(3, 40), batch(2, 23), batch(4, 64)):
-            torch.testing.assert_close(fast(*given), model(*given), rtol=1e-4, atol=1e-5)
+            want = model(*given)
+            # Where values are rounded to bf16, the second attention gets other queries, and some other codes of them.
+            bound = 0.05 if multiplies_bf16(cpu_target()) else 1e-5
+            assert float((fast(*given) - want).norm() / want.norm()) < bound
         assert (fast(*given) - Encoder(None).eval()(*given)).abs().max() > 1e-3
         fast.save(tmp_path / "encoder.fuser")
         torch.testing.assert_close(fuser.load(tmp_path / "encoder.fuser")(*given), fast(*given))
