@@ -12,11 +12,22 @@ from fuser.cli.output import Json, console, print_json, progress, table
 from fuser.ir.errors import FuserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from fuser.cli.models import Named
     from fuser.ir.masks import Mask
     from fuser.ir.target import Target
     from fuser.module.compiler import Compiled
     from fuser.module.optimized import OptimizedModule
+
+
+class Scores(str, enum.Enum):
+    """How attention decides by few bits which scores are computed in full."""
+
+    DEQ = "deq"
+    SANGER = "sanger"
 
 
 class Stage(str, enum.Enum):
@@ -38,7 +49,8 @@ def show(
         typer.Option(
             help="fx: the captured ATen graph. graph: the operators. scheme: regions and which operators share a "
             "kernel. kernels: the kernels. source: their C++. plan: steps and memory. precision: the model in int8, "
-            "calibrated on its example: the numbers and the error of every kernel."
+            "calibrated on its example: the numbers and the error of every kernel, and with --scores the share of "
+            "scores and of tiles of 64 x 64 that every head of every attention computes in full."
         ),
     ] = Stage.KERNELS,
     profile: Annotated[
@@ -60,12 +72,17 @@ def show(
         str, typer.Option(help="cached: measure kernels and remember; model: trust the cost model.")
     ] = "cached",
     quality: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of --stage precision: least mean cosine.")] = 0.999,
+    scores: Annotated[
+        Scores | None, typer.Option(help="Of --stage precision: attention with fuser.DEQ() or fuser.Sanger().")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Show MODEL at one stage of compilation, or time its kernels."""
     if profile and stage is not Stage.KERNELS:
         raise typer.BadParameter("only kernels can be timed: use --stage kernels", param_hint="--profile")
+    if scores is not None and stage is not Stage.PRECISION:
+        raise typer.BadParameter("only --stage precision shows what becomes of scores", param_hint="--scores")
     if search not in ("cached", "model"):
         raise typer.BadParameter(f"{search!r} is neither cached nor model", param_hint="--search")
     import torch
@@ -89,7 +106,7 @@ def show(
         _show_capture(named, stage, attention, json)
         return
     with progress(f"compiling {named.name}"):
-        optimized = _compile(named, attention, search, quality if stage is Stage.PRECISION else None)
+        optimized = _compile(named, attention, search, quality if stage is Stage.PRECISION else None, scores)
     compiled = optimized.programs[-1]
     if profile:
         _show_profile(named, compiled, optimized, rounds, json)
@@ -99,17 +116,23 @@ def show(
     elif stage is Stage.PLAN:
         _show_plan(compiled, json)
     elif stage is Stage.PRECISION:
-        _show_precision(optimized, json)
+        _show_precision(optimized, named.call.tensors if scores is not None else (), json)
     else:
         _show_report(optimized, stage, json)
 
 
-def _compile(named: Named, attention: Mask | None, search: str, quality: float | None) -> OptimizedModule:
+def _compile(
+    named: Named, attention: Mask | None, search: str, quality: float | None, scores: Scores | None
+) -> OptimizedModule:
+    from fuser.ir.prediction import DEQ, Prediction, Sanger
     from fuser.module.optimized import optimize
-    from fuser.module.quantizing import Int8
+    from fuser.module.quantizing import Int8, LinearQuantization
 
-    given = [named.args or named.kwargs]
-    how = None if quality is None else Int8(given if quality else None, quality=quality, smooth=quality > 0)
+    given, how = [named.args or named.kwargs], list[LinearQuantization | Prediction]()
+    if quality is not None:
+        how.append(Int8(given if quality else None, quality=quality, smooth=quality > 0))
+    if scores is not None:
+        how.append(DEQ() if scores is Scores.DEQ else Sanger())
     optimized = optimize(named.model, named.args or named.kwargs, attention=attention, search=search, quantize=how)
     if not optimized.programs:
         reasons = [*optimized.fallbacks, *(reason for _, reason in optimized.unfused)]
@@ -193,18 +216,30 @@ def _show_report(optimized: OptimizedModule, stage: Stage, json: bool) -> None:
             out.print(table(title, ("operator", "reason"), reasons))
 
 
-def _show_precision(optimized: OptimizedModule, json: bool) -> None:
+def _show_precision(optimized: OptimizedModule, tensors: Sequence[Tensor], json: bool) -> None:
+    """``tensors``, if there are any, are the call whose scores are looked at."""
+    from fuser.explain.decisions import of_program
     from fuser.explain.report import collect
 
     found = collect(optimized.snapshot())
+    decided = of_program(optimized.programs[-1], tensors) if tensors else {}
+    heads = {name: (s.elements.nanmean(0).tolist(), s.tiles.nanmean(0).tolist()) for name, s in decided.items()}
     if json:
         widths = [{"operators": w.operators, "width": w.width, "error": w.error} for w in found.widths]
-        print_json({"precision": found.precision, "groups": widths})
+        shares = [{"operator": name, "scores": scores, "tiles": tiles} for name, (scores, tiles) in heads.items()]
+        print_json({"precision": found.precision, "groups": widths, "computed_in_full": shares})
         return
     out = console()
     rows = [(w.width, f"{w.error:.1e}" if w.error == w.error else "–", ", ".join(w.operators)) for w in found.widths]
     out.print(table("precision", ("numbers", ">error", "operators"), rows))
     out.print()
+    if heads:
+        cells = [
+            (name, " ".join(f"{x:.1%}" for x in scores), " ".join(f"{x:.0%}" for x in tiles))
+            for name, (scores, tiles) in heads.items()
+        ]
+        out.print(table("computed in full, by head", ("attention", "scores", "tiles of 64 x 64"), cells))
+        out.print()
     for line in found.precision:
         out.print(line, markup=False, soft_wrap=True)
 

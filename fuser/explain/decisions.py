@@ -4,6 +4,7 @@ beside true importance."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import FuserError
+from fuser.ir.evaluation import Evaluation
+from fuser.ir.graph import Operator, is_kind
+from fuser.ir.operators import PredictedAttention
 from fuser.ir.prediction import Prediction
+from fuser.module.compiler import Compiled
+from fuser.module.quantizing import run_graph
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,21 @@ def shares(chosen: Tensor, allowed: Tensor | None = None, *, tile: int = 64) -> 
         return part.sum((2, 3), dtype=torch.float64) / whole.sum((2, 3), dtype=torch.float64)
 
     return Shares(share(chosen, exists), share(tiles(chosen), tiles(exists)))
+
+
+def of_program(compiled: Compiled, tensors: Sequence[Tensor]) -> dict[str, Shares]:
+    """The shares of every attention with few bits in a program, by the operator's name, for a call with ``tensors``:
+    its graph is run by PyTorch."""
+    found: dict[str, Shares] = {}
+
+    def look(op: Operator, evaluation: Evaluation) -> None:
+        if is_kind(op, PredictedAttention):
+            found[op.name] = shares(*op.semantics.decisions(*(evaluation[value] for value in op.inputs)))
+
+    run_graph(
+        compiled.graph, compiled.captured.parameters, dict(zip(compiled.graph.inputs, tensors, strict=True)), look
+    )
+    return found
 
 
 def picture(

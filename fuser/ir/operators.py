@@ -457,6 +457,14 @@ class PredictedAttention(Semantics):
     consumes_scores = True
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._reference(*inputs)[:1]
+
+    def decisions(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Which scores are computed in full, and which may attend: bool (B, H, Sq, Sk) each."""
+        _, chosen, allowed = self._reference(*inputs)
+        return chosen, allowed.expand(chosen.shape)
+
+    def _reference(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, *rest = inputs
         added = torch.zeros((), dtype=q.dtype, device=q.device)
         if self.packed:
@@ -466,7 +474,8 @@ class PredictedAttention(Semantics):
             for mask in rest:
                 allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, mask)
         added = torch.where(allowed, added, -math.inf)
-        return self.quantize.reference(q, k, v, additive_mask=added, score=self.rule, scale=self.scale)[:1]
+        out, chosen = self.quantize.reference(q, k, v, additive_mask=added, score=self.rule, scale=self.scale)
+        return out, chosen, added > -math.inf
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         """As if all scores were computed in full."""

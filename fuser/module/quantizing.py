@@ -335,7 +335,7 @@ class Quantizer:
             layer.sample = torch.cat([*known, _some(rows)])[:_SAMPLED]
 
         try:
-            outputs = _run(graph, parameters, values, look)
+            outputs = run_graph(graph, parameters, values, look)
         except Exception as error:
             # What PyTorch says about the inputs: an index beyond a table, say.
             raise CaptureError(f"the model fails on the inputs of a calibration: {error!s:.200}") from error
@@ -518,7 +518,7 @@ class Quantizer:
         total, count = 0.0, 0
         for call in self._calls:
             graph = self.apply(call.graph, call.parameters, target)
-            outputs = _run(graph, call.parameters, call.values)
+            outputs = run_graph(graph, call.parameters, call.values)
             for got, exact in zip(outputs, call.outputs, strict=True):
                 if not exact.is_floating_point() or exact.numel() == 0 or exact.dim() == 0:
                     continue
@@ -578,8 +578,8 @@ def _errors_of(call: _Call, graph: OperatorGraph) -> dict[str, float]:
             size = right[finite].norm().clamp_min(1e-30)
             errors[op.name] = float((found[finite] - right[finite]).norm() / size)
 
-    _run(call.graph, call.parameters, call.values, after=keep)
-    _run(graph, call.parameters, call.values, after=compare)
+    run_graph(call.graph, call.parameters, call.values, after=keep)
+    run_graph(graph, call.parameters, call.values, after=compare)
     return errors
 
 
@@ -626,7 +626,7 @@ def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor])
     return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 
 
-def _run(
+def run_graph(
     graph: OperatorGraph,
     parameters: Mapping[str, Tensor],
     values: Mapping[str, Tensor],

@@ -86,6 +86,19 @@ def test_show_json(run: Any) -> None:
     assert plan["arena_bytes"] > 0
 
 
+@pytest.mark.parametrize("scores", ["deq", "sanger"])
+def test_show_what_becomes_of_scores(run: Any, scores: str) -> None:
+    given = (*SHOW, "--stage", "precision", "--quality", "0", "--scores", scores)
+    code, out, _ = run(*given, "--json")
+    assert code == 0
+    attentions = json.loads(out)["computed_in_full"]
+    assert [len(attention["scores"]) for attention in attentions] == [2, 2]
+    assert all(0 < share <= 1 for attention in attentions for share in attention["scores"] + attention["tiles"])
+    assert "computed in full, by head" in run(*given)[1]
+    assert "computed in full" not in run(*SHOW, "--stage", "precision", "--quality", "0")[1]
+    assert run(*SHOW, "--scores", scores)[0] == 2
+
+
 def test_profile_accounts_for_the_whole_call(run: Any) -> None:
     code, out, _ = run(*SHOW, "--profile", "--rounds", "3", "--json")
     assert code == 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fuser
-from fuser.explain.decisions import picture, shares
+from fuser.explain.decisions import of_program, picture, shares
 
 
 def test_shares_of_elements_and_tiles() -> None:
@@ -22,6 +23,27 @@ def test_shares_of_elements_and_tiles() -> None:
     everything = shares(chosen, tile=3)
     assert everything.elements[0, 0] == pytest.approx(3 / 30) and everything.tiles[0, 0] == pytest.approx(3 / 4)
     assert shares(chosen, torch.zeros(5, 6, dtype=torch.bool)).elements.isnan().all()
+
+
+class TwoAttentions(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return first + nn.functional.scaled_dot_product_attention(k, q, v)
+
+
+@pytest.mark.parametrize("how", [fuser.DEQ(), fuser.Sanger(threshold=0.02)])
+def test_shares_of_a_program(how: fuser.DEQ | fuser.Sanger) -> None:
+    q, k, v = torch.randn(3, 2, 4, 100, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    fast = fuser.optimize(TwoAttentions().eval(), (q, k, v), quantize=how, search="model")
+    found = list(of_program(fast.programs[-1], (q, k, v)).values())
+    causal = torch.ones(100, 100, dtype=torch.bool).tril()
+    added = torch.zeros(100, 100).masked_fill(~causal, -torch.inf)
+    want = [shares(how.reference(q, k, v, additive_mask=added)[1], causal), shares(how.reference(k, q, v)[1])]
+    assert len(found) == 2
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got.elements, expected.elements)
+        torch.testing.assert_close(got.tiles, expected.tiles)
+    assert of_program(fuser.optimize(TwoAttentions().eval(), (q, k, v), search="model").programs[-1], (q, k, v)) == {}
 
 
 def test_what_is_no_decision() -> None:
