@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fuser.frontend import arguments
 from fuser.frontend.arguments import Change, Given, Taken, is_object, is_value
@@ -512,9 +513,12 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
         for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         for name, tensor in named
     }
-    parameters = {
-        name: live[target] for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
-    }
+    live |= {part: tensor for name, whole in live.items() for part, tensor in _parts(name, whole)}
+    parameters = {}
+    for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+        if target not in live:
+            raise CaptureError(f"the export takes {target} for a parameter, which the model does not have")
+        parameters[name] = live[target]
     for name, target in signature.inputs_to_lifted_tensor_constants.items():
         parameters[name] = original(program.constants[target])
     inputs = tuple(spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT")
@@ -531,6 +535,24 @@ def _captured(trace: _Trace, call: FlatCall, shadow: Shadow, original: Callable[
         sizes.annotate(),
         updated=updated,
     )
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a parameter consists of, such as the integers and scales of a quantized one, as
+    ``torch.export`` names them; nothing for one that is plain."""
+    module, _, leaf = name.rpartition(".")
+    if is_traceable_wrapper_subclass(tensor):
+        for i, part in enumerate(_plain(tensor)):
+            yield f"{module}.parametrizations.{leaf}.original{i}", part
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain(getattr(tensor, name))
 
 
 def _dynamic_shapes(call: FlatCall, dynamic: Dynamic) -> Any:

@@ -68,12 +68,15 @@ def scales_of(weight: Tensor, transposed: bool) -> Tensor:
     return quantize_rows(weight if transposed else weight.mT)[1][:, 0]
 
 
-def recovered_scales(weight: Tensor, integers: Tensor, transposed: bool) -> Tensor:
+def recovered_scales(weight: Tensor, integers: Tensor, transposed: bool, turned: bool = False) -> Tensor:
     """The scale (N,) of every output for a ``weight`` that is the product of int8 ``integers`` of its shape and such
-    scales, fp32 and all to rounding.
+    scales, fp32 and all to rounding; or, if ``turned``, of the transposed shape. The integers are (N, K) if
+    ``transposed``, else (K, N).
 
     Raises ValueError for a weight that is not, such as one with zero points.
     """
+    if turned:
+        weight = weight.mT
     if not transposed:
         weight, integers = weight.mT, integers.mT
     whole = integers.float()

@@ -602,28 +602,48 @@ def _with_integers(op: Operator, values: dict[str, TensorSpec], constants: dict[
 
 
 def with_stored_integers(graph: OperatorGraph, parameters: Mapping[str, Tensor]) -> OperatorGraph:
-    """``graph`` with products whose weights are made of int8 tensors of their shape and a scale for each output, as
-    ``torch.ao`` writes them (``dequantize_per_channel``) or as products, on these very integers."""
+    """``graph`` with products whose weights are made of int8 tensors and a scale for each output, as ``torch.ao``
+    writes them (``dequantize_per_channel``), as torchao does (int8 weights only) or as products, on these very
+    integers."""
     operators, values, constants = list(graph.operators), dict(graph.values), dict(graph.constants)
     for position, op in enumerate(graph.operators):
-        if not is_kind(op, Gemm) or (weight := op.inputs[1]) not in constants:
+        if not is_kind(op, Gemm) or op.inputs[1] not in constants:
             continue
-        spec, transposed = values[weight], op.semantics.transposed
-        leaves = [v for v in graph.with_sources([weight]) if graph.constants[v].call is None]
-        stored = [v for v in leaves if values[v].dtype == torch.int8 and values[v].shape == spec.shape]
-        if len(stored) != 1 or spec.dtype != torch.float32 or stored[0] == weight:
+        found = _stored_integers(graph, op, parameters)
+        if found is None:
             continue
-        made = TorchCall(recovered_scales, (Ref(0), Ref(1), transposed))
-        try:
-            made(value_of(weight, graph.constants, parameters), parameters[stored[0]])
-        except ValueError:
-            continue
+        stored, made, transposed = found
+        weight = op.inputs[1]
         name = f"{weight}_scales"
-        values[name] = TensorSpec.contiguous((spec.shape[0 if transposed else 1],), torch.float32)
-        constants[name] = Constant(name, (weight, stored[0]), made)
-        inputs = (op.inputs[0], stored[0], name)
+        values[name] = TensorSpec.contiguous((values[stored].shape[0 if transposed else 1],), torch.float32)
+        constants[name] = Constant(name, (weight, stored), made)
+        inputs = (op.inputs[0], stored, name)
         operators[position] = Operator(op.name, Int8WeightGemm(transposed), inputs, op.outputs)
     return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+
+
+def _stored_integers(
+    graph: OperatorGraph, op: Operator[Gemm], parameters: Mapping[str, Tensor]
+) -> tuple[str, TorchCall, bool] | None:
+    """The int8 tensor that the weight of a product is made of, what gives its scales, and whether it is (N, K)."""
+    weight = op.inputs[1]
+    spec = graph.values[weight]
+    if spec.dtype != torch.float32:
+        return None
+    narrow = [v for v in graph.with_sources([weight]) if graph.values[v].dtype == torch.int8]
+    for turned in (False, True):
+        shape = spec.shape[::-1] if turned else spec.shape
+        stored = [v for v in dict.fromkeys(narrow) if graph.values[v].shape == shape]
+        if len(stored) != 1:
+            continue
+        transposed = op.semantics.transposed != turned
+        made = TorchCall(recovered_scales, (Ref(0), Ref(1), transposed, turned))
+        try:
+            made(*(value_of(v, graph.constants, parameters) for v in (weight, stored[0])))
+        except ValueError:
+            continue
+        return stored[0], made, transposed
+    return None
 
 
 def run_graph(

@@ -583,6 +583,68 @@ def test_models_that_are_quantized_already(how: str, points: int, kind: str) -> 
         assert kinds(fast) == [kind] and fast.fallbacks == ()
 
 
+class Int8Weight(Tensor):
+    """A weight as torchao stores it: a tensor that consists of integers (N, K) and a scale for each output."""
+
+    integers: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, integers: Tensor, scales: Tensor) -> Int8Weight:
+        made = Tensor._make_wrapper_subclass(cls, integers.shape, dtype=scales.dtype, requires_grad=False)
+        made.integers, made.scales = integers, scales
+        return made  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["integers", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], _: None, size: Any, stride: Any) -> Int8Weight:
+        return cls(parts["integers"], parts["scales"])
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            x, weight, *bias = args
+            product = x @ weight.integers.to(x.dtype).t() * weight.scales
+            return product + bias[0] if bias and bias[0] is not None else product
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default):
+            return cls(function(args[0].integers), function(args[0].scales))
+        raise NotImplementedError(function)
+
+
+def with_stored_weights(seed: int = 0) -> Encoder:
+    model = encoder(seed)
+    for block in (model.first, model.second):
+        for layer in (block.up, block.down):
+            integers, scales = quantize_rows(layer.weight.detach())
+            layer.weight = nn.Parameter(Int8Weight(integers, scales[:, 0].contiguous()), requires_grad=False)
+    return model
+
+
+def test_weights_that_are_tensors_of_several(tmp_path: Path) -> None:
+    model, x = with_stored_weights(), rows(2, 5)
+    fast = fuser.optimize(model, search="model")
+    with torch.no_grad():
+        want, got = model(x), fast(x)
+        assert fast.fallbacks == () and kinds(fast) == ["int8_weight_gemm"] * 4 + ["gemm"]
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        # What they consist of is read anew where it was changed in place.
+        for changed in (fast, model):
+            assert isinstance(changed.first.up.weight, Int8Weight)
+        model.first.up.weight.scales.mul_(2.0)  # type: ignore[attr-defined]
+        torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-4, rtol=0)
+        assert (model(x)[0] - want[0]).abs().max() > 1e-2
+        fast.save(tmp_path / "encoder.fuser")
+        torch.testing.assert_close(fuser.load(tmp_path / "encoder.fuser")(x)[0], model(x)[0], atol=1e-4, rtol=0)
+
+
 def test_dynamically_quantized_layers_run_the_original() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
