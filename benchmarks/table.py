@@ -51,7 +51,8 @@ def encoders(report: Mapping[str, Any]) -> str:
         rows.append(
             [result["case"], *times, f"**{result['speedup_over_best']:.2f}×**", f"{result['fraction_of_floor']:.0%}"]
         )
-    title = "Whole encoders, milliseconds a call (medians, all arms interleaved in one run)"
+    dtype = report.get("benchmark", "").partition("encoders_")[2] or "fp32"
+    title = f"Whole encoders, {dtype}, milliseconds a call (medians, all arms interleaved in one run)"
     text = _table(title, ["model: batch × tokens", *arms, "over the fastest other", "of the floor"], rows)
     for found in memory:
         ours, eager = found["fuser"]["forward_peak_mb"], found["eager"]["forward_peak_mb"]
@@ -316,10 +317,12 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 TABLES = {
     "encoders": encoders,
+    "encoders_bf16": encoders,
     "modern": modern,
     "decoding": decoding,
     "any_length": any_length,
     "int8": int8,
+    "int8_avx2": int8,
     "attention": attention,
     "packed": packed,
     "search": search,
@@ -328,7 +331,10 @@ TABLES = {
     "efficient_models": efficient_models,
 }
 FILES = {
-    "README.md": ("encoders", "modern", "decoding", "any_length", "int8", "attention", "packed", "search"),
+    "README.md": (
+        *("encoders", "encoders_bf16", "int8", "int8_avx2"),
+        *("modern", "decoding", "any_length", "attention", "packed", "search"),
+    ),
     "docs/models.md": ("architectures",),
     "docs/efficient-attention.md": ("efficient", "efficient_models"),
 }

@@ -115,7 +115,8 @@ def test_gradients_of_gradients() -> None:
     found = []
     for module in (model, fast):
         x = given(dtype=torch.float32).requires_grad_()
-        (slope,) = torch.autograd.grad(module(module(x)).square().sum(), x, create_graph=True)
+        # No sum of squares: behind a norm that is a constant, and its gradients rounding errors.
+        (slope,) = torch.autograd.grad(module(module(x)).sin().sum(), x, create_graph=True)
         slope.square().sum().backward()
         found.append({**gradients(module), "x": x.grad})
     agree(found[1], found[0])
