@@ -46,7 +46,7 @@ struct Predicted : Products<C> {
   using Element = typename C::Element;
   using Codes = CodeProducts<C::kBits>;
   static constexpr int64_t D = C::kHeadDim, kWords = (D + 3) / 4;
-  static_assert(kWords <= 64 && C::kKeyBlock * kGroup <= 1 << 16);
+  static_assert(kWords <= 64);
   static constexpr int64_t kRow = (Base::kWords + L - 1) / L * L;  // words
   static constexpr int32_t kLargest = (1 << (C::kBits - 1)) - 1;
   static constexpr bool kChanges = Base::kChanges && !C::kPrune, kPrunes = C::kPrune, kSurveys = true;
@@ -75,7 +75,6 @@ struct Predicted : Products<C> {
     int32_t start[C::kKeyBlock + kRepeated];
     float step[C::kKeyBlock + kRepeated];
     uint64_t chosen[C::kKeyBlock + kMostKeys];  // lanes whose score of a key is computed in full
-    uint16_t place[C::kKeyBlock * kGroup + L];  // of these scores
     alignas(64) Word<C> row[kGroup * kRow];  // of q, side by side, since rows of heads far apart share few sets of L1
     const Value<C>* v_row[C::kKeyBlock];
     float scale;
@@ -450,57 +449,42 @@ struct Predicted : Products<C> {
     }
   }
 
-  // What was chosen, one behind the other, as key times kGroup plus lane. Returns how many.
-  static int64_t list_chosen(OfThread& own, int64_t n, int64_t pitch) {
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; ++j) {
-#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-      // Without branches: how many lanes are chosen cannot be foreseen.
-      for (int64_t v = 0; v < pitch; v += L) {
-        vi place;
-        for (int i = 0; i < L; ++i) place[i] = i;
-        place += int32_t(j * kGroup + v);
-        const __mmask16 lanes = __mmask16(own.chosen[j] >> v);
-        const __m256i packed = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(lanes, (__m512i)place));
-        std::memcpy(own.place + count, &packed, sizeof(packed));
-        count += __builtin_popcount(lanes);
-      }
-#else
-      for (uint64_t lanes = own.chosen[j]; lanes != 0; lanes &= lanes - 1)
-        own.place[count++] = uint16_t(j * kGroup + __builtin_ctzll(lanes));
-#endif
-    }
-    return count;
-  }
-
   // Computes what was chosen, an element at a time: they are few, and far between. Returns whether there was any.
   static __attribute__((noinline)) bool refine(Scratch<C>& w, int64_t n) {
     constexpr int64_t kVectors = Base::kWords / L, kRest = Base::kWords % L;
     OfThread& own = w.scores;
-    const int64_t count = list_chosen(own, n, w.pitch);
-    if (count == 0) return false;
-    for (int64_t i = count; i % L != 0; ++i) own.place[i] = own.place[count - 1];
-    for (int64_t i = 0; i < count; i += L) {
-      vf x[L];
-      // One by one: a scatter of vectors is slower.
-      volatile float* to[L];
-#pragma GCC unroll 16
-      for (int64_t l = 0; l < L; ++l) {
-        const int64_t key = own.place[i + l] / kGroup, lane = own.place[i + l] % kGroup;
-        const Word<C>* const q = own.row + lane * kRow;
-        const Word<C>* const k = w.k_row[key];
-        vf sum = {};
-#pragma GCC unroll 16
-        for (int64_t d = 0; d < kVectors; ++d) sum = multiply_add(sum, load(q + d * L), load(k + d * L));
-        if constexpr (kRest != 0) sum = multiply_add(sum, load_n(q + kVectors * L, kRest), load_n(k + kVectors * L, kRest));
-        x[l] = sum, to[l] = w.s + key * w.pitch + lane;
-      }
+    vf x[L] = {};
+    volatile float* to[L];  // a scatter of vectors is slower than stores one by one
+    int64_t count = 0;
+    bool any = false;
+    const auto put = [&] {
       float full[L];
       store(full, reduce_add_each(x) * own.scale);
+      for (int64_t i = 0; i < count; ++i) *to[i] = full[i];
+      count = 0;
+    };
+    for (int64_t j = 0; j < n; ++j) {
+      uint64_t lanes = own.chosen[j];
+      if (lanes == 0) continue;
+      any = true;
+      const Word<C>* const k = w.k_row[j];
+      decltype(load(k)) key[kVectors + 1];
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < L; ++l) *to[l] = full[l];
+      for (int64_t i = 0; i < kVectors; ++i) key[i] = load(k + i * L);
+      if constexpr (kRest != 0) key[kVectors] = load_n(k + kVectors * L, kRest);
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int64_t lane = __builtin_ctzll(lanes);
+        const Word<C>* const q = own.row + lane * kRow;
+        vf sum = {};
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kVectors; ++i) sum = multiply_add(sum, load(q + i * L), key[i]);
+        if constexpr (kRest != 0) sum = multiply_add(sum, load_n(q + kVectors * L, kRest), key[kVectors]);
+        x[count] = sum, to[count] = w.s + j * w.pitch + lane;
+        if (++count == L) put();
+      }
     }
-    return true;
+    if (count != 0) put();
+    return any;
   }
 
   // Brings together the keys that some row in RV vectors needs, their scores changed, and -inf where they were not
