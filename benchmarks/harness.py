@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -85,7 +86,8 @@ def compile_anew(network: Any, **options: Any) -> Any:
 
 def reason(error: Exception) -> str:
     """Why an arm is missing, for results: the error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # colours of a terminal
+    return f"{type(error).__name__}: {said}".partition("\n")[0][:200]
 
 
 def machine(target: Target) -> dict[str, Any]:
