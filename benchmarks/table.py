@@ -207,7 +207,8 @@ def any_length(report: Mapping[str, Any]) -> str:
         times = ", ".join(f"{name} {ms:.2g}" for name, ms in found["ms"].items())
         text += f"\n\nPlanning a length never seen, {found['from']} to {found['to']} tokens, milliseconds: {times}."
     if found := cases.get("memory"):
-        text += f"\n\nResident memory grows by {found['growth']:.1%} from the 50th to the {found['shapes']}th shape."
+        text += f"\n\nResident memory grows by {found['growth']:.1%} from the 50th to the {found['shapes']}th shape"
+        text += f" ({found['cpu']}, commit {found['commit']})." if "cpu" in found else "."
     if found := cases.get("threads"):
         text += (
             f"\n\n{found['callers']} threads with random lengths: {found['several']:.0f} calls a second, "
