@@ -22,6 +22,7 @@ from torch import Tensor
 from fuser.ir.errors import DeviceMemoryError, IndexRangeError, KernelError
 from fuser.ir.target import Target
 from fuser.runtime import cuda
+from fuser.runtime.cpuinfo import usable_cores
 from fuser.runtime.library import Kernel
 from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, Rebound, States
 
@@ -33,9 +34,16 @@ _INDEX_MESSAGE = "an index is outside the table that it looks up"
 Held = dict[tuple[Memory, int], Tensor]
 
 
-def arena_of(device: torch.device, concurrency: int = 1) -> Arena:
-    """An arena for programs on ``device``, of which a CPU may run ``concurrency`` at a time."""
-    return DeviceArena(device) if device.type == "cuda" else Arena(device, concurrency)
+_AT_ONCE = 4
+"""Programs that a CPU runs at a time where nobody says how many: each more of them has an arena of its own."""
+
+
+def arena_of(device: torch.device, concurrency: int | None = None) -> Arena:
+    """An arena for programs on ``device``, of which a CPU may run ``concurrency`` at a time (default: one for each
+    core, and at most four)."""
+    if device.type == "cuda":
+        return DeviceArena(device)
+    return Arena(device, concurrency or min(usable_cores(), _AT_ONCE))
 
 
 def program_of(

@@ -48,6 +48,10 @@ class ForkSafeLock:
         """Whether the calling thread holds the lock."""
         return self._owner == threading.get_ident()
 
+    def taken(self) -> bool:
+        """Whether any thread holds the lock."""
+        return self._owner is not None
+
     def __enter__(self) -> None:
         self.acquire()
 

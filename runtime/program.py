@@ -20,6 +20,7 @@ from torch import Tensor
 from fuser.ir.errors import IndexRangeError, KernelError
 from fuser.ir.extents import Extents
 from fuser.runtime.abi import ARGS_ROW, STEP_ROW, KernelArgs, extents_buffer
+from fuser.runtime.cpuinfo import usable_cores
 from fuser.runtime.library import Kernel, run_after_fork
 from fuser.runtime.locks import ForkSafeLock
 
@@ -165,19 +166,26 @@ class _StepTable:
         for position, offset in self._patches.get((memory, index), ()):
             self._addresses[position] = address + offset
 
+    def set_threads(self, threads: int) -> None:
+        """Use teams of at most as many threads as the plan has."""
+        if threads != self._threads:
+            self._args["threads"] = self._threads = threads
+
     def set_workspace(self, address: int) -> None:
         self._args["workspace"] = address
 
 
 class Arena:
     """The memory that programs of one model compute in, one program at a time; it grows to the largest's need. With
-    ``concurrency`` there are as many arenas in all, and as many programs at a time."""
+    ``concurrency`` there are as many arenas in all, and as many programs at a time, which share the cores."""
 
     def __init__(self, device: torch.device = CPU, concurrency: int = 1) -> None:
         self.device = device
         self.lock = ForkSafeLock()
         self._lanes = (self, *(type(self)(device) for _ in range(concurrency - 1)))
         self._turns = itertools.cycle(self._lanes)
+        self._queue = ForkSafeLock()
+        self._cores = usable_cores() if concurrency > 1 else 1
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
@@ -200,15 +208,33 @@ class Arena:
     @contextlib.contextmanager
     def lane(self) -> Iterator[Arena]:
         """One of the arenas with its lock held: the first that is free, or, if none is, whichever is next."""
-        arena = None
-        while arena is None:
-            arena = next((arena for arena in self._lanes if arena.lock.acquire(blocking=False)), None)
-            if arena is None and (turn := next(self._turns)).lock.acquire(timeout=_PATIENCE_SECONDS):
-                arena = turn
+        arena = self._free_lane() or self._next_lane()
         try:
             yield arena
         finally:
             arena.lock.release()
+
+    def team(self, threads: int) -> int:
+        """How many of its ``threads`` a program uses that runs beside those in the other lanes; call in a lane."""
+        if len(self._lanes) == 1:
+            return threads
+        running = sum(arena.lock.taken() for arena in self._lanes)
+        return min(threads, max(1, max(self._cores, threads) // max(1, running)))
+
+    def _free_lane(self) -> Arena | None:
+        return next((arena for arena in self._lanes if arena.lock.acquire(blocking=False)), None)
+
+    def _next_lane(self) -> Arena:
+        if len(self._lanes) == 1:
+            self.lock.acquire()
+            return self
+        # One call looks for lanes, the others for its place: they would wake up for nothing.
+        with self._queue:
+            while True:
+                if (arena := self._free_lane()) is not None:
+                    return arena
+                if (turn := next(self._turns)).lock.acquire(timeout=_PATIENCE_SECONDS):
+                    return turn
 
     def join(self) -> None:
         """Let what the current stream gets from here on wait for what others do here; call with the lock held."""
@@ -312,13 +338,12 @@ class Program:
         self._runner = kernels[RUNNER]
         # The same program in the other lanes of its arena.
         self._twins: dict[Arena, Program] = {}
-        with self._arena.lock:
-            self._arena.programs.add(self)
+        self._arena.programs.add(self)
         self._assemble()
-        self._state_tensors = self.states.require(plan.states)
+        self._state_tensors = self.states.require(plan.states) if plan.states else []
         for i, tensor in enumerate(self._state_tensors):
             self._patch(Memory.STATE, i, tensor)
-        self.set_constants(constants)
+        self._set_constants(constants)
 
     @property
     def device(self) -> torch.device:
@@ -333,11 +358,14 @@ class Program:
     def set_constants(self, constants: Sequence[Tensor]) -> None:
         """Use these tensors for the plan's constants, in its order; they must stay as they are until replaced."""
         with self._arena.lock:
-            self._given = list(constants)
-            self._twins = {}
-            self._constant_views = {}
-            for i, tensor in enumerate(constants):
-                self._patch(Memory.CONSTANT, i, tensor)
+            self._set_constants(constants)
+
+    def _set_constants(self, constants: Sequence[Tensor]) -> None:
+        self._given = list(constants)
+        self._twins = {}
+        self._constant_views = {}
+        for i, tensor in enumerate(constants):
+            self._patch(Memory.CONSTANT, i, tensor)
 
     def __call__(self, inputs: Sequence[Tensor], rebound: Rebound | None = None) -> list[Tensor]:
         """Run on tensors that match ``plan.inputs``; returns the tensors of ``plan.returns``, in fresh storage unless
@@ -360,6 +388,7 @@ class Program:
             with self._arena.lane() as arena:
                 program = self if arena is self._arena else twins.get(arena)
                 if program is not None:
+                    program._table.set_threads(self._arena.team(self.plan.threads))
                     return program._run_alone(inputs, rebound)
             # Another call may be in this lane by the time the twin is made, and others be free.
             twins[arena] = Program(self.plan, self._kernels, constants, arena)
@@ -386,6 +415,7 @@ class Program:
         then gives the results; for profiles. Other calls of this program wait until the context is left.
         """
         with self._arena.lock:
+            self._table.set_threads(self.plan.threads)
             held = self._bind(inputs)
             runs = [run for segment in self._segments for run in self._singly(segment, held)]
             yield runs, lambda: self._results(held, inputs)

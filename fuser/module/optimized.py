@@ -56,8 +56,8 @@ class OptimizedModule(nn.Module):
     record of is not seen: writes through ``tensor.data`` or NumPy, and entries of large containers; call
     :meth:`refresh` after those.
 
-    Any thread may call it, also while another compiles; the programs of one module run one after the other. After a
-    fork, a child may call it and compile; what runs in the original model hangs or not as it would without fuser.
+    Any thread may call it, also while another compiles; calls run at once as far as ``concurrency`` says. After a fork,
+    a child may call it and compile; what runs in the original model hangs or not as it would without fuser.
     """
 
     _model: nn.Module
@@ -359,7 +359,7 @@ def optimize(
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
     dynamic: bool | Mapping[str, Collection[int]] = True,
-    concurrency: int = 1,
+    concurrency: int | None = None,
     padding: str = "keep",
 ) -> OptimizedModule | Any:
     """Make ``model`` run fused kernels.
@@ -385,8 +385,9 @@ def optimize(
         dynamic: whether the model is captured for all sizes of its inputs at once, so that new ones only bind numbers
             to names: True for batch and sequence (the first two dimensions, and those of masks that are as long), a
             mapping from names of inputs to dimensions for others, False for a capture of every shape.
-        concurrency: how many calls may run at once on a CPU, each in memory of its own; others wait. Each runs on the
-            threads that PyTorch has in the thread that calls.
+        concurrency: how many calls from several threads may run at once on a CPU, each in memory of its own; others
+            wait. They share the cores: one alone runs on the threads that PyTorch has in the thread that calls, n at
+            once on an n-th of the cores each. Default: as many as there are cores, but at most four.
         cuda_graphs: whether programs on a GPU may be CUDA graphs; ``FUSER_CUDA_GRAPHS=0`` forbids them, too.
         padding: ``"keep"`` computes what the model does for positions that a padding mask leaves out, ``"skip"``
             computes the others alone, packed one behind the other, and gives zeros there. Calls whose padding has an

@@ -33,7 +33,7 @@ class Options:
     target: Target | None = None
     cuda_graphs: bool = True
     dynamic: bool | Mapping[str, Collection[int]] = True
-    concurrency: int = 1
+    concurrency: int | None = None
     padding: str = "keep"
     quantize: LinearQuantization | Prediction | Sequence[LinearQuantization | Prediction] | None = None
 
@@ -58,7 +58,7 @@ class Options:
             raise ValueError("quantize takes one specification for linear layers and one for attention")
         if self.linear is not None and isinstance(self.target, Target):
             self.linear.check(self.target)
-        if type(self.concurrency) is not int or self.concurrency < 1:
+        if self.concurrency is not None and (type(self.concurrency) is not int or self.concurrency < 1):
             raise ValueError(f"concurrency must be a positive number of calls, not {self.concurrency!r}")
 
     @property

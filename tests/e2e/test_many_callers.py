@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -70,6 +71,29 @@ def test_calls_run_at_once_when_asked() -> None:
     # Weights that change reach every lane.
     model.layers[0].norm1.weight.mul_(2)
     assert_same(fast(X), model(X))
+
+
+def test_what_runs_beside_others_gives_the_same_bits() -> None:
+    model = encoder()
+    fast = optimize(model, concurrency=4)
+    alone = fast(X)
+    arena = fast._engine._states_of(X.device).arena
+    with contextlib.ExitStack() as others:
+        for _ in range(3):
+            others.enter_context(arena.lane())
+            assert torch.equal(fast(X), alone)
+
+
+@pytest.mark.parametrize(("cores", "lanes"), [(1, 1), (2, 2), (64, 4)])
+def test_as_many_calls_run_at_once_as_there_are_cores_and_at_most_four(
+    monkeypatch: pytest.MonkeyPatch, cores: int, lanes: int
+) -> None:
+    monkeypatch.setattr("fuser.runtime.cuda_program.usable_cores", lambda: cores)
+    fast = optimize(encoder())
+    arena = fast._engine._states_of(X.device).arena
+    with contextlib.ExitStack() as taken:
+        held = {id(taken.enter_context(arena.lane())) for _ in range(lanes)}
+        assert len(held) == lanes and all(lane.lock.taken() for lane in arena._lanes)
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, True, 1.5, "2"])

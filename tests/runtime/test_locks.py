@@ -36,7 +36,8 @@ def test_a_child_can_take_a_lock_that_another_thread_held_at_the_fork(kind: type
     holder.start()
     assert taken.wait(30)
     try:
-        assert _in_child(lambda: lock.acquire(timeout=5) and lock.held())
+        assert lock.taken() and not lock.held()
+        assert _in_child(lambda: not lock.taken() and lock.acquire(timeout=5) and lock.held() and lock.taken())
         assert not lock.acquire(blocking=False), "the parent's thread still holds it"
     finally:
         done.set()

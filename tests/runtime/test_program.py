@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -33,11 +34,20 @@ extern "C" int add(const FuserArgs* args, void*) {
 }
 """
 
+# y = the size of its team.
+TEAM = """
+#include "abi.h"
+extern "C" int team(const FuserArgs* args, void*) {
+  *static_cast<float*>(args->tensors[0]) = float(args->threads);
+  return 0;
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory, target: Target, headers: Path) -> Mapping[str, Kernel]:
     cache = KernelCache(tmp_path_factory.mktemp("kernels"))
-    paths = build([Source("add", ADD), runner_source(target)], target, headers=headers, cache=cache)
+    paths = build([Source("add", ADD), Source("team", TEAM), runner_source(target)], target, headers=headers, cache=cache)
     return {symbol: load(path, symbol) for symbol, path in paths.items()}
 
 
@@ -284,6 +294,55 @@ def test_as_many_calls_run_at_once_as_an_arena_has_lanes(kernels: Mapping[str, K
         thread.join(240)
     assert most == lanes and len(results) == 6 * lanes
     assert all(torch.equal(result, torch.full((8,), 2.0 * (i + 1) + 1)) for i, result in results.items())
+
+
+def of_team(threads: int) -> ProgramPlan:
+    """The size of the team that a program runs with."""
+    out = slot(Memory.OUTPUT, 0, 1)
+    return ProgramPlan((NativeStep("team", (out,), ()),), (), (out,), (out,), (), 0, 0, 0, threads)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "teams"),
+    [(8, 8, [8, 4, 2]), (2, 2, [2, 1, 1]), (8, 2, [2, 2, 2]), (2, 8, [8, 4, 2]), (9, 3, [3, 3, 3]), (1, 1, [1, 1, 1])],
+)
+def test_programs_in_several_lanes_share_the_cores(
+    kernels: Mapping[str, Kernel], monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, teams: list[int]
+) -> None:
+    monkeypatch.setattr("fuser.runtime.program.usable_cores", lambda: cores)
+    program = Program(of_team(threads), kernels, [], arena := Arena(concurrency=3))
+    with contextlib.ExitStack() as others:
+        for team in teams:
+            assert program([])[0].item() == team
+            others.enter_context(arena.lane())
+    assert program([])[0].item() == threads
+
+
+def test_a_profile_runs_with_the_whole_team(kernels: Mapping[str, Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.runtime.program.usable_cores", lambda: 4)
+    program = Program(of_team(4), kernels, [], arena := Arena(concurrency=2))
+    _, other = arena._lanes
+    with other.lock:
+        assert program([])[0].item() == 2
+    with program.stepping([]) as (steps, results):
+        for step in steps:
+            step()
+        assert results()[0].item() == 4
+
+
+def test_a_program_of_a_single_arena_has_its_whole_team(kernels: Mapping[str, Kernel]) -> None:
+    assert Program(of_team(64), kernels, [], Arena())([])[0].item() == 64
+
+
+def test_a_program_is_made_while_another_runs(kernels: Mapping[str, Kernel]) -> None:
+    arena = Arena()
+    made: list[Program] = []
+    with arena.lock:
+        maker = threading.Thread(target=lambda: made.append(Program(chain(8), kernels, [torch.ones(1)], arena)))
+        maker.start()
+        maker.join(60)
+        assert made, "it waits for the arena"
+    assert torch.equal(made[0]([torch.zeros(8)])[0], torch.full((8,), 3.0))
 
 
 def test_replaced_constants_reach_all_lanes(kernels: Mapping[str, Kernel]) -> None:
