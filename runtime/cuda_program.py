@@ -24,7 +24,7 @@ from fuser.ir.target import Target
 from fuser.runtime import cuda
 from fuser.runtime.cpuinfo import usable_cores
 from fuser.runtime.library import Kernel
-from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, Rebound, States
+from fuser.runtime.program import INDEX_STATUS, Arena, Memory, Program, ProgramPlan, Rebound, States, aligned
 
 logger = logging.getLogger("fuser")
 GRAPH_BYTES = 64 << 20
@@ -139,6 +139,9 @@ class DeviceArena(Arena):
             stream.wait_stream(self._stream)
         self._stream = stream
         self._record()
+
+    def _room(self, size: int) -> Tensor:
+        return aligned(size, self.device)
 
     def require(self, size: int) -> Tensor:
         before = self.buffer

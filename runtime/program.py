@@ -7,6 +7,7 @@ import ctypes
 import enum
 import functools
 import itertools
+import mmap
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,9 +196,15 @@ class Arena:
             self.release()
             # Made outside of inference mode, whose tensors PyTorch refuses to write to later.
             with torch.inference_mode(False):
-                room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8, device=self.device)
-            self.buffer = room[-room.data_ptr() % _CACHE_LINE :]
+                self.buffer = self._room(size)
         return self.buffer
+
+    def _room(self, size: int) -> Tensor:
+        # A reservation: what no program has written yet takes no memory, and the next larger one keeps the rest.
+        for reserved in (1 << (size - 1).bit_length(), size):
+            with contextlib.suppress(OSError, OverflowError):
+                return _pages(reserved)
+        return aligned(size, self.device)
 
     def release(self) -> None:
         """Give the memory back; call with the lock held."""
@@ -238,6 +245,17 @@ class Arena:
 
     def join(self) -> None:
         """Let what the current stream gets from here on wait for what others do here; call with the lock held."""
+
+
+def aligned(size: int, device: torch.device) -> Tensor:
+    """Memory of PyTorch's, from a multiple of 64."""
+    room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8, device=device)
+    return room[-room.data_ptr() % _CACHE_LINE :]
+
+
+def _pages(size: int) -> Tensor:
+    """Memory of this process alone, from a multiple of a page."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 class States:

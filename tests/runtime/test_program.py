@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -47,7 +48,8 @@ extern "C" int team(const FuserArgs* args, void*) {
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory, target: Target, headers: Path) -> Mapping[str, Kernel]:
     cache = KernelCache(tmp_path_factory.mktemp("kernels"))
-    paths = build([Source("add", ADD), Source("team", TEAM), runner_source(target)], target, headers=headers, cache=cache)
+    sources = [Source("add", ADD), Source("team", TEAM), runner_source(target)]
+    paths = build(sources, target, headers=headers, cache=cache)
     return {symbol: load(path, symbol) for symbol, path in paths.items()}
 
 
@@ -109,6 +111,37 @@ def test_programs_share_an_arena_that_grows(kernels: Mapping[str, Kernel]) -> No
         assert torch.equal(program([x])[0], expected(x, 1.0))
     assert arena.buffer.data_ptr() % 64 == 0
     assert arena.buffer.numel() < 2 * chain(5000).arena_bytes
+
+
+def test_an_arena_that_grows_a_little_keeps_its_memory() -> None:
+    arena = Arena()
+    with arena.lock:
+        before = arena.require(70_000)
+        before.fill_(7)
+        after = arena.require(before.numel())
+        assert after is before and after.data_ptr() % 64 == 0
+        assert arena.require(before.numel() + 1).numel() > before.numel()
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_an_arena_is_as_large_as_it_must_where_no_more_can_be_reserved(
+    monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    asked: list[int] = []
+
+    def pages(size: int) -> Tensor:
+        asked.append(size)
+        if len(asked) <= refused:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr("fuser.runtime.program._pages", pages)
+    arena = Arena()
+    with arena.lock:
+        buffer = arena.require(70_000)
+    assert asked == [131_072, 70_000]
+    assert 70_000 <= buffer.numel() < 70_100
+    buffer.fill_(1)
 
 
 def test_an_arena_made_in_inference_mode_can_be_written_outside(kernels: Mapping[str, Kernel]) -> None:
