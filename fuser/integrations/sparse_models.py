@@ -10,13 +10,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fuser.attention import attend
-from fuser.ir.errors import CalibrationError, MaskError
+from fuser.ir.errors import CalibrationError, FuserError, MaskError
 from fuser.ir.masks import BigBird, GlobalBlocks, Longformer
 from fuser.module.options import Options
 
@@ -136,6 +137,14 @@ class _Served(_Before):
         model, _, _, programs = self._serving
         said = f"{type(model).__name__}: attention of encoders runs through plans; embeddings and heads are PyTorch's"
         return "\n\n".join([said, *(program.report() for program in programs)])
+
+    def save(self, path: str | Path) -> None:
+        """Raises FuserError: a file of programs has no place for the parts that are PyTorch's."""
+        raise FuserError(
+            f"{type(self).__name__} runs its embeddings and heads in PyTorch, so a file of programs is not all of it: "
+            "write the whole with torch.save, and take its kernels to a machine without a compiler by `fuserc cache "
+            "export` and `fuserc cache import`"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in _TOLD:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,8 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.integrations.transformers import sparsify
-from fuser.ir.errors import MaskError
+from fuser.ir.errors import FuserError, MaskError
+from fuser.runtime.cache import KernelCache, default_cache
 
 transformers = pytest.importorskip("transformers")
 _SIZES: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -165,6 +170,33 @@ def test_copies_and_refusals() -> None:
         fuser.optimize(model, attention=fuser.masks.Causal())
     with pytest.raises(TypeError, match="no sparse attention"):
         sparsify(nn.Linear(2, 2))
+
+
+ELSEWHERE = """
+import sys, torch
+fast, call, expected = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    found = fast(**call).last_hidden_state
+print((found - expected).abs().max().item() < 1e-5, fast.fallbacks, sum(kernel.calls for kernel in fast.kernels) > 0)
+"""
+
+
+def test_where_there_is_no_compiler_its_kernels_come_from_elsewhere(tmp_path: Path) -> None:
+    model = model_of("longformer")
+    fast = fuser.optimize(model, search="model")
+    with torch.no_grad():
+        fast(**calls("longformer", 16)[0])
+        other = calls("longformer", 23)[0]
+        with pytest.raises(FuserError, match="torch.save.*cache export"):
+            fast.save(tmp_path / "model.fuser")
+        torch.save((fast, other, model(**other).last_hidden_state), tmp_path / "model.pt")
+    default_cache().export(tmp_path / "kernels.fuser")
+    there = KernelCache(tmp_path / "there")
+    there.import_(tmp_path / "kernels.fuser")
+    environment = {**os.environ, "FUSER_CACHE_DIR": str(there.root), "CXX": "/nowhere/c++"}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "()", "True"], done.stderr
 
 
 @torch.no_grad()
