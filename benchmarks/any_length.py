@@ -228,11 +228,11 @@ def memory(model: nn.Module, lengths: int) -> dict[str, Any]:
 
 
 def many_threads(model: nn.Module, seconds: float, callers: int) -> dict[str, Any]:
-    """Calls a second of one thread and of several, with random lengths."""
-    fast = fuser.optimize(model, search="model")
+    """Calls a second of one thread and of several, with random lengths: as many at once as by default, and one."""
+    fast, alone = fuser.optimize(model, search="model"), fuser.optimize(model, search="model", concurrency=1)
     errors: list[str] = []
 
-    def throughput(count: int) -> float:
+    def throughput(fast: nn.Module, count: int) -> float:
         done = [0] * count
         until = time.perf_counter() + seconds
 
@@ -254,9 +254,11 @@ def many_threads(model: nn.Module, seconds: float, callers: int) -> dict[str, An
             thread.join()
         return sum(done) / seconds
 
-    throughput(1)
-    one, several = throughput(1), throughput(callers)
-    return {"one": round(one, 1), "several": round(several, 1), "callers": callers, "errors": errors}
+    throughput(fast, 1)
+    found = {"one": throughput(fast, 1), "several": throughput(fast, callers)}
+    throughput(alone, 1)
+    found |= {"several_one_at_a_time": throughput(alone, callers)}
+    return {**{name: round(calls, 1) for name, calls in found.items()}, "callers": callers, "errors": errors}
 
 
 class Session(nn.Module):

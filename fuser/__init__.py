@@ -24,6 +24,7 @@ _EXPORTS = {
     "FP8": ("fuser.module.quantizing", "FP8"),
     "SoftCap": ("fuser.ir.scores", "SoftCap"),
     "DEQ": ("fuser.ir.prediction", "DEQ"),
+    "Int8Attention": ("fuser.ir.int8_attention", "Int8Attention"),
     "Sanger": ("fuser.ir.prediction", "Sanger"),
     "plan": ("fuser.kernels.planner", "plan"),
     "masks": ("fuser.masks", None),

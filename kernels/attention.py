@@ -32,7 +32,7 @@ from fuser.ir.operators import (
     ScoreMask,
     Softmax,
 )
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.base import (
@@ -255,7 +255,7 @@ class AttentionMatch:
     importance: Operator[ImportanceBias] | None = None
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
     disentangled: Operator[DisentangledBias] | None = None
-    quantize: Prediction | None = None
+    quantize: ScoreQuantization | None = None
 
     @property
     def is_plain(self) -> bool:

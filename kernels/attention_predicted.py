@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from fuser.ir.prediction import EmptyRow, Form, Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import Target
 from fuser.kernels.attention import (
     AnyPlan,
@@ -121,7 +122,7 @@ class PredictedAttention:
         return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * words)
 
 
-def takes(quantize: Prediction, mask: torch.dtype | None) -> bool:
+def takes(quantize: ScoreQuantization, mask: torch.dtype | None) -> bool:
     """Whether the kernel makes these decisions under a run-time mask of this dtype: it knows no scores without what is
     added to them."""
     return mask in (None, torch.bool) or not quantize.unmasked_maximum
@@ -133,7 +134,7 @@ class CpuPredictedAttention(Implementation[AttentionMatch, PredictedKernel]):
     def space(self, match: AttentionMatch, target: Target) -> Sequence[PredictedKernel]:
         """One choice, that of the form."""
         how, mask = match.quantize, match.mask_dtype
-        if how is None or not takes(how, None if mask is None else mask.torch):
+        if not isinstance(how, Prediction) or not takes(how, None if mask is None else mask.torch):
             return ()
         return [PredictedKernel(*match.widths, match.dtype, mask, rule=match.rule, form=how.form)]
 
@@ -146,5 +147,5 @@ class CpuPredictedAttention(Implementation[AttentionMatch, PredictedKernel]):
         return dataclasses.replace(plain, flops=plain.flops + products * (walks * of_codes - in_full))
 
     def call(self, match: AttentionMatch, parameters: PredictedKernel, target: Target, threads: int) -> KernelCall:
-        assert match.quantize is not None
+        assert isinstance(match.quantize, Prediction)
         return match.call(PredictedAttention(parameters, match.quantize), target, threads)

@@ -7,6 +7,7 @@ from fuser.kernels.attention import AttentionFamily, CpuAttention
 from fuser.kernels.attention_cuda import CudaAttention
 from fuser.kernels.attention_disentangled import CpuDisentangledAttention
 from fuser.kernels.attention_importance import CpuImportanceAttention
+from fuser.kernels.attention_int8 import CpuInt8Attention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.attention_predicted import CpuPredictedAttention
 from fuser.kernels.base import Table
@@ -40,6 +41,7 @@ IMPLEMENTATIONS: Table = {
         CpuImportanceAttention(),
         CpuJoinedAttention(),
         CpuPredictedAttention(),
+        CpuInt8Attention(),
     ),
     (AttentionFamily(), "cuda"): (CudaAttention(),),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),

@@ -20,7 +20,7 @@ from fuser.attention.varlen import varlen_attention
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Dense, Mask, PerBatch
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def sparse_attention(
     *,
     bias: Tensor | None = None,
     score: ScoreRule | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -68,9 +68,10 @@ def sparse_attention(
         bias: what is added to the scores, floating and broadcastable to (B, H, Sq, Sk), such as relative positions. It
             has gradients.
         score: what becomes of scaled scores before the mask is applied or added, such as ``fuser.SoftCap(50.0)``.
-        quantize: ``fuser.DEQ(...)``, scores of few bits where they matter little, or ``fuser.Sanger(...)``, which
-            leaves those out. Pairs that the mask forbids do not exist: they set no maximum. The backward pass takes
-            decisions as constants and codes as if they were not rounded.
+        quantize: ``fuser.Int8Attention(...)``, scores and values in 8 bits; ``fuser.DEQ(...)``, scores of few bits
+            where they matter little, or ``fuser.Sanger(...)``, which leaves those out. Pairs that the mask forbids do
+            not exist: they set no maximum. The backward pass takes decisions as constants and codes as if they were not
+            rounded.
         scale: default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores of each row, (B, H, Sq) fp32, natural logarithm.
 
@@ -111,7 +112,7 @@ def _by_entries(
     mask: PerBatch,
     bias: Tensor | None,
     score: ScoreRule | None,
-    quantize: Prediction | None,
+    quantize: ScoreQuantization | None,
     scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -157,7 +158,7 @@ def attend(
     causal: bool = False,
     offset: int = 0,
     rule: ScoreRule | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """:func:`sparse_attention` under both a ``pattern`` and a tensor known at run time only, such as padding.
@@ -187,7 +188,7 @@ def _operands(
     pattern: Mask | None,
     attn_mask: Tensor | None,
     rule: ScoreRule | None,
-    quantize: Prediction | None,
+    quantize: ScoreQuantization | None,
     causal: bool,
     offset: int,
     scale: float | None,

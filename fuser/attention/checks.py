@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 
 
@@ -22,8 +22,9 @@ def check_scores(score: object, quantize: object) -> None:
     """Raise ScoreError unless these are a rule and a specification, or None."""
     if score is not None and not isinstance(score, ScoreRule):
         raise ScoreError(f"score must be a rule such as fuser.SoftCap, or None, got {type(score).__name__}")
-    if quantize is not None and not isinstance(quantize, Prediction):
-        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, got {type(quantize).__name__}")
+    if quantize is not None and not isinstance(quantize, ScoreQuantization):
+        kind = type(quantize).__name__
+        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger, a fuser.Int8Attention or None, got {kind}")
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -17,7 +17,7 @@ from fuser.attention import sparse_attention
 from fuser.attention.checks import check_scores
 from fuser.attention.launch import say
 from fuser.ir.errors import ScoreError
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import SoftCap
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def flex_attention(
     kernel_options: dict[str, Any] | None = None,
     *,
     return_aux: AuxRequest | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """``torch.nn.attention.flex_attention.flex_attention``, by kernels where they know what ``score_mod`` computes.
 

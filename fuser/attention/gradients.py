@@ -70,9 +70,9 @@ def gradients_of(
         # Scores that were not computed in full have the gradient of products of the rows that their codes stand for.
         high = ds.masked_fill(~full, 0.0)
         low = ds - high
-        (q_codes, q_step), (k_codes, k_step) = spec.quantize.codes(q.to(p.dtype), 0), spec.quantize.codes(keys, 1)
-        dq = weighted_sum(high, keys, ~full) + weighted_sum(low, k_codes * k_step, forbidden | full)
-        dk = (high.mT @ q.to(p.dtype) + low.mT @ (q_codes * q_step)) * scale
+        near_q, near_k = spec.quantize.rounded(q.to(p.dtype), 0), spec.quantize.rounded(keys, 1)
+        dq = weighted_sum(high, keys, ~full) + weighted_sum(low, near_k, forbidden | full)
+        dk = (high.mT @ q.to(p.dtype) + low.mT @ near_q) * scale
     return (dq * scale).to(q.dtype), narrow(dk), dv, q.new_empty(0) if db is None else db
 
 

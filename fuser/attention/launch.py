@@ -11,7 +11,7 @@ from torch import Tensor
 from fuser.codegen.launch import launch
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import TensorSpec
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels import attention_cuda
@@ -24,7 +24,8 @@ from fuser.kernels.attention import (
     keep_plans,
 )
 from fuser.kernels.attention_cuda import CudaAttentionParameters
-from fuser.kernels.attention_predicted import PredictedAttention, PredictedKernel, takes
+from fuser.kernels.attention_predicted import takes
+from fuser.kernels.attention_quantized import quantized
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
@@ -39,7 +40,7 @@ class NoKernelError(Exception):
     """Why no kernel can take these tensors."""
 
 
-def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: Prediction | None = None) -> Target:
+def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQuantization | None = None) -> Target:
     """The target of the tensors' device. Raises NoKernelError if it has no kernel for them, or for ``quantize``."""
     if q.device.type not in ("cpu", "cuda") or q.layout is not torch.strided:
         raise NoKernelError(f"there is no kernel for {q.device.type} tensors")
@@ -93,7 +94,7 @@ def run_plan(
     lse: Tensor | None,
     target: Target | None = None,
     rule: ScoreRule | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
 ) -> None:
     """Run the kernel for ``plan``, the score ``rule`` and ``quantize`` on checked tensors, into ``out`` and, where it
     is given, ``lse``.
@@ -122,7 +123,7 @@ def _parameters(
     operands: Operands,
     lse: bool,
     rule: ScoreRule | None,
-    quantize: Prediction | None,
+    quantize: ScoreQuantization | None,
     plan: AttentionPlan,
     target: Target,
 ) -> PlanParameters:
@@ -131,7 +132,7 @@ def _parameters(
     if target.kind == "cuda":
         return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
     if quantize is not None:
-        return PredictedAttention(PredictedKernel(*kernel, rule=rule, form=quantize.form), quantize)
+        return quantized(quantize, *kernel, rule)
     return AttentionParameters(*kernel, rule=rule)
 
 

@@ -17,7 +17,7 @@ import torch
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import MaskError
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.runtime.locks import ForkSafeLock
 
@@ -32,7 +32,7 @@ _registered: dict[str, AttentionSpec] = {}
 _known: weakref.WeakKeyDictionary[Mask, dict[Any, str]] = weakref.WeakKeyDictionary()
 # A mask that somebody holds can be found, however many others are used between its key and the operator. Masks of
 # different functions have one key while their entries are equal.
-_alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, Prediction | None, int], Mask] = (
+_alive: weakref.WeakValueDictionary[tuple[str, ScoreRule | None, ScoreQuantization | None, int], Mask] = (
     weakref.WeakValueDictionary()
 )
 
@@ -43,7 +43,7 @@ def register_mask(
     kv_len: int | None = None,
     *,
     score: ScoreRule | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
 ) -> str:
     """Make ``mask``, with a score rule and quantization or without, known to this process for good; return its key.
 
@@ -133,7 +133,7 @@ def _keep(table: collections.OrderedDict[str, AttentionSpec], key: str, spec: At
 def key_of(
     mask: Mask,
     rule: ScoreRule | None,
-    quantize: Prediction | None,
+    quantize: ScoreQuantization | None,
     causal: bool,
     offset: int,
     q_len: int | None = None,
@@ -158,7 +158,7 @@ def key_of(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def key_of_any_lengths(mask: Mask, rule: ScoreRule | None, quantize: Prediction | None) -> str:
+def key_of_any_lengths(mask: Mask, rule: ScoreRule | None, quantize: ScoreQuantization | None) -> str:
     """The key of a specification that documents of any lengths have, a constant of whatever graph is traced."""
     try:
         return enter(AttentionSpec(mask, rule, quantize), None, None, any_lengths=True)

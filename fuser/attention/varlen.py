@@ -20,7 +20,7 @@ from fuser.attention.reference import arithmetic_dtype, is_forward_differentiate
 from fuser.attention.registry import DENSE, key_of_any_lengths, pin, spec_of
 from fuser.ir.errors import BuildError, CacheError, MaskError, ToolchainError
 from fuser.ir.masks import Dense, Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.attention import cached_plan
@@ -46,7 +46,7 @@ def varlen_attention(
     mask: Mask | None = None,
     *,
     score: ScoreRule | None = None,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
     scale: float | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -64,8 +64,9 @@ def varlen_attention(
         cu_seqlens_k: the same of keys, for as many documents; None where they are those of the queries.
         mask: one of :mod:`fuser.masks`, which is applied to each document by itself; None for all pairs.
         score: as in :func:`fuser.sparse_attention`.
-        quantize: as there, of each document by itself: what depends on more than a row (``calibration="dynamic"``, the
-            largest one of a head or a sample) depends on one document, and documents run one after another then.
+        quantize: as there, of each document by itself: what depends on more than a row (the mean of keys,
+            ``calibration="dynamic"``, the largest one of a head or a sample) depends on one document, and documents run
+            one after another then.
         scale: default 1 / sqrt(D).
         max_seqlen_q, max_seqlen_k: taken as flash-attention's functions take them and not needed, since the lengths are
             read from the offsets.

@@ -124,11 +124,12 @@ def show(
 def _compile(
     named: Named, attention: Mask | None, search: str, quality: float | None, scores: Scores | None
 ) -> OptimizedModule:
-    from fuser.ir.prediction import DEQ, Prediction, Sanger
+    from fuser.ir.prediction import DEQ, Sanger
+    from fuser.ir.score_quantization import ScoreQuantization
     from fuser.module.optimized import optimize
     from fuser.module.quantizing import Int8, LinearQuantization
 
-    given, how = [named.args or named.kwargs], list[LinearQuantization | Prediction]()
+    given, how = [named.args or named.kwargs], list[LinearQuantization | ScoreQuantization]()
     if quality is not None:
         how.append(Int8(given if quality else None, quality=quality, smooth=quality > 0))
     if scores is not None:

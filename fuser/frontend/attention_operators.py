@@ -21,7 +21,7 @@ from fuser.ir.errors import CaptureError, MaskError
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import OperatorGraph, TensorSpec, is_kind
 from fuser.ir.masks import Causal, Dense, Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 
 aten = torch.ops.aten
@@ -237,7 +237,7 @@ def attention_from(
     scale: float,
     masks: Sequence[MaskUse],
     *,
-    quantize: Prediction | None = None,
+    quantize: ScoreQuantization | None = None,
     **more: Any,
 ) -> View:
     """Emit all of attention; other arguments are those of :func:`scores_from`."""
@@ -256,7 +256,7 @@ def _predicted(
     v: View,
     scale: float,
     masks: Sequence[MaskUse],
-    quantize: Prediction,
+    quantize: ScoreQuantization,
     pattern: Mask | None = None,
     causal: bool = False,
     rule: ScoreRule | None = None,

@@ -20,7 +20,7 @@ from fuser.attention import attend, varlen_attention
 from fuser.integrations.sparse_models import sparsify as sparsify
 from fuser.ir.errors import MaskError, ScoreError
 from fuser.ir.masks import Causal, Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import SoftCap
 
 logger = logging.getLogger("fuser")
@@ -32,7 +32,7 @@ _UNSUPPORTED = {
 }
 
 
-def register(mask: Mask | None = None, *, quantize: Prediction | None = None, name: str = "fuser") -> None:
+def register(mask: Mask | None = None, *, quantize: ScoreQuantization | None = None, name: str = "fuser") -> None:
     """Add an attention implementation to transformers; calling it again replaces the one of that ``name``.
 
     Without ``mask`` attention is exactly the model's own: causal or not, with padding and any 4-D mask. With it, every
@@ -45,8 +45,9 @@ def register(mask: Mask | None = None, *, quantize: Prediction | None = None, na
     to each document by itself. Where a model masks other documents itself (decoders without a cache whose
     ``position_ids`` start again), nothing is computed across them either.
 
-    ``quantize`` (``fuser.DEQ(...)`` or ``fuser.Sanger(...)``) is that of :func:`fuser.sparse_attention`, in training as
-    well; it takes neither dropout nor documents, and says so by a ValueError when the model runs.
+    ``quantize`` (``fuser.Int8Attention(...)``, ``fuser.DEQ(...)`` or ``fuser.Sanger(...)``) is that of
+    :func:`fuser.sparse_attention`, in training as well; it takes neither dropout nor documents, and says so by a
+    ValueError when the model runs.
 
     Raises:
         MaskError: ``mask`` is not a mask.
@@ -55,8 +56,9 @@ def register(mask: Mask | None = None, *, quantize: Prediction | None = None, na
     """
     if mask is not None and not isinstance(mask, Mask):
         raise MaskError(f"register takes one of fuser.masks, not a {type(mask).__name__}")
-    if quantize is not None and not isinstance(quantize, Prediction):
-        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger or None, not a {type(quantize).__name__}")
+    if quantize is not None and not isinstance(quantize, ScoreQuantization):
+        kind = type(quantize).__name__
+        raise ScoreError(f"quantize must be a fuser.DEQ, a fuser.Sanger, a fuser.Int8Attention or None, not a {kind}")
     try:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
         from transformers.modeling_utils import AttentionInterface
@@ -79,7 +81,9 @@ def without_hints(model: nn.Module, arguments: Mapping[str, Any]) -> Mapping[str
     return {name: value for name, value in arguments.items() if name not in _HINTS}
 
 
-def _forward_with(pattern: Mask | None, quantize: Prediction | None = None) -> Callable[..., tuple[Tensor, None]]:
+def _forward_with(
+    pattern: Mask | None, quantize: ScoreQuantization | None = None
+) -> Callable[..., tuple[Tensor, None]]:
     def fuser_attention_forward(
         module: nn.Module,
         query: Tensor,
@@ -158,7 +162,7 @@ def _of_documents(
     cu_seqlens_k: Tensor,
     mask: Mask | None,
     rule: SoftCap | None,
-    quantize: Prediction | None,
+    quantize: ScoreQuantization | None,
     scale: float | None,
 ) -> Tensor:
     """Attention within the documents of one row: (1, H, S, D) to (1, S, H, Dv)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fuser.ir.masks import Mask
 from fuser.ir.masks.columns import digest
 from fuser.ir.operators import canonical
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 
 
@@ -19,7 +19,7 @@ class AttentionSpec:
 
     mask: Mask
     rule: ScoreRule | None = None
-    quantize: Prediction | None = None
+    quantize: ScoreQuantization | None = None
 
     def current(self) -> AttentionSpec:
         """The same of :meth:`Mask.current`."""

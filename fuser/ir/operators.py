@@ -23,8 +23,8 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense, Mask
-from fuser.ir.prediction import Prediction
 from fuser.ir.quantization import NAMES, code_products, quantize_rows
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
 
@@ -440,14 +440,14 @@ class PV(Semantics):
 @dataclass(frozen=True)
 class PredictedAttention(Semantics):
     """Attention of q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) that decides by few bits which of its
-    scores are computed in full, as ``quantize`` says: see :class:`fuser.ir.prediction.Prediction`.
+    scores are computed in full, as ``quantize`` says: see :class:`fuser.ir.score_quantization.ScoreQuantization`.
 
     ``rule`` changes scaled scores before masks do; ``pattern`` is what constants allow; a fourth input is a run-time
     mask, boolean or added, that broadcasts to the scores. Of ``packed`` rows the other inputs are those of a
     :class:`DocumentMask`, whose documents have the pattern each.
     """
 
-    quantize: Prediction
+    quantize: ScoreQuantization
     scale: float
     pattern: Mask = Dense()  # noqa: RUF009 a frozen value
     rule: ScoreRule | None = None

@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.scores import ScoreRule
+from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic
 
 BITS = (2, 4, 6, 8)
 METHODS = (
@@ -39,8 +38,6 @@ GRANULARITIES = ("seq", "head", "batch")
 CALIBRATIONS = ("row", "dynamic", "static", "ema")
 EMA_DECAY = 0.9999
 """What an average of maxima keeps at every step of calibration."""
-SMALLEST = 2.0**-100
-"""Rows whose size is below this are taken as zero."""
 
 
 class EmptyRow(enum.Enum):
@@ -75,7 +72,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Prediction(ABC):
+class Prediction(ScoreQuantization):
     """What DEQ and Sanger share.
 
     Fields:
@@ -119,7 +116,6 @@ class Prediction(ABC):
     empty_row: str = "argmax"
     unmasked_maximum: bool = False
 
-    _prune: ClassVar[bool]
     _section: ClassVar[str]
     _methods: ClassVar[tuple[str, ...]]
     _empty_rows: ClassVar[tuple[str, ...]]
@@ -213,7 +209,7 @@ class Prediction(ABC):
             calibration=calibration,
             thresholds=thresholds,
             normalize=normalize is not None,
-            empty_row="dense" if cls._prune else "predicted",
+            empty_row="dense" if cls.prunes else "predicted",
             unmasked_maximum=before,
             **fields,
         )
@@ -227,13 +223,7 @@ class Prediction(ABC):
         return self.method.startswith("inv_")
 
     @property
-    def prunes(self) -> bool:
-        """Whether scores that are not computed in full are left out."""
-        return self._prune
-
-    @property
     def is_by_row(self) -> bool:
-        """Whether what becomes of a row of scores depends on no other row of q and k than those that it is made of."""
         return self.calibration != "dynamic" and not self.form.over_rows
 
     @property
@@ -253,7 +243,7 @@ class Prediction(ABC):
             over_rows=self.is_adaptive and self.granularity != "seq",
             over_heads=self.is_adaptive and self.granularity == "batch",
             inverse=self.is_inverse,
-            prune=self._prune,
+            prune=self.prunes,
             empty_row=EmptyRow.PREDICTED if self.is_inverse else EmptyRow(self.empty_row),
         )
 
@@ -273,7 +263,7 @@ class Prediction(ABC):
             raise ScoreError(f"only ema calibration moves thresholds, not {self.calibration!r}")
         found = []
         for x in (q, k):
-            x = x.detach().to(_arithmetic(x))
+            x = x.detach().to(arithmetic(x))
             size = self._sizes(x)
             top = float((x / size).nan_to_num(math.nan, math.inf, -math.inf).abs().max()) if x.numel() else 0.0
             if not SMALLEST <= top < math.inf:
@@ -329,11 +319,6 @@ class Prediction(ABC):
         assert self.thresholds is not None
         return torch.full((), self.thresholds[which], dtype=x.dtype, device=x.device)
 
-    def predicted(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """Predicted scores (B, H, Sq, Sk) of q (B, H, Sq, D) and k (B, H, Sk, D), in the dtype of both."""
-        (q_codes, q_step), (k_codes, k_step) = self.codes(q, 0), self.codes(k, 1)
-        return (q_codes @ k_codes.mT) * ((q_step * scale) * k_step.mT)
-
     def chosen(self, scores: Tensor) -> Tensor:
         """Which of the predicted scores (B, H, Sq, Sk) are to be computed in full: bool. Those at -inf may not be seen,
         and are not; those that are NaN are."""
@@ -360,52 +345,6 @@ class Prediction(ABC):
             limit = limit.masked_fill(empty, -math.inf)
         return ~(scores <= limit) & ~torch.isneginf(scores)
 
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        additive_mask: Tensor | None = None,
-        score: ScoreRule | None = None,
-        scale: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Output (B, H, Sq, Dv) and which scores were computed in full, bool (B, H, Sq, Sk), in plain PyTorch.
-
-        Args:
-            q: (B, H, Sq, D).
-            k, v: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv); H is a multiple of Hkv.
-            additive_mask: added to the scores, broadcastable to (B, H, Sq, Sk); pairs at -inf do not exist, those at
-                a number as low as -10000 do, without weight, as in the authors' software.
-            score: what becomes of scaled scores, predicted ones too, before the mask is added.
-            scale: default 1 / sqrt(D).
-
-        Gradients pass codes as if they were not rounded and take steps and decisions as constants.
-        """
-        dtype, group = _arithmetic(q), q.shape[1] // max(k.shape[1], 1)
-        queries = q.to(dtype)
-        keys, values = (t.to(dtype).repeat_interleave(group, 1) for t in (k, v))
-        scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        bias = torch.zeros((), dtype=dtype, device=q.device) if additive_mask is None else additive_mask.to(dtype)
-        forbidden = torch.isneginf(bias)
-        predicted = self.predicted(queries, keys, scale)
-
-        def changed(scores: Tensor) -> Tensor:
-            return scores if score is None else score.expression.evaluate(scores)[0]
-
-        seen = changed(predicted) if self.unmasked_maximum else changed(predicted) + bias
-        chosen = self.chosen(seen.masked_fill(forbidden, -math.inf))
-        scores = changed(self.mixed((queries * scale) @ keys.mT, predicted, chosen)) + bias
-        if self.prunes:
-            forbidden = forbidden | ~chosen
-        scores = scores.masked_fill(forbidden, -math.inf)
-        weights = torch.softmax(scores, -1).masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
-        return (weights @ values).to(q.dtype), chosen
-
-    @abstractmethod
-    def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
-        """The scores that attention goes on with, apart from those that are left out."""
-
 
 @dataclass(frozen=True)
 class DEQ(Prediction):
@@ -416,13 +355,9 @@ class DEQ(Prediction):
     that refines next to nothing. See :class:`Prediction` for the fields.
     """
 
-    _prune = False
     _section = "refine_score"
     _methods = METHODS
     _empty_rows = ("argmax", "dense", "predicted")
-
-    def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
-        return torch.where(chosen, exact, predicted)
 
 
 @dataclass(frozen=True)
@@ -433,7 +368,7 @@ class Sanger(Prediction):
     method: str = "probability_threshold"
     threshold: float = 2e-3
 
-    _prune = True
+    prunes = True
     _section = "prune_score"
     _methods = METHODS[:2]
     _empty_rows = ("argmax", "dense", "zero")
@@ -476,7 +411,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScoreError(f"{name} must be a number, not {value!r}")
     return float(value)
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -15,7 +15,7 @@ from fuser.codegen.assemble import KernelRecord
 from fuser.frontend.capture import FlatCall, is_capturing, prepare
 from fuser.integrations import sentence_transformers, sparse_models
 from fuser.ir.masks import Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import Target
 from fuser.module.acceptance import acceptable, unwritable
 from fuser.module.compiler import Compiled
@@ -354,7 +354,7 @@ def optimize(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     attention: Mask | None = None,
-    quantize: LinearQuantization | Prediction | Sequence[LinearQuantization | Prediction] | None = None,
+    quantize: LinearQuantization | ScoreQuantization | Sequence[LinearQuantization | ScoreQuantization] | None = None,
     search: str | int = "cached",
     target: Target | str | torch.device | None = None,
     cuda_graphs: bool = True,
@@ -375,9 +375,10 @@ def optimize(
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
         quantize: ``fuser.Int8(...)`` runs linear layers in int8, ``fuser.FP8(...)`` in fp8, as many as keep the model's
-            outputs what they are to a bound; the report lists them. ``fuser.DEQ(...)`` and ``fuser.Sanger(...)``
-            compute all attention as their ``reference`` does, scores in full only where a prediction by few bits says
-            that they matter. A sequence has one for layers and one for attention.
+            outputs what they are to a bound; the report lists them. ``fuser.Int8Attention(...)`` computes all attention
+            in 8 bits; ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` do so as their ``reference`` does, scores in full
+            only where a prediction by few bits says that they matter. A sequence has one for layers and one for
+            attention.
         search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs

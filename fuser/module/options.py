@@ -11,7 +11,7 @@ from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Dense, Mask
 from fuser.ir.masks.blocks import from_block_mask, is_block_mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import Target
 from fuser.module.quantizing import LinearQuantization
 from fuser.runtime.targets import named_target
@@ -35,7 +35,7 @@ class Options:
     dynamic: bool | Mapping[str, Collection[int]] = True
     concurrency: int | None = None
     padding: str = "keep"
-    quantize: LinearQuantization | Prediction | Sequence[LinearQuantization | Prediction] | None = None
+    quantize: LinearQuantization | ScoreQuantization | Sequence[LinearQuantization | ScoreQuantization] | None = None
 
     def __post_init__(self) -> None:
         if is_block_mask(self.attention):
@@ -47,14 +47,14 @@ class Options:
         if self.padding not in PADDING:
             raise ValueError(f"padding must be {' or '.join(map(repr, PADDING))}, not {self.padding!r}")
         for how in self._quantize:
-            if not isinstance(how, (LinearQuantization, Prediction)):
+            if not isinstance(how, (LinearQuantization, ScoreQuantization)):
                 raise TypeError(
-                    "quantize must be fuser.Int8(...) or fuser.FP8(...) for linear layers, fuser.DEQ(...) or "
-                    f"fuser.Sanger(...) for attention, or one of each, not a {type(how).__name__}"
+                    "quantize must be fuser.Int8(...) or fuser.FP8(...) for linear layers, fuser.Int8Attention(...), "
+                    f"fuser.DEQ(...) or fuser.Sanger(...) for attention, or one of each, not a {type(how).__name__}"
                 )
-            if isinstance(how, Prediction):
+            if isinstance(how, ScoreQuantization):
                 how.check_calibrated()
-        if len(self._quantize) != len({isinstance(how, Prediction) for how in self._quantize}):
+        if len(self._quantize) != len({isinstance(how, ScoreQuantization) for how in self._quantize}):
             raise ValueError("quantize takes one specification for linear layers and one for attention")
         if self.linear is not None and isinstance(self.target, Target):
             self.linear.check(self.target)
@@ -74,7 +74,7 @@ class Options:
 
     def attention_now(self) -> AttentionSpec | None:
         """What is done to the model's attention, by the mask as it is now (:meth:`Mask.current`); None for nothing."""
-        prediction = next((how for how in self._quantize if isinstance(how, Prediction)), None)
+        prediction = next((how for how in self._quantize if isinstance(how, ScoreQuantization)), None)
         if self.attention is None and prediction is None:
             return None
         return AttentionSpec(Dense() if self.attention is None else self.attention.current(), None, prediction)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from attention_reference import exact
 from torch import Tensor, nn
 
-from fuser import sparse_attention
+from fuser import Int8Attention, sparse_attention
+from fuser.ir.score_quantization import ScoreQuantization
+from fuser.runtime.device import cpu_target
 
 OPERATOR = torch.ops.fuser.sparse_attention.default
 WITH_LSE = torch.ops.fuser.sparse_attention_lse.default
@@ -25,6 +27,15 @@ def inputs(
     shapes = ((batch, heads, q_len, width), (batch, kv_heads, kv_len, width), (batch, kv_heads, kv_len, width))
     q, k, v = (torch.randn(*shape, generator=g) for shape in shapes)
     return q, k, v
+
+
+def rounding_of(how: ScoreQuantization, values: float = 3.0) -> float:
+    """How far kernels with few bits are from the reference, for values up to ``values``: where the CPU multiplies them
+    so, weights become 255ths and values 127ths of their largest, or both bf16."""
+    features = cpu_target().features
+    if isinstance(how, Int8Attention) and features & {"avx512_vnni", "avx_vnni"}:
+        return values * (1 / 255 + 0.5 / 127)
+    return values / 3 * 2.0**-6 if "avx512_bf16" in features else 3e-6
 
 
 def relative(a: Tensor, b: Tensor) -> float:

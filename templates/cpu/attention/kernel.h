@@ -102,6 +102,7 @@ __attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<
   constexpr int64_t DV = C::kValueDim;
   const int64_t vectors = (g.count + L - 1) / L, pitch = w.pitch = vectors * L;
   const bool few = g.count <= C::kFewRows;
+  if (!exact && !Scores::sound(t)) return false;
   Scores::queries(t, g, w);
   bool first = !resume(t, g, w);
 
@@ -110,7 +111,7 @@ __attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<
   while (block.fill()) {
     const int64_t n = block.n;
     Scores::keys(t, w, n);
-    Scores::value_keys(t, w, n);
+    Scores::value_keys(t, w, n, exact);
     if (first && (few || !(block.range == block.every))) {
       std::memset(w.o, 0, DV * pitch * sizeof(float));
       first = false;
@@ -124,6 +125,12 @@ __attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<
       by_tiles(block.range, [&](auto size, int64_t v) {
         const int64_t kept = Scores::template score<size()>(w, n, v, exact);
         if (kept == 0 && !first && !exact) return;
+        if constexpr (Scores::kByteValues)
+          if (!exact) {
+            Scores::template weigh_bytes<size()>(w, kept, v, changes, block.row_bias);
+            Scores::template byte_values<size()>(t, w, kept, v, first);
+            return;
+          }
         weigh<size(), Scores::kPairValues>(w, kept, v, changes, block.row_bias, exact);
         if (exact) return;
         if constexpr (Scores::kPairValues) {

@@ -325,11 +325,11 @@ struct Predicted : Products<C> {
     own_keys(t, w, n);
   }
 
-  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n, bool exact) {
     if constexpr (kPairValues)
       for (int64_t j = 0; j < n; ++j) w.v_row[j] = t.scores.value + w.key[j] * int64_t(C::kValueDim);
     else
-      Base::value_keys(t, w, n);
+      Base::value_keys(t, w, n, exact);
   }
 
   static __attribute__((noinline)) void own_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {

@@ -3,9 +3,10 @@
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
 //   open(args, t, index)       once a head, which is number `index`: what the policy keeps of it, in t.scores
 //   key_row(t, key), value_row where the rows of a key lie
+//   sound(t)                   whether no exact run is needed from the start
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
-//   value_keys(t, w, n)        the same in w.v_row of their values
+//   value_keys(t, w, n, exact) the same in w.v_row of their values
 //   score<RV>(w, n, v, exact)  into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
 //                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
@@ -13,8 +14,8 @@
 //   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
 // It has what it keeps of a head and of a thread in OfHead and OfThread. kMasks says that its scores are masked by the plan
 // already; kPrunes that they are changed, too, and that it keeps those keys alone that some row needs, all of them in an
-// exact run; kSurveys that it
-// must see all scores before the first is used (predicted.h).
+// exact run; kSurveys that it must see all rows before the first is used, in survey(args, plan). With kByteValues it
+// multiplies weights and values itself, but in an exact run: weigh_bytes<RV> and byte_values<RV> (int8.h).
 #pragma once
 #include "abi.h"
 #include "attention/scratch.h"
@@ -113,6 +114,7 @@ struct Products {
   static constexpr int64_t D = C::kHeadDim;
   static constexpr int64_t kWords = kWordsOfRow<C>;
   static constexpr bool kChanges = kBiased<C> || kRule<C>, kMasks = false, kPrunes = false, kSurveys = false;
+  static constexpr bool kByteValues = false;
   static constexpr bool kPairValues = kPairs<C>;
   struct OfHead {};
   struct OfThread {};
@@ -120,6 +122,8 @@ struct Products {
   FUSER_INLINE void open(const FuserArgs*, Head<C>&, int64_t) {}
   FUSER_INLINE auto key_row(const Head<C>& t, int64_t key) { return t.k + key * t.k_row; }
   FUSER_INLINE auto value_row(const Head<C>& t, int64_t key) { return t.v + key * t.v_row; }
+
+  FUSER_INLINE bool sound(const Head<C>&) { return true; }
 
   // Rows lie in lanes; few of them one after another.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
@@ -148,7 +152,7 @@ struct Products {
     for (int64_t j = n; j < n + kRepeated; ++j) w.k_row[j] = w.k_row[n - 1];
   }
 
-  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
+  FUSER_INLINE void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n, bool) {
     for (int64_t j = 0; j < n; ++j) {
       const typename C::Element* const row = C::Scores::value_row(t, w.key[j]);
       if constexpr (kCopyValues<C>)

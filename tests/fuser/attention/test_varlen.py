@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from attention_cases import rounding_of
 from attention_reference import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fuser
-from fuser import DEQ, Sanger, SoftCap, masks, varlen_attention
+from fuser import DEQ, Int8Attention, Sanger, SoftCap, masks, varlen_attention
 from fuser.attention.launch import run_plan
 from fuser.codegen import launch
 from fuser.ir.errors import FuserError, MaskError
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import emulated_target
 from fuser.kernels.documents import plan_documents
-from fuser.runtime.device import cpu_target
 
 OPERATOR = torch.ops.fuser.varlen_attention.default
 LENGTHS = ((5, 5), (0, 0), (1, 1), (130, 130), (64, 64), (7, 40), (40, 7), (3, 0), (0, 6))
@@ -313,7 +313,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a mask of other heads": ({"mask": masks.per_head([masks.Causal()] * 3)}, "has 3 heads and q 4"),
     "a mask of other lengths": ({"mask": masks.from_dense(torch.ones(9, 9, dtype=torch.bool))}, "9"),
     "a score that is no rule": ({"score": 30.0}, "fuser.SoftCap"),
-    "bits that are no specification": ({"quantize": 4}, r"fuser\.DEQ, a fuser\.Sanger or None"),
+    "bits that are no specification": ({"quantize": 4}, r"fuser\.DEQ, a fuser\.Sanger, a fuser\.Int8Attention or None"),
     "averages that nothing has begun": ({"quantize": DEQ(calibration="ema")}, "no thresholds yet"),
 }
 
@@ -365,10 +365,12 @@ def test_nested_tensors_are_packed_ones() -> None:
 
 # ---- scores of few bits
 
-KERNELS: dict[str, Prediction] = {
+KERNELS: dict[str, ScoreQuantization] = {
     "deq": DEQ(threshold=0.2),
     "a sample": DEQ(granularity="batch", calibration="dynamic", threshold=0.4),
     "sanger": Sanger(threshold=0.05),
+    "bytes": Int8Attention(smooth=False),
+    "bytes of what differs": Int8Attention(),
 }
 QUANTIZED = KERNELS | {
     "eight bits": DEQ(bits=8, method="probability_threshold", threshold=0.02),
@@ -380,7 +382,7 @@ QUANTIZED = KERNELS | {
 
 
 def expected_of_few_bits(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, mask: masks.Mask | None, how: Prediction
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, mask: masks.Mask | None, how: ScoreQuantization
 ) -> Tensor:
     """The reference of the specification on the rows of each document that see something."""
     out = torch.zeros_like(q)
@@ -407,9 +409,8 @@ def test_scores_of_few_bits_are_those_of_every_document_by_itself(name: str, mas
     torch.testing.assert_close(plain, want, rtol=0, atol=1e-12)
     if name in KERNELS:
         out, lse = varlen_attention(*given, MASKS[mask], quantize=how, return_lse=True)
-        # Weights, and values of about 3, are rounded to bf16 where the CPU multiplies them so.
-        rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 3e-6
-        torch.testing.assert_close(out, expected_of_few_bits(*given, MASKS[mask], how), rtol=0, atol=rounding)
+        want = expected_of_few_bits(*given, MASKS[mask], how)
+        torch.testing.assert_close(out, want, rtol=0, atol=rounding_of(how))
         assert torch.equal(lse.isneginf(), sums.isneginf())
 
 

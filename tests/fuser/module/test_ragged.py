@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_cases import rounding_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fuser
-from fuser import DEQ, Sanger, masks
+from fuser import DEQ, Int8Attention, Sanger, masks
 from fuser.ir.errors import IndexRangeError, KernelError, PackingError
 from fuser.ir.operators import DocumentMask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.kernels.plan import AttentionPlan
 from fuser.module.ragged import Padding, packed_rows, rounded
-from fuser.runtime.device import cpu_target
 
 WIDTH, HEADS, WORDS = 32, 2, 50
 TOLERANCE = 1e-5
@@ -341,7 +341,7 @@ def test_a_mask_for_attention_meets_the_one_of_padding() -> None:
 class Quantized(Encoder):
     """With scores of few bits, in plain PyTorch, and a constant mask."""
 
-    def __init__(self, how: Prediction, pattern: masks.Mask) -> None:
+    def __init__(self, how: ScoreQuantization, pattern: masks.Mask) -> None:
         super().__init__()
         self.how, self.pattern = how, pattern
 
@@ -358,17 +358,17 @@ class Quantized(Encoder):
         (DEQ(threshold=0.3), masks.Dense()),
         (DEQ(threshold=0.2), masks.SlidingWindow(3, 2)),
         (Sanger(threshold=0.08), masks.Strided(4)),
+        (Int8Attention(smooth=False), masks.SlidingWindow(5, 1)),
     ],
 )
 def test_scores_of_few_bits_are_those_of_every_entry_alone(
-    how: Prediction, pattern: masks.Mask, tmp_path: Path
+    how: ScoreQuantization, pattern: masks.Mask, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model, plain = Quantized(how, pattern).eval(), Encoder()
     plain.load_state_dict(model.state_dict())
     fast, _ = made(plain, padding="skip", quantize=how, attention=pattern)
-    # Weights and values are rounded to bf16 where the CPU multiplies them so.
-    rounding = 2.0**-7 if "avx512_bf16" in cpu_target().features else 1e-5
+    rounding = max(1e-5, rounding_of(how, values=1.5))
     for spelling in ("right", "left", "holes", "empty"):
         ids, mask = padded(spelling, 3, 31)
         with torch.inference_mode():
@@ -390,10 +390,11 @@ def test_scores_of_few_bits_are_those_of_every_entry_alone(
     ("how", "kind", "reason"),
     [
         (DEQ(calibration="dynamic"), Encoder, "scores with those of other rows"),
+        (Int8Attention(), Encoder, "scores with those of other rows"),
         (DEQ(before_softmax=True, unmasked_maximum=True), Additive, "scores with those of padding"),
     ],
 )
-def test_scores_that_depend_on_padding_compute_it(how: Prediction, kind: type[Encoder], reason: str) -> None:
+def test_scores_that_depend_on_padding_compute_it(how: ScoreQuantization, kind: type[Encoder], reason: str) -> None:
     torch.manual_seed(0)
     fast, model = made(kind(), padding="skip", quantize=how)
     kept, _ = made(model, quantize=how)

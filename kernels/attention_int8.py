@@ -1,0 +1,97 @@
+"""Attention by a plan in 8 bits: :mod:`fuser.ir.int8_attention` on CPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fuser.ir.int8_attention import Int8Attention
+from fuser.ir.target import Target
+from fuser.kernels.attention import (
+    AnyPlan,
+    AttentionExtents,
+    AttentionMatch,
+    AttentionParameters,
+    CpuAttention,
+    Launch,
+    Operands,
+    ScorePolicy,
+)
+from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
+
+
+@dataclass(frozen=True)
+class Int8Extents(AttentionExtents):
+    """``workspace`` bytes of scratch memory lie before what codes need; whether keys lose their mean; and the part of a
+    row's probability that may be left out."""
+
+    workspace: int
+    smooth: int
+    skip: float
+
+
+@dataclass(frozen=True)
+class Int8Kernel(AttentionParameters):
+    """The parameters of one kernel: equal for all specifications."""
+
+    policy: ClassVar[ScorePolicy] = ScorePolicy("Int8", "int8.h")
+    extents_kind: ClassVar[type[AttentionExtents]] = Int8Extents
+
+    @property
+    def few_rows(self) -> int:
+        """Rows lie in lanes, however few they are."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Int8Launch:
+    """A kernel and the numbers that one specification gives it."""
+
+    kernel: Int8Kernel
+    quantize: Int8Attention
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.kernel.spec
+
+    def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
+        made = self.kernel.launch(plan, operands, scale, target, threads)
+        batch, _, key_heads = operands.heads
+        keys, heads, kernel = plan.lengths[1], batch * key_heads, self.kernel
+        # Of every head the mean of its keys, a step for each element of its values, and whether all are finite; of
+        # every key its step, what its products start with, and its codes; and the values of four keys in a word.
+        words = kernel.head_dim + kernel.value_dim + 1
+        words += keys * (2 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
+        extended = made.extended(
+            Int8Extents,
+            workspace=made.workspace_bytes,
+            smooth=int(self.quantize.smooth),
+            skip=self.quantize.skip,
+        )
+        return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * heads * words)
+
+
+class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
+    """Attention plans whose scores are products of int8 codes."""
+
+    def space(self, match: AttentionMatch, target: Target) -> Sequence[Int8Kernel]:
+        """One choice."""
+        mask = match.mask_dtype
+        if not isinstance(match.quantize, Int8Attention):
+            return ()
+        return [Int8Kernel(*match.widths, match.dtype, mask, rule=match.rule)]
+
+    def cost(self, match: AttentionMatch, parameters: Int8Kernel, target: Target) -> Cost:
+        """What is skipped is known when it runs, and so not counted."""
+        plain = CpuAttention().cost(match, parameters, target)
+        products = 2.0 * match.pairs(target) * (parameters.head_dim + parameters.value_dim)
+        of_codes, in_full = (target.peak_flops / target.rate(dtype) for dtype in (torch.int8, parameters.dtype.torch))
+        return dataclasses.replace(plain, flops=plain.flops + products * (of_codes - in_full))
+
+    def call(self, match: AttentionMatch, parameters: Int8Kernel, target: Target, threads: int) -> KernelCall:
+        assert isinstance(match.quantize, Int8Attention)
+        return match.call(Int8Launch(parameters, match.quantize), target, threads)
