@@ -1,4 +1,4 @@
-"""DEQ and Sanger: `sparse_attention(quantize=…)` against the same attention in fp32 and bf16, all interleaved.
+"""Few bits: `sparse_attention(quantize=…)` against the same attention in fp32 and bf16, all interleaved.
 
 Inputs are random, normal and independent, as a model's projections lay them out, or the queries, keys and values of all
 layers of the demo's pretrained encoder on 512 tokens of its text. Every arm must agree with its reference in PyTorch
@@ -23,9 +23,9 @@ from harness import as_record, interleave, save
 from torch import Tensor
 
 import fuser
-from fuser import DEQ, Sanger, demo
+from fuser import DEQ, Int8Attention, Sanger, demo
 from fuser.ir.masks import Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.runtime.device import cpu_target
 
 MASKS: dict[str, Mask] = {
@@ -37,6 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS, WIDTH, TOKENS, ROWS = 12, 64, 512, 128
 AGREEMENT = 1e-2
 """Largest relative L2 distance from the reference: weights and values are rounded to bf16."""
+BYTES_AGREEMENT = 3e-2
+"""The same where they become bytes."""
 
 
 def random_inputs(length: int) -> list[Tensor]:
@@ -72,8 +74,8 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def measure(data: str, name: str, tokens: list[Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """One case: milliseconds of all arms, and what the quantized ones compute in full and how far off they are."""
     mask, length = MASKS[name], tokens[0].shape[2]
-    hows: dict[str, Prediction] = {f"deq_{t:g}": DEQ(threshold=t) for t in options.thresholds}
-    hows["sanger"] = Sanger()
+    hows: dict[str, ScoreQuantization] = {"int8": Int8Attention(), "sanger": Sanger()}
+    hows |= {f"deq_{t:g}": DEQ(threshold=t) for t in options.thresholds}
     rows = torch.arange(0, length, max(1, length // ROWS))
     allowed = mask.dense(length)[rows]
     additive = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
@@ -90,7 +92,7 @@ def measure(data: str, name: str, tokens: list[Tensor], options: argparse.Namesp
             )
             out = arm()[:, :, rows]
             expected, chosen = how.reference(q[:, :, rows], k, v, additive_mask=additive)
-            if not distance(out, expected) <= AGREEMENT:
+            if not distance(out, expected) <= (BYTES_AGREEMENT if label == "int8" else AGREEMENT):
                 raise SystemExit(f"{data} {name} {length} {kind}_{label}: {distance(out, expected)} from its reference")
             quality[f"{kind}_{label}"] = {
                 "computed_in_full": float(chosen.sum() / allowed.sum() / chosen.shape[0] / chosen.shape[1]),

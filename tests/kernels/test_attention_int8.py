@@ -27,12 +27,15 @@ from fuser.kernels.base import Literal
 from fuser.kernels.planner import plan
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
-from fuser.runtime.cpuinfo import detect_isa
+from fuser.runtime.cpuinfo import detect_isa, features, has_isa
 from fuser.runtime.device import cpu_target
 from fuser.runtime.library import load
 
 NATIVE = detect_isa()
-ISAS = pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
+AVX_VNNI = "avx_vnni"
+# Bytes in narrow registers, of which rows of a group fill several tiles.
+NARROW = [AVX_VNNI] if AVX_VNNI in features(Isa.AVX2) and has_isa(Isa.AVX2) else []
+ISAS = pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE, *NARROW]))
 Q_LEN, KV_LEN, WIDTH, VALUES = 70, 150, 22, 19
 SCALE = 0.4
 BLOCK = Int8Kernel(16, 16).key_block
@@ -41,13 +44,16 @@ MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), ma
 BYTES = 0.875 / 255 + 0.5 / 127
 
 
-def target(isa: Isa | None = NATIVE) -> Target:
-    """An instruction set alone, or with None this machine's with all extensions."""
+def target(isa: Isa | str | None = NATIVE) -> Target:
+    """An instruction set alone, AVX2 with products of bytes, or with None this machine's with all extensions."""
+    if isa == AVX_VNNI:
+        return dataclasses.replace(cpu_target(), arch=Isa.AVX2.value, features=frozenset({AVX_VNNI}))
+    assert not isinstance(isa, str) or isinstance(isa, Isa)
     return cpu_target() if isa is None else dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
 
 
 def multiplies_bytes(on: Target) -> bool:
-    return bool(on.features & {"avx512_vnni", "avx_vnni"})
+    return bool(on.features & {"avx512_vnni", AVX_VNNI})
 
 
 @functools.cache
@@ -68,7 +74,7 @@ def run(
     attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa | None = NATIVE,
+    isa: Isa | str | None = NATIVE,
     threads: int = 2,
     given: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -92,7 +98,7 @@ def check(
     attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa | None = NATIVE,
+    isa: Isa | str | None = NATIVE,
 ) -> None:
     q, k, v = inputs(dtype)
     out, lse = run(how, mask, attn_mask, rule, dtype, isa)
@@ -112,7 +118,7 @@ def check(
 
 
 @ISAS
-def test_it_computes_what_the_reference_does(isa: Isa | None) -> None:
+def test_it_computes_what_the_reference_does(isa: Isa | str | None) -> None:
     for mask in MASKS:
         for smooth in (True, False):
             check(Int8Attention(smooth=smooth), mask, isa=isa)
@@ -120,7 +126,7 @@ def test_it_computes_what_the_reference_does(isa: Isa | None) -> None:
 
 
 @ISAS
-def test_biases_masks_and_rules(isa: Isa | None) -> None:
+def test_biases_masks_and_rules(isa: Isa | str | None) -> None:
     generator = torch.Generator().manual_seed(2)
     bias = 2 * torch.randn(1, 4, Q_LEN, KV_LEN, generator=generator)
     bias[..., 120:] = -1e4
@@ -133,7 +139,7 @@ def test_biases_masks_and_rules(isa: Isa | None) -> None:
 
 
 @ISAS
-def test_scores_have_the_bits_of_the_reference(isa: Isa | None) -> None:
+def test_scores_have_the_bits_of_the_reference(isa: Isa | str | None) -> None:
     """A row that sees one key has its score for a log-sum-exp."""
     q, k, _ = inputs()
     generator = torch.Generator().manual_seed(9)
@@ -196,7 +202,7 @@ def test_threads_change_nothing() -> None:
 
 @ISAS
 @pytest.mark.parametrize("poison", [math.inf, math.nan])
-def test_what_is_not_finite_does_what_it_does_in_exact_attention(isa: Isa | None, poison: float) -> None:
+def test_what_is_not_finite_does_what_it_does_in_exact_attention(isa: Isa | str | None, poison: float) -> None:
     """It reaches those rows that may see it, in its own head."""
     mask = masks.Strided(7)
     sees = mask.dense(Q_LEN, KV_LEN)[:, 21]
