@@ -27,7 +27,7 @@ from harness import RESULTS, save
 from torch import Tensor, nn
 
 import fuser
-from fuser import DEQ, Sanger, demo, zoo
+from fuser import DEQ, Int8Attention, Sanger, demo, zoo
 from fuser.runtime.device import cpu_target
 
 NEAREST = 10
@@ -35,8 +35,9 @@ DEQ_THRESHOLDS, SANGER_THRESHOLDS = (0.02, 0.1, 0.3, 0.8), (2e-4, 2e-3, 2e-2)
 
 
 def predicted_arms() -> list[Arm]:
-    """DEQ and Sanger over thresholds, and the default of DEQ's authors."""
+    """Attention in 8 bits, DEQ and Sanger over thresholds, and the default of DEQ's authors."""
     return [
+        Arm("int8 attention", quantize=Int8Attention()),
         *(Arm(f"deq {t:g}", quantize=DEQ(threshold=t)) for t in DEQ_THRESHOLDS),
         Arm("deq adamax_nb80", quantize=DEQ.from_config("adamax_nb80")),
         *(Arm(f"sanger {t:g}", quantize=Sanger(threshold=t)) for t in SANGER_THRESHOLDS),
@@ -73,7 +74,11 @@ def encoder_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     int8, smooth = fuser.Int8(inputs, quality=0, smooth=False), fuser.Int8(inputs)
     chosen = [("int8", None, int8), ("int8 smoothed", None, smooth)]
     chosen += [(name, name, None) for name in attentions]
-    chosen += [(f"int8 smoothed, {name}", name, smooth) for name in attentions if name in ("deq 0.1", "deq 0.3")]
+    chosen += [
+        (f"int8 smoothed, {name}", name, smooth)
+        for name in attentions
+        if name in ("int8 attention", "deq 0.1", "deq 0.3")
+    ]
     found = []
     for label, name, quantize in chosen:
         if not _wanted(label, options):

@@ -12,7 +12,7 @@ from torch import Tensor
 import fuser
 from fuser.attention import attend
 from fuser.ir.masks import Mask
-from fuser.ir.prediction import Prediction
+from fuser.ir.score_quantization import ScoreQuantization
 
 FULL_BITS = 32
 """Bits of a product in full; one of codes with b bits counts as b / 32 of it."""
@@ -20,11 +20,11 @@ FULL_BITS = 32
 
 @dataclass(frozen=True)
 class Arm:
-    """An attention: dense, under a static mask, or with predicted scores."""
+    """An attention: dense, under a static mask, or with few bits."""
 
     name: str
     mask: Mask | None = None
-    quantize: Prediction | None = None
+    quantize: ScoreQuantization | None = None
     fine_tuned: bool = False
 
 

@@ -10,6 +10,8 @@ NNCF is no dependency: without it (`pip install nncf`) OpenVINO runs in fp32 alo
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -142,11 +144,38 @@ def accuracy(count: int) -> dict[str, Any]:
     return found
 
 
+_RESIDENT = """
+import ctypes, gc, sys, torch, fuser
+from transformers import BertConfig, BertModel
+size, how = sys.argv[1:]
+tiny = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64, "vocab_size": 100}
+model = BertModel(BertConfig(**tiny if size == "tiny" else {}), add_pooling_layer=False).eval()
+quantize = fuser.Int8(quality=0) if how == "int8" else None
+run = model if how == "eager" else fuser.optimize(model, search="model", quantize=quantize)
+with torch.inference_mode():
+    for _ in range(3):
+        run(torch.ones(1, 128, dtype=torch.int64))
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+print(next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Rss:")))
+"""
+
+
+def resident() -> dict[str, float]:
+    """MB that BERT-base takes in memory, beyond what a process with a tiny model does, after calls of 128 tokens."""
+
+    def kib(*given: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", _RESIDENT, *given], capture_output=True, check=True).stdout)
+
+    return {how: round((kib("base", how) - kib("tiny", how)) * 1024 / 1e6, 1) for how in ("eager", "fp32", "int8")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = ["bert-base:1x128", "bert-base:1x512", "bert-base:8x128", "minilm:32x64"]
     parser.add_argument("--cases", nargs="*", default=cases)
     parser.add_argument("--sentences", type=int, default=500, help="of the demo's text; 0: none")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure resident memory")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/int8.json")
@@ -160,6 +189,8 @@ def main() -> None:
         results = [run(case, options, peak) for case in options.cases]
         if options.sentences:
             results.append({"accuracy": accuracy(options.sentences)})
+    if not options.no_memory:
+        results.append({"resident_mb": resident()})
     results.append({"nncf": _version("nncf")})
     print(save("int8", target, results, options.output))
 

@@ -104,6 +104,11 @@ def int8(report: Mapping[str, Any]) -> str:
         cells = [[name, *(f"{values[kind]:.4f}" for kind in kinds)] for name, values in scores.items()]
         title = f"Embeddings of {found['sentences']} sentences by {found['model']}, against fp32"
         parts.append(_table(title, ["", *(kind.replace("_", " ") for kind in kinds)], cells))
+    for found in (result["resident_mb"] for result in report["results"] if "resident_mb" in result):
+        parts.append(
+            f"BERT-base takes {found['eager']:.0f} MB of memory in eager PyTorch, {found['fp32']:.0f} MB in fuser's fp32 "
+            f"and {found['int8']:.0f} MB in its int8 ({found['int8'] / found['fp32']:.2f}×)."
+        )
     return "\n\n".join([*parts, _machine(report["machine"])])
 
 
@@ -212,7 +217,8 @@ def any_length(report: Mapping[str, Any]) -> str:
     if found := cases.get("threads"):
         text += (
             f"\n\n{found['callers']} threads with random lengths: {found['several']:.0f} calls a second, "
-            f"one: {found['one']:.0f}; {len(found['errors'])} errors."
+            f"{found['several_one_at_a_time']:.0f} with `concurrency=1`; one thread: {found['one']:.0f}; "
+            f"{len(found['errors'])} errors."
         )
     return f"{text}\n\n{_machine(report['machine'])}"
 
