@@ -74,11 +74,8 @@ def encoder_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     int8, smooth = fuser.Int8(inputs, quality=0, smooth=False), fuser.Int8(inputs)
     chosen = [("int8", None, int8), ("int8 smoothed", None, smooth)]
     chosen += [(name, name, None) for name in attentions]
-    chosen += [
-        (f"int8 smoothed, {name}", name, smooth)
-        for name in attentions
-        if name in ("int8 attention", "deq 0.1", "deq 0.3")
-    ]
+    both = ("int8 attention", "deq 0.1", "deq 0.3")
+    chosen += [(f"int8 smoothed, {name}", name, smooth) for name in attentions if name in both]
     found = []
     for label, name, quantize in chosen:
         if not _wanted(label, options):

@@ -106,8 +106,8 @@ def int8(report: Mapping[str, Any]) -> str:
         parts.append(_table(title, ["", *(kind.replace("_", " ") for kind in kinds)], cells))
     for found in (result["resident_mb"] for result in report["results"] if "resident_mb" in result):
         parts.append(
-            f"BERT-base takes {found['eager']:.0f} MB of memory in eager PyTorch, {found['fp32']:.0f} MB in fuser's fp32 "
-            f"and {found['int8']:.0f} MB in its int8 ({found['int8'] / found['fp32']:.2f}×)."
+            f"BERT-base takes {found['eager']:.0f} MB of memory in eager PyTorch, {found['fp32']:.0f} MB in fuser's "
+            f"fp32 and {found['int8']:.0f} MB in its int8 ({found['int8'] / found['fp32']:.2f}×)."
         )
     return "\n\n".join([*parts, _machine(report["machine"])])
 

@@ -307,6 +307,6 @@ def test_dot_products_of_bytes(mask: Mask) -> None:
 
 
 def test_it_compiles_for_avx512_with_and_without_vnni() -> None:
-    for features in (frozenset({"avx512_vnni"}), frozenset[str]()):
-        on = dataclasses.replace(cpu_target(), arch=Isa.AVX512.value, features=features)
+    for extensions in (frozenset({"avx512_vnni"}), frozenset[str]()):
+        on = dataclasses.replace(cpu_target(), arch=Isa.AVX512.value, features=extensions)
         assert build([render(Int8Kernel(16, 16).spec)], on, headers=header_folder(on))
