@@ -149,6 +149,8 @@ class AttentionParameters:
     rule: ScoreRule | None = None
     distances: DType | None = None
 
+    few_bits: ClassVar[bool] = False
+    """Whether scores are made of fewer bits than ``dtype`` has."""
     policy: ClassVar[ScorePolicy] = ScorePolicy("Products")
     extents_kind: ClassVar[type[AttentionExtents]] = AttentionExtents
 
@@ -259,9 +261,9 @@ class AttentionMatch:
 
     @property
     def is_plain(self) -> bool:
-        """Whether scores are products of rows that are stored, with what is added to them."""
-        others = self.importance, self.joins, self.disentangled, self.quantize
-        return all(other is None for other in others)
+        """Whether scores may be products of rows that are stored, with what is added to them."""
+        others = self.importance, self.joins, self.disentangled
+        return all(other is None for other in others) and (self.quantize is None or self.quantize.may_be_exact)
 
     @property
     def dtype(self) -> DType:

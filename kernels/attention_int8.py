@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +24,11 @@ from fuser.kernels.attention import (
 )
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 
+_BYTES = frozenset({"avx512_vnni", "avx_vnni"})
+"""Features by which weights and values are multiplied as bytes."""
+_ROUNDING_FLOPS = 120
+"""What turning an element of q, k or v into a code takes, in operations at the peak: measured on Zen 5, 128 tokens."""
+
 
 @dataclass(frozen=True)
 class Int8Extents(AttentionExtents):
@@ -38,6 +44,7 @@ class Int8Extents(AttentionExtents):
 class Int8Kernel(AttentionParameters):
     """The parameters of one kernel: equal for all specifications."""
 
+    few_bits: ClassVar[bool] = True
     policy: ClassVar[ScorePolicy] = ScorePolicy("Int8", "int8.h")
     extents_kind: ClassVar[type[AttentionExtents]] = Int8Extents
 
@@ -76,7 +83,7 @@ class Int8Launch:
 
 
 class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
-    """Attention plans whose scores are products of int8 codes."""
+    """Attention plans whose scores are products of int8 codes; :class:`CpuAttention` has the exact ones."""
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[Int8Kernel]:
         """One choice."""
@@ -87,10 +94,14 @@ class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
 
     def cost(self, match: AttentionMatch, parameters: Int8Kernel, target: Target) -> Cost:
         """What is skipped is known when it runs, and so not counted."""
-        plain = CpuAttention().cost(match, parameters, target)
-        products = 2.0 * match.pairs(target) * (parameters.head_dim + parameters.value_dim)
+        plain, values = CpuAttention().cost(match, parameters, target), match.group.graph.values
+        multiplies_bytes = bool(target.features & _BYTES)
+        products = 2.0 * match.pairs(target) * (parameters.head_dim + multiplies_bytes * parameters.value_dim)
         of_codes, in_full = (target.peak_flops / target.rate(dtype) for dtype in (torch.int8, parameters.dtype.torch))
-        return dataclasses.replace(plain, flops=plain.flops + products * (of_codes - in_full))
+        rounded = sum(math.prod(values[value].shape) for value in (match.q, match.k, match.v) if value is not None)
+        return dataclasses.replace(
+            plain, flops=plain.flops + products * (of_codes - in_full) + _ROUNDING_FLOPS * rounded
+        )
 
     def call(self, match: AttentionMatch, parameters: Int8Kernel, target: Target, threads: int) -> KernelCall:
         assert isinstance(match.quantize, Int8Attention)

@@ -49,6 +49,7 @@ class PredictedKernel(AttentionParameters):
 
     form: Form = dataclasses.field(kw_only=True)
 
+    few_bits: ClassVar[bool] = True
     policy: ClassVar[ScorePolicy] = ScorePolicy("Predicted", "predicted.h")
     extents_kind: ClassVar[type[AttentionExtents]] = PredictedExtents
 

@@ -62,7 +62,7 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
         )
     if quantize is not None:
-        if target.kind != "cpu":
+        if target.kind != "cpu" and not quantize.may_be_exact:
             raise NoKernelError("quantize= has kernels for CPUs only")
         if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
             raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")

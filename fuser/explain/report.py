@@ -15,7 +15,7 @@ import jinja2
 import torch
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.codegen.choice import Choice, GroupChoice
+from fuser.codegen.choice import Choice, GroupChoice, Kernel
 from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Operator, Region, is_kind
@@ -186,15 +186,17 @@ def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:
         operators = choice.group.operators
         graph = choice.group.graph
         stored = graph.values[operators[-1].output].dtype
-        width = next(filter(None, map(_multiplied, operators)), "")
+        width = next(filter(None, (_multiplied(op, choice.kernel) for op in operators)), "")
         error = errors.get(operators[-1].name, math.nan)
         yield Width(tuple(op.name for op in operators), width or _short(stored), error, bool(width))
 
 
-def _multiplied(op: Operator) -> str:
+def _multiplied(op: Operator, kernel: Kernel | None) -> str:
     """The numbers that an operator multiplies, if they are not those that it stores."""
     if is_kind(op, PredictedAttention):
         how = op.semantics.quantize
+        if how.may_be_exact and kernel is not None and not getattr(kernel.parameters, "few_bits", False):
+            return ""
         return f"{type(how).__name__} {how.bits} bits"
     if is_kind(op, QuantizedGemm):
         return NAMES[op.semantics.codes]

@@ -37,6 +37,9 @@ class Int8Attention(ScoreQuantization):
     normalized as rounded; and of values rounded to 127ths of the largest of their element over all keys. Elsewhere, and
     in :meth:`reference`, it is that of exact attention.
 
+    Few bits are for speed alone here: ``fuser.optimize`` takes exact attention where that is faster, as of short rows,
+    and on GPUs, which have no kernel for this.
+
     Raises ScoreError for fields that are not of these values.
     """
 
@@ -44,6 +47,7 @@ class Int8Attention(ScoreQuantization):
     skip: float = 1e-4
 
     bits = 8
+    may_be_exact = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.smooth, bool):

@@ -29,6 +29,8 @@ class ScoreQuantization(ABC):
     """Whether decisions are made from scores without what is added to them."""
     prunes: ClassVar[bool] = False
     """Whether scores that are not computed in full are left out."""
+    may_be_exact: ClassVar[bool] = False
+    """Whether few bits are for speed alone, so that programs and GPUs take exact attention where that is faster."""
 
     @property
     @abstractmethod

@@ -30,6 +30,12 @@ ROUNDING = 2.0**-6 if BF16 else 3e-6
 BYTES = rounding_of(Int8Attention())
 
 
+@pytest.fixture
+def always_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the sizes of tests, where exact attention is faster."""
+    monkeypatch.setattr(Int8Attention, "may_be_exact", False)
+
+
 def expected(q: Tensor, k: Tensor, v: Tensor, how: ScoreQuantization, allowed: Tensor | None = None) -> Tensor:
     """What the reference of the specification says where forbidden pairs do not exist."""
     added = None if allowed is None else torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
@@ -144,10 +150,13 @@ def batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, length, 64, generator=torch.Generator().manual_seed(length)), keep
 
 
+@pytest.mark.usefixtures("always_few_bits")
 @pytest.mark.parametrize("how", [HOW, Sanger(threshold=0.05), Int8Attention()])
 @pytest.mark.parametrize("causal", [False, True])
 def test_optimize_quantizes_all_attention(how: ScoreQuantization, causal: bool, tmp_path: Any) -> None:
-    fast = fuser.optimize(Encoder(None).eval(), quantize=how, attention=masks.Causal() if causal else None)
+    fast = fuser.optimize(
+        Encoder(None).eval(), search="model", quantize=how, attention=masks.Causal() if causal else None
+    )
     model = Encoder(how, causal).eval()
     with torch.inference_mode():
         for given in (batch(3, 40), batch(2, 23), batch(4, 64)):
@@ -185,11 +194,12 @@ class Windowed(Block):
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("always_few_bits")
 @pytest.mark.parametrize(
     "how", [HOW, DEQ(method="probability_threshold", threshold=0.02, calibration="dynamic"), Int8Attention()]
 )
 def test_one_capture_serves_masks_of_all_lengths(how: ScoreQuantization, tmp_path: Any) -> None:
-    fast, model = fuser.optimize(Windowed(None).eval(), quantize=how), Windowed(how).eval()
+    fast, model = fuser.optimize(Windowed(None).eval(), search="model", quantize=how), Windowed(how).eval()
     with torch.inference_mode():
         for length in (40, 23, 64, 130):
             x, _ = batch(2, length)
@@ -198,6 +208,20 @@ def test_one_capture_serves_masks_of_all_lengths(how: ScoreQuantization, tmp_pat
         torch.testing.assert_close(fuser.load(tmp_path / "windowed.fuser")(x), fast(x))
     assert fast.fallbacks == fast.specialized == () and len(list(fast._engine.forms)) == 1
     assert all(isinstance(step, NativeStep) for step in fast.programs[-1].assembly.plan.steps)
+
+
+def test_attention_that_8_bits_make_no_faster_stays_exact() -> None:
+    """Of short rows rounding takes longer than it saves; of long ones one tenth of the products' time."""
+    fast, exact = (
+        fuser.optimize(Windowed(None).eval(), search="model", quantize=how) for how in (Int8Attention(), None)
+    )
+    dense = fuser.optimize(Encoder(None).eval(), search="model", quantize=Int8Attention())
+    with torch.inference_mode():
+        x, _ = batch(1, 24)
+        assert torch.equal(fast(x), exact(x))
+        assert "Int8Attention" not in str(fast.report())
+        dense(*batch(4, 800))
+        assert "  Int8Attention 8 bits" in str(dense.report())
 
 
 def test_optimize_quantizes_layers_and_attention() -> None:
