@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,11 @@ class GroupChoice:
     @property
     def parameters(self) -> Any:
         return None if self.kernel is None else self.kernel.parameters
+
+    @property
+    def kernel_key(self) -> Hashable:
+        """Equal for groups of the same kernel."""
+        return None if self.kernel is None else (type(self.kernel.implementation), self.kernel.parameters)
 
     @property
     def name(self) -> str:

@@ -156,12 +156,16 @@ class DeviceArena(Arena):
         A graph that the caller captures may be replayed at any time, also when this arena has other work or is gone.
         What it is given meanwhile, PyTorch keeps for it.
         """
-        kept = self.buffer, self.programs
-        self.buffer, self.programs = torch.empty(0, dtype=torch.uint8), weakref.WeakSet()
+        buffer, programs = self.buffer, self.programs
+        with self._counting:
+            self.buffer, self.programs = torch.empty(0, dtype=torch.uint8), weakref.WeakSet()
         try:
             yield
         finally:
-            self.buffer, self.programs = kept
+            with self._counting:
+                # Those that were made meanwhile.
+                programs.update(self.programs)
+                self.buffer, self.programs = buffer, programs
 
     def _record(self) -> None:
         # When the memory is given back, the allocator must not hand it on before this stream is done with it.

@@ -186,6 +186,8 @@ class Arena:
         self._lanes = (self, *(type(self)(device) for _ in range(concurrency - 1)))
         self._turns = itertools.cycle(self._lanes)
         self._queue = ForkSafeLock()
+        # Programs are made while others run.
+        self._counting = ForkSafeLock()
         self._cores = usable_cores() if concurrency > 1 else 1
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
@@ -208,9 +210,16 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back; call with the lock held."""
-        for program in self.programs:
+        with self._counting:
+            programs = list(self.programs)
+        for program in programs:
             program.leave()
         self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def add(self, program: Program) -> None:
+        """Tell ``program`` when the memory goes."""
+        with self._counting:
+            self.programs.add(program)
 
     @contextlib.contextmanager
     def lane(self) -> Iterator[Arena]:
@@ -356,7 +365,7 @@ class Program:
         self._runner = kernels[RUNNER]
         # The same program in the other lanes of its arena.
         self._twins: dict[Arena, Program] = {}
-        self._arena.programs.add(self)
+        self._arena.add(self)
         self._assemble()
         self._state_tensors = self.states.require(plan.states) if plan.states else []
         for i, tensor in enumerate(self._state_tensors):

@@ -92,3 +92,6 @@ class Int8Attention(ScoreQuantization):
 
     def chosen(self, scores: Tensor) -> Tensor:
         return scores.detach().isnan()
+
+    def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
+        return torch.where(chosen, exact, predicted)

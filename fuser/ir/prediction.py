@@ -359,6 +359,9 @@ class DEQ(Prediction):
     _methods = METHODS
     _empty_rows = ("argmax", "dense", "predicted")
 
+    def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
+        return torch.where(chosen, exact, predicted)
+
 
 @dataclass(frozen=True)
 class Sanger(Prediction):

@@ -59,9 +59,9 @@ class ScoreQuantization(ABC):
         (q_codes, q_step), (k_codes, k_step) = self.codes(q, 0), self.codes(k, 1)
         return (q_codes @ k_codes.mT) * ((q_step * scale) * k_step.mT)
 
+    @abstractmethod
     def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """The scores that attention goes on with, apart from those that are left out."""
-        return torch.where(chosen, exact, predicted)
 
     def reference(
         self,

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fuser.codegen.assemble import assemble
+from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.template import generalized
 from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, StateError, capture
 from fuser.frontend.graphs import raise_graph
@@ -45,6 +45,7 @@ from fuser.module.quantizing import Quantizer, with_stored_integers
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of
+from fuser.runtime.library import Kernel
 from fuser.runtime.program import ProgramPlan, States
 from fuser.search.tuning import Tuner
 
@@ -130,18 +131,26 @@ class Template:
         tuner: Tuner | None,
         cache: KernelCache,
         lap: Callable[[str], None],
+        others: Iterable[Template] = (),
     ) -> None:
         """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes; ``lap`` is told
-        the end of every stage."""
+        the end of every stage. All but times is that of one of the ``others`` of ``late`` that has the same kernels."""
         chosen, choices = choose_all(graph, target, tuner)
         self.decided = by_first_operator(graph, choices)
+        self._made_of = target, threads, [(*(op.name for op in c.group.operators), c.kernel_key) for c in chosen]
+        self._like: Template = next((other for other in others if other._made_of == self._made_of), self)
         lap("schemes")
-        assembly = assemble(late, generalized(chosen, late, target), target, threads)
-        self.plan = assembly.template
-        self.assembly = dataclasses.replace(assembly, choices=tuple(chosen))
+        if self._like is self:
+            made = assemble(late, generalized(chosen, late, target), target, threads)
+            self.plan = made.template
+        else:
+            made, self.plan = self._like.assembly, self._like.plan
+        self.assembly: Assembly = dataclasses.replace(made, choices=tuple(chosen))
         self.unfused_share = unfused_share(graph, self.assembly, target)
         lap("render")
-        self.kernels = load_kernels(self.assembly, target, cache)
+        self.kernels: dict[str, Kernel] = (
+            load_kernels(self.assembly, target, cache) if self._like is self else self._like.kernels
+        )
         lap("build")
         # Constants that follow from sizes are each program's own.
         self._own = [_is_late(late, ref) for ref in self.assembly.plan.constants]
@@ -181,6 +190,8 @@ class Template:
         device: torch.device,
     ) -> list[Tensor]:
         """Those of the program with this ``plan`` for these ``sizes``, in its order."""
+        if self._like is not self:
+            return self._like.constants(plan, sizes, parameters, store, folder, device)
         if self._shared is None or self._shared[0] != store.generation:
             refs, constants, _ = self.use(parameters)
             tables = tables_of(self._late)
@@ -365,7 +376,8 @@ class Form:
             with _evaluating():
                 graph = variant.binder(sizes)
             lap("raise")
-            variant.templates[key] = Template(variant.graph, graph, target, threads, tuner, cache, lap)
+            others = list(variant.templates.values())
+            variant.templates[key] = Template(variant.graph, graph, target, threads, tuner, cache, lap, others)
         template = variant.templates[key]
         arena = states.arena
         with _evaluating():

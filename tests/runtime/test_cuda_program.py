@@ -281,6 +281,14 @@ def test_an_arena_that_grew_is_captured_anew(gpu: FakeGpu, make: Made) -> None:
     assert gpu.captures == 2
 
 
+def test_a_program_that_is_made_beside_a_capture_lets_memory_go_later(gpu: FakeGpu, make: Made) -> None:
+    arena = DeviceArena(CPU)
+    before = make(plan(6), arena)
+    with arena.lock, arena.aside():
+        made = make(plan(6), arena)
+    assert set(arena.programs) == {before, made}
+
+
 def test_opting_out(gpu: FakeGpu, make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSER_CUDA_GRAPHS", "0")
     programs = [make()]

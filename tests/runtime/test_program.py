@@ -378,6 +378,32 @@ def test_a_program_is_made_while_another_runs(kernels: Mapping[str, Kernel]) -> 
     assert torch.equal(made[0]([torch.zeros(8)])[0], torch.full((8,), 3.0))
 
 
+def test_programs_are_made_while_their_memory_is_released(kernels: Mapping[str, Kernel]) -> None:
+    arena, wrong = Arena(), []
+    done = threading.Event()
+
+    def make() -> None:
+        while not done.is_set():
+            try:
+                made = [Program(chain(8), kernels, [torch.ones(1)], arena) for _ in range(20)]
+                assert torch.equal(made[-1]([torch.zeros(8)])[0], torch.full((8,), 3.0))
+            except Exception as error:
+                wrong.append(error)
+                return
+
+    makers = [threading.Thread(target=make) for _ in range(3)]
+    for maker in makers:
+        maker.start()
+    for size in range(300):
+        with arena.lock:
+            arena.release()
+            arena.require(64 * (size + 1))
+    done.set()
+    for maker in makers:
+        maker.join(60)
+    assert wrong == []
+
+
 def test_replaced_constants_reach_all_lanes(kernels: Mapping[str, Kernel]) -> None:
     arena = Arena(concurrency=2)
     program = Program(chain(8), kernels, [torch.ones(1)], arena)

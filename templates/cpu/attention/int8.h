@@ -2,8 +2,8 @@
 //
 // Rows of k, less their mean, and values become codes once, rows of q whenever a group is at work. A row of q or k has a
 // step, an element of values one for all keys. Weights are relative to the largest in their row and block of keys, so
-// that what lies far below the row's largest keeps its digits, and dithered; sums are those of rounded weights. A block in which no row
-// has a score that matters is left out.
+// that what lies far below the row's largest keeps its digits, and dithered; sums are those of rounded weights. A block
+// in which no row has a score that matters is left out.
 //
 // Keys or values that are not finite are multiplied as they are given, in an exact run.
 //
@@ -54,18 +54,19 @@ struct Int8 : Products<C> {
     bool full;
   };
 
-  // What lies in the workspace, in this order, of every head of keys: see Int8Attention.launch.
+  // What lies in the workspace, in this order, of every head of keys: see Int8Launch.launch.
   struct Shared {
     int64_t keys, heads;
-    float *mean, *value_step, *state, *step;
-    int32_t *start, *code, *quad;
+    float *mean, *value_step, *step;
+    int32_t *state, *start, *code, *quad;  // state: 1 where some value is not finite, 2 where some key is not
 
     explicit Shared(const FuserArgs* args) {
       const auto& e = extents(args);
       heads = e.batch * e.key_heads, keys = heads * e.kv_len;
       mean = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
-      value_step = mean + heads * D, state = value_step + heads * DV, step = state + heads;
-      start = reinterpret_cast<int32_t*>(step + keys), code = start + keys, quad = code + keys * kWords;
+      value_step = mean + heads * D, step = value_step + heads * DV;
+      state = reinterpret_cast<int32_t*>(step + keys), start = state + heads;
+      code = start + keys, quad = code + keys * kWords;
     }
   };
 
@@ -89,7 +90,7 @@ struct Int8 : Products<C> {
     const float skip = e.skip > 0.0 ? float(std::log(double(e.kv_len) / e.skip)) : kInf;
     t.scores = {all.code + at * kWords, all.start + at,          all.quad + head * quads * DV,
                 all.step + at,          all.mean + head * D,     all.value_step + head * DV,
-                all.state[head] == 0.0f, all.state[head] == 2.0f, skip};
+                all.state[head] == 0,   all.state[head] == 2,    skip};
   }
 
   // A vector of a row of N elements, zeros beyond them.
@@ -187,7 +188,7 @@ struct Int8 : Products<C> {
         const vf step = select((vi)(size[d / L] < kSmallestSize), vf{}, size[d / L] * (1.0f / 127.0f));
         store_n(all.value_step + head * DV + d, step, DV - d < L ? DV - d : L);
       }
-      all.state[head] = any((vi)(lost != vf{})) ? 2.0f : any((vi)(poison != vf{})) ? 1.0f : 0.0f;
+      all.state[head] = any((vi)(lost != vf{})) ? 2 : any((vi)(poison != vf{})) ? 1 : 0;
     }
     const int64_t quads = (e.kv_len + 3) / 4;
 #pragma omp parallel for num_threads(args->threads)
@@ -201,7 +202,7 @@ struct Int8 : Products<C> {
         all.step[at] = row.quantize(0, all.code + at * kWords, &sum);
         all.start[at] = -Codes::kOffset * sum;
         // Any thread may say it, and all say the same.
-        if (row.size == kInf) __atomic_store_n(reinterpret_cast<int32_t*>(all.state + head), 0x40000000, __ATOMIC_RELAXED);
+        if (row.size == kInf) __atomic_store_n(all.state + head, 2, __ATOMIC_RELAXED);
       }
       if constexpr (kByteValues) {
         const float* const steps = all.value_step + head * DV;

@@ -224,6 +224,14 @@ def test_attention_that_8_bits_make_no_faster_stays_exact() -> None:
         assert "  Int8Attention 8 bits" in str(dense.report())
 
 
+def test_gpus_take_exact_attention() -> None:
+    fast = fuser.optimize(Windowed(None).eval(), search="model", target="cuda:emulated", quantize=Int8Attention())
+    with torch.inference_mode():
+        x, _ = batch(1, 40)
+        torch.testing.assert_close(fast(x), Windowed(None).eval()(x), rtol=1e-4, atol=1e-5)
+    assert any(kernel.family == "attention" for kernel in fast.kernels) and "Int8Attention" not in str(fast.report())
+
+
 def test_optimize_quantizes_layers_and_attention() -> None:
     given = batch(2, 40)
     with torch.inference_mode():

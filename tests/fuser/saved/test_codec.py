@@ -26,10 +26,12 @@ from hypothesis import strategies as st
 
 from fuser import masks
 from fuser.frontend.sizes import Guard
+from fuser.ir.int8_attention import Int8Attention
 from fuser.ir.masks import Mask
 from fuser.ir.operators import Ref, TorchCall
 from fuser.ir.prediction import DEQ, Prediction, Sanger
 from fuser.ir.scheme import Scheme
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule, SoftCap
 from fuser.ir.size import Name, Size
 from fuser.kernels.base import DType, Layout
@@ -119,6 +121,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     np.ndarray: st.lists(st.integers(0, 9), max_size=3).map(lambda x: np.array(x, np.int32)),
     collections.abc.Callable: CALLS,
     ScoreRule: st.just(SoftCap(30.0)),
+    ScoreQuantization: PREDICTIONS | st.builds(Int8Attention, st.booleans(), st.floats(0, 0.5)),
     Prediction: PREDICTIONS,
     DEQ: PREDICTIONS.filter(lambda p: isinstance(p, DEQ)),
     Sanger: PREDICTIONS.filter(lambda p: isinstance(p, Sanger)),
