@@ -375,10 +375,10 @@ def optimize(
         attention: a mask that every self-attention is restricted to, beside the masks it has: one of ``fuser.masks``,
             or a ``BlockMask`` of FlexAttention.
         quantize: ``fuser.Int8(...)`` runs linear layers in int8, ``fuser.FP8(...)`` in fp8, as many as keep the model's
-            outputs what they are to a bound; the report lists them. ``fuser.Int8Attention(...)`` computes all attention
-            in 8 bits; ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` do so as their ``reference`` does, scores in full
-            only where a prediction by few bits says that they matter. A sequence has one for layers and one for
-            attention.
+            outputs what they are to a bound; the report lists them. ``fuser.Int8Attention(...)`` computes attention in
+            8 bits where that is faster; ``fuser.DEQ(...)`` and ``fuser.Sanger(...)`` compute all of it as their
+            ``reference`` does, scores in full only where a prediction by few bits says that they matter. A sequence has
+            one for layers and one for attention.
         search: ``"cached"`` takes what a search or measurement found from the cache and measures what it lacks; a
             number searches with so many trials first, once for every shape; ``"model"`` trusts the cost model alone.
         target: what to compile for: a target, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"cuda:emulated"``, which runs
