@@ -408,6 +408,9 @@ class Form:
         self, variant: Variant, template: Template, sizes: Mapping[str, int], store: WeightStore, device: torch.device
     ) -> Growing | None:
         """How a program follows the sizes that calls' objects alone have, if there are such."""
+        if sizes.keys() != self.captured.sizes.names.keys():
+            # A part of the model, which nobody calls.
+            return None
         fixed = {name: sizes[name] for name in self._arguments}
         if len(fixed) == len(sizes):
             return None

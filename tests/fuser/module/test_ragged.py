@@ -404,6 +404,16 @@ def test_scores_that_depend_on_padding_compute_it(how: ScoreQuantization, kind: 
     assert any(reason in line for line in fast.snapshot().padding), fast.snapshot().padding
 
 
+def test_other_numbers_of_rows_only_bind() -> None:
+    """Nothing is prepared for calls that programs of rows do not serve."""
+    fast, model = made(Encoder(), padding="skip")
+    for length in (20, 21, 31):
+        check(fast, model, *padded("right", 3, length))
+    (form,) = (form for _, form in fast._engine.forms.items())
+    assert all(compiled.growing is None for compiled in fast._engine.programs.values())
+    assert sum(len(part.templates) for part in form.parts) <= 4
+
+
 def test_kept_padding_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     fast, model = made(Encoder())
     with caplog.at_level(logging.INFO, "fuser"):
