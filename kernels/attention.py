@@ -535,6 +535,12 @@ class Launch:
         known = {field.name: getattr(self.extents, field.name) for field in dataclasses.fields(AttentionExtents)}
         return dataclasses.replace(self, extents=kind(**known, **more))
 
+    def with_scratch(self, kind: type[AttentionExtents], words: int, **more: Any) -> Launch:
+        """The same with so many 32-bit words of scratch memory behind what there is, which ``workspace`` bytes of the
+        extents say, and ``more``."""
+        made = self.extended(kind, workspace=self.workspace_bytes, **more)
+        return dataclasses.replace(made, workspace_bytes=self.workspace_bytes + 4 * words)
+
 
 class PlanParameters(Protocol):
     """Parameters of a kernel that runs attention plans."""

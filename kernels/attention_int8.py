@@ -73,13 +73,8 @@ class Int8Launch:
         # every key its step, what its products start with, and its codes; and the values of four keys in a word.
         words = kernel.head_dim + kernel.value_dim + 1
         words += keys * (2 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
-        extended = made.extended(
-            Int8Extents,
-            workspace=made.workspace_bytes,
-            smooth=int(self.quantize.smooth),
-            skip=self.quantize.skip,
-        )
-        return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * heads * words)
+        how = self.quantize
+        return made.with_scratch(Int8Extents, heads * words, smooth=int(how.smooth), skip=how.skip)
 
 
 class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):

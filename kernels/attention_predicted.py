@@ -112,15 +112,14 @@ class PredictedAttention:
         words += (threads * sums + 1) // 2
         self.quantize.check_calibrated()
         q_threshold, k_threshold = self.quantize.thresholds or (1.0, 1.0)
-        extended = made.extended(
+        return made.with_scratch(
             PredictedExtents,
-            workspace=made.workspace_bytes,
+            words,
             sums=sums,
             limit=self.quantize.limit,
             q_threshold=q_threshold,
             k_threshold=k_threshold,
         )
-        return dataclasses.replace(extended, workspace_bytes=made.workspace_bytes + 4 * words)
 
 
 def takes(quantize: ScoreQuantization, mask: torch.dtype | None) -> bool:

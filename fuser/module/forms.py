@@ -131,7 +131,7 @@ class Template:
         tuner: Tuner | None,
         cache: KernelCache,
         lap: Callable[[str], None],
-        others: Iterable[Template] = (),
+        others: Iterable[Template],
     ) -> None:
         """``late`` with the kernels that are chosen for ``graph``, which is ``late`` for some sizes; ``lap`` is told
         the end of every stage. All but times is that of one of the ``others`` of ``late`` that has the same kernels."""
@@ -376,7 +376,7 @@ class Form:
             with _evaluating():
                 graph = variant.binder(sizes)
             lap("raise")
-            others = list(variant.templates.values())
+            others = variant.templates.values()
             variant.templates[key] = Template(variant.graph, graph, target, threads, tuner, cache, lap, others)
         template = variant.templates[key]
         arena = states.arena

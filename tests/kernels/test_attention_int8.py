@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from dot_bytes import MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -265,18 +266,6 @@ def test_what_does_not_matter_is_skipped() -> None:
     (kept, _), (skipped, lse) = (run(Int8Attention(skip=s), masks.Dense(), given=given) for s in (0.0, 1e-3))
     assert torch.equal(skipped, torch.ones_like(skipped)) and bool((kept >= skipped).all())
     torch.testing.assert_close(lse, torch.full_like(lse, 16 * 6 * SCALE + math.log(8)), rtol=1e-5, atol=0.0)
-
-
-# What VPDPBUSD does in every lane.
-MODEL = """
-#include "simd.h"
-FUSER_INLINE simd::vi dot_bytes(simd::vi sum, simd::vi a, simd::vi b) {
-  for (int i = 0; i < simd::kLanes; ++i)
-    for (int byte = 0; byte < 32; byte += 8) sum[i] += int(uint8_t(a[i] >> byte)) * int(int8_t(b[i] >> byte));
-  return sum;
-}
-#define FUSER_DOT_BYTES dot_bytes
-"""
 
 
 @pytest.mark.parametrize("mask", [masks.Dense(), masks.Strided(5)])

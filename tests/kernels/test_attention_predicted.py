@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from dot_bytes import MODEL
 from torch import Tensor
 
 from fuser import DEQ, Sanger, SoftCap, masks
@@ -220,18 +221,6 @@ def test_one_kernel_serves_all_thresholds() -> None:
     }
     other = PredictedKernel(64, 64, form=DEQ(bits=8).form).spec.hash
     assert len(kernels) == 1 and other not in kernels
-
-
-# What VPDPBUSD does in every lane.
-MODEL = """
-#include "simd.h"
-FUSER_INLINE simd::vi dot_bytes(simd::vi sum, simd::vi a, simd::vi b) {
-  for (int i = 0; i < simd::kLanes; ++i)
-    for (int byte = 0; byte < 32; byte += 8) sum[i] += int(uint8_t(a[i] >> byte)) * int(int8_t(b[i] >> byte));
-  return sum;
-}
-#define FUSER_DOT_BYTES dot_bytes
-"""
 
 
 def test_dot_products_of_vnni_give_the_same_bits() -> None:

@@ -11,6 +11,8 @@
 namespace attention {
 using namespace simd;
 
+constexpr float kSmallest = 0x1p-100f;  // what is below it is zero
+
 #if defined(FUSER_DOT_BYTES)  // a test's
 #elif defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
 #define FUSER_DOT_BYTES(sum, a, b) (vi) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))

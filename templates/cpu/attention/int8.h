@@ -19,8 +19,6 @@
 
 namespace attention {
 
-constexpr float kSmallestSize = 0x1p-100f;  // rows and elements below it are zero
-
 template <class C>
 struct Int8 : Products<C> {
   using Base = Products<C>;
@@ -123,7 +121,7 @@ struct Int8 : Products<C> {
     float quantize(int32_t offset, int32_t* to, int32_t* sum) const {
       typedef int8_t Bytes __attribute__((vector_size(L)));
       alignas(64) int8_t code[kPadded < 4 * kWords ? 4 * kWords : kPadded];
-      const bool used = size >= kSmallestSize && size < kInf;
+      const bool used = size >= kSmallest && size < kInf;
       const float factor = used ? 127.0f / size : 0.0f;
       vi total = {};
 #pragma GCC unroll 16
@@ -185,7 +183,7 @@ struct Int8 : Products<C> {
         store_n(all.mean + head * D + d, mean, D - d < L ? D - d : L);
       }
       for (int64_t d = 0; d < DV; d += L) {
-        const vf step = select((vi)(size[d / L] < kSmallestSize), vf{}, size[d / L] * (1.0f / 127.0f));
+        const vf step = select((vi)(size[d / L] < kSmallest), vf{}, size[d / L] * (1.0f / 127.0f));
         store_n(all.value_step + head * DV + d, step, DV - d < L ? DV - d : L);
       }
       all.state[head] = any((vi)(lost != vf{})) ? 2 : any((vi)(poison != vf{})) ? 1 : 0;

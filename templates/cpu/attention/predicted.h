@@ -35,8 +35,6 @@ namespace attention {
 template <class C, class F>
 FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f);
 
-constexpr float kSmallest = 0x1p-100f;  // rows below it are zero
-
 // Products of codes are made, or made and kept, or those that were kept are read.
 enum class Sums { kMade, kKept, kRead };
 

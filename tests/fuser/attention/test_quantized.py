@@ -154,15 +154,13 @@ def batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("how", [HOW, Sanger(threshold=0.05), Int8Attention()])
 @pytest.mark.parametrize("causal", [False, True])
 def test_optimize_quantizes_all_attention(how: ScoreQuantization, causal: bool, tmp_path: Any) -> None:
-    fast = fuser.optimize(
-        Encoder(None).eval(), search="model", quantize=how, attention=masks.Causal() if causal else None
-    )
+    fast = fuser.optimize(Encoder(None).eval(), quantize=how, attention=masks.Causal() if causal else None)
     model = Encoder(how, causal).eval()
     with torch.inference_mode():
         for given in (batch(3, 40), batch(2, 23), batch(4, 64)):
             want = model(*given)
             # Where values are rounded, the second attention gets other queries, and some other codes of them.
-            if BF16:
+            if BF16 or isinstance(how, Int8Attention):
                 far = 0.1 if isinstance(how, Int8Attention) else 0.05
                 assert float((fast(*given) - want).norm() / want.norm()) < far
             else:
@@ -199,11 +197,13 @@ class Windowed(Block):
     "how", [HOW, DEQ(method="probability_threshold", threshold=0.02, calibration="dynamic"), Int8Attention()]
 )
 def test_one_capture_serves_masks_of_all_lengths(how: ScoreQuantization, tmp_path: Any) -> None:
-    fast, model = fuser.optimize(Windowed(None).eval(), search="model", quantize=how), Windowed(how).eval()
+    fast, model = fuser.optimize(Windowed(None).eval(), quantize=how), Windowed(how).eval()
+    # Bytes go through one more product.
+    rounding = rounding_of(how) * (2 if isinstance(how, Int8Attention) else 1)
     with torch.inference_mode():
         for length in (40, 23, 64, 130):
             x, _ = batch(2, length)
-            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=2 * rounding_of(how))
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=rounding)
         fast.save(tmp_path / "windowed.fuser")
         torch.testing.assert_close(fuser.load(tmp_path / "windowed.fuser")(x), fast(x))
     assert fast.fallbacks == fast.specialized == () and len(list(fast._engine.forms)) == 1
