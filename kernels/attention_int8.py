@@ -68,13 +68,23 @@ class Int8Launch:
     def launch(self, plan: AnyPlan, operands: Operands, scale: float, target: Target, threads: int) -> Launch:
         made = self.kernel.launch(plan, operands, scale, target, threads)
         batch, _, key_heads = operands.heads
-        keys, heads, kernel = plan.lengths[1], batch * key_heads, self.kernel
-        # Of every head the mean of its keys, a step for each element of its values, and whether all are finite; of
-        # every key its step, what its products start with, and its codes; and the values of four keys in a word.
-        words = kernel.head_dim + kernel.value_dim + 1
-        words += keys * (2 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
-        how = self.quantize
-        return made.with_scratch(Int8Extents, heads * words, smooth=int(how.smooth), skip=how.skip)
+        heads, how = batch * key_heads, self.quantize
+        # Of every head the mean of its keys.
+        words = byte_words(self.kernel, heads, plan.lengths[1]) + heads * self.kernel.head_dim
+        return made.with_scratch(Int8Extents, words, smooth=int(how.smooth), skip=how.skip)
+
+
+def byte_words(kernel: AttentionParameters, heads: int, keys: int) -> int:
+    """The words of 32 bits that codes of 8 bits and bytes take: see ``Shared`` of attention/bytes.h."""
+    # Of every head a step for each element of its values, and whether all is finite; of every key its step, what its
+    # products start with, and its codes; and the values of four keys in a word.
+    of_keys = keys * (2 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
+    return heads * (kernel.value_dim + 1 + of_keys)
+
+
+def multiplies_bytes(target: Target) -> bool:
+    """Whether weights and values are multiplied as bytes."""
+    return bool(target.features & _BYTES)
 
 
 class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
@@ -90,8 +100,8 @@ class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
     def cost(self, match: AttentionMatch, parameters: Int8Kernel, target: Target) -> Cost:
         """What is skipped is known when it runs, and so not counted."""
         plain, values = CpuAttention().cost(match, parameters, target), match.group.graph.values
-        multiplies_bytes = bool(target.features & _BYTES)
-        products = 2.0 * match.pairs(target) * (parameters.head_dim + multiplies_bytes * parameters.value_dim)
+        in_bytes = parameters.head_dim + multiplies_bytes(target) * parameters.value_dim
+        products = 2.0 * match.pairs(target) * in_bytes
         of_codes, in_full = (target.peak_flops / target.rate(dtype) for dtype in (torch.int8, parameters.dtype.torch))
         rounded = sum(math.prod(values[value].shape) for value in (match.q, match.k, match.v) if value is not None)
         return dataclasses.replace(

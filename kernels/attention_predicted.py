@@ -22,6 +22,7 @@ from fuser.kernels.attention import (
     Operands,
     ScorePolicy,
 )
+from fuser.kernels.attention_int8 import byte_words, multiplies_bytes
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 
 _LANES = 64
@@ -69,6 +70,7 @@ class PredictedKernel(AttentionParameters):
         form = self.form
         return {
             "kBits": form.bits,
+            "kHighBits": form.high_bits or 0,
             "kPerRow": form.per_row,
             "kDynamic": form.dynamic,
             "kNormalize": form.normalize,
@@ -104,6 +106,8 @@ class PredictedAttention:
         # its values as bf16 where they are multiplied so.
         keys = batch * key_heads * kv_len
         words = 16 + 2 * batch * heads * q_len + keys * (2 + (self.kernel.head_dim + 3) // 4)
+        if self.quantize.high_bits is not None:
+            words += byte_words(self.kernel, batch * key_heads, kv_len)
         if "avx512_bf16" in target.features:
             words += (keys * self.kernel.value_dim + 1) // 2
         sums = 0
@@ -141,10 +145,13 @@ class CpuPredictedAttention(Implementation[AttentionMatch, PredictedKernel]):
     def cost(self, match: AttentionMatch, parameters: PredictedKernel, target: Target) -> Cost:
         """What is computed in full is known when it runs, and so not counted."""
         plain = CpuAttention().cost(match, parameters, target)
-        products = 2.0 * match.pairs(target) * parameters.head_dim
+        pairs, high = 2.0 * match.pairs(target), parameters.form.high_bits is not None
         of_codes, in_full = (target.peak_flops / target.rate(dtype) for dtype in (torch.int8, parameters.dtype.torch))
         walks = 1 if parameters.keeps_products else 2
-        return dataclasses.replace(plain, flops=plain.flops + products * (walks * of_codes - in_full))
+        flops = pairs * parameters.head_dim * ((walks + high) * of_codes - in_full)
+        if high and not parameters.form.prune and multiplies_bytes(target):
+            flops += pairs * parameters.value_dim * (of_codes - in_full)
+        return dataclasses.replace(plain, flops=plain.flops + flops)
 
     def call(self, match: AttentionMatch, parameters: PredictedKernel, target: Target, threads: int) -> KernelCall:
         assert isinstance(match.quantize, Prediction)

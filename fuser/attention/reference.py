@@ -67,9 +67,10 @@ def chosen_of(q: Tensor, k: Tensor, spec: AttentionSpec, attn_mask: Tensor | Non
     how = spec.quantize
     if how is None:
         return Chosen(products, scores_of(products, spec, attn_mask))
-    predicted = how.predicted(q.to(products.dtype), widened(k, q.shape[1] // max(k.shape[1], 1), products.dtype), scale)
+    queries, keys = q.to(products.dtype), widened(k, q.shape[1] // max(k.shape[1], 1), products.dtype)
+    predicted = how.predicted(queries, keys, scale)
     full = how.chosen(scores_of(predicted, spec, _seen(attn_mask) if how.unmasked_maximum else attn_mask))
-    products = how.mixed(products, predicted, full)
+    products = how.mixed(how.in_full(queries, keys, scale), predicted, full)
     scores = scores_of(products, spec, attn_mask)
     return Chosen(products, scores.masked_fill(~full, -math.inf) if how.prunes else scores, full)
 

@@ -6,16 +6,13 @@ scores is the same for all of a row, so softmax does not see it, and codes keep 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import SMALLEST, ScoreQuantization
-
-_LARGEST = 127
+from fuser.ir.score_quantization import ScoreQuantization, byte_codes
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,8 @@ class Int8Attention(ScoreQuantization):
     def codes(self, x: Tensor, which: int) -> tuple[Tensor, Tensor]:
         if which == 1:
             x = x - self.mean(x)
-        with torch.no_grad():
-            size = x.abs().amax(-1, keepdim=True)
-            sound = x.isfinite().all(-1, keepdim=True)
-            if which == 1:
-                sound = sound.all(-2, keepdim=True)
-            used = sound & (size >= SMALLEST)
-            # A number by a tensor would be rounded twice.
-            factor = torch.where(used, size.new_full((), _LARGEST) / size, 0.0)
-            step = torch.where(used, size / _LARGEST, 0.0).masked_fill(~sound, math.nan)
-        exact = x.masked_fill(~used, 0.0) * factor
-        rounded = exact.detach().round()
-        return rounded + (exact - exact.detach()), step
+        sound = x.detach().isfinite().all(-1, keepdim=True)
+        return byte_codes(x, sound.all(-2, keepdim=True) if which == 1 else sound)
 
     def rounded(self, x: Tensor, which: int) -> Tensor:
         near = super().rounded(x, which)

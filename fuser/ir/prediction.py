@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic
+from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic, byte_codes, product_of_codes
 
 BITS = (2, 4, 6, 8)
 METHODS = (
@@ -54,6 +54,7 @@ class Form:
     """What a kernel must know of a specification when it is built: all but its numbers."""
 
     bits: int
+    high_bits: int | None
     normalize: bool
     per_row: bool
     dynamic: bool
@@ -110,6 +111,7 @@ class Prediction(ScoreQuantization):
     granularity: str = "seq"
     before_softmax: bool = False
     bits: int = 4
+    high_bits: int | None = 8
     calibration: str = "row"
     thresholds: tuple[float, float] | None = None
     normalize: bool = True
@@ -131,6 +133,8 @@ class Prediction(ScoreQuantization):
                 raise ScoreError(f"{name} must be {' or '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
         if type(self.bits) is not int or self.bits not in BITS:
             raise ScoreError(f"bits must be one of {', '.join(map(str, BITS))}, not {self.bits!r}")
+        if self.high_bits is not None and (type(self.high_bits) is not int or self.high_bits != 8):
+            raise ScoreError(f"high_bits must be 8, or None for scores of q and k as given, not {self.high_bits!r}")
         for name in ("before_softmax", "normalize", "unmasked_maximum"):
             if not isinstance(getattr(self, name), bool):
                 raise ScoreError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -206,6 +210,7 @@ class Prediction(ScoreQuantization):
         return cls(
             method=method,
             bits=bits,
+            high_bits=None,
             calibration=calibration,
             thresholds=thresholds,
             normalize=normalize is not None,
@@ -235,6 +240,7 @@ class Prediction(ScoreQuantization):
     def form(self) -> Form:
         return Form(
             bits=self.bits,
+            high_bits=self.high_bits,
             normalize=self.normalize and self.calibration != "row",
             per_row=self.calibration == "row",
             dynamic=self.calibration == "dynamic",
@@ -304,6 +310,14 @@ class Prediction(ScoreQuantization):
         exact = (x / size).masked_fill(~sound | small, 0.0) * factor
         rounded = exact.detach().round().clamp(-self.largest, self.largest)
         return rounded + (exact - exact.detach()), step
+
+    def in_full(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        exact = super().in_full(q, k, scale)
+        if self.high_bits is None:
+            return exact
+        q_codes, k_codes = (byte_codes(x, x.detach().isfinite().all(-1, keepdim=True)) for x in (q, k))
+        high = product_of_codes(q_codes, k_codes, scale)
+        return torch.where(high.detach().isnan(), exact, high)
 
     def check_calibrated(self) -> None:
         """Raise ScoreError if thresholds are still to be found."""

@@ -14,6 +14,7 @@ from fuser.ir.scores import ScoreRule
 
 SMALLEST = 2.0**-100
 """Rows whose size is below this are taken as zero."""
+_LARGEST_BYTE = 127
 
 
 class ScoreQuantization(ABC):
@@ -56,8 +57,11 @@ class ScoreQuantization(ABC):
 
     def predicted(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Scores (B, H, Sq, Sk) by codes of q (B, H, Sq, D) and k (B, H, Sk, D), in the dtype of both."""
-        (q_codes, q_step), (k_codes, k_step) = self.codes(q, 0), self.codes(k, 1)
-        return (q_codes @ k_codes.mT) * ((q_step * scale) * k_step.mT)
+        return product_of_codes(self.codes(q, 0), self.codes(k, 1), scale)
+
+    def in_full(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The scores (B, H, Sq, Sk) that chosen ones become, of q (B, H, Sq, D) and k (B, H, Sk, D)."""
+        return (q * scale) @ k.mT
 
     @abstractmethod
     def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class ScoreQuantization(ABC):
 
         seen = changed(predicted) if self.unmasked_maximum else changed(predicted) + bias
         chosen = self.chosen(seen.masked_fill(forbidden, -math.inf))
-        scores = changed(self.mixed((queries * scale) @ keys.mT, predicted, chosen)) + bias
+        scores = changed(self.mixed(self.in_full(queries, keys, scale), predicted, chosen)) + bias
         if self.prunes:
             forbidden = forbidden | ~chosen
         scores = scores.masked_fill(forbidden, -math.inf)
@@ -106,6 +110,25 @@ class ScoreQuantization(ABC):
         return (weights @ values).to(q.dtype), chosen
 
 
+def product_of_codes(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Scores (B, H, Sq, Sk) of rows as codes and steps."""
+    return (q[0] @ k[0].mT) * ((q[1] * scale) * k[1].mT)
+
+
 def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype that scores of ``x`` are made in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def byte_codes(x: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 8 bits (…, S, D), 127 at the largest element of each row, and the step of every row, (…, S, 1), NaN
+    where a row is not ``sound``, bool (…, S, 1). Codes have the gradient of what they are rounded from, steps none."""
+    with torch.no_grad():
+        size = x.abs().amax(-1, keepdim=True)
+        used = sound & (size >= SMALLEST)
+        # A number by a tensor would be rounded twice.
+        factor = torch.where(used, size.new_full((), _LARGEST_BYTE) / size, 0.0)
+        step = torch.where(used, size / _LARGEST_BYTE, 0.0).masked_fill(~sound, math.nan)
+    exact = x.masked_fill(~used, 0.0) * factor
+    rounded = exact.detach().round()
+    return rounded + (exact - exact.detach()), step

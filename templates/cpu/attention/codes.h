@@ -6,10 +6,11 @@
 //   AVX2, AVX-512 up to 4 bits    a pair is at most 2 * 15 * 7, so 64 of them stay below 2^15
 //   otherwise 16-bit or 32-bit products in 32-bit sums
 #pragma once
-#include "simd.h"
+#include <cstring>
+
+#include "attention/scratch.h"
 
 namespace attention {
-using namespace simd;
 
 constexpr float kSmallest = 0x1p-100f;  // what is below it is zero
 
@@ -70,5 +71,40 @@ struct CodeProducts {
   FUSER_INLINE vi total(vi sum) { return sum; }
 };
 #endif
+
+// Words of four codes in a row.
+template <class C>
+constexpr int64_t kCodeWords = (C::kHeadDim + 3) / 4;
+
+// Codes of the rows of one head of k, what their products start with, and their steps.
+struct KeyCodes {
+  const int32_t *code, *start;
+  const float* step;
+};
+
+// Codes of a group's rows of q, in lanes, their steps, and where those of a block of keys are.
+template <class C>
+struct BlockCodes {
+  static constexpr int64_t kWords = kCodeWords<C>, kKeys = C::kKeyBlock + kRepeated;
+  static_assert(kWords <= 64);
+  int32_t q[kWords * kGroup];
+  float q_step[kGroup], step[kKeys];
+  const int32_t* code[kKeys];
+  int32_t start[kKeys];
+
+  void take(int64_t pitch, int64_t lane, const int32_t* row, float row_step) {
+    q_step[lane] = row_step;
+    for (int64_t i = 0; i < kWords; ++i) q[i * pitch + lane] = row[i];
+  }
+
+  // Tiles read rows of keys beyond n as well.
+  void find(const KeyCodes& all, const int32_t* keys, int64_t n) {
+    for (int64_t j = 0; j < n + kMostKeys; ++j) {
+      const int64_t key = keys[j < n ? j : n - 1];
+      code[j] = all.code + key * kWords;
+      start[j] = all.start[key], step[j] = all.step[key];
+    }
+  }
+};
 
 }  // namespace attention

@@ -102,8 +102,8 @@ __attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<
   constexpr int64_t DV = C::kValueDim;
   const int64_t vectors = (g.count + L - 1) / L, pitch = w.pitch = vectors * L;
   const bool few = g.count <= C::kFewRows;
-  if (!exact && !Scores::sound(t)) return false;
   Scores::queries(t, g, w);
+  if (!exact && !Scores::sound(t, w)) return false;
   bool first = !resume(t, g, w);
 
   Block<C> block{t, g, w, exact};

@@ -1,4 +1,4 @@
-// Scores predicted with few bits, some of which are computed in full: fuser/ir/prediction.py says what, in PyTorch.
+// Scores predicted with few bits, some of which are computed with more: fuser/ir/prediction.py says what, in PyTorch.
 //
 // Rows of k become codes (whole numbers) once, rows of q whenever a group is at work. A first walk over the plan leaves
 // for every row the largest predicted score, and the sum of weights where limits need it. These become limits, and the
@@ -10,6 +10,8 @@
 //
 // The configuration adds:
 //   kBits                                width of codes
+//   kHighBits                            8 if scores above their limit are products of codes of 8 bits, and weights and
+//                                        values bytes (bytes.h) unless some are left out; 0 if q and k are taken as given
 //   kPerRow, kDynamic, kNormalize        where the largest code stands: see Prediction.calibration
 //   kSums                                whether limits follow from sums of weights, too
 //   kProbability, kBefore                what is compared
@@ -26,6 +28,7 @@
 
 #include "abi.h"
 #include "attention/block.h"
+#include "attention/bytes.h"
 #include "attention/codes.h"
 #include "attention/scores.h"
 #include "attention/softmax.h"
@@ -39,45 +42,41 @@ FUSER_INLINE void each_group(const FuserArgs* args, const Plan& plan, const F& f
 enum class Sums { kMade, kKept, kRead };
 
 template <class C>
-struct Predicted : Products<C> {
-  using Base = Products<C>;
+struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, Products<C>> {
+  static constexpr bool kHigh = C::kHighBits == 8;
+  using Base = std::conditional_t<kHigh, Bytes<C, !C::kPrune>, Products<C>>;
   using Element = typename C::Element;
   using Codes = CodeProducts<C::kBits>;
-  static constexpr int64_t D = C::kHeadDim, kWords = (D + 3) / 4;
-  static_assert(kWords <= 64);
-  static constexpr int64_t kRow = (Base::kWords + L - 1) / L * L;  // words
+  static constexpr int64_t D = C::kHeadDim, kWords = kCodeWords<C>;
+  static constexpr int64_t kRow = (kWordsOfRow<C> + L - 1) / L * L;  // words
   static constexpr int32_t kLargest = (1 << (C::kBits - 1)) - 1;
   static constexpr bool kChanges = Base::kChanges && !C::kPrune, kPrunes = C::kPrune, kSurveys = true;
   // The plan's masks are applied to predicted scores, and no others are chosen; rules and biases only to final ones.
   static constexpr bool kMasks = C::kPrune || !Base::kChanges;
-  static constexpr bool kPairValues = kDotsBf16;
+  static constexpr bool kPairValues = !Base::kByteValues && kDotsBf16;
   // Whether limits of rows depend on nothing else, so that one thread may find them and use the same products again.
   static constexpr bool kOnce = !C::kMask && !C::kOverRows && C::kBits <= 4;
   static_assert(!kOnce || kLargest * kLargest * D < 1 << 15);
 
-  // Rows of one head: codes of k, their steps, and what their products start with; largest score and sum of weights of
-  // rows of q, where the first becomes the limit.
-  struct OfHead {
-    const int32_t *code, *start;
-    const float* step;
+  // Rows of one head: codes of k; largest score and sum of weights of rows of q, where the first becomes the limit.
+  struct OfHead : Base::OfHead {
+    KeyCodes low;
     float *top, *sum;
     float factor;
     const bf16* value;  // side by side, if they are multiplied as bf16
     int16_t* sums;      // of a thread: room for the products of all keys of a group, if they are made once
     float limit;
   };
-  struct OfThread {
-    int32_t q[kWords * kGroup];
-    float q_step[kGroup], limit[kGroup];
-    const int32_t* code[C::kKeyBlock + kRepeated];
-    int32_t start[C::kKeyBlock + kRepeated];
-    float step[C::kKeyBlock + kRepeated];
-    uint64_t chosen[C::kKeyBlock + kMostKeys];  // lanes whose score of a key is computed in full
+  struct OfThread : Base::OfThread {
+    BlockCodes<C> low;
+    float limit[kGroup];
+    uint64_t chosen[C::kKeyBlock + kMostKeys];  // lanes whose score of a key is above its limit
     alignas(64) Word<C> row[kGroup * kRow];  // of q, side by side, since rows of heads far apart share few sets of L1
     const Value<C>* v_row[C::kKeyBlock];
     float scale;
     int16_t *sums, *next;  // of this block and of the one after it
     bool row_bias, masked;  // whether some lane may not see some key of the block
+    bool finite;            // whether all rows of q are
   };
 
   // What lies in the workspace, in this order: see PredictedKernel.launch.
@@ -90,7 +89,10 @@ struct Predicted : Products<C> {
     explicit Shared(const FuserArgs* args) {
       const auto& e = extents(args);
       const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
-      factor = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
+      if constexpr (kHigh)
+        factor = static_cast<float*>(typename Base::Shared(args).end);
+      else
+        factor = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
       top = factor + 16, sum = top + rows, step = sum + rows;
       start = reinterpret_cast<int32_t*>(step + keys), code = start + keys;
       value = reinterpret_cast<bf16*>(code + keys * kWords);
@@ -172,15 +174,19 @@ struct Predicted : Products<C> {
     const auto& e = extents(args);
     const Shared all(args);
     const int64_t at = (index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads)) * e.kv_len;
-    t.scores = {all.code + at * kWords,       all.start + at,           all.step + at,
-                all.top + index * e.q_len,    all.sum + index * e.q_len, all.factor[0], all.value + at * C::kValueDim,
-                e.sums == 0 ? nullptr : all.sums + omp_get_thread_num() * e.sums, float(e.limit)};
+    Base::open(args, t, index);
+    OfHead& to = t.scores;
+    to.low = {all.code + at * kWords, all.start + at, all.step + at};
+    to.top = all.top + index * e.q_len, to.sum = all.sum + index * e.q_len, to.factor = all.factor[0];
+    to.value = all.value + at * C::kValueDim, to.limit = float(e.limit);
+    to.sums = e.sums == 0 ? nullptr : all.sums + omp_get_thread_num() * e.sums;
   }
 
   static void survey(const FuserArgs* args, const Plan& plan) {
     const auto& e = extents(args);
     const Shared all(args);
     const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
+    if constexpr (kHigh) Base::survey_rows(args, nullptr, std::false_type());
     float q_factor = kLargest, k_factor = kLargest;
     if constexpr (C::kDynamic) {
       q_factor /= largest(args->tensors[0], e.q, e.batch, e.heads, e.q_len, args->threads);
@@ -291,20 +297,31 @@ struct Predicted : Products<C> {
 
   static __attribute__((noinline)) void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
-    own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
+    own.finite = true, own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
     for (int64_t r = 0; r < w.pitch; ++r) {
       int32_t code[kWords];
       const bool used = r < g.count;
       const int64_t row = g.row[used ? r : g.count - 1];
-      const Element* const q = t.q + row * t.q_row;
-      own.q_step[r] = quantize(q, t.scores.factor, Codes::kOffset, code) * t.scale;
+      own.low.take(w.pitch, r, code, quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, code) * t.scale);
+      if constexpr (kHigh) {
+        Base::code_query(t, g, w, r);
+        own.fault[r] = 0.0f, own.finite &= own.codes.q_step[r] < kInf;
+      }
       // Nothing of an idle lane is computed in full.
       own.limit[r] = used ? t.scores.top[row] : C::kInverse ? -kInf : kInf;
-      Word<C>* const copy = own.row + r * kRow;
-      const Word<C>* const words = row_as(q, copy, D);
-      if (words != copy) std::memcpy(copy, words, Base::kWords * sizeof(Word<C>));
-      for (int64_t i = 0; i < kWords; ++i) own.q[i * w.pitch + r] = code[i];
     }
+    if (kHigh && sound(t, w)) return;
+    for (int64_t r = 0; r < w.pitch; ++r) {
+      Word<C>* const copy = own.row + r * kRow;
+      const Word<C>* const words = row_as(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row, copy, D);
+      if (words != copy) std::memcpy(copy, words, kWordsOfRow<C> * sizeof(Word<C>));
+    }
+  }
+
+  // Rows that are not finite have no codes of 8 bits; an exact run multiplies them as they are given.
+  FUSER_INLINE bool sound(const Head<C>& t, const Scratch<C>& w) {
+    if constexpr (kHigh) return t.scores.state == 0 && w.scores.finite;
+    return true;
   }
 
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
@@ -319,7 +336,8 @@ struct Predicted : Products<C> {
   }
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
-    Base::keys(t, w, n);
+    if (!kHigh || !sound(t, w)) Base::keys(t, w, n);
+    if constexpr (kHigh) w.scores.codes.find(t.scores.k, w.key, n);
     own_keys(t, w, n);
   }
 
@@ -336,13 +354,9 @@ struct Predicted : Products<C> {
     uint64_t lanes = ~0ull;
     for (int64_t j = 0; j < n; ++j) lanes &= w.lanes[j];
     w.scores.masked = lanes != ~0ull;
-    // Tiles read rows of keys beyond n as well.
-    for (int64_t j = 0; j < n + kMostKeys; ++j) {
-      const int64_t key = w.key[j < n ? j : n - 1];
-      w.lanes[j] = w.lanes[j < n ? j : n - 1];
-      w.scores.code[j] = t.scores.code + key * kWords;
-      w.scores.start[j] = t.scores.start[key], w.scores.step[j] = t.scores.step[key];
-    }
+    // Tiles read lanes of keys beyond n as well.
+    for (int64_t j = n; j < n + kMostKeys; ++j) w.lanes[j] = w.lanes[n - 1];
+    w.scores.low.find(t.scores.low, w.key, n);
   }
 
   // Predicts the scores of RV vectors from v, and their largest into w.peak. With kStore they go to w.s, and with kChoose
@@ -367,26 +381,29 @@ struct Predicted : Products<C> {
     for (int64_t j0 = 0; j0 < n; j0 += RK) {
       float* const s = w.s + j0 * w.pitch + v0 * L;
       uint64_t chosen[RK] = {};
-      if constexpr (kStore) announce_rows<RK>(w, j0, n);
+      if constexpr (kStore && !kHigh) announce_rows<RK>(w, j0, n);
       int16_t* const sums = own.sums + j0 * w.pitch + v0 * L;
       const auto put = [&](int j, int v, vi sum) FUSER_LAMBDA {
-        vf x = to_float(sum) * (load(own.q_step + (v0 + v) * L) * own.step[j0 + j]);
+        vf x = to_float(sum) * (load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j]);
         if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
         top[v] = max_fast(x, top[v]);
         if constexpr (kStore) store(s + j * w.pitch + v * L, x);
         if constexpr (kChoose) chosen[j] |= above_limit(x, own, v0 + v) << (v0 + v) * L;
       };
       if constexpr (kSums == Sums::kRead) {
+        // Beyond the last key are the products of another block.
 #pragma GCC unroll 8
-        for (int j = 0; j < RK; ++j)
+        for (int j = 0; j < RK; ++j) {
+          const int16_t* const kept = sums + (j0 + j < n ? j : n - 1 - j0) * w.pitch;
 #pragma GCC unroll 8
-          for (int v = 0; v < RV; ++v) put(j, v, load(sums + j * w.pitch + v * L));
+          for (int v = 0; v < RV; ++v) put(j, v, load(kept + v * L));
+        }
       } else {
         product_tile<kWords, RV, RK, vi>(
-            own.q + v0 * L, own.code + j0, w.pitch,
+            own.low.q + v0 * L, own.low.code + j0, w.pitch,
             [](vi sum, vi a, int32_t b) FUSER_LAMBDA { return Codes::add(sum, a, set1(b)); },
             [&](int j, int v, vi sum) FUSER_LAMBDA {
-              const vi whole = Codes::total(sum) + own.start[j0 + j];
+              const vi whole = Codes::total(sum) + own.low.start[j0 + j];
               if constexpr (kSums == Sums::kKept) store(sums + j * w.pitch + v * L, whole);
               put(j, v, whole);
             });
@@ -412,15 +429,70 @@ struct Predicted : Products<C> {
       predict_chosen<RV, kOnce ? Sums::kRead : Sums::kMade>(w, n, v0);
     else
       predict_chosen<RV, Sums::kMade>(w, n, v0);
-    const bool any = refine(w, n);
+    bool refined = false;
+    if constexpr (kHigh) {
+      raise<RV>(w, n, v0);
+      uint64_t poison[C::kKeyBlock];
+      if (exact) refined = find_poison<RV>(w, n, v0, poison) && refine(w, n, poison);
+    } else {
+      refined = refine(w, n, w.scores.chosen);
+    }
     if constexpr (C::kPrune) return keep<RV>(w, n, v0, exact);
-    if (any && !Base::kChanges)
+    if (refined && !Base::kChanges)
       for (int64_t v = v0; v < v0 + RV; ++v) {
         vf top = load(w.top + v * L);
         for (int64_t j = 0; j < n; ++j) top = max_fast(load(w.s + j * w.pitch + v * L), top);
         store(w.peak + v * L, top);
       }
     return n;
+  }
+
+  // Scores that were chosen become those of codes of 8 bits, a tile at a time where it has any. The largest of the block
+  // are left for bytes.
+  template <int RV>
+  static __attribute__((noinline)) void raise(Scratch<C>& w, int64_t n, int64_t v0) {
+    constexpr int64_t RK = Base::template kTileKeys<RV>;
+    OfThread& own = w.scores;
+    vf top[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
+    for (int64_t j0 = 0; j0 < n; j0 += RK) {
+      w.ahead.announce();
+      float* const s = w.s + j0 * w.pitch + v0 * L;
+      uint64_t any = 0;
+      for (int j = 0; j < RK; ++j) any |= own.chosen[j0 + j];
+      if (any != 0) {
+        Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
+          float* const at = s + j * w.pitch + v * L;
+          const vf x = select_bits(own.chosen[j0 + j] >> (v0 + v) * L, high, load(at));
+          top[v] = max_fast(x, top[v]);
+          store(at, x);
+        });
+      } else {
+#pragma GCC unroll 8
+        for (int j = 0; j < RK; ++j)
+#pragma GCC unroll 8
+          for (int v = 0; v < RV; ++v) top[v] = max_fast(load(s + j * w.pitch + v * L), top[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) {
+      store(own.block + (v0 + v) * L, top[v]);
+      store(w.peak + (v0 + v) * L, max_fast(top[v], load(w.top + (v0 + v) * L)));
+    }
+  }
+
+  // The lanes of chosen scores that are NaN, since their rows have no codes. Returns whether there are any.
+  template <int RV>
+  static bool find_poison(const Scratch<C>& w, int64_t n, int64_t v0, uint64_t* poison) {
+    uint64_t any = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      uint64_t lanes = 0;
+      for (int64_t v = v0; v < v0 + RV; ++v)
+        lanes |= not_at_most(load(w.s + j * w.pitch + v * L), set1(kInf)) << v * L;
+      any |= poison[j] = w.scores.chosen[j] & lanes;
+    }
+    return any != 0;
   }
 
   template <int RV, Sums kSums>
@@ -447,9 +519,10 @@ struct Predicted : Products<C> {
     }
   }
 
-  // Computes what was chosen, an element at a time: they are few, and far between. Returns whether there was any.
-  static __attribute__((noinline)) bool refine(Scratch<C>& w, int64_t n) {
-    constexpr int64_t kVectors = Base::kWords / L, kRest = Base::kWords % L;
+  // Computes the scores of `chosen` lanes in full, an element at a time: they are few, and far between. Returns whether
+  // there was any.
+  static __attribute__((noinline)) bool refine(Scratch<C>& w, int64_t n, const uint64_t* chosen) {
+    constexpr int64_t kVectors = kWordsOfRow<C> / L, kRest = kWordsOfRow<C> % L;
     OfThread& own = w.scores;
     vf x[L] = {};
     volatile float* to[L];  // a scatter of vectors is slower than stores one by one
@@ -462,7 +535,7 @@ struct Predicted : Products<C> {
       count = 0;
     };
     for (int64_t j = 0; j < n; ++j) {
-      uint64_t lanes = own.chosen[j];
+      uint64_t lanes = chosen[j];
       if (lanes == 0) continue;
       any = true;
       const Word<C>* const k = w.k_row[j];

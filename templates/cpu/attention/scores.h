@@ -3,8 +3,8 @@
 // A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
 //   open(args, t, index)       once a head, which is number `index`: what the policy keeps of it, in t.scores
 //   key_row(t, key), value_row where the rows of a key lie
-//   sound(t)                   whether no exact run is needed from the start
 //   queries(t, g, w)           once a group: brings its rows of q into w.q
+//   sound(t, w)                whether no exact run is needed from the start
 //   keys(t, w, n)              once a block: says in w.k_row where its n keys are
 //   value_keys(t, w, n, exact) the same in w.v_row of their values
 //   score<RV>(w, n, v, exact)  into w.s the scores of the block for RV vectors from v, and into w.peak the largest of
@@ -15,7 +15,7 @@
 // It has what it keeps of a head and of a thread in OfHead and OfThread. kMasks says that its scores are masked by the plan
 // already; kPrunes that they are changed, too, and that it keeps those keys alone that some row needs, all of them in an
 // exact run; kSurveys that it must see all rows before the first is used, in survey(args, plan). With kByteValues it
-// multiplies weights and values itself, but in an exact run: weigh_bytes<RV> and byte_values<RV> (int8.h).
+// multiplies weights and values itself, but in an exact run: weigh_bytes<RV> and byte_values<RV> (bytes.h).
 #pragma once
 #include "abi.h"
 #include "attention/scratch.h"
@@ -123,7 +123,7 @@ struct Products {
   FUSER_INLINE auto key_row(const Head<C>& t, int64_t key) { return t.k + key * t.k_row; }
   FUSER_INLINE auto value_row(const Head<C>& t, int64_t key) { return t.v + key * t.v_row; }
 
-  FUSER_INLINE bool sound(const Head<C>&) { return true; }
+  FUSER_INLINE bool sound(const Head<C>&, const Scratch<C>&) { return true; }
 
   // Rows lie in lanes; few of them one after another.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {

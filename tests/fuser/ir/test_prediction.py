@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -111,6 +112,7 @@ def test_configurations_of_models_are_read_with_their_spelling() -> None:
         granularity="batch",
         before_softmax=True,
         bits=8,
+        high_bits=None,
         normalize=False,
         calibration="dynamic",
         empty_row="predicted",
@@ -224,7 +226,7 @@ def test_the_other_answers_to_rows_without_a_choice() -> None:
     q, k, v = inputs(1, 2, 6, 8)
     out, chosen = Sanger(threshold=1.0, empty_row="zero").reference(q, k, v)
     assert not chosen.any() and not out.any()
-    out, chosen = Sanger(threshold=1.0, empty_row="dense").reference(q, k, v)
+    out, chosen = Sanger(threshold=1.0, high_bits=None, empty_row="dense").reference(q, k, v)
     assert chosen.all()
     torch.testing.assert_close(out, dense(q, k, v))
     out, chosen = DEQ(threshold=1.0, empty_row="predicted").reference(q, k, v)
@@ -251,9 +253,27 @@ def test_padding_sets_the_maximum_before_softmax_only_for_the_authors() -> None:
 @pytest.mark.parametrize("spec", [DEQ, Sanger])
 def test_everything_in_full_is_exact_attention(spec: Any, calibration: str) -> None:
     q, k, v = inputs(2, 3, 9, 16, dtype=torch.float64)
-    out, chosen = spec(method="probability_threshold", threshold=0.0, calibration=calibration).reference(q, k, v)
+    how = spec(method="probability_threshold", threshold=0.0, calibration=calibration, high_bits=None)
+    out, chosen = how.reference(q, k, v)
     assert chosen.all()
     torch.testing.assert_close(out, dense(q, k, v), rtol=0, atol=1e-12)
+
+
+def test_what_is_chosen_is_a_product_of_rows_in_8_bits() -> None:
+    q, k, v = inputs(2, 3, 9, 16, dtype=torch.float64)
+    near = []
+    for rows in (q, k):
+        step = rows.abs().amax(-1, keepdim=True) / 127
+        near.append((rows / step).round() * step)
+    for how in (DEQ(method="probability_threshold", threshold=0.0, bits=2), DEQ(threshold=0.2), Sanger(threshold=0.1)):
+        out, chosen = how.reference(q, k, v)
+        assert chosen.any()
+        want = near[0] @ near[1].mT / 4
+        want = want.masked_fill(~chosen, -math.inf) if how.prunes else want.where(chosen, how.predicted(q, k, 1 / 4))
+        torch.testing.assert_close(out, torch.softmax(want, -1) @ v, rtol=0, atol=1e-12)
+        # Eight bits are enough for what is important: a score is within about 2 / 127 of its rows' lengths.
+        exact = dataclasses.replace(how, high_bits=None).reference(q, k, v)[0]
+        assert 0 < float((out - exact).norm() / exact.norm()) < 0.02
 
 
 def test_more_bits_are_nearer() -> None:
@@ -297,17 +317,22 @@ def test_poison_does_what_it_does_in_exact_attention(spec: Prediction, poison: f
     assert torch.equal(out[:, :, 3:].isnan(), dense(q, k, v)[:, :, 3:].isnan())
 
 
-def test_gradients_pass_codes_as_if_they_were_not_rounded() -> None:
+@pytest.mark.parametrize("high_bits", [8, None])
+def test_gradients_pass_codes_as_if_they_were_not_rounded(high_bits: int | None) -> None:
     q, k, v = (t.requires_grad_() for t in inputs(1, 2, 4, 8, dtype=torch.float64))
-    spec = DEQ(threshold=0.6)
+    spec = DEQ(threshold=0.6, high_bits=high_bits)
     out, chosen = spec.reference(q, k, v)
     weights = torch.randn_like(out)
     got = torch.autograd.grad((out * weights).sum(), (q, k, v))
-    # The same with scores that are linear in q and k: exact products where chosen, else products of dequantized rows.
-    (q_codes, q_step), (k_codes, k_step) = spec.codes(q.detach(), 0), spec.codes(k.detach(), 1)
-    q_low, k_low = (q_codes * q_step).detach(), (k_codes * k_step).detach()
-    low = (q - q.detach() + q_low) @ (k - k.detach() + k_low).mT
-    scores = torch.where(chosen, q @ k.mT, low) / math.sqrt(8)
+    # The same with scores that are linear in q and k: products of dequantized rows, of 8 bits where chosen, or exact.
+    of_bytes = DEQ(bits=8)
+
+    def product(how: DEQ) -> Tensor:
+        q_near, k_near = how.rounded(q.detach(), 0), how.rounded(k.detach(), 1)
+        return (q - q.detach() + q_near) @ (k - k.detach() + k_near).mT
+
+    high = q @ k.mT if high_bits is None else product(of_bytes)
+    scores = torch.where(chosen, high, product(spec)) / math.sqrt(8)
     want = torch.autograd.grad(((torch.softmax(scores, -1) @ v) * weights).sum(), (q, k, v))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
