@@ -67,12 +67,13 @@ def gradients_of(
     if spec.quantize is None or full is None:
         dq, dk = weighted_sum(ds, keys, forbidden), ds.mT @ (q.to(p.dtype) * scale)
     else:
-        # Scores that were not computed in full have the gradient of products of the rows that their codes stand for.
+        # Scores have the gradient of products of the rows that their codes stand for.
         high = ds.masked_fill(~full, 0.0)
         low = ds - high
-        near_q, near_k = spec.quantize.rounded(q.to(p.dtype), 0), spec.quantize.rounded(keys, 1)
-        dq = weighted_sum(high, keys, ~full) + weighted_sum(low, near_k, forbidden | full)
-        dk = (high.mT @ q.to(p.dtype) + low.mT @ near_q) * scale
+        how, queries = spec.quantize, q.to(p.dtype)
+        dq = weighted_sum(high, how.rounded_in_full(keys), ~full)
+        dq += weighted_sum(low, how.rounded(keys, 1), forbidden | full)
+        dk = (high.mT @ how.rounded_in_full(queries) + low.mT @ how.rounded(queries, 0)) * scale
     return (dq * scale).to(q.dtype), narrow(dk), dv, q.new_empty(0) if db is None else db
 
 

@@ -315,9 +315,15 @@ class Prediction(ScoreQuantization):
         exact = super().in_full(q, k, scale)
         if self.high_bits is None:
             return exact
-        q_codes, k_codes = (byte_codes(x, x.detach().isfinite().all(-1, keepdim=True)) for x in (q, k))
-        high = product_of_codes(q_codes, k_codes, scale)
+        high = product_of_codes(*(byte_codes(x, _is_finite(x)) for x in (q, k)), scale)
         return torch.where(high.detach().isnan(), exact, high)
+
+    def rounded_in_full(self, x: Tensor) -> Tensor:
+        if self.high_bits is None:
+            return x
+        finite = _is_finite(x)
+        codes, step = byte_codes(x, finite)
+        return torch.where(finite, codes * step, x)
 
     def check_calibrated(self) -> None:
         """Raise ScoreError if thresholds are still to be found."""
@@ -428,3 +434,8 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScoreError(f"{name} must be a number, not {value!r}")
     return float(value)
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """Whether rows (…, S, D) are: (…, S, 1)."""
+    return x.detach().isfinite().all(-1, keepdim=True)

@@ -63,6 +63,10 @@ class ScoreQuantization(ABC):
         """The scores (B, H, Sq, Sk) that chosen ones become, of q (B, H, Sq, D) and k (B, H, Sk, D)."""
         return (q * scale) @ k.mT
 
+    def rounded_in_full(self, x: Tensor) -> Tensor:
+        """The rows of q or k that chosen scores are products of."""
+        return x
+
     @abstractmethod
     def mixed(self, exact: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """The scores that attention goes on with, apart from those that are left out."""

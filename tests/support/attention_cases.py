@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from attention_reference import exact
 from torch import Tensor, nn
 
-from fuser import Int8Attention, sparse_attention
+from fuser import DEQ, Int8Attention, sparse_attention
 from fuser.ir.score_quantization import ScoreQuantization
 from fuser.runtime.device import cpu_target
 
@@ -29,13 +29,18 @@ def inputs(
     return q, k, v
 
 
+def multiplies_bytes(how: ScoreQuantization) -> bool:
+    """Whether this CPU's kernel multiplies weights and values as bytes."""
+    in_bytes = isinstance(how, Int8Attention) or (isinstance(how, DEQ) and how.high_bits is not None)
+    return in_bytes and bool(cpu_target().features & {"avx512_vnni", "avx_vnni"})
+
+
 def rounding_of(how: ScoreQuantization, values: float = 3.0) -> float:
     """How far kernels with few bits are from the reference, for values up to ``values``: where the CPU multiplies them
     so, weights become 255ths and values 127ths of their largest, or both bf16."""
-    features = cpu_target().features
-    if isinstance(how, Int8Attention) and features & {"avx512_vnni", "avx_vnni"}:
+    if multiplies_bytes(how):
         return values * (1 / 255 + 0.5 / 127)
-    return values / 3 * 2.0**-6 if "avx512_bf16" in features else 3e-6
+    return values / 3 * 2.0**-6 if "avx512_bf16" in cpu_target().features else 3e-6
 
 
 def relative(a: Tensor, b: Tensor) -> float:

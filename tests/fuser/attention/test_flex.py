@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import rounding_of
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as torchs
 
@@ -18,7 +19,6 @@ from fuser.attention.launch import say
 from fuser.ir.errors import ScoreError
 from fuser.ir.prediction import Prediction
 from fuser.ir.scores import SoftCap
-from fuser.runtime.device import cpu_target
 
 HEADS, QUERIES, KEYS = 4, 70, 90
 SLOPES = torch.exp2(-torch.arange(1, HEADS + 1) * 2.0)
@@ -162,9 +162,7 @@ def test_scores_of_few_bits(name: str, how: Prediction, caplog: pytest.LogCaptur
         cap, factor = (SoftCap(2.0), 1.0) if name == "cap" else (SoftCap(5.0), 2.0)
     added = added.masked_fill(rows < keys, -math.inf)
     want, _ = how.reference(q, k, v, additive_mask=added, score=cap, scale=factor / 4)
-    # Weights, and values of about 3, are rounded to bf16 where the CPU multiplies them so.
-    rounding = 2.0**-6 if "avx512_bf16" in cpu_target().features else 1e-5
-    torch.testing.assert_close(out, want, rtol=0, atol=rounding)
+    torch.testing.assert_close(out, want, rtol=0, atol=max(1e-5, rounding_of(how)))
 
 
 def test_few_bits_take_scores_that_kernels_know() -> None:

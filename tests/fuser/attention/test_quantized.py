@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_cases import inputs, rounding_of
+from attention_cases import inputs, multiplies_bytes, rounding_of
 from torch import Tensor, nn
 
 import fuser
@@ -26,7 +26,6 @@ MASK = masks.Longformer(6, 2)
 HOW = DEQ(threshold=0.2)
 # Weights, and values of about 3, are rounded to bf16 where the CPU multiplies them so.
 BF16 = "avx512_bf16" in cpu_target().features
-ROUNDING = 2.0**-6 if BF16 else 3e-6
 BYTES = rounding_of(Int8Attention())
 
 
@@ -52,10 +51,10 @@ def warned(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def test_a_kernel_runs_it(warned: pytest.LogCaptureFixture) -> None:
     q, k, v = inputs()
     out = sparse_attention(q, k, v, MASK, quantize=HOW)
-    torch.testing.assert_close(out, expected(q, k, v, HOW, MASK.dense(70, 90)), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(out, expected(q, k, v, HOW, MASK.dense(70, 90)), rtol=0, atol=rounding_of(HOW))
     each = masks.per_batch([masks.Causal(), masks.Dense()])
     out = sparse_attention(q, k, v, each, quantize=HOW)
-    torch.testing.assert_close(out, expected(q, k, v, HOW, each.dense(70, 90)[:, None]), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(out, expected(q, k, v, HOW, each.dense(70, 90)[:, None]), rtol=0, atol=rounding_of(HOW))
     out = sparse_attention(q, k, v, each, quantize=Int8Attention())
     want = expected(q, k, v, Int8Attention(), each.dense(70, 90)[:, None])
     torch.testing.assert_close(out, want, rtol=0, atol=BYTES)
@@ -160,8 +159,8 @@ def test_optimize_quantizes_all_attention(how: ScoreQuantization, causal: bool, 
         for given in (batch(3, 40), batch(2, 23), batch(4, 64)):
             want = model(*given)
             # Where values are rounded, the second attention gets other queries, and some other codes of them.
-            if BF16 or isinstance(how, Int8Attention):
-                far = 0.1 if isinstance(how, Int8Attention) else 0.05
+            if BF16 or multiplies_bytes(how):
+                far = 0.1 if multiplies_bytes(how) else 0.05
                 assert float((fast(*given) - want).norm() / want.norm()) < far
             else:
                 torch.testing.assert_close(fast(*given), want, rtol=1e-4, atol=1e-5)
@@ -199,7 +198,7 @@ class Windowed(Block):
 def test_one_capture_serves_masks_of_all_lengths(how: ScoreQuantization, tmp_path: Any) -> None:
     fast, model = fuser.optimize(Windowed(None).eval(), quantize=how), Windowed(how).eval()
     # Bytes go through one more product.
-    rounding = rounding_of(how) * (2 if isinstance(how, Int8Attention) else 1)
+    rounding = rounding_of(how) * (2 if multiplies_bytes(how) else 1)
     with torch.inference_mode():
         for length in (40, 23, 64, 130):
             x, _ = batch(2, length)
