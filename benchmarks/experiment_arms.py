@@ -36,6 +36,7 @@ class Counted:
     full: int = 0
     kept: int = 0
     bits: int = 0
+    high_bits: int = FULL_BITS
 
     @property
     def share(self) -> float:
@@ -46,7 +47,8 @@ class Counted:
     def work(self) -> float:
         """Both products of attention relative to dense attention, a product of codes by its bits."""
         predicted = self.bits / FULL_BITS
-        return (predicted + self.share + self.kept / self.allowed) / 2 if self.allowed else 0.0
+        high = self.share * self.high_bits / FULL_BITS
+        return (predicted + high + self.kept / self.allowed) / 2 if self.allowed else 0.0
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Attention:
         if how is not None:
             added = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
             chosen = how.reference(q, k, v, additive_mask=added, scale=scale)[1] & allowed
-            full, found.bits = int(chosen.sum()), how.bits
+            full, found.bits, found.high_bits = int(chosen.sum()), how.bits, how.high_bits or FULL_BITS
             kept = full if how.prunes else kept
         found.full += full
         found.kept += kept

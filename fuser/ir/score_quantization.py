@@ -26,6 +26,8 @@ class ScoreQuantization(ABC):
 
     bits: int
     """Width of codes, sign included."""
+    high_bits: int | None = None
+    """The same of chosen scores; None if they are products of q and k as given."""
     unmasked_maximum: bool = False
     """Whether decisions are made from scores without what is added to them."""
     prunes: ClassVar[bool] = False

@@ -425,6 +425,11 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
 
   template <int RV>
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0, bool exact) {
+    if constexpr (kOnce && kHigh && !Base::kChanges && !C::kPrune)
+      if (w.scores.sums != nullptr && !exact) {
+        w.scores.masked ? raise_kept<RV, true>(w, n, v0) : raise_kept<RV, false>(w, n, v0);
+        return n;
+      }
     if (kOnce && w.scores.sums != nullptr)
       predict_chosen<RV, kOnce ? Sums::kRead : Sums::kMade>(w, n, v0);
     else
@@ -475,9 +480,41 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
           for (int v = 0; v < RV; ++v) top[v] = max_fast(load(s + j * w.pitch + v * L), top[v]);
       }
     }
+    leave_tops<RV>(w, v0, top);
+  }
+
+  // What predicts, chooses and raises scores in one, where products are kept and all of a tile but few have some.
+  template <int RV, bool kMasked>
+  static __attribute__((noinline)) void raise_kept(Scratch<C>& w, int64_t n, int64_t v0) {
+    constexpr int64_t RK = Base::template kTileKeys<RV>;
+    OfThread& own = w.scores;
+    vf top[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
+    for (int64_t j0 = 0; j0 < n; j0 += RK) {
+      w.ahead.announce();
+      float* const s = w.s + j0 * w.pitch + v0 * L;
+      const int16_t* const kept = own.sums + v0 * L;
+      Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
+        // Beyond the last key are the products of another block.
+        const int64_t key = j0 + j < n ? j0 + j : n - 1;
+        const vf low = to_float(load(kept + key * w.pitch + v * L)) * (load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j]);
+        const vf limit = load(own.limit + (v0 + v) * L);
+        vf x = select(C::kInverse ? (vi)(low > limit) : (vi)(low <= limit), low, high);
+        if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
+        top[v] = max_fast(x, top[v]);
+        store(s + j * w.pitch + v * L, x);
+      });
+    }
+    leave_tops<RV>(w, v0, top);
+  }
+
+  // The largest scores of a block, for bytes, and with those of the blocks before it.
+  template <int RV>
+  FUSER_INLINE void leave_tops(Scratch<C>& w, int64_t v0, const vf* top) {
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
-      store(own.block + (v0 + v) * L, top[v]);
+      store(w.scores.block + (v0 + v) * L, top[v]);
       store(w.peak + (v0 + v) * L, max_fast(top[v], load(w.top + (v0 + v) * L)));
     }
   }
