@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from dot_bytes import MODEL
+from dot_bytes import MODEL, bytes_of, check_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +39,6 @@ NARROW = [AVX_VNNI] if AVX_VNNI in features(Isa.AVX2) and has_isa(Isa.AVX2) else
 ISAS = pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE, *NARROW]))
 Q_LEN, KV_LEN, WIDTH, VALUES = 70, 150, 22, 19
 SCALE = 0.4
-BLOCK = Int8Kernel(16, 16).key_block
 MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), masks.Causal()]
 # Weights become 255ths, up to 7/8 of one away, and values the nearest 127ths.
 BYTES = 0.875 / 255 + 0.5 / 127
@@ -154,35 +153,13 @@ def test_scores_have_the_bits_of_the_reference(isa: Isa | str | None) -> None:
         assert torch.equal(lse, scores[..., torch.arange(Q_LEN), key])
 
 
-def bytes_of(scores: Tensor, v: Tensor) -> Tensor:
-    """Dithered weights in 255ths of the largest of their row and block, normalized as rounded, times values in 127ths
-    of the largest of their element: in fp64."""
-    step = v.abs().amax(-2, keepdim=True) / 127
-    codes = torch.where(step > 0, v / step, 0.0).round()
-    top = scores.amax(-1, keepdim=True)
-    sums, weights = 0.0, []
-    for block in scores.split(BLOCK, -1):
-        largest = block.amax(-1, keepdim=True)
-        dither = torch.tensor([-0.375, 0.125, 0.375, -0.125], dtype=block.dtype).repeat(BLOCK // 4)[: block.shape[-1]]
-        part = (255 * (block - largest).exp() + dither).round() / 255 * (largest - top).exp()
-        sums = sums + part.sum(-1, keepdim=True)
-        weights.append(part)
-    return torch.cat(weights, -1) / sums @ (codes * step)
-
-
 @pytest.mark.skipif(not multiplies_bytes(cpu_target()), reason="this CPU does not multiply bytes in one instruction")
 def test_bytes_are_weights_and_values_rounded_once() -> None:
     q, k, v = inputs()
     how = Int8Attention(skip=0.0)
     out, _ = run(how, masks.Dense(), isa=None)
     scores = chosen_of(q, k, AttentionSpec(masks.Dense(), None, how), None, SCALE).scores
-    _check_bytes(out, bytes_of(scores.double(), v.double().repeat_interleave(2, 1)))
-
-
-def _check_bytes(out: Tensor, want: Tensor) -> None:
-    # A weight that lies between two bytes may become either, since exponentials are known to some digits only.
-    far = (out.double() - want).abs()
-    assert float((far < 2e-5).double().mean()) > 0.95 and float(far.max()) < 2 * 3.0 / 255
+    check_bytes(out, bytes_of(scores, v.repeat_interleave(2, 1)))
 
 
 def test_values_that_are_all_alike_stay_so() -> None:
@@ -287,7 +264,7 @@ def test_dot_products_of_bytes(mask: Mask) -> None:
     out = values["out"]
     if mask.allows_all:
         scores = chosen_of(q, k, AttentionSpec(mask, None, how), None, SCALE).scores
-        _check_bytes(out, bytes_of(scores.double(), v.double().repeat_interleave(2, 1)))
+        check_bytes(out, bytes_of(scores, v.repeat_interleave(2, 1)))
     want, _ = reference(q, k, v, AttentionSpec(mask, None, how), None, SCALE)
     torch.testing.assert_close(out, want, rtol=0, atol=4 * BYTES * float(v.abs().max()))
     if multiplies_bytes(cpu_target()):

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from dot_bytes import MODEL
+from dot_bytes import MODEL, bytes_of, check_bytes
 from torch import Tensor
 
 from fuser import DEQ, Sanger, SoftCap, masks
@@ -153,6 +153,20 @@ def test_scores_have_the_bits_of_the_reference(how: Prediction, isa: Isa | None)
         _, lse = run(how, mask, isa=isa)
         scores = chosen_of(q, k, AttentionSpec(mask, None, how), None, SCALE).scores
         assert torch.equal(lse, scores[..., torch.arange(Q_LEN), key])
+
+
+@pytest.mark.skipif(
+    not int8.multiplies_bytes(cpu_target()), reason="this CPU does not multiply bytes in one instruction"
+)
+def test_weights_are_bytes_of_scores_that_were_chosen_from() -> None:
+    """Each of which is the reference's, low or high, so that a wrong decision would show."""
+    q, k, v = inputs()
+    for threshold in (0.02, 0.3):
+        how = DEQ(threshold=threshold)
+        out, _ = run(how, masks.Dense(), isa=None)
+        chosen = chosen_of(q, k, AttentionSpec(masks.Dense(), None, how), None, SCALE)
+        assert chosen.full is not None and 0.02 < chosen.full.float().mean() < 0.9
+        check_bytes(out, bytes_of(chosen.scores, v.repeat_interleave(2, 1)), 1.0)
 
 
 def test_the_largest_of_a_sample_or_a_head_is_of_all_its_rows() -> None:

@@ -1,6 +1,14 @@
-"""The instruction that multiplies bytes, in C++, for sources that are to run where a CPU does not have it."""
+"""The instruction that multiplies bytes, in C++, for sources that are to run where a CPU does not have it, and what
+attention by bytes must give."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuser.kernels.attention_int8 import Int8Kernel
+
+BLOCK = Int8Kernel(16, 16).key_block
 
 # What VPDPBUSD does in every lane.
 MODEL = """
@@ -12,3 +20,27 @@ FUSER_INLINE simd::vi dot_bytes(simd::vi sum, simd::vi a, simd::vi b) {
 }
 #define FUSER_DOT_BYTES dot_bytes
 """
+
+
+def bytes_of(scores: Tensor, v: Tensor) -> Tensor:
+    """Dithered weights in 255ths of the largest of their row and block, normalized as rounded, times values in 127ths
+    of the largest of their element: in fp64."""
+    scores, v = scores.double(), v.double()
+    step = v.abs().amax(-2, keepdim=True) / 127
+    codes = torch.where(step > 0, v / step, 0.0).round()
+    top = scores.amax(-1, keepdim=True)
+    sums, weights = 0.0, []
+    for block in scores.split(BLOCK, -1):
+        largest = block.amax(-1, keepdim=True)
+        dither = torch.tensor([-0.375, 0.125, 0.375, -0.125], dtype=block.dtype).repeat(BLOCK // 4)[: block.shape[-1]]
+        part = (255 * (block - largest).exp() + dither).round() / 255 * (largest - top).exp()
+        sums = sums + part.sum(-1, keepdim=True)
+        weights.append(part)
+    return torch.cat(weights, -1) / sums @ (codes * step)
+
+
+def check_bytes(out: Tensor, want: Tensor, largest: float = 3.0) -> None:
+    """That outputs are those of :func:`bytes_of`, of values up to about ``largest``."""
+    # A weight that lies between two bytes may become either, since exponentials are known to some digits only.
+    far = (out.double() - want).abs()
+    assert float((far < 2e-5).double().mean()) > 0.95 and float(far.max()) < 2 * largest / 255
