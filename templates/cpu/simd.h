@@ -138,6 +138,11 @@ FUSER_INLINE vi load_n(const bf16x2* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) t[i] = p[i];
   return load(t);
 }
+FUSER_INLINE vi load_n(const int32_t* p, int64_t n) {
+  int32_t t[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return load(t);
+}
 FUSER_INLINE vf load_n(const bf16* p, int64_t n) {
   bf16 t[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) t[i] = p[i];
@@ -183,6 +188,24 @@ FUSER_INLINE float reduce_max(vf v) {
 }
 
 FUSER_INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+FUSER_INLINE int32_t reduce_max(vi v) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+FUSER_INLINE int32_t reduce_add(vi v) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
 // Sums of integers wrap around, so that what is off by a constant can be put right afterwards.
 FUSER_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
 FUSER_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }

@@ -87,6 +87,14 @@ struct Bytes : Products<C> {
     return N - d < L ? load_n(row + d, N - d) : load(row + d);
   }
 
+  // Asks for row `ahead` of rows of N elements, which may lie on pages of their own.
+  template <int64_t N>
+  FUSER_INLINE void announce(const Element* ahead) {
+    for (int64_t byte = 0; byte < N * int64_t(sizeof(Element)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(ahead) + byte);
+  }
+  static constexpr int64_t kRowsAhead = 16;
+
   // A row less `mean`, with zeros up to whole vectors, and its largest magnitude, infinity where it is not finite.
   struct Row {
     static constexpr int64_t kVectors = kPadded / L;
@@ -95,15 +103,17 @@ struct Bytes : Products<C> {
 
     template <bool kCentred>
     Row(const Element* row, const float* mean, std::bool_constant<kCentred>) {
-      vf top = {}, poison = {};
+      // Compared as integers, whose order is that of magnitudes, with infinity and NaN on top.
+      vi top = {};
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kVectors; ++i) {
         x[i] = part_of<D>(row, i * L);
         if constexpr (kCentred) x[i] -= part_of<D>(mean, i * L);
-        top = max_fast(abs(x[i]), top);
-        poison += x[i] * 0.0f;
+        top = larger(top, (vi)abs(x[i]));
       }
-      size = any((vi)(poison != vf{})) ? kInf : reduce_max(top);
+      const int32_t bits = reduce_max(top);
+      std::memcpy(&size, &bits, sizeof(size));
+      if (!(size < kInf)) size = kInf;
     }
 
     // Codes plus `offset`, and the step. The sum of codes goes to `sum`.
@@ -121,66 +131,99 @@ struct Bytes : Products<C> {
         total += whole;
       }
       std::memcpy(to, code, 4 * kWords);
-      // At most 256 numbers up to 127 each, which fp32 holds.
-      if (sum != nullptr) *sum = int32_t(reduce_add(to_float(total)));
+      if (sum != nullptr) *sum = reduce_add(total);
       return size == kInf ? __builtin_nanf("") : used ? size / 127.0f : 0.0f;
     }
   };
 
-  // Codes of all rows of k, less their head's `mean` (heads, D) if they are centred, and of all values.
-  template <bool kCentred>
-  static void survey_rows(const FuserArgs* args, const float* means, std::bool_constant<kCentred> centred) {
+  // The steps of a head's values, and whether all are finite.
+  static void measure_values(const FuserArgs* args, const Shared& all, int64_t head) {
     const auto& e = extents(args);
-    const Shared all(args);
-#pragma omp parallel for num_threads(args->threads)
-    for (int64_t head = 0; head < all.heads; ++head) {
-      vf size[kQuadRow / L] = {}, poison = {};
-      const Element* v = row_of(args, 2, e.v, head, 0);
-      for (int64_t i = 0; i < e.kv_len; ++i, v += e.v.row)
+    vi size[kQuadRow / L] = {};
+    const Element* v = row_of(args, 2, e.v, head, 0);
+    for (int64_t i = 0; i < e.kv_len; ++i, v += e.v.row) {
+      announce<DV>(v + kRowsAhead * e.v.row);
 #pragma GCC unroll 16
-        for (int64_t d = 0; d < kQuadRow; d += L) {
-          const vf x = part_of<DV>(v, d);
-          size[d / L] = max_fast(abs(x), size[d / L]);
-          poison += x * 0.0f;
-        }
-      for (int64_t d = 0; d < DV; d += L) {
-        const vf step = select((vi)(size[d / L] < kSmallest), vf{}, size[d / L] * (1.0f / 127.0f));
-        store_n(all.value_step + head * DV + d, step, DV - d < L ? DV - d : L);
-      }
-      all.state[head] = any((vi)(poison != vf{}));
+      for (int64_t d = 0; d < kQuadRow; d += L) size[d / L] = larger(size[d / L], (vi)abs(part_of<DV>(v, d)));
     }
-    const int64_t quads = (e.kv_len + 3) / 4;
-#pragma omp parallel for num_threads(args->threads)
-    for (int64_t i = 0; i < all.heads * quads; ++i) {
-      const int64_t head = i / quads, first = i % quads * 4, last = first + 4 < e.kv_len ? first + 4 : e.kv_len;
-      const float* const mean = kCentred ? means + head * D : nullptr;
-      for (int64_t key = first; key < last; ++key) {
-        const int64_t at = head * e.kv_len + key;
-        const Row row(row_of(args, 1, e.k, head, key), mean, centred);
+    vi poison = {};
+    for (int64_t d = 0; d < DV; d += L) {
+      const vf largest = (vf)size[d / L];
+      poison |= ~(vi)(largest < kInf);
+      const vf step = select((vi)(largest < kSmallest), vf{}, largest * (1.0f / 127.0f));
+      store_n(all.value_step + head * DV + d, step, DV - d < L ? DV - d : L);
+    }
+    all.state[head] = any(poison);
+  }
+
+  // The codes of a head's keys, less their mean if they are centred, and its values, four keys at a time.
+  template <bool kCentred>
+  static void code_rows(const FuserArgs* args, const Shared& all, int64_t head, int64_t first, int64_t last,
+                        const float* mean, std::bool_constant<kCentred> centred) {
+    const auto& e = extents(args);
+    const Element *k = row_of(args, 1, e.k, head, first), *v = row_of(args, 2, e.v, head, first);
+    int64_t at = head * e.kv_len + first;
+    bool finite = true;
+    vf factor[kQuadRow / L];
+    for (int64_t d = 0; kByteValues && d < DV; d += L) {
+      const vf step = part_of<DV>(all.value_step + head * DV, d);
+      factor[d / L] = select((vi)(step == vf{}), vf{}, 1.0f / step);
+    }
+    int32_t* quad = all.quad + (head * ((e.kv_len + 3) / 4) + first / 4) * DV;
+    for (int64_t next = first; next < last; next += 4, quad += DV) {
+      const int64_t size = last - next < 4 ? last - next : 4;
+      for (int64_t i = 0; i < size; ++i, k += e.k.row, ++at) {
+        announce<D>(k + kRowsAhead * e.k.row);
+        const Row row(k, mean, centred);
         int32_t sum;
         all.step[at] = row.quantize(0, all.code + at * kWords, &sum);
         all.start[at] = -Codes::kOffset * sum;
-        if (row.size == kInf) __atomic_fetch_or(all.state + head, 2, __ATOMIC_RELAXED);
+        finite &= row.size < kInf;
       }
       if constexpr (kByteValues) {
-        const float* const steps = all.value_step + head * DV;
-        const Element* const v = row_of(args, 2, e.v, head, first);
+        for (int64_t i = 0; i < size; ++i) announce<DV>(v + (kRowsAhead + i) * e.v.row);
+#pragma GCC unroll 16
         for (int64_t d = 0; d < DV; d += L) {
-          const vf step = part_of<DV>(steps, d), factor = select((vi)(step == vf{}), vf{}, 1.0f / step);
           vu word = {};
-          for (int64_t key = 0; key < last - first; ++key)
-            word |= ((vu)to_int(part_of<DV>(v + key * e.v.row, d) * factor) & 255u) << uint32_t(8 * key);
-          store_n(reinterpret_cast<float*>(all.quad + i * DV + d), (vf)word, DV - d < L ? DV - d : L);
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < 4; ++i)
+            if (i < size) word |= ((vu)to_int(part_of<DV>(v + i * e.v.row, d) * factor[d / L]) & 255u) << uint32_t(8 * i);
+          store_n(reinterpret_cast<float*>(quad + d), (vf)word, DV - d < L ? DV - d : L);
         }
+        v += 4 * e.v.row;
       }
+    }
+    if (!finite) __atomic_fetch_or(all.state + head, 2, __ATOMIC_RELAXED);
+  }
+
+  // Codes of all rows of k, less their head's `mean` (heads, D) if they are centred, and of all values. A head is
+  // prepared first, and is coded while it is in a cache, unless there are threads to share it.
+  template <bool kCentred, class Prepare>
+  static void survey_rows(const FuserArgs* args, const float* means, std::bool_constant<kCentred> centred, const Prepare& prepare) {
+    const auto& e = extents(args);
+    const Shared all(args);
+    const int64_t part = 256, parts = (e.kv_len + part - 1) / part;
+    const bool whole = all.heads >= args->threads;
+    const auto mean = [&](int64_t head) { return kCentred ? means + head * D : nullptr; };
+#pragma omp parallel for num_threads(args->threads)
+    for (int64_t head = 0; head < all.heads; ++head) {
+      prepare(head);
+      measure_values(args, all, head);
+      if (whole) code_rows(args, all, head, 0, e.kv_len, mean(head), centred);
+    }
+    if (whole) return;
+#pragma omp parallel for num_threads(args->threads)
+    for (int64_t i = 0; i < all.heads * parts; ++i) {
+      const int64_t first = i % parts * part, last = first + part < e.kv_len ? first + part : e.kv_len;
+      code_rows(args, all, i / parts, first, last, mean(i / parts), centred);
     }
   }
 
   // The row of q that lane r takes: its codes, and its step times the scale.
   static Row code_query(const Head<C>& t, const Group& g, Scratch<C>& w, int64_t r) {
-    int32_t code[kWords];
+    BlockCodes<C>& to = w.scores.codes;
     const Row row(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row, nullptr, std::false_type());
-    w.scores.codes.take(w.pitch, r, code, row.quantize(Codes::kOffset, code, nullptr) * t.scale);
+    to.q_step[r] = row.quantize(Codes::kOffset, to.row(r), nullptr) * t.scale;
     return row;
   }
 

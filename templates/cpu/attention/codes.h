@@ -82,19 +82,20 @@ struct KeyCodes {
   const float* step;
 };
 
-// Codes of a group's rows of q, in lanes, their steps, and where those of a block of keys are.
+// Codes of a group's rows of q, as rows and then in lanes, their steps, and where those of a block of keys are.
 template <class C>
 struct BlockCodes {
   static constexpr int64_t kWords = kCodeWords<C>, kKeys = C::kKeyBlock + kRepeated;
   static_assert(kWords <= 64);
-  int32_t q[kWords * kGroup];
+  int32_t q[kWords * kGroup], rows[kWords * kGroup];
   float q_step[kGroup], step[kKeys];
   const int32_t* code[kKeys];
   int32_t start[kKeys];
 
-  void take(int64_t pitch, int64_t lane, const int32_t* row, float row_step) {
-    q_step[lane] = row_step;
-    for (int64_t i = 0; i < kWords; ++i) q[i * pitch + lane] = row[i];
+  int32_t* row(int64_t lane) { return rows + lane * kWords; }
+
+  void to_lanes(int64_t pitch) {
+    rows_to_lanes<int32_t>(q, pitch, kWords, 1.0f, [this](int64_t lane) { return row(lane); });
   }
 
   // Tiles read rows of keys beyond n as well.

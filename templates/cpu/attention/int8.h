@@ -63,22 +63,19 @@ struct Int8 : Bytes<C, true> {
 
   static void survey(const FuserArgs* args, const Plan&) {
     const auto& e = Base::extents(args);
-    float* const mean = means(args);
-    if (e.smooth)
-#pragma omp parallel for num_threads(args->threads)
-      for (int64_t head = 0; head < e.batch * e.key_heads; ++head) {
-        Wide sum[kPadded / L];
-        const Element* k = Base::row_of(args, 1, e.k, head, 0);
-        for (int64_t i = 0; i < e.kv_len; ++i, k += e.k.row)
-#pragma GCC unroll 16
-          for (int64_t d = 0; d < kPadded; d += L) sum[d / L].add(Base::template part_of<D>(k, d));
-        for (int64_t d = 0; d < D; d += L)
-          store_n(mean + head * D + d, sum[d / L].mean(double(e.kv_len)), D - d < L ? D - d : L);
-      }
-    else
-      std::memset(mean, 0, e.batch * e.key_heads * D * sizeof(float));
+    float* const means_of = means(args);
     // A mean that is not finite leaves no row that is.
-    Base::survey_rows(args, mean, std::true_type());
+    Base::survey_rows(args, means_of, std::true_type(), [&](int64_t head) {
+      Wide sum[kPadded / L];
+      const Element* k = Base::row_of(args, 1, e.k, head, 0);
+      for (int64_t i = 0; e.smooth && i < e.kv_len; ++i, k += e.k.row) {
+        Base::template announce<D>(k + Base::kRowsAhead * e.k.row);
+#pragma GCC unroll 16
+        for (int64_t d = 0; d < kPadded; d += L) sum[d / L].add(Base::template part_of<D>(k, d));
+      }
+      for (int64_t d = 0; d < D; d += L)
+        store_n(means_of + head * D + d, sum[d / L].mean(double(e.kv_len)), D - d < L ? D - d : L);
+    });
   }
 
   // An exact run is asked for where values or keys are not finite.
@@ -101,6 +98,7 @@ struct Int8 : Bytes<C, true> {
         own.shift[r] = reduce_add(sum) * t.scale;
       }
     }
+    own.codes.to_lanes(w.pitch);
   }
 
   static __attribute__((noinline)) void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {

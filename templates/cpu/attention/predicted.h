@@ -186,7 +186,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     const auto& e = extents(args);
     const Shared all(args);
     const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
-    if constexpr (kHigh) Base::survey_rows(args, nullptr, std::false_type());
+    if constexpr (kHigh) Base::survey_rows(args, nullptr, std::false_type(), [](int64_t) {});
     float q_factor = kLargest, k_factor = kLargest;
     if constexpr (C::kDynamic) {
       q_factor /= largest(args->tensors[0], e.q, e.batch, e.heads, e.q_len, args->threads);
@@ -299,10 +299,10 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     OfThread& own = w.scores;
     own.finite = true, own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
     for (int64_t r = 0; r < w.pitch; ++r) {
-      int32_t code[kWords];
       const bool used = r < g.count;
       const int64_t row = g.row[used ? r : g.count - 1];
-      own.low.take(w.pitch, r, code, quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, code) * t.scale);
+      const float step = quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, own.low.row(r));
+      own.low.q_step[r] = step * t.scale;
       if constexpr (kHigh) {
         Base::code_query(t, g, w, r);
         own.fault[r] = 0.0f, own.finite &= own.codes.q_step[r] < kInf;
@@ -310,6 +310,8 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       // Nothing of an idle lane is computed in full.
       own.limit[r] = used ? t.scores.top[row] : C::kInverse ? -kInf : kInf;
     }
+    own.low.to_lanes(w.pitch);
+    if constexpr (kHigh) own.codes.to_lanes(w.pitch);
     if (kHigh && sound(t, w)) return;
     for (int64_t r = 0; r < w.pitch; ++r) {
       Word<C>* const copy = own.row + r * kRow;

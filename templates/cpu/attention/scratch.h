@@ -132,8 +132,8 @@ FUSER_INLINE void by_tiles(Range range, const F& f) {
   if (v < range.last) f(std::integral_constant<int, 1>(), v);
 }
 
-// to[i][lane] = factor * from(lane)[i] for i < n, `pitch` apart; from gives the address of a lane's row. Pairs are moved
-// as they are.
+// to[i][lane] = factor * from(lane)[i] for i < n, `pitch` apart; from gives the address of a lane's row. Words that are no
+// numbers, but pairs or codes, are moved as they are.
 template <class T, class To, class From>
 FUSER_INLINE void rows_to_lanes(To* to, int64_t pitch, int64_t n, float factor, const From& from) {
   for (int64_t c = 0; c < pitch / L; ++c)
@@ -146,7 +146,7 @@ FUSER_INLINE void rows_to_lanes(To* to, int64_t pitch, int64_t n, float factor, 
       }
       transpose(x);
       for (int64_t r = 0; r < size; ++r) {
-        if constexpr (std::is_same<T, bf16x2>::value)
+        if constexpr (std::is_same<T, bf16x2>::value || std::is_same<T, int32_t>::value)
           store(to + (i + r) * pitch + c * L, (vi)x[r]);
         else
           store(to + (i + r) * pitch + c * L, x[r] * factor);
