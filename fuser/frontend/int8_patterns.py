@@ -57,11 +57,11 @@ def product_from(r: Raiser, node: fx.Node, p: Int8Product) -> View | None:
     x, weight, scales = r.view(p.x), r.view(p.weight).permute((1, 0)), r.view(p.scales)
     if not (r.is_constant(weight) and r.is_constant(scales)) or r.is_constant(x) or 0 in (*x.shape, *weight.shape):
         return None
-    if weight.shape[1] >= MAX_TERMS:
+    if weight.shape[1] >= MAX_TERMS or r.dtype(x) not in r.floating:
         return None
 
     def product(rows: View) -> View:
-        spec = TensorSpec.contiguous((*rows.shape[:-1], weight.shape[0]), r.dtype(x))
+        spec = TensorSpec.contiguous((*rows.shape[:-1], weight.shape[0]), torch.float32)
         inputs = r.realize(rows), r.realize(weight), r.realize(scales)
         return r.emit(Int8Gemm(True, p.low, p.high, p.least), node.name, inputs, spec)
 
@@ -83,18 +83,22 @@ def _product(node: fx.Node) -> tuple[fx.Node, Int8Product] | None:
     rounded = _rounding(_reshaped(rows if signed is None else signed))
     wide = _reader(sums, aten._to_copy.default)
     by_row = _reader(wide, aten.mul.Tensor)
-    last = _reader(by_row, aten.mul.Tensor)
+    # In bf16, torchao rounds between the two scales; results are no worse without.
+    narrow = _reader(by_row, aten._to_copy.default) or by_row
+    last = _reader(narrow, aten.mul.Tensor)
     if rounded is None or wide is None or by_row is None or last is None:
         return None
     x, chosen, low, high, least = rounded
-    own, scales = _other(by_row, wide), _other(last, by_row)
+    own, scales = _other(by_row, wide), _other(last, narrow)
     m, n = traced(node).shape
     if not isinstance(scales, fx.Node) or _reshaped(own) is not chosen:
         return None
     # By their shapes, every row and every column has a scale of its own.
     if (traced(own).shape, traced(scales).shape) != ((m, 1), (n,)):
         return None
-    if {traced(part).dtype for part in (x, wide, own, scales, last)} != {torch.float32}:
+    if {traced(part).dtype for part in (wide, own, scales, last)} != {torch.float32}:
+        return None
+    if traced(x).dtype not in (torch.float32, torch.bfloat16) or traced(narrow).dtype != traced(x).dtype:
         return None
     return last, Int8Product(x, weight, scales, low, high, least)
 

@@ -372,7 +372,7 @@ class Int8WeightGemm(Product):
 @dataclass(frozen=True)
 class Int8Gemm(Product):
     """x · W as :class:`Int8WeightGemm`, with x in int8, too: :func:`~fuser.ir.quantization.round_rows` from ``low`` to
-    ``high`` with scales of ``least`` or more. Products of integers are summed exactly, and scaled back."""
+    ``high`` with scales of ``least`` or more. Products of integers are summed exactly, and scaled back in fp32."""
 
     transposed: bool
     low: int
@@ -383,7 +383,7 @@ class Int8Gemm(Product):
         x, integers, scales = inputs
         rows, row_scales = round_rows(x, self.low, self.high, self.least)
         sums = exact_products(rows, integers if self.transposed else integers.mT)
-        return ((sums * (row_scales * scales.float())).to(x.dtype),)
+        return ((sums * (row_scales * scales.float())).to(torch.promote_types(x.dtype, torch.float32)),)
 
 
 @kind("grouped_gemm")

@@ -45,15 +45,14 @@ def quantize_rows(
 def round_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Tensor]:
     """Rows (…, K) as integers from ``low`` to ``high``, as torchao rounds them: int8 (…, K), float32 scales (…, 1).
 
-    The scale is the row's largest magnitude over half of the range, and no less than ``least``; elements are multiplied
-    by its reciprocal, rounded to the nearest integer, halves to even, and kept in the range. Everything is computed in
-    fp32. A row with NaN or an infinity has the scale NaN and zeros.
+    The scale is the row's largest magnitude over half of the range, as the rows' dtype has it, and no less than
+    ``least``; elements are multiplied by its reciprocal, rounded to the nearest integer, halves to even, and kept in
+    the range, in fp32. A row with NaN or an infinity has the scale NaN and zeros.
     """
-    x = x.float()
-    most = x.abs().amax(-1, keepdim=True)
+    most = x.float().abs().amax(-1, keepdim=True)
     finite = most < torch.inf
-    scales = (most / ((high - low) / 2)).clamp_min(least)
-    rounded = torch.where(finite, x * (1.0 / scales), 0.0).round().clamp(low, high)
+    scales = (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least)
+    rounded = torch.where(finite, x.float() * (1.0 / scales), 0.0).round().clamp(low, high)
     return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
 
 

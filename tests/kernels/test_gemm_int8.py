@@ -57,6 +57,7 @@ CASES = [
     Case(5, 2, "none", range=(-128, 127)),
     Case(50, 131, "norm", transposed=False, range=(-64, 63)),
     Case(70, 1100, chunked=True, range=(-128, 127)),
+    Case(40, 99, "none", dtype=torch.bfloat16, range=(-128, 127)),
 ]
 
 
