@@ -18,7 +18,7 @@ from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_grouped import CpuGroupedGemm, GroupedGemmFamily
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, QuantizedGemmFamily
+from fuser.kernels.gemm_int8 import CpuInt8Gemm, CpuStoredInt8Gemm, QuantizedGemmFamily, StoredInt8GemmFamily
 from fuser.kernels.gemm_int8_cuda import CudaInt8WeightGemm, CudaQuantizedGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
@@ -51,6 +51,7 @@ IMPLEMENTATIONS: Table = {
     (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
     (QuantizedGemmFamily(), "cpu"): (CpuInt8Gemm(),),
     (QuantizedGemmFamily(), "cuda"): (CudaQuantizedGemm(),),
+    (StoredInt8GemmFamily(), "cpu"): (CpuStoredInt8Gemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),
     (DepthwiseFamily(), "cpu"): (CpuDepthwise(),),

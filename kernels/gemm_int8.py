@@ -5,17 +5,18 @@ multiplies as many elements as an instruction of the target sums into 32 bits: f
 VNNI or the tiles of AMX, whose first factors are unsigned, so that 128 is added to activations and the sums of the
 weights' columns are taken off again; else two, widened to 16 bits. All sum exactly, so that all targets give the same
 numbers, which are those of :class:`fuser.ir.operators.QuantizedGemm`. CPUs have no products of other codes.
+Weights that are stored as integers are taken as they are (:class:`fuser.ir.operators.Int8Gemm`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuser.ir.operators import QuantizedGemm
+from fuser.ir.operators import Int8Gemm, QuantizedGemm
 from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
@@ -47,6 +48,15 @@ class QuantizedGemmFamily(GemmFamily):
 
 
 @dataclass(frozen=True)
+class StoredInt8GemmFamily(GemmFamily):
+    """As :class:`GemmFamily`, for rows that are rounded to int8 and weights that are stored so."""
+
+    name = "int8_gemm"
+    kind = Int8Gemm
+    weights = frozenset({torch.int8})
+
+
+@dataclass(frozen=True)
 class Int8GemmParameters(GatedGemmParameters):
     """As :class:`GatedGemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
     ``quads``, else two. With ``factors``, elements of A are multiplied by those of a (K,) tensor before they are
@@ -63,6 +73,30 @@ class Int8GemmParameters(GatedGemmParameters):
     def integer(self) -> bool:
         return True
 
+    @property
+    def ranged(self) -> bool:
+        """Whether rows are rounded to a range of integers, as :class:`StoredInt8GemmParameters` say."""
+        return False
+
+
+@dataclass(frozen=True)
+class StoredInt8GemmParameters(Int8GemmParameters):
+    """As :class:`Int8GemmParameters`, with rows of A rounded to the integers from ``low`` to ``high`` and scales of
+    ``least`` or more (:func:`fuser.ir.quantization.round_rows`)."""
+
+    low: int = -128
+    high: int = 127
+    least: float = 2.0**-23
+
+    @property
+    def ranged(self) -> bool:
+        return True
+
+    @property
+    def half(self) -> float:
+        """The magnitude that is divided by the scale of its row is no larger."""
+        return (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class Int8Layout(Layout):
@@ -77,14 +111,29 @@ class Int8Layout(Layout):
     tiles: bool = False
 
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weight, *factors = tensors
         found = []
-        for part in weight.chunk(self.parts, 0 if self.transposed else 1):
-            integers, scales = quantize_rows(part if self.transposed else part.t(), *(1 / f for f in factors))
+        for integers, scales in self.rounded(*tensors):
             offsets = integers.sum(-1, keepdim=True, dtype=torch.int32) * -_OFFSET
             columns = [pack(x, self.nr).flatten(1) for x in (scales, offsets if self.width == 4 else 0 * offsets)]
             found.append((pack(integers, self.nr, width=self.width, tiles=self.tiles), *columns))
         return tuple(torch.stack(parts, 1) for parts in zip(*found, strict=True))
+
+    def rounded(self, *tensors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The integers (N, K) of every part and their scales (N, 1)."""
+        weight, *factors = tensors
+        for part in weight.chunk(self.parts, 0 if self.transposed else 1):
+            yield quantize_rows(part if self.transposed else part.t(), *(1 / f for f in factors))
+
+
+@dataclass(frozen=True)
+class StoredInt8Layout(Int8Layout):
+    """As :class:`Int8Layout`, of a weight that is integers and the scales (N,) of its outputs."""
+
+    def rounded(self, *tensors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        integers, scales = tensors
+        parts = integers.chunk(self.parts, 0 if self.transposed else 1)
+        for part, own in zip(parts, scales.float().chunk(self.parts), strict=True):
+            yield part if self.transposed else part.t(), own[:, None]
 
 
 class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
@@ -94,6 +143,10 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         """Register tiles of the instruction set, the one that wastes the fewest columns first; a deeper pass."""
         if codes_of(match) != torch.int8 or not 0 < match.k <= MAX_TERMS:
             return []
+        return self.choices(match, target)
+
+    def choices(self, match: GemmMatch, target: Target) -> list[Int8GemmParameters]:
+        """The :meth:`space` of products whose sums fit."""
         tiles = _tiles(match.n, target)
         choices = [(tile, depth, True) for tile in matrix_tiles(match.n, target, "amx_int8") for depth in _DEPTHS]
         choices += [(tile, _DEPTHS[0], False) for tile in tiles] + [(tiles[0], _DEPTHS[1], False)]
@@ -105,16 +158,27 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         return product_cost(match, target, nr=parameters.nr, share=share, passes=1, launches=1, multiplied=torch.int8)
 
     def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
-        program, (_, weight, *factors) = match.program, match.gemm.inputs
-        layout = Int8Layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
-        packed = (Packed((weight, *factors), layout, i) for i in range(3))
+        program, (_, *weights) = match.program, match.gemm.inputs
+        kind, factors = (StoredInt8Layout, ()) if parameters.ranged else (Int8Layout, weights[1:])
+        layout = kind(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
+        packed = (Packed(tuple(weights), layout, i) for i in range(3))
         return KernelCall(
-            KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", parameters),
+            KernelSpec("int8_gemm" if parameters.ranged else "quantized_gemm", "cpu/gemm.cpp.j2", parameters),
             (match.a, *packed, *factors, *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
             parameters.workspace_bytes(program.rows, threads),
         )
+
+
+class CpuStoredInt8Gemm(CpuInt8Gemm):
+    """The same on weights that are stored as integers."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
+        # Products of -128 are larger than those that MAX_TERMS counts.
+        if not 0 < match.k < MAX_TERMS:
+            return []
+        return [stored_parameters(match, found) for found in self.choices(match, target)]
 
 
 def codes_of(match: GemmMatch) -> torch.dtype:
@@ -131,6 +195,14 @@ def int8_parameters(
     quads = tiles or _has_quads(target)
     fields = int8_fields(match, target, tile, depth, 4 if quads else 2, tiles)
     return Int8GemmParameters(**fields, quads=quads, factors=len(match.gemm.inputs) > 2)
+
+
+def stored_parameters(match: GemmMatch, parameters: Int8GemmParameters) -> StoredInt8GemmParameters:
+    """The same for a weight that is stored as integers."""
+    semantics = match.gemm.semantics
+    assert isinstance(semantics, Int8Gemm)
+    own = {"factors": False, "low": semantics.low, "high": semantics.high, "least": semantics.least}
+    return StoredInt8GemmParameters(**{**vars(parameters), **own})
 
 
 def _has_quads(target: Target) -> bool:

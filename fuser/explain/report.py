@@ -176,7 +176,7 @@ def _regions(compiled: Compiled) -> Iterator[RegionRow]:
         yield RegionRow(region.hash, count, str(choice.scheme), choice.seconds, groups)
 
 
-_WIDTHS = {"bf16_gemm": "bf16", "int8_weight_gemm": "int8 weights"}
+_WIDTHS = {"bf16_gemm": "bf16", "int8_gemm": "int8", "int8_weight_gemm": "int8 weights"}
 
 
 def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:

@@ -461,8 +461,8 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 returned = _check_writes(program)
                 _drop_detaching(program.graph)
                 _drop_unread(program.graph)
-                if any(_is_mutable(node) for node in program.graph.nodes):
-                    # Operators that change an intermediate in place become functions.
+                if any(_is_mutable(node) or _reads_a_part(node) for node in program.graph.nodes):
+                    # Operators that change an intermediate in place become functions, and parts of a parameter inputs.
                     program = program.run_decompositions({})
         except CaptureError:
             raise
@@ -818,6 +818,11 @@ _METADATA = (torch.ops.aten._assert_tensor_metadata.default,)
 def _is_mutable(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
+
+
+def _reads_a_part(node: torch.fx.Node) -> bool:
+    """Whether this is a plain tensor that a parameter consists of."""
+    return str(node.target) == "export.access_subclass_inner_tensor.default"
 
 
 def _examples(call: FlatCall) -> tuple[Tensor, ...]:

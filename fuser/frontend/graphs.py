@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from fuser.frontend import attention_patterns, rotary_patterns
+from fuser.frontend import attention_patterns, int8_patterns, rotary_patterns
 from fuser.frontend.aten import HANDLERS
 from fuser.frontend.attention_masks import at_scores
 from fuser.frontend.attention_operators import attention_from, multiplied
@@ -38,6 +38,7 @@ def raise_graph(
     r = Raiser(captured, attention, floating, sample or {})
     roles = attention_patterns.find(captured.graph.graph, r.known_number)
     rotations = rotary_patterns.find(captured.graph.graph)
+    products = int8_patterns.find(captured.graph.graph)
     outputs: tuple[str, ...] = ()
     aliases: dict[int, ViewCalls] = {}
     for node in captured.graph.graph.nodes:
@@ -45,9 +46,10 @@ def raise_graph(
             r.env[node] = r.placeholder(node)
         elif node.op == "call_function":
             if node not in r.env:
-                # Nodes inside of a rotation are raised, too: what nothing reads is left out at the end.
-                rotated = rotary_from(r, node, rotations[node]) if node in rotations else None
-                r.env[node] = rotated or (_written_out(r, node, roles[node]) if node in roles else _handled(r, node))
+                # Nodes inside of these patterns are raised, too: what nothing reads is left out at the end.
+                whole = rotary_from(r, node, rotations[node]) if node in rotations else None
+                whole = int8_patterns.product_from(r, node, products[node]) if node in products else whole
+                r.env[node] = whole or (_written_out(r, node, roles[node]) if node in roles else _handled(r, node))
         elif node.op == "output":
             outputs, aliases = outputs_of(r, node.args[0], len(captured.updated))
         elif node.op != "get_attr":

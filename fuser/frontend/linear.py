@@ -19,23 +19,27 @@ def linear(r: Raiser, node: fx.Node, x: View, weight: View, bias: View | None, t
     """x · Wᵀ (+ bias), W constant, as ``gemm`` and ``bias``; rows in the order in which x lies in memory."""
     if r.dtype(x) not in r.floating or r.dtype(weight) != r.dtype(x) or 0 in x.shape:
         return None
+    columns = weight.shape[0] if transposed else weight.shape[1]
+    return by_rows(r, x, lambda rows: _gemm(r, node, rows, weight, bias, transposed, columns))
+
+
+def by_rows(r: Raiser, x: View, product: Callable[[View], View]) -> View:
+    """``product`` of the rows of x in the order in which they lie in memory, seen in the order of x."""
     order = x.memory_order()
     inverse = tuple(order.index(d) for d in range(len(order)))
     rows = x.permute(order)
-    columns = weight.shape[0] if transposed else weight.shape[1]
     if len(x.dims) > 2 and View(x.base, x.dims[-2:-1]).strides() is None and r.row_numbers(x) is not None:
         # No strides will describe what is made of them either, as q, k and v of windows.
-        return _gemm(r, node, x, weight, bias, transposed, columns)
+        return product(x)
     if rows.strides() is None or rows.strides()[-1] != 1:  # type: ignore[index]
         rearranged = _rows_in_memory_order(x)
         if rearranged is not None:
             rows, restore = rearranged
-            out = _gemm(r, node, rows, weight, bias, transposed, columns)
-            return restore(out)
+            return restore(product(rows))
     elif not _are_even(rows) and (gathered := r.gathered(rows)) is not None:
         # Such as heads of q inside of a product for q, k and v: a kernel reads rows that are evenly spaced.
         rows = View.of(gathered, r.values[gathered])
-    return _gemm(r, node, rows, weight, bias, transposed, columns).permute(inverse)
+    return product(rows).permute(inverse)
 
 
 def _are_even(rows: View) -> bool:

@@ -23,7 +23,7 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense, Mask
-from fuser.ir.quantization import NAMES, code_products, quantize_rows
+from fuser.ir.quantization import NAMES, code_products, exact_products, quantize_rows, round_rows
 from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
@@ -366,6 +366,24 @@ class Int8WeightGemm(Product):
         wide = torch.promote_types(x.dtype, torch.float32)
         columns = integers.to(wide)
         return ((x.to(wide) @ (columns.mT if self.transposed else columns) * scales.to(wide)).to(x.dtype),)
+
+
+@kind("int8_gemm")
+@dataclass(frozen=True)
+class Int8Gemm(Product):
+    """x · W as :class:`Int8WeightGemm`, with x in int8, too: :func:`~fuser.ir.quantization.round_rows` from ``low`` to
+    ``high`` with scales of ``least`` or more. Products of integers are summed exactly, and scaled back in fp32."""
+
+    transposed: bool
+    low: int
+    high: int
+    least: float
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, integers, scales = inputs
+        rows, row_scales = round_rows(x, self.low, self.high, self.least)
+        sums = exact_products(rows, integers if self.transposed else integers.mT)
+        return ((sums * (row_scales * scales.float())).to(torch.promote_types(x.dtype, torch.float32)),)
 
 
 @kind("grouped_gemm")

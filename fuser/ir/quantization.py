@@ -13,7 +13,7 @@ NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 """What reports and kernels call the formats."""
 TINY = 2.0**-100
 """Rows whose largest magnitude is not above are zero, so that inverses of scales are finite."""
-_EXACT = 2**24 // 127**2
+_EXACT = 2**24 // 128**2
 MAX_TERMS = 131_072
 """Products of two int8 numbers whose sum always fits into int32: 2**31 / 127**2 and a little less."""
 
@@ -40,6 +40,20 @@ def quantize_rows(
     scaled = torch.where(finite, x * inverses, 0.0)
     rounded = scaled if codes.is_floating_point else scaled.round()
     return rounded.to(codes), torch.where(finite, scales, torch.nan)
+
+
+def round_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Tensor]:
+    """Rows (…, K) as integers from ``low`` to ``high``, as torchao rounds them: int8 (…, K), float32 scales (…, 1).
+
+    The scale is the row's largest magnitude over half of the range, as the rows' dtype has it, and no less than
+    ``least``; elements are multiplied by its reciprocal, rounded to the nearest integer, halves to even, and kept in
+    the range, in fp32. A row with NaN or an infinity has the scale NaN and zeros.
+    """
+    most = x.float().abs().amax(-1, keepdim=True)
+    finite = most < torch.inf
+    scales = (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least)
+    rounded = torch.where(finite, x.float() * (1.0 / scales), 0.0).round().clamp(low, high)
+    return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,17 @@ from fuser.ir.quantization import MAX_TERMS
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec, Packed, materialized
 from fuser.kernels.gemm import GemmMatch
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, Int8GemmParameters, Int8Layout, QuantizedGemmFamily, int8_parameters
+from fuser.kernels.gemm_int8 import (
+    CpuInt8Gemm,
+    CpuStoredInt8Gemm,
+    Int8GemmParameters,
+    Int8Layout,
+    QuantizedGemmFamily,
+    StoredInt8GemmFamily,
+    StoredInt8Layout,
+    int8_parameters,
+    stored_parameters,
+)
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
 from fuser.runtime.cache import KernelCache, default_cache
@@ -44,6 +54,10 @@ CASES = [
     Case(100, 257, "norm"),
     Case(70, 1100, chunked=True, factors=True),
     Case(40, 99, "none", dtype=torch.bfloat16),
+    Case(5, 2, "none", range=(-128, 127)),
+    Case(50, 131, "norm", transposed=False, range=(-64, 63)),
+    Case(70, 1100, chunked=True, range=(-128, 127)),
+    Case(40, 99, "none", dtype=torch.bfloat16, range=(-128, 127)),
 ]
 
 
@@ -52,8 +66,13 @@ def cache() -> KernelCache:
     return default_cache()
 
 
+def is_stored(graph: OperatorGraph) -> bool:
+    return graph.compute[0].kind == "int8_gemm"
+
+
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
-    match = QuantizedGemmFamily().match(graph.group(graph.compute), machine)
+    family = StoredInt8GemmFamily() if is_stored(graph) else QuantizedGemmFamily()
+    match = family.match(graph.group(graph.compute), machine)
     assert match is not None
     return match
 
@@ -75,17 +94,23 @@ def run(
     return results
 
 
+def space_of(graph: OperatorGraph, machine: Target) -> Sequence[Int8GemmParameters]:
+    ways = CpuStoredInt8Gemm() if is_stored(graph) else CpuInt8Gemm()
+    return ways.space(match_of(graph, machine), machine)
+
+
 def choices_of(case: Case, machine: Target) -> list[Int8GemmParameters]:
     """The default, and where K is long all parameters, with small blocks, so that few rows are several of them."""
     choices = [
         dataclasses.replace(c, mc=2 * c.mr, serial_below=0, **({"kc": 64, "chunk": 128} if case.chunked else {}))
-        for c in CpuInt8Gemm().space(match_of(case.graph(1), machine), machine)
+        for c in space_of(case.graph(1), machine)
     ]
     return choices if case.chunked else choices[:1]
 
 
 def built(choices: Sequence[Int8GemmParameters], machine: Target, cache: KernelCache) -> list[Path]:
-    sources = [render(KernelSpec("quantized_gemm", "cpu/gemm.cpp.j2", c)) for c in choices]
+    names = ["int8_gemm" if c.ranged else "quantized_gemm" for c in choices]
+    sources = [render(KernelSpec(name, "cpu/gemm.cpp.j2", c)) for name, c in zip(names, choices, strict=True)]
     paths = build(sources, machine, headers=header_folder(machine), cache=cache)
     return [paths[source.symbol] for source in sources]
 
@@ -112,16 +137,38 @@ def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[
                 assert torch.equal(got, want), (case, parameters, rows)
 
 
+def test_rows_take_all_integers_of_a_range(cache: KernelCache) -> None:
+    """Half of the range is rounded to an integer above its end, which becomes the end; so do weights of -128 count."""
+    case = Case(40, 70, "none", range=(-128, 127))
+    graph = case.graph(4)
+    values = quantized_values(graph)
+    x, weight = values["x"], values["weight"]
+    x[0], x[1], x[2, 1:], x[3] = 127.5, -127.5, 0, 2.0**-23
+    x[2, 0], weight[0] = -127.5, -128
+    codes = torch.full((4, 70), 127, dtype=torch.int64)
+    codes[1], codes[2, 1:], codes[2, 0], codes[3] = -128, 0, -128, 1
+    # The last row is smaller than what the least scale can tell from its integers.
+    scales = torch.tensor([1, 1, 1, 2.0**-23])[:, None] * values["scales"]
+    want = (codes @ weight.long().T).float() * scales
+    for isa, features in MACHINES:
+        aim = target(isa, features)
+        (parameters,) = choices_of(case, aim)
+        (library,) = built([parameters], aim, cache)
+        (got,) = run(graph, values, aim, parameters, library, 2).values()
+        assert torch.equal(got, want)
+
+
 def test_matrix_tiles_give_the_same_numbers(cache: KernelCache) -> None:
     """By the model of the tiles' instructions, on machines without them."""
     aim = target()
     lanes = aim.vector_lanes
-    cases = [CASES[0], CASES[5], CASES[6]]
+    cases = [CASES[0], CASES[5], CASES[6], Case(40, 99, "none", range=(-128, 127))]
     choices = []
     for case in cases:
-        parameters = int8_parameters(
-            match_of(case.graph(1), aim), aim, (32, -(-min(case.n, 32) // 16) * 16 // lanes), 512, True
-        )
+        match = match_of(case.graph(1), aim)
+        parameters = int8_parameters(match, aim, (32, -(-min(case.n, 32) // 16) * 16 // lanes), 512, True)
+        if case.range is not None:
+            parameters = stored_parameters(match, parameters)
         small = {"kc": 64, "chunk": 128} if case.chunked else {}
         choices.append(dataclasses.replace(parameters, mc=2 * parameters.mr, serial_below=0, **small))
         assert choices[-1].steps % 16 == choices[-1].kc % 16 == choices[-1].chunk % 16 == 0
@@ -152,9 +199,10 @@ def test_matrix_tiles_are_taken_where_the_target_has_them(tmp_path: Path) -> Non
     assert text.count("tdpbusd") >= 4 and "ldtilecfg" in text and "tilerelease" in text
 
 
-def test_rows_that_have_no_scale(cache: KernelCache) -> None:
+@pytest.mark.parametrize("integers", [None, (-128, 127)], ids=["rounded", "stored"])
+def test_rows_that_have_no_scale(integers: tuple[int, int] | None, cache: KernelCache) -> None:
     """NaN and infinities make their rows NaN and no others; zeros, tiny and huge numbers are what they are."""
-    case = Case(40, 70, "none")
+    case = Case(40, 70, "none", range=integers)
     graph = case.graph(8)
     values = quantized_values(graph)
     x = values["x"]
@@ -224,11 +272,21 @@ def test_layout_holds_integers_scales_and_what_128_adds() -> None:
     assert not offsets.flatten()[19:].any() and not Int8Layout(8, True, 2).pack(weight)[2].any()
 
 
+def test_layout_of_stored_integers_keeps_them() -> None:
+    weight, scales = torch.randint(-128, 128, (10, 20), dtype=torch.int8), torch.rand(20)
+    integers, columns, offsets = StoredInt8Layout(8, False, 4, parts=2).pack(weight, scales)
+    rows = integers.permute(1, 0, 3, 2, 4).reshape(2, 16, 12)[:, :10, :10].flatten(0, 1)
+    assert torch.equal(rows, weight.T)
+    assert torch.equal(columns.permute(1, 0, 2).reshape(2, 16)[:, :10].flatten(), scales)
+    assert torch.equal(offsets.permute(1, 0, 2).reshape(2, 16)[:, :10].flatten(), -128 * weight.sum(0).int())
+
+
 def test_sums_that_may_not_fit_are_refused() -> None:
     for k, fits in ((MAX_TERMS, True), (MAX_TERMS + 1, False), (0, False)):
-        graph = Case(32, k, "none").graph(1)
-        assert bool(CpuInt8Gemm().space(match_of(graph, target()), target())) == fits
-    assert MAX_TERMS * 127**2 < 2**31
+        assert bool(space_of(Case(32, k, "none").graph(1), target())) == fits
+    for k, fits in ((MAX_TERMS - 1, True), (MAX_TERMS, False), (0, False)):
+        assert bool(space_of(Case(32, k, "none", range=(-128, 127)).graph(1), target())) == fits
+    assert MAX_TERMS * 127**2 < 2**31 and (MAX_TERMS - 1) * 128**2 < 2**31
 
 
 def test_other_codes_are_refused() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import ToolchainError
 from fuser.ir.expression import Op, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, Int8WeightGemm, Norm, QuantizedGemm, Residual
+from fuser.ir.operators import Activation, Bias, Int8Gemm, Int8WeightGemm, Norm, Product, QuantizedGemm, Residual
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec
 from fuser.runtime.compilers import find_toolchain
@@ -38,6 +40,8 @@ class Case:
     transposed: bool = True
     chunked: bool = False
     codes: torch.dtype = torch.int8
+    range: tuple[int, int] | None = None
+    """Of the integers that rows are rounded to where weights are stored as integers."""
 
     def graph(self, rows: int) -> OperatorGraph:
         weight = (self.n, self.k) if self.transposed else (self.k, self.n)
@@ -58,7 +62,10 @@ class Case:
         }[self.chain]
         chain = (Operator("dense", QuantizedGemm(self.transposed, self.codes), inputs, ("product",)), *steps)
         constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
-        return OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+        graph = OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+        if self.range is None:
+            return graph
+        return with_integers(graph, functools.partial(Int8Gemm, low=self.range[0], high=self.range[1], least=2**-23))
 
 
 def assembly(spec: KernelSpec, aim: Target, folder: Path) -> str:
@@ -87,7 +94,7 @@ def as_quantized(graph: OperatorGraph, codes: torch.dtype = torch.int8) -> Opera
     return dataclasses.replace(graph, operators=tuple(operators))
 
 
-def with_integers(graph: OperatorGraph) -> OperatorGraph:
+def with_integers(graph: OperatorGraph, kind: Callable[[bool], Product] = Int8WeightGemm) -> OperatorGraph:
     """Products of a graph with their weights in int8."""
     values, operators, constants = dict(graph.values), [], dict(graph.constants)
     for op in graph.operators:
@@ -98,7 +105,7 @@ def with_integers(graph: OperatorGraph) -> OperatorGraph:
             values["scales"] = TensorSpec.contiguous((shape[0 if transposed else 1],), torch.float32)
             constants["scales"] = dataclasses.replace(constants["weight"], name="scales")
             inputs = (op.inputs[0], "weight", "scales")
-            op = dataclasses.replace(op, semantics=Int8WeightGemm(transposed), inputs=inputs)
+            op = dataclasses.replace(op, semantics=kind(transposed), inputs=inputs)
         operators.append(op)
     return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 

@@ -35,6 +35,7 @@ from fuser.ir.operators import (
     Gemm,
     GroupedGemm,
     ImportanceBias,
+    Int8Gemm,
     Int8WeightGemm,
     JoinedKeys,
     LinearAttention,
@@ -96,6 +97,13 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     scales = [t.float().abs().amax(-1, keepdim=True) / 127 for t in (x, weight)]
     a, b = (torch.round(t.float() / scale).double() for t, scale in zip((x, weight), scales, strict=True))
     return (torch.einsum("bsk,nk->bsn", a, b).float() * (scales[0] * scales[1].mT)).to(x.dtype)
+
+
+def _int8_product_in_range(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """From -64 to 63; the scales of a half of the rows would be less than 0.02."""
+    own = torch.maximum(x.float().abs().amax(-1, keepdim=True) / 63.5, torch.tensor(0.02))
+    a = torch.minimum(torch.round(x.float() * (1 / own)), torch.tensor(63.0))
+    return (torch.einsum("bsk,nk->bsn", a.double(), weight.double()).float() * (own * scales)).to(x.dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -168,6 +176,11 @@ CASES: Mapping[type[Semantics], Case] = {
             GroupedGemm(transposed=False),
             (X[0], normal(3, 8, 4), torch.tensor([2, 2, 4])),
             lambda x, w, _: torch.stack([*(x[:2] @ w[0]), *(x[2:4] @ w[2]), torch.zeros(4).double()]),
+        ),
+        Case(
+            Int8Gemm(transposed=True, low=-64, high=63, least=0.02),
+            (X, normal(7, 8).mul(40).round().to(torch.int8), normal(7).abs().float()),
+            _int8_product_in_range,
         ),
         Case(
             Int8WeightGemm(transposed=False),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from fuser.ir.operators import QuantizedGemm
-from fuser.ir.quantization import TINY, Fixed, exact_products, quantize_rows
+from fuser.ir.quantization import TINY, Fixed, exact_products, quantize_rows, round_rows
 
 
 @settings(max_examples=80, deadline=None)
@@ -23,6 +24,30 @@ def test_elements_are_half_a_step_off_at_most(rows: int, columns: int, power: fl
     off = (integers.double() * scales.double() - x.double()).abs()
     # Half a step, and the roundings of fp32 in a quotient of up to 127.
     assert bool((off <= scales.double() * (0.5 + 127 * 2.0**-22)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (-64, 63)])
+def test_rows_in_a_range_are_those_of_torchao(low: int, high: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 33, generator=g) * 10 ** (8 * torch.rand(500, 1, generator=g) - 7)
+    x[1], x[2], x[3, 0] = 0, 1e-9, 1e30
+    x = x.to(dtype)
+    codes, scales = round_rows(x, low, high, 2.0**-23)
+    whole, points = choose_qparams_affine(
+        x, MappingType.SYMMETRIC, (1, 33), torch.int8, low, high, 2.0**-23, torch.float32, torch.int8, True
+    )
+    assert torch.equal(scales, whole) and not points.any()
+    assert torch.equal(codes, quantize_affine(x, (1, 33), whole, points, torch.int8, low, high))
+    assert codes.min() == low and codes.max() == high
+
+
+def test_rows_in_a_range_without_a_scale() -> None:
+    x = torch.ones(3, 8)
+    x[0, 1], x[1, 2] = torch.nan, -torch.inf
+    codes, scales = round_rows(x, -128, 127, 2.0**-23)
+    assert scales.isnan().flatten().tolist() == [True, True, False]
+    assert not codes[:2].any() and bool((codes[2] == 127).all())
 
 
 @settings(max_examples=80, deadline=None)

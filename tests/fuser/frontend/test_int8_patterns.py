@@ -1,0 +1,223 @@
+"""Products that torchao rounds to int8 at run time: one operator on its integers, or what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torchao.kernel.intmm
+from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+from torchao.quantization.quant_primitives import MappingType
+
+from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.graphs import raise_graph
+from fuser.ir.graph import OperatorGraph
+from fuser.ir.operators import Int8Gemm
+from fuser.module.quantizing import run_graph
+
+LEAST = 2.0**-23
+
+
+class Layer(nn.Module):
+    """A linear layer of what ``view`` shows of an input."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor] = lambda x: x, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.view, self.linear = view, nn.Linear(48, 40, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.view(x))
+        return y
+
+
+def quantized(model: Layer, **how: object) -> Layer:
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, **how))
+    return model.eval()
+
+
+def rows(*shape: int) -> Tensor:
+    """Rows of all sizes, one of zeros and one that is smaller than what the least scale tells apart."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, 48, generator=generator) * torch.randn(*shape, 1, generator=generator).exp()
+    x.flatten(0, -2)[1], x.flatten(0, -2)[2] = 0, 1e-6
+    return x
+
+
+def raised(model: nn.Module, x: Tensor) -> tuple[OperatorGraph, Tensor]:
+    """The graph of a call, and what it gives."""
+    captured = capture(model, flatten_call((x,), {}))
+    graph = raise_graph(captured)
+    (output,) = run_graph(graph, captured.parameters, dict(zip(graph.inputs, [x], strict=True)))
+    return graph, output
+
+
+def kinds(graph: OperatorGraph) -> list[str]:
+    return [op.kind for op in graph.compute]
+
+
+def by_integers(x: Tensor, layer: nn.Linear, low: int = -128, high: int = 127) -> Tensor:
+    """The layer in integers, and only at the end in float64."""
+    integers, scales = layer.weight.qdata, layer.weight.scale  # type: ignore[attr-defined]
+    own = torch.maximum(x.abs().amax(-1, keepdim=True) / (0.5 * (high - low)), torch.tensor(LEAST))
+    codes = torch.round(x * (1 / own)).long().clamp(low, high)
+    product = (codes @ integers.long().T).double() * own.double() * scales.double().flatten()
+    return product if layer.bias is None else product + layer.bias.double()
+
+
+@pytest.mark.parametrize("unsigned", [True, False], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@torch.no_grad()
+def test_a_layer_is_one_product_of_its_own_integers(
+    bias: bool, unsigned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is written on CPUs that multiply unsigned by signed numbers, and on others."""
+    monkeypatch.setattr(torchao.kernel.intmm, "_cpu_is_vnni_supported", lambda: unsigned)
+    monkeypatch.setattr(torchao.kernel.intmm, "_cpu_is_amx_tile_supported", lambda: False)
+    model, x = quantized(Layer(bias=bias)), rows(3, 5)
+    captured = capture(model, flatten_call((x,), {}))
+    assert (torch.uint8 in [node.kwargs.get("dtype") for node in captured.graph.graph.nodes]) == unsigned
+    graph, output = raised(model, x)
+    assert kinds(graph) == ["int8_gemm", *(["bias"] if bias else [])]
+    product = graph.compute[0]
+    assert product.semantics == Int8Gemm(True, -128, 127, LEAST)
+    assert graph.constants[product.inputs[1]].call is None and graph.values[product.inputs[1]].dtype == torch.int8
+    torch.testing.assert_close(output.double(), by_integers(x, model.linear), rtol=2.0**-20, atol=2.0**-22)
+    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-22)
+
+
+@pytest.mark.parametrize(
+    ("shape", "view"),
+    [
+        ((7,), lambda x: x),
+        ((3, 5), lambda x: x[:, 0]),
+        ((3, 5), lambda x: x.transpose(0, 1).contiguous()),
+        ((2, 3, 4), lambda x: x.transpose(1, 2).contiguous()),
+        ((1, 7), lambda x: x),
+    ],
+    ids=["matrix", "first", "turned", "heads", "one"],
+)
+@torch.no_grad()
+def test_rows_of_all_layouts(shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> None:
+    model, x = quantized(Layer(view)), rows(*shape)
+    graph, output = raised(model, x)
+    assert [kind for kind in kinds(graph) if kind.endswith("gemm")] == ["int8_gemm"]
+    assert not any("torchao" in op.reason for op in graph.compute)
+    torch.testing.assert_close(output.double(), by_integers(view(x), model.linear), rtol=2.0**-20, atol=2.0**-22)
+
+
+@torch.no_grad()
+def test_a_reduced_range_is_kept() -> None:
+    model, x = quantized(Layer(), reduce_range=True), rows(3, 5)
+    graph, output = raised(model, x)
+    assert graph.compute[0].semantics == Int8Gemm(True, -64, 63, LEAST)
+    torch.testing.assert_close(output.double(), by_integers(x, model.linear, -64, 63), rtol=2.0**-20, atol=2.0**-22)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"granularity": PerTensor()},
+        {"granularity": [PerTensor(), PerRow()]},
+        {"granularity": [PerRow(), PerTensor()]},
+        {"act_mapping_type": MappingType.ASYMMETRIC},
+    ],
+    ids=["tensor", "tensor-row", "row-tensor", "asymmetric"],
+)
+@torch.no_grad()
+def test_other_scales_are_left_as_they_are(how: dict[str, object]) -> None:
+    model, x = quantized(Layer(), **how), rows(3, 5)
+    graph, output = raised(model, x)
+    reasons = [op.reason for op in graph.compute]
+    assert "int8_gemm" not in kinds(graph)
+    assert "no kernel family knows torchao.quantize_affine.default" in reasons
+    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-22)
+
+
+@dataclass
+class Written:
+    """What torchao writes, and what may be other in it."""
+
+    block: tuple[int, ...] = (1, 48)
+    kind: str = "SYMMETRIC"
+    low: int = -128
+    least: float | None = LEAST
+    rounded_low: int = -128
+    added: int = 128
+    taken: int = 128
+    alpha: int = 1
+    twice: bool = False
+    other_rows: bool = False
+    other_scales: bool = False
+
+    def __call__(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        operators, columns = torch.ops.torchao, weight.t()
+        own, point = operators.choose_qparams_affine(
+            x, self.kind, self.block, torch.int8, self.low, 127, self.least, torch.float32, torch.int8, True
+        )
+        rounded = x.flip(0) if self.other_rows else x
+        codes = operators.quantize_affine(rounded, self.block, own, point, torch.int8, self.rounded_low, 127)
+        sums = torch._int_mm((codes.to(torch.int32) + self.added).to(torch.uint8), columns)
+        offset = columns.sum(0, keepdim=True, dtype=torch.int32) * self.taken
+        sums = sums.sub_(offset, alpha=self.alpha) if self.alpha != 1 else sums.sub_(offset)
+        result = sums.float() * (own.flip(0) if self.other_scales else own).reshape(-1, 1) * scales
+        return result + sums.sum() if self.twice else result
+
+
+class Handmade(nn.Module):
+    def __init__(self, written: Written) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.written = written
+        self.register_buffer("weight", torch.randint(-128, 128, (40, 48), generator=generator, dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(40, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(x, self.weight, self.scales)
+
+
+@pytest.mark.parametrize(
+    ("written", "known"),
+    [
+        (Written(), True),
+        (Written(least=1e-3), True),
+        (Written(block=(16, 48)), False),
+        (Written(block=(2, 24)), False),
+        (Written(kind="SYMMETRIC_NO_CLIPPING_ERR"), False),
+        (Written(low=-100, rounded_low=-100), False),
+        (Written(rounded_low=-100), False),
+        (Written(least=None), False),
+        (Written(added=100, taken=100), False),
+        (Written(taken=64), False),
+        (Written(taken=64, alpha=2), False),
+        (Written(twice=True), False),
+        (Written(other_rows=True), False),
+        (Written(other_scales=True), False),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_only_what_is_the_same_is_taken(written: Written, known: bool) -> None:
+    model, x = Handmade(written).eval(), rows(16)
+    graph, output = raised(model, x)
+    assert ("int8_gemm" in kinds(graph)) == known
+    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-20)
+
+
+class Given(nn.Module):
+    """A product of two inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (x[:8] * 3).clamp(-128, 127).to(torch.int8).repeat(5, 1)
+        return Written()(x, weight, x[0, :40])
+
+
+@torch.no_grad()
+def test_weights_that_are_not_constant_are_left_as_they_are() -> None:
+    x = rows(16)
+    graph, output = raised(Given().eval(), x)
+    assert "int8_gemm" not in kinds(graph)
+    torch.testing.assert_close(output, Given()(x), rtol=2.0**-20, atol=2.0**-20)
