@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import ScoreQuantization, byte_codes
+from fuser.ir.score_quantization import ScoreQuantization, row_codes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Int8Attention(ScoreQuantization):
         if which == 1:
             x = x - self.mean(x)
         sound = x.detach().isfinite().all(-1, keepdim=True)
-        return byte_codes(x, sound.all(-2, keepdim=True) if which == 1 else sound)
+        return row_codes(x, sound.all(-2, keepdim=True) if which == 1 else sound)
 
     def rounded(self, x: Tensor, which: int) -> Tensor:
         near = super().rounded(x, which)

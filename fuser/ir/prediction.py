@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic, byte_codes, product_of_codes
+from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic, product_of_codes, row_codes
 
 BITS = (2, 4, 6, 8)
 METHODS = (
@@ -284,9 +284,7 @@ class Prediction(ScoreQuantization):
 
     def _sizes(self, x: Tensor) -> Tensor:
         """What rows (…, S, D) are divided by: (…, S, 1); one where a row is as small as zero."""
-        if self.calibration == "row":
-            size = x.abs().amax(-1, keepdim=True)
-        elif self.normalize:
+        if self.normalize:
             size = x.double().square().sum(-1, keepdim=True).sqrt().to(x.dtype)
         else:
             size = torch.ones_like(x[..., :1]).masked_fill(~x.isfinite().all(-1, keepdim=True), math.nan)
@@ -298,14 +296,13 @@ class Prediction(ScoreQuantization):
         ``which`` is 0 for q and 1 for k. Codes have the gradient of what they are rounded from, steps none. Raises
         ScoreError for averages that no step has begun.
         """
+        if self.calibration == "row":
+            return row_codes(x, _is_finite(x), self.largest)
         with torch.no_grad():
             size = self._sizes(x)
             sound = size.isfinite()
             small = sound & (x.abs().amax(-1, keepdim=True) < SMALLEST)
-            if self.calibration == "row":
-                factor = torch.full((), float(self.largest), dtype=x.dtype, device=x.device)
-            else:
-                factor = self.largest / self._threshold(x, size, sound, which)
+            factor = self.largest / self._threshold(x, size, sound, which)
             step = (size / factor).masked_fill(small, 0.0).masked_fill(~sound, math.nan)
         exact = (x / size).masked_fill(~sound | small, 0.0) * factor
         rounded = exact.detach().round().clamp(-self.largest, self.largest)
@@ -315,14 +312,14 @@ class Prediction(ScoreQuantization):
         exact = super().in_full(q, k, scale)
         if self.high_bits is None:
             return exact
-        high = product_of_codes(*(byte_codes(x, _is_finite(x)) for x in (q, k)), scale)
+        high = product_of_codes(*(row_codes(x, _is_finite(x)) for x in (q, k)), scale)
         return torch.where(high.detach().isnan(), exact, high)
 
     def rounded_in_full(self, x: Tensor) -> Tensor:
         if self.high_bits is None:
             return x
         finite = _is_finite(x)
-        codes, step = byte_codes(x, finite)
+        codes, step = row_codes(x, finite)
         return torch.where(finite, codes * step, x)
 
     def check_calibrated(self) -> None:

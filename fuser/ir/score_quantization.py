@@ -14,7 +14,8 @@ from fuser.ir.scores import ScoreRule
 
 SMALLEST = 2.0**-100
 """Rows whose size is below this are taken as zero."""
-_LARGEST_BYTE = 127
+LARGEST_BYTE = 127
+"""The largest code of 8 bits."""
 
 
 class ScoreQuantization(ABC):
@@ -126,15 +127,15 @@ def arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def byte_codes(x: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of 8 bits (…, S, D), 127 at the largest element of each row, and the step of every row, (…, S, 1), NaN
+def row_codes(x: Tensor, sound: Tensor, largest: int = LARGEST_BYTE) -> tuple[Tensor, Tensor]:
+    """Codes (…, S, D) with ``largest`` at the largest element of each row, and the step of every row, (…, S, 1), NaN
     where a row is not ``sound``, bool (…, S, 1). Codes have the gradient of what they are rounded from, steps none."""
     with torch.no_grad():
         size = x.abs().amax(-1, keepdim=True)
         used = sound & (size >= SMALLEST)
         # A number by a tensor would be rounded twice.
-        factor = torch.where(used, size.new_full((), _LARGEST_BYTE) / size, 0.0)
-        step = torch.where(used, size / _LARGEST_BYTE, 0.0).masked_fill(~sound, math.nan)
+        factor = torch.where(used, size.new_full((), largest) / size, 0.0)
+        step = torch.where(used, size / largest, 0.0).masked_fill(~sound, math.nan)
     exact = x.masked_fill(~used, 0.0) * factor
     rounded = exact.detach().round()
     return rounded + (exact - exact.detach()), step

@@ -21,8 +21,8 @@ struct Bytes : Products<C> {
   using Base = Products<C>;
   using Element = typename C::Element;
   using Codes = CodeProducts<8>;
+  static constexpr float kLargest = 127.0f;
   static constexpr int64_t D = C::kHeadDim, DV = C::kValueDim, kWords = kCodeWords<C>;
-  static constexpr int64_t kPadded = (D + L - 1) / L * L;
   // Values of four keys, a byte each, to a word.
   static constexpr int64_t kQuadRow = (DV + L - 1) / L * L, kQuads = (C::kKeyBlock + 3) / 4;
   static constexpr bool kSurveys = true, kByteValues = kBytes && Codes::kFused;
@@ -49,7 +49,7 @@ struct Bytes : Products<C> {
     void* end;
 
     explicit Shared(const FuserArgs* args) {
-      const auto& e = extents(args);
+      const auto& e = extents<C>(args);
       heads = e.batch * e.key_heads, keys = heads * e.kv_len;
       value_step = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
       step = value_step + heads * DV;
@@ -59,32 +59,14 @@ struct Bytes : Products<C> {
     }
   };
 
-  static const typename C::Extents& extents(const FuserArgs* args) {
-    return *static_cast<const typename C::Extents*>(args->extents);
-  }
-
-  template <class Strides>
-  static const Element* row_of(const FuserArgs* args, int tensor, const Strides& s, int64_t head, int64_t row) {
-    const auto& e = extents(args);
-    return static_cast<const Element*>(args->tensors[tensor]) + head / e.key_heads * s.batch + head % e.key_heads * s.head +
-           row * s.row;
-  }
-
   static void open(const FuserArgs* args, Head<C>& t, int64_t index) {
-    const auto& e = extents(args);
+    const auto& e = extents<C>(args);
     const Shared all(args);
     const int64_t head = index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads);
     const int64_t at = head * e.kv_len, quads = (e.kv_len + 3) / 4;
     OfHead& to = t.scores;
     to.k = {all.code + at * kWords, all.start + at, all.step + at};
     to.quad = all.quad + head * quads * DV, to.value_step = all.value_step + head * DV, to.state = all.state[head];
-  }
-
-  // A vector of a row of N elements, zeros beyond them.
-  template <int64_t N, class T>
-  FUSER_INLINE vf part_of(const T* row, int64_t d) {
-    if constexpr (N % L == 0) return load(row + d);
-    return N - d < L ? load_n(row + d, N - d) : load(row + d);
   }
 
   // Asks for row `ahead` of rows of N elements, which may lie on pages of their own.
@@ -95,52 +77,11 @@ struct Bytes : Products<C> {
   }
   static constexpr int64_t kRowsAhead = 16;
 
-  // A row less `mean`, with zeros up to whole vectors, and its largest magnitude, infinity where it is not finite.
-  struct Row {
-    static constexpr int64_t kVectors = kPadded / L;
-    vf x[kVectors];
-    float size;
-
-    template <bool kCentred>
-    Row(const Element* row, const float* mean, std::bool_constant<kCentred>) {
-      // Compared as integers, whose order is that of magnitudes, with infinity and NaN on top.
-      vi top = {};
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kVectors; ++i) {
-        x[i] = part_of<D>(row, i * L);
-        if constexpr (kCentred) x[i] -= part_of<D>(mean, i * L);
-        top = larger(top, (vi)abs(x[i]));
-      }
-      const int32_t bits = reduce_max(top);
-      std::memcpy(&size, &bits, sizeof(size));
-      if (!(size < kInf)) size = kInf;
-    }
-
-    // Codes plus `offset`, and the step. The sum of codes goes to `sum`.
-    float quantize(int32_t offset, int32_t* to, int32_t* sum) const {
-      typedef int8_t Bytes __attribute__((vector_size(L)));
-      alignas(64) int8_t code[kPadded < 4 * kWords ? 4 * kWords : kPadded];
-      const bool used = size >= kSmallest && size < kInf;
-      const float factor = used ? 127.0f / size : 0.0f;
-      vi total = {};
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kVectors; ++i) {
-        const vi whole = used ? to_int(x[i] * factor) : vi{};
-        const Bytes bytes = __builtin_convertvector(whole + offset, Bytes);
-        std::memcpy(code + i * L, &bytes, L);
-        total += whole;
-      }
-      std::memcpy(to, code, 4 * kWords);
-      if (sum != nullptr) *sum = reduce_add(total);
-      return size == kInf ? __builtin_nanf("") : used ? size / 127.0f : 0.0f;
-    }
-  };
-
   // The steps of a head's values, and whether all are finite.
   static void measure_values(const FuserArgs* args, const Shared& all, int64_t head) {
-    const auto& e = extents(args);
+    const auto& e = extents<C>(args);
     vi size[kQuadRow / L] = {};
-    const Element* v = row_of(args, 2, e.v, head, 0);
+    const Element* v = row_of<C>(args, 2, e.v, head, 0);
     for (int64_t i = 0; i < e.kv_len; ++i, v += e.v.row) {
       announce<DV>(v + kRowsAhead * e.v.row);
 #pragma GCC unroll 16
@@ -156,12 +97,13 @@ struct Bytes : Products<C> {
     all.state[head] = any(poison);
   }
 
-  // The codes of a head's keys, less their mean if they are centred, and its values, four keys at a time.
-  template <bool kCentred>
+  // The codes of a head's keys, less their mean if they are centred, and its values, four keys at a time. Rows of k go to
+  // each(row, number), too.
+  template <bool kCentred, class Each>
   static void code_rows(const FuserArgs* args, const Shared& all, int64_t head, int64_t first, int64_t last,
-                        const float* mean, std::bool_constant<kCentred> centred) {
-    const auto& e = extents(args);
-    const Element *k = row_of(args, 1, e.k, head, first), *v = row_of(args, 2, e.v, head, first);
+                        const float* mean, std::bool_constant<kCentred> centred, const Each& each) {
+    const auto& e = extents<C>(args);
+    const Element *k = row_of<C>(args, 1, e.k, head, first), *v = row_of<C>(args, 2, e.v, head, first);
     int64_t at = head * e.kv_len + first;
     bool finite = true;
     vf factor[kQuadRow / L];
@@ -174,11 +116,10 @@ struct Bytes : Products<C> {
       const int64_t size = last - next < 4 ? last - next : 4;
       for (int64_t i = 0; i < size; ++i, k += e.k.row, ++at) {
         announce<D>(k + kRowsAhead * e.k.row);
-        const Row row(k, mean, centred);
-        int32_t sum;
-        all.step[at] = row.quantize(0, all.code + at * kWords, &sum);
-        all.start[at] = -Codes::kOffset * sum;
-        finite &= row.size < kInf;
+        const CodeRow<C> row(k, mean, centred);
+        all.start[at] = -Codes::kOffset * row.quantize(kLargest, 0, all.code + at * kWords, all.step + at);
+        finite &= row.largest < kInf;
+        each(row, at);
       }
       if constexpr (kByteValues) {
         for (int64_t i = 0; i < size; ++i) announce<DV>(v + (kRowsAhead + i) * e.v.row);
@@ -198,9 +139,10 @@ struct Bytes : Products<C> {
 
   // Codes of all rows of k, less their head's `mean` (heads, D) if they are centred, and of all values. A head is
   // prepared first, and is coded while it is in a cache, unless there are threads to share it.
-  template <bool kCentred, class Prepare>
-  static void survey_rows(const FuserArgs* args, const float* means, std::bool_constant<kCentred> centred, const Prepare& prepare) {
-    const auto& e = extents(args);
+  template <bool kCentred, class Prepare, class Each>
+  static void survey_rows(const FuserArgs* args, const float* means, std::bool_constant<kCentred> centred,
+                          const Prepare& prepare, const Each& each) {
+    const auto& e = extents<C>(args);
     const Shared all(args);
     const int64_t part = 256, parts = (e.kv_len + part - 1) / part;
     const bool whole = all.heads >= args->threads;
@@ -209,22 +151,21 @@ struct Bytes : Products<C> {
     for (int64_t head = 0; head < all.heads; ++head) {
       prepare(head);
       measure_values(args, all, head);
-      if (whole) code_rows(args, all, head, 0, e.kv_len, mean(head), centred);
+      if (whole) code_rows(args, all, head, 0, e.kv_len, mean(head), centred, each);
     }
     if (whole) return;
 #pragma omp parallel for num_threads(args->threads)
     for (int64_t i = 0; i < all.heads * parts; ++i) {
       const int64_t first = i % parts * part, last = first + part < e.kv_len ? first + part : e.kv_len;
-      code_rows(args, all, i / parts, first, last, mean(i / parts), centred);
+      code_rows(args, all, i / parts, first, last, mean(i / parts), centred, each);
     }
   }
 
-  // The row of q that lane r takes: its codes, and its step times the scale.
-  static Row code_query(const Head<C>& t, const Group& g, Scratch<C>& w, int64_t r) {
+  // Codes of a row of q in lane r, and its step times the scale.
+  static void code_query(const CodeRow<C>& row, const Head<C>& t, Scratch<C>& w, int64_t r) {
     BlockCodes<C>& to = w.scores.codes;
-    const Row row(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row, nullptr, std::false_type());
-    to.q_step[r] = row.quantize(Codes::kOffset, to.row(r), nullptr) * t.scale;
-    return row;
+    row.quantize(kLargest, Codes::kOffset, to.row(r), to.q_step + r);
+    to.q_step[r] *= t.scale;
   }
 
   // Keys of a tile of products for RV vectors.

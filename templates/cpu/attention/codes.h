@@ -8,6 +8,8 @@
 #pragma once
 #include <cstring>
 
+#include "abi.h"
+#include "attention/scores.h"
 #include "attention/scratch.h"
 
 namespace attention {
@@ -75,6 +77,78 @@ struct CodeProducts {
 // Words of four codes in a row.
 template <class C>
 constexpr int64_t kCodeWords = (C::kHeadDim + 3) / 4;
+
+template <class C>
+const typename C::Extents& extents(const FuserArgs* args) {
+  return *static_cast<const typename C::Extents*>(args->extents);
+}
+
+// A row of k (tensor 1) or v (2), of head number `head` of all samples.
+template <class C, class Strides>
+const typename C::Element* row_of(const FuserArgs* args, int tensor, const Strides& s, int64_t head, int64_t row) {
+  const int64_t heads = extents<C>(args).key_heads;
+  return static_cast<const typename C::Element*>(args->tensors[tensor]) + head / heads * s.batch + head % heads * s.head +
+         row * s.row;
+}
+
+// A vector of a row of N elements, zeros beyond them.
+template <int64_t N, class T>
+FUSER_INLINE vf part_of(const T* row, int64_t d) {
+  if constexpr (N % L == 0) return load(row + d);
+  return N - d < L ? load_n(row + d, N - d) : load(row + d);
+}
+
+// A row of q or k, less `mean` if it is centred, with zeros up to whole vectors, and its largest magnitude, infinity where
+// it is not finite.
+template <class C>
+struct CodeRow {
+  using Element = typename C::Element;
+  static constexpr int64_t D = C::kHeadDim, kWords = kCodeWords<C>, kVectors = (D + L - 1) / L;
+  vf x[kVectors];
+  float largest;
+
+  explicit CodeRow(const Element* row) : CodeRow(row, nullptr, std::false_type()) {}
+
+  template <bool kCentred>
+  CodeRow(const Element* row, const float* mean, std::bool_constant<kCentred>) {
+    // Compared as integers, whose order is that of magnitudes, with infinity and NaN on top.
+    vi top = {};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kVectors; ++i) {
+      x[i] = part_of<D>(row, i * L);
+      if constexpr (kCentred) x[i] -= part_of<D>(mean, i * L);
+      top = larger(top, (vi)abs(x[i]));
+    }
+    const int32_t bits = reduce_max(top);
+    std::memcpy(&largest, &bits, sizeof(largest));
+    if (!(largest < kInf)) largest = kInf;
+  }
+
+  // The words of codes whole(x) plus `offset`. Returns the sum of codes.
+  template <class Whole>
+  int32_t write(int32_t offset, int32_t* to, const Whole& whole) const {
+    typedef int8_t Bytes __attribute__((vector_size(L)));
+    alignas(64) int8_t code[kVectors * L < 4 * kWords ? 4 * kWords : kVectors * L];
+    vi total = {};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kVectors; ++i) {
+      const vi codes = whole(x[i]);
+      const Bytes bytes = __builtin_convertvector(codes + offset, Bytes);
+      std::memcpy(code + i * L, &bytes, L);
+      total += codes;
+    }
+    std::memcpy(to, code, 4 * kWords);
+    return reduce_add(total);
+  }
+
+  // Codes with `most` at the largest element: their sum, and the step, NaN where the row is not finite.
+  int32_t quantize(float most, int32_t offset, int32_t* to, float* step) const {
+    const bool used = largest >= kSmallest && largest < kInf;
+    const float factor = used ? most / largest : 0.0f;
+    *step = largest == kInf ? __builtin_nanf("") : used ? largest / most : 0.0f;
+    return write(offset, to, [&](vf part) FUSER_LAMBDA { return used ? to_int(part * factor) : vi{}; });
+  }
+};
 
 // Codes of the rows of one head of k, what their products start with, and their steps.
 struct KeyCodes {

@@ -16,7 +16,7 @@ template <class C>
 struct Int8 : Bytes<C, true> {
   using Base = Bytes<C, true>;
   using Element = typename C::Element;
-  static constexpr int64_t D = C::kHeadDim, kPadded = Base::kPadded;
+  static constexpr int64_t D = C::kHeadDim, kVectors = CodeRow<C>::kVectors;
   // What depends on the mean of k is the same for all keys of a row.
   static constexpr bool kShifts = kRule<C> || C::kLse;
 
@@ -34,7 +34,7 @@ struct Int8 : Bytes<C, true> {
   static float* means(const FuserArgs* args) { return static_cast<float*>(typename Base::Shared(args).end); }
 
   static void open(const FuserArgs* args, Head<C>& t, int64_t index) {
-    const auto& e = Base::extents(args);
+    const auto& e = extents<C>(args);
     Base::open(args, t, index);
     t.scores.mean = means(args) + (index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads)) * D;
     // As many keys as there are, so far below the largest, are no more than the part of its row that may be left out.
@@ -62,20 +62,20 @@ struct Int8 : Bytes<C, true> {
   };
 
   static void survey(const FuserArgs* args, const Plan&) {
-    const auto& e = Base::extents(args);
+    const auto& e = extents<C>(args);
     float* const means_of = means(args);
     // A mean that is not finite leaves no row that is.
     Base::survey_rows(args, means_of, std::true_type(), [&](int64_t head) {
-      Wide sum[kPadded / L];
-      const Element* k = Base::row_of(args, 1, e.k, head, 0);
+      Wide sum[kVectors];
+      const Element* k = row_of<C>(args, 1, e.k, head, 0);
       for (int64_t i = 0; e.smooth && i < e.kv_len; ++i, k += e.k.row) {
         Base::template announce<D>(k + Base::kRowsAhead * e.k.row);
 #pragma GCC unroll 16
-        for (int64_t d = 0; d < kPadded; d += L) sum[d / L].add(Base::template part_of<D>(k, d));
+        for (int64_t d = 0; d < D; d += L) sum[d / L].add(part_of<D>(k, d));
       }
       for (int64_t d = 0; d < D; d += L)
         store_n(means_of + head * D + d, sum[d / L].mean(double(e.kv_len)), D - d < L ? D - d : L);
-    });
+    }, [](const CodeRow<C>&, int64_t) {});
   }
 
   // An exact run is asked for where values or keys are not finite.
@@ -90,11 +90,12 @@ struct Int8 : Bytes<C, true> {
   static __attribute__((noinline)) void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
     for (int64_t r = 0; r < w.pitch; ++r) {
-      const auto row = Base::code_query(t, g, w, r);
+      const CodeRow<C> row(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row);
+      Base::code_query(row, t, w, r);
       own.fault[r] = own.codes.q_step[r] * 0.0f;
       if constexpr (kShifts) {
         vf sum = {};
-        for (int64_t d = 0; d < D; d += L) sum += row.x[d / L] * Base::template part_of<D>(t.scores.mean, d);
+        for (int64_t d = 0; d < D; d += L) sum += row.x[d / L] * part_of<D>(t.scores.mean, d);
         own.shift[r] = reduce_add(sum) * t.scale;
       }
     }

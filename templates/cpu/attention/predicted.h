@@ -87,7 +87,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     int16_t* sums;
 
     explicit Shared(const FuserArgs* args) {
-      const auto& e = extents(args);
+      const auto& e = extents<C>(args);
       const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
       if constexpr (kHigh)
         factor = static_cast<float*>(typename Base::Shared(args).end);
@@ -101,56 +101,31 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     }
   };
 
-  static const typename C::Extents& extents(const FuserArgs* args) {
-    return *static_cast<const typename C::Extents*>(args->extents);
+  // What a row's elements are divided by before they meet thresholds, NaN where they predict nothing, 0 for zeros.
+  static float size_of(const CodeRow<C>& row) {
+    if (row.largest == kInf) return __builtin_nanf("");
+    if (row.largest < kSmallest) return 0.0f;
+    if constexpr (C::kPerRow) return row.largest;
+    if constexpr (!C::kNormalize) return 1.0f;
+    float x[CodeRow<C>::kVectors * L];
+    std::memcpy(x, row.x, sizeof(x));
+    double squares = 0.0;
+    for (int64_t d = 0; d < D; ++d) squares += double(x[d]) * double(x[d]);
+    const float length = float(std::sqrt(squares));
+    return length < kInf ? length : __builtin_nanf("");
   }
 
-  // A row in fp32 with zeros up to whole vectors.
-  struct alignas(64) Row {
-    static constexpr int64_t kPadded = (D + L - 1) / L * L;
-    float x[kPadded];
-
-    explicit Row(const Element* row) {
-      for (int64_t d = 0; d < D; ++d) x[d] = to_float(row[d]);
-      for (int64_t d = D; d < kPadded; ++d) x[d] = 0.0f;
-    }
-
-    // What the elements are divided by before they meet thresholds, NaN where they predict nothing, 0 for zeros.
-    float size() const {
-      vf top = {}, poison = {};
-      for (int64_t d = 0; d < kPadded; d += L) {
-        const vf part = load(x + d);
-        top = max_fast(abs(part), top);
-        poison += part * 0.0f;
-      }
-      if (reduce_add(poison) != 0.0f) return __builtin_nanf("");
-      const float largest = reduce_max(top);
-      if (largest < kSmallest) return 0.0f;
-      if constexpr (C::kPerRow) return largest;
-      if constexpr (!C::kNormalize) return 1.0f;
-      double squares = 0.0;
-      for (int64_t d = 0; d < D; ++d) squares += double(x[d]) * double(x[d]);
-      const float length = float(std::sqrt(squares));
-      return length < kInf ? length : __builtin_nanf("");
-    }
-  };
-
-  // Codes of a row plus `offset`, and its step.
-  static float quantize(const Element* given, float factor, int32_t offset, int32_t* to) {
-    typedef int8_t Bytes __attribute__((vector_size(L)));
-    alignas(64) int8_t code[Row::kPadded < 4 * kWords ? 4 * kWords : Row::kPadded];
-    const Row row(given);
-    const float size = row.size();
+  // Codes of a row plus `offset`: their sum, and the step.
+  static int32_t quantize(const CodeRow<C>& row, float factor, int32_t offset, int32_t* to, float* step) {
+    if constexpr (C::kPerRow) return row.quantize(factor, offset, to, step);
+    const float size = size_of(row);
     const bool sound = size > 0.0f;
-    for (int64_t d = 0; d < Row::kPadded; d += L) {
-      const vf exact = load(row.x + d) / (sound ? size : 1.0f) * factor;
+    *step = sound ? size / factor : size;
+    return row.write(offset, to, [&](vf x) FUSER_LAMBDA {
+      const vf exact = x / (sound ? size : 1.0f) * factor;
       const vf whole = max_fast(set1(float(-kLargest)), min_fast(set1(float(kLargest)), round_even(exact)));
-      const vi codes = (sound ? __builtin_convertvector(whole, vi) : vi{}) + offset;
-      const Bytes bytes = __builtin_convertvector(codes, Bytes);
-      std::memcpy(code + d, &bytes, L);
-    }
-    std::memcpy(to, code, 4 * kWords);
-    return sound ? size / factor : size;
+      return sound ? __builtin_convertvector(whole, vi) : vi{};
+    });
   }
 
   // The largest element of all rows of a tensor, each divided by its size.
@@ -160,18 +135,15 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
 #pragma omp parallel for num_threads(threads) reduction(max : top)
     for (int64_t i = 0; i < batch * heads * rows; ++i) {
       const Element* head = static_cast<const Element*>(tensor) + i / rows / heads * s.batch + i / rows % heads * s.head;
-      const Row row(head + i % rows * s.row);
-      const float size = row.size();
-      vf own = {};
-      for (int64_t d = 0; size > 0.0f && d < Row::kPadded; d += L) own = max_fast(abs(load(row.x + d) / size), own);
-      const float largest = reduce_max(own);
-      top = largest > top ? largest : top;
+      const CodeRow<C> row(head + i % rows * s.row);
+      const float size = size_of(row), own = size > 0.0f ? row.largest / size : 0.0f;
+      top = own > top ? own : top;
     }
     return top < kSmallest ? 1.0f : top;
   }
 
   static void open(const FuserArgs* args, Head<C>& t, int64_t index) {
-    const auto& e = extents(args);
+    const auto& e = extents<C>(args);
     const Shared all(args);
     const int64_t at = (index / e.heads * e.key_heads + index % e.heads / (e.heads / e.key_heads)) * e.kv_len;
     Base::open(args, t, index);
@@ -183,10 +155,9 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
   }
 
   static void survey(const FuserArgs* args, const Plan& plan) {
-    const auto& e = extents(args);
+    const auto& e = extents<C>(args);
     const Shared all(args);
     const int64_t rows = e.batch * e.heads * e.q_len, keys = e.batch * e.key_heads * e.kv_len;
-    if constexpr (kHigh) Base::survey_rows(args, nullptr, std::false_type(), [](int64_t) {});
     float q_factor = kLargest, k_factor = kLargest;
     if constexpr (C::kDynamic) {
       q_factor /= largest(args->tensors[0], e.q, e.batch, e.heads, e.q_len, args->threads);
@@ -195,21 +166,22 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       q_factor /= float(e.q_threshold), k_factor /= float(e.k_threshold);
     }
     all.factor[0] = q_factor;
+    const auto code_key = [&](const CodeRow<C>& row, int64_t i) {
+      all.start[i] = -Codes::kOffset * quantize(row, k_factor, 0, all.code + i * kWords, all.step + i);
+    };
+    if constexpr (kHigh) {
+      Base::survey_rows(args, nullptr, std::false_type(), [](int64_t) {}, code_key);
+    } else {
 #pragma omp parallel for num_threads(args->threads)
-    for (int64_t i = 0; i < keys; ++i) {
-      const Element* row = static_cast<const Element*>(args->tensors[1]) + i / e.kv_len / e.key_heads * e.k.batch +
-                           i / e.kv_len % e.key_heads * e.k.head + i % e.kv_len * e.k.row;
-      all.step[i] = quantize(row, k_factor, 0, all.code + i * kWords);
-      const auto* const code = reinterpret_cast<const int8_t*>(all.code + i * kWords);
-      int32_t sum = 0;
-      for (int64_t d = 0; d < D; ++d) sum += code[d];
-      all.start[i] = -Codes::kOffset * sum;
-      if constexpr (kPairValues) {
-        const Element* value = static_cast<const Element*>(args->tensors[2]) + i / e.kv_len / e.key_heads * e.v.batch +
-                               i / e.kv_len % e.key_heads * e.v.head + i % e.kv_len * e.v.row;
+      for (int64_t i = 0; i < keys; ++i)
+        code_key(CodeRow<C>(row_of<C>(args, 1, e.k, i / e.kv_len, i % e.kv_len)), i);
+    }
+    if constexpr (kPairValues)
+#pragma omp parallel for num_threads(args->threads)
+      for (int64_t i = 0; i < keys; ++i) {
+        const Element* const value = row_of<C>(args, 2, e.v, i / e.kv_len, i % e.kv_len);
         for (int64_t d = 0; d < C::kValueDim; ++d) from_float(all.value + i * C::kValueDim + d, to_float(value[d]));
       }
-    }
     if (e.sums != 0) return;
     for (int64_t i = 0; i < rows; ++i) all.top[i] = -kInf, all.sum[i] = 0.0f;
     each_group<C>(args, plan, [&](Head<C>& t, const Group& g, Scratch<C>& w, int64_t, int64_t index) {
@@ -261,7 +233,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
 
   // Turns what is known of all rows into their limits.
   static void limits(const FuserArgs* args) {
-    const auto& e = extents(args);
+    const auto& e = extents<C>(args);
     const Shared all(args);
     const float number = float(e.limit);
     const int64_t rows = e.q_len * (C::kOverHeads ? e.heads : 1);
@@ -301,10 +273,11 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     for (int64_t r = 0; r < w.pitch; ++r) {
       const bool used = r < g.count;
       const int64_t row = g.row[used ? r : g.count - 1];
-      const float step = quantize(t.q + row * t.q_row, t.scores.factor, Codes::kOffset, own.low.row(r));
-      own.low.q_step[r] = step * t.scale;
+      const CodeRow<C> given(t.q + row * t.q_row);
+      quantize(given, t.scores.factor, Codes::kOffset, own.low.row(r), own.low.q_step + r);
+      own.low.q_step[r] *= t.scale;
       if constexpr (kHigh) {
-        Base::code_query(t, g, w, r);
+        Base::code_query(given, t, w, r);
         own.fault[r] = 0.0f, own.finite &= own.codes.q_step[r] < kInf;
       }
       // Nothing of an idle lane is computed in full.
