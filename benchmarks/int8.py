@@ -74,8 +74,10 @@ def run(case: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
     start = time.perf_counter()
     quantized = fuser.optimize(model(name), (ids,), quantize=fuser.Int8(calibrate=calls))
     seconds = time.perf_counter() - start
+    both = fuser.optimize(model(name), (ids,), quantize=[fuser.Int8(calibrate=calls), fuser.Int8Attention()])
     arms: dict[str, Callable[[], Any]] = {
         "fuser int8": lambda: quantized(ids)[0],
+        "fuser int8, attention too": lambda: both(ids)[0],
         "fuser fp32": lambda: fast(ids)[0],
         "eager fp32": lambda: encoder(ids)[0],
     }

@@ -1,5 +1,5 @@
-"""Scores predicted with few bits, which decide what attention computes in full: DEQ refines the important ones, Sanger
-prunes all others.
+"""Scores predicted with few bits, which decide what attention computes in full, that is with more: DEQ refines the
+important ones, Sanger prunes all others.
 
 A row of q or k becomes whole numbers, its *codes*, times a step; the predicted score of a pair is the product of two
 rows of codes in integers, times both steps and the scale of attention. What a specification says is one *limit* for
@@ -86,6 +86,9 @@ class Prediction(ScoreQuantization):
         before_softmax: compare predicted scores, not probabilities. Of a row whose scores are all negative none is
             above a part of the largest.
         bits: width of the codes, 2, 4, 6 or 8, sign included: -L to L with L = 2^(bits - 1) - 1.
+        high_bits: what "in full" means: 8, products of codes of 8 bits whose largest one stands at the largest element
+            of each row, whatever ``calibration`` says; or None, of q and k as they are given, as the authors' software
+            does.
         calibration: where the largest code stands. ``"row"``: at the largest element of each row, so that a row's codes
             depend on nothing else. Otherwise one threshold for all rows of q and one for those of k: ``"dynamic"`` the
             largest element of the call, ``"static"`` the ``thresholds``, ``"ema"`` also these, which :meth:`calibrated`
@@ -100,8 +103,9 @@ class Prediction(ScoreQuantization):
             does, so that padding can set the maximum. By default, padding cannot.
 
     A row of zeros, or one below 2^-100, has codes of zero. A row that holds infinity or NaN, or whose length no fp32
-    number holds, predicts nothing: its scores are computed in full, and do what they do in exact attention. All
-    arithmetic but that of codes is in fp32, or in float64 for float64 tensors.
+    number holds, predicts nothing: its scores are computed in full. Those of rows with infinity or NaN have no codes of
+    8 bits either, and do what they do in exact attention. All arithmetic but that of codes is in fp32, or in float64
+    for float64 tensors.
 
     Raises ScoreError for fields that are not of these values.
     """
