@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fuser.ir.score_quantization import ScoreQuantization
 
 MODEL_HELP = (
     "A built-in configuration (bert-base, minilm, vit-b16, gpt2, transformer-encoder; random weights) "
@@ -25,3 +29,18 @@ Dtype = Annotated[str, typer.Option(help="float32 or bfloat16; on CUDA also floa
 Threads = Annotated[
     int | None, typer.Option(min=1, max=4096, help="Threads of PyTorch and of kernels.", show_default="PyTorch's")
 ]
+
+
+class Scores(str, enum.Enum):
+    """What computes the scores of attention with few bits, as it is by default."""
+
+    INT8 = "int8"
+    DEQ = "deq"
+    SANGER = "sanger"
+
+    @property
+    def quantization(self) -> ScoreQuantization:
+        from fuser.ir.int8_attention import Int8Attention
+        from fuser.ir.prediction import DEQ, Sanger
+
+        return {Scores.INT8: Int8Attention, Scores.DEQ: DEQ, Scores.SANGER: Sanger}[self]()

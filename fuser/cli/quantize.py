@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fuser.cli.options import Scores
 from fuser.cli.output import Json, console, print_json, progress, table
 
 _BATCH = 16
@@ -32,6 +33,9 @@ def quantize(
         int, typer.Option(min=0, help="Choices of layers to try for the Pareto front of time and error.")
     ] = 0,
     weights_only: Annotated[bool, typer.Option(help="Store weights in int8, and leave activations alone.")] = False,
+    scores: Annotated[
+        Scores | None, typer.Option(help="Attention with fuser.Int8Attention(), fuser.DEQ() or fuser.Sanger(), too.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the programs for fuser.load to this file.")] = None,
     json: Json = False,
 ) -> None:
@@ -54,7 +58,7 @@ def quantize(
         exclude=tuple(exclude or ()),
     )
     with progress(f"quantizing {model.name}"):
-        fast = optimize(encoder.model, quantize=options)
+        fast = optimize(encoder.model, quantize=[options] if scores is None else [options, scores.quantization])
         found = demo.agreement(demo.embed(encoder, demo.encode_with(fast), batches), exact)
         precision = fast.snapshot().precision
         assert precision is not None

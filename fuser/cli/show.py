@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fuser.cli.options import MODEL_HELP, Batch, Dtype, MaskText, Padding, Seq, Size, Threads
+from fuser.cli.options import MODEL_HELP, Batch, Dtype, MaskText, Padding, Scores, Seq, Size, Threads
 from fuser.cli.output import Json, console, print_json, progress, table
 from fuser.ir.errors import FuserError
 
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from fuser.ir.target import Target
     from fuser.module.compiler import Compiled
     from fuser.module.optimized import OptimizedModule
-
-
-class Scores(str, enum.Enum):
-    """How attention decides by few bits which scores are computed in full."""
-
-    DEQ = "deq"
-    SANGER = "sanger"
 
 
 class Stage(str, enum.Enum):
@@ -73,7 +66,8 @@ def show(
     ] = "cached",
     quality: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of --stage precision: least mean cosine.")] = 0.999,
     scores: Annotated[
-        Scores | None, typer.Option(help="Of --stage precision: attention with fuser.DEQ() or fuser.Sanger().")
+        Scores | None,
+        typer.Option(help="Of --stage precision: attention with fuser.Int8Attention(), fuser.DEQ() or fuser.Sanger()."),
     ] = None,
     threads: Threads = None,
     json: Json = False,
@@ -116,7 +110,7 @@ def show(
     elif stage is Stage.PLAN:
         _show_plan(compiled, json)
     elif stage is Stage.PRECISION:
-        _show_precision(optimized, named.call.tensors if scores is not None else (), json)
+        _show_precision(optimized, named.call.tensors if scores in (Scores.DEQ, Scores.SANGER) else (), json)
     else:
         _show_report(optimized, stage, json)
 
@@ -124,7 +118,6 @@ def show(
 def _compile(
     named: Named, attention: Mask | None, search: str, quality: float | None, scores: Scores | None
 ) -> OptimizedModule:
-    from fuser.ir.prediction import DEQ, Sanger
     from fuser.ir.score_quantization import ScoreQuantization
     from fuser.module.optimized import optimize
     from fuser.module.quantizing import Int8, LinearQuantization
@@ -133,7 +126,7 @@ def _compile(
     if quality is not None:
         how.append(Int8(given if quality else None, quality=quality, smooth=quality > 0))
     if scores is not None:
-        how.append(DEQ() if scores is Scores.DEQ else Sanger())
+        how.append(scores.quantization)
     optimized = optimize(named.model, named.args or named.kwargs, attention=attention, search=search, quantize=how)
     if not optimized.programs:
         reasons = [*optimized.fallbacks, *(reason for _, reason in optimized.unfused)]

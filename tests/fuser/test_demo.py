@@ -201,5 +201,8 @@ def test_an_encoder_is_quantized_and_saved(folder: Path, tmp_path: Path, run: An
         .last_hidden_state.isfinite()
         .all()
     )
-    code, out, _ = run(*command[:4], "--no-smooth")
+    code, out, _ = run(*command[:4], "--no-smooth", "--scores", "deq", "--out", str(file))
     assert code == 0 and "mean cosine" in out and "smoothed" not in out
+    loaded = fuser.load(file)
+    loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert "DEQ 4 bits" in loaded.report()
