@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from dot_bytes import MODEL, bytes_of, check_bytes
+from dot_bytes import MODEL, NARROW, bytes_of, check_bytes, target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,39 +21,24 @@ from fuser.ir.attention import AttentionSpec
 from fuser.ir.graph import TensorSpec
 from fuser.ir.masks import Mask
 from fuser.ir.scores import ScoreRule
-from fuser.ir.target import Isa, Target
+from fuser.ir.target import Isa
 from fuser.kernels.attention import Operands, call_of
-from fuser.kernels.attention_int8 import Int8Kernel, Int8Launch
+from fuser.kernels.attention_int8 import Int8Kernel, Int8Launch, multiplies_bytes
 from fuser.kernels.base import Literal
 from fuser.kernels.planner import plan
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
-from fuser.runtime.cpuinfo import detect_isa, features, has_isa
+from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.device import cpu_target
 from fuser.runtime.library import load
 
 NATIVE = detect_isa()
-AVX_VNNI = "avx_vnni"
-# Bytes in narrow registers, of which rows of a group fill several tiles.
-NARROW = [AVX_VNNI] if AVX_VNNI in features(Isa.AVX2) and has_isa(Isa.AVX2) else []
 ISAS = pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE, *NARROW]))
 Q_LEN, KV_LEN, WIDTH, VALUES = 70, 150, 22, 19
 SCALE = 0.4
 MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), masks.Causal()]
 # Weights become 255ths, up to 7/8 of one away, and values the nearest 127ths.
 BYTES = 0.875 / 255 + 0.5 / 127
-
-
-def target(isa: Isa | str | None = NATIVE) -> Target:
-    """An instruction set alone, AVX2 with products of bytes, or with None this machine's with all extensions."""
-    if isa == AVX_VNNI:
-        return dataclasses.replace(cpu_target(), arch=Isa.AVX2.value, features=frozenset({AVX_VNNI}))
-    assert not isinstance(isa, str) or isinstance(isa, Isa)
-    return cpu_target() if isa is None else dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
-
-
-def multiplies_bytes(on: Target) -> bool:
-    return bool(on.features & {"avx512_vnni", AVX_VNNI})
 
 
 @functools.cache
@@ -249,7 +234,7 @@ def test_what_does_not_matter_is_skipped() -> None:
 def test_dot_products_of_bytes(mask: Mask) -> None:
     """The code around the instruction, with a model of it in its place, in registers of all widths."""
     q, k, v = inputs()
-    how, on = Int8Attention(skip=0.0), target()
+    how, on = Int8Attention(skip=0.0), target(NATIVE)
     specs = (TensorSpec.contiguous(t.shape, t.dtype) for t in (q, k, v, q.new_empty(2, 4, Q_LEN, VALUES)))
     call = call_of(
         mask, Operands(*specs), ("q", "k", "v"), ("out",), SCALE, Int8Launch(Int8Kernel(WIDTH, VALUES), how), on, 2

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from dot_bytes import MODEL, bytes_of, check_bytes
+from dot_bytes import MODEL, NARROW, bytes_of, check_bytes, target
 from torch import Tensor
 
 from fuser import DEQ, Sanger, SoftCap, masks
@@ -36,6 +36,7 @@ from fuser.runtime.device import cpu_target
 from fuser.runtime.library import load
 
 NATIVE = detect_isa()
+ISAS = pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE, *NARROW]))
 Q_LEN, KV_LEN, WIDTH = 70, 60, 22
 SCALE = 0.4
 MASKS: list[Mask] = [masks.Dense(), masks.Longformer(6, 2), masks.Strided(7), masks.Causal()]
@@ -45,11 +46,6 @@ NEVER = {"threshold": 1.0, "empty_row": "predicted"}
 def multiplies_bytes(how: Prediction, on: Target) -> bool:
     """Whether weights become 255ths of the largest in their row and block; values are 127ths of one already."""
     return how.high_bits is not None and not how.prunes and int8.multiplies_bytes(on)
-
-
-def target(isa: Isa | None = NATIVE) -> Target:
-    """An instruction set alone, or with None this machine's with all extensions."""
-    return cpu_target() if isa is None else dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
 
 
 @functools.cache
@@ -68,7 +64,7 @@ def run(
     attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa | None = NATIVE,
+    isa: Isa | str | None = NATIVE,
     threads: int = 2,
     rows: int = Q_LEN,
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +83,7 @@ def check(
     attn_mask: Tensor | None = None,
     rule: ScoreRule | None = None,
     dtype: torch.dtype = torch.float32,
-    isa: Isa | None = NATIVE,
+    isa: Isa | str | None = NATIVE,
 ) -> None:
     q, k, v = inputs(dtype)
     spec = AttentionSpec(mask, rule, how)
@@ -116,8 +112,8 @@ def check(
         assert not weights[~chosen.full].any()
 
 
-@pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
-def test_predicted_scores_are_products_of_integers(isa: Isa | None) -> None:
+@ISAS
+def test_predicted_scores_are_products_of_integers(isa: Isa | str | None) -> None:
     """With nothing chosen, every score is a whole number times two steps, the one that PyTorch finds."""
     q, k, _ = inputs()
     weights, lse = run(DEQ(high_bits=None, **NEVER), masks.Dense(), isa=isa)  # type: ignore[arg-type]
@@ -129,9 +125,9 @@ def test_predicted_scores_are_products_of_integers(isa: Isa | None) -> None:
     assert torch.equal(whole[sure].round(), (q_codes @ k_codes.mT)[sure])
 
 
-@pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
+@ISAS
 @pytest.mark.parametrize("high_bits", [8, None])
-def test_what_is_chosen_of_rows_is_computed_with_more_bits(high_bits: int | None, isa: Isa | None) -> None:
+def test_what_is_chosen_of_rows_is_computed_with_more_bits(high_bits: int | None, isa: Isa | str | None) -> None:
     for mask in MASKS:
         for threshold in (0.02, 0.4, 1.0):
             check(DEQ(threshold=threshold, high_bits=high_bits), mask, isa=isa)
@@ -139,9 +135,9 @@ def test_what_is_chosen_of_rows_is_computed_with_more_bits(high_bits: int | None
         check(DEQ(threshold=0.1, high_bits=high_bits), masks.Longformer(6, 2), dtype=torch.bfloat16, isa=isa)
 
 
-@pytest.mark.parametrize("isa", dict.fromkeys([None, NATIVE, Isa.PORTABLE]))
+@ISAS
 @pytest.mark.parametrize("how", [DEQ(), DEQ(**NEVER), Sanger()])  # type: ignore[arg-type]
-def test_scores_have_the_bits_of_the_reference(how: Prediction, isa: Isa | None) -> None:
+def test_scores_have_the_bits_of_the_reference(how: Prediction, isa: Isa | str | None) -> None:
     """A row that sees one key, its best, has its score for a log-sum-exp."""
     q, k, _ = inputs()
     generator = torch.Generator().manual_seed(9)
@@ -213,7 +209,7 @@ def test_heads_where_nothing_is_above_a_limit(how: Prediction) -> None:
 
 def test_outliers_leave_the_numbers_of_other_rows() -> None:
     q, k, v = (t.clone() for t in inputs())
-    on, how, mask = target(), DEQ(threshold=0.4), masks.Dense()
+    on, how, mask = target(NATIVE), DEQ(threshold=0.4), masks.Dense()
     k[0, 0, 5, 2], q[1, 0, 6, 3] = 1e4, -1e4
     out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
     run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
@@ -229,7 +225,7 @@ def test_outliers_leave_the_numbers_of_other_rows() -> None:
 @pytest.mark.parametrize("poison", [math.inf, -math.inf])
 def test_infinity_does_what_it_does_in_exact_attention(poison: float) -> None:
     q, k, v = (t.clone() for t in inputs())
-    on, how, mask = target(), DEQ(), masks.Strided(7)
+    on, how, mask = target(NATIVE), DEQ(), masks.Strided(7)
     k[:, :, 21, 0] = poison
     out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
     run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
@@ -243,7 +239,7 @@ def test_infinity_does_what_it_does_in_exact_attention(poison: float) -> None:
 
 def test_poison_reaches_rows_that_may_see_it() -> None:
     q, k, v = (t.clone() for t in inputs())
-    on, how = target(), DEQ()
+    on, how = target(NATIVE), DEQ()
     mask = masks.Strided(7)
     sees = mask.dense(Q_LEN, KV_LEN)[:, 21]
     results = []
@@ -268,7 +264,7 @@ def test_one_kernel_serves_all_thresholds() -> None:
 def test_dot_products_of_vnni_give_the_same_bits() -> None:
     """The code around the instruction, with a model of it in its place."""
     q, k, v = inputs()
-    how, on = DEQ(bits=8, high_bits=None, threshold=0.3), target()
+    how, on = DEQ(bits=8, high_bits=None, threshold=0.3), target(NATIVE)
     operands = Operands(*(TensorSpec.contiguous(t.shape, t.dtype) for t in (q, k, v, q.new_empty(2, 4, Q_LEN, KV_LEN))))
     parameters = PredictedAttention(PredictedKernel(WIDTH, KV_LEN, form=how.form), how)
     call = call_of(masks.Dense(), operands, ("q", "k", "v"), ("out",), SCALE, parameters, on, 2)
@@ -297,7 +293,7 @@ def test_it_compiles_for_avx512_with_and_without_vnni() -> None:
 def test_values_of_what_is_left_out_do_not_matter() -> None:
     q, k, v = (t.clone() for t in inputs())
     v[:, :, 30] = math.nan
-    how, rule, bias, on = Sanger(threshold=0.05), SoftCap(8.0), torch.zeros(2, 4, Q_LEN, KV_LEN), target()
+    how, rule, bias, on = Sanger(threshold=0.05), SoftCap(8.0), torch.zeros(2, 4, Q_LEN, KV_LEN), target(NATIVE)
     out, lse = torch.empty(2, 4, Q_LEN, KV_LEN), torch.empty(2, 4, Q_LEN)
     run_plan(q, k, v, plan(masks.Dense(), Q_LEN, KV_LEN, on), bias, SCALE, out, lse, on, rule, how)
     full = chosen_of(q, k, AttentionSpec(masks.Dense(), rule, how), bias, SCALE).full

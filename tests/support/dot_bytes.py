@@ -3,11 +3,19 @@ attention by bytes must give."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from fuser.ir.target import Isa, Target
 from fuser.kernels.attention_int8 import Int8Kernel
+from fuser.runtime.cpuinfo import features, has_isa
+from fuser.runtime.device import cpu_target
 
+AVX_VNNI = "avx_vnni"
+# Bytes in narrow registers, of which rows of a group fill several tiles.
+NARROW = [AVX_VNNI] if AVX_VNNI in features(Isa.AVX2) and has_isa(Isa.AVX2) else []
 BLOCK = Int8Kernel(16, 16).key_block
 
 # What VPDPBUSD does in every lane.
@@ -44,3 +52,11 @@ def check_bytes(out: Tensor, want: Tensor, largest: float = 3.0) -> None:
     # A weight that lies between two bytes may become either, since exponentials are known to some digits only.
     far = (out.double() - want).abs()
     assert float((far < 2e-5).double().mean()) > 0.95 and float(far.max()) < 2 * largest / 255
+
+
+def target(isa: Isa | str | None) -> Target:
+    """An instruction set alone, AVX2 with products of bytes, or with None this machine's with all extensions."""
+    if isa == AVX_VNNI:
+        return dataclasses.replace(cpu_target(), arch=Isa.AVX2.value, features=frozenset({AVX_VNNI}))
+    assert not isinstance(isa, str) or isinstance(isa, Isa)
+    return cpu_target() if isa is None else dataclasses.replace(cpu_target(), arch=isa.value, features=frozenset())
