@@ -2,11 +2,12 @@
 attention, a static sparse one, DEQ and Sanger, each from the same weights over the same batches, and compare.
 
 Tasks are those of GLUE, SQuAD 1.1 and CLOTH, read from a folder on disk (`experiment_data.py` says how they lie there).
-Nothing is fetched; without `--data`, CLOTH's task is made of Python's manual. Of every arm: the task's metrics, the
-share of scores that are computed in full, and the work of attention's two products relative to dense attention, those
-of codes by their bits.
+Nothing is fetched; without `--data`, MRPC's and CLOTH's tasks are made of Python's manual. Of every arm: the task's
+metrics, the share of scores that are computed in full, and the work of attention's two products relative to dense
+attention, those of codes by their bits. The arm `untrained` is dense attention before any step.
 
     python benchmarks/deq_experiment.py --task mrpc --data GLUE/MRPC --encoder bert-base-uncased/
+    python benchmarks/deq_experiment.py --task mrpc --length 192 --epochs 1 --batch 8 --rate 1e-4
     python benchmarks/deq_experiment.py --task cloth --limit 96 --epochs 1 --length 128
     python benchmarks/deq_experiment.py --task squad --data SQuAD --arms dense longformer adamax_nb80 sanger_2e-3
 """
@@ -14,6 +15,7 @@ of codes by their bits.
 from __future__ import annotations
 
 import argparse
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from experiment_data import (
     answer_scores,
     batches,
     manual_clozes,
+    manual_paraphrases,
     metric,
     read_cloth,
     read_glue,
@@ -49,12 +52,15 @@ STATIC = {
 LENGTHS = {"squad": 384, "cloth": 512}
 STRIDE, _LONGEST_ANSWER = 128, 30
 _MASK, _LOW = "[MASK]", -1e4
-ARMS = ("dense", "longformer", "adamax_nb80", "deq", "sanger_2e-3")
+ARMS = ("untrained", "dense", "longformer", "adamax_nb80", "deq", "sanger_2e-3")
+MANUAL = {"mrpc": manual_paraphrases, "cloth": manual_clozes}
+"""Tasks that can be made of Python's manual."""
 
 
 def arm_of(name: str) -> Arm:
-    """An arm by name: ``dense``, a static pattern, ``deq`` with our default, or a configuration of the authors."""
-    if name == "dense":
+    """An arm by name: ``dense``, ``untrained``, a static pattern, ``deq`` with our default, or a configuration of the
+    authors."""
+    if name in ("dense", "untrained"):
         return Arm(name)
     if name in STATIC:
         return Arm(name, STATIC[name]())
@@ -210,9 +216,9 @@ class ClothHead(Task):
         return {"accuracy": float(torch.cat(found).sum()) / sum(len(item.answers) for item in items)}
 
 
-def prepared(name: str, folder: Path, arm: Attention, length: int) -> Task:
+def prepared(name: str, folder: Path, arm: Attention, length: int, seed: int = 0) -> Task:
     """The task's model on the encoder in ``folder``, with an arm's attention and no dropout, which arms would not
-    share."""
+    share. The seed is that of the head's weights."""
     encoder = demo.load_encoder(folder)
     model = zoo.transformers().AutoModel.from_pretrained(
         folder,
@@ -222,7 +228,7 @@ def prepared(name: str, folder: Path, arm: Attention, length: int) -> Task:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if name == "squad":
         return SquadHead(model, encoder.tokenizer, length)
     if name == "cloth":
@@ -231,26 +237,29 @@ def prepared(name: str, folder: Path, arm: Attention, length: int) -> Task:
 
 
 def read(name: str, folder: Path | None, *, train: bool) -> list[Any]:
+    if folder is None:
+        return MANUAL[name](train=train)
     if name == "squad":
         return read_squad(folder, train=train)
     if name == "cloth":
-        return manual_clozes(train=train) if folder is None else read_cloth(folder, train=train)
+        return read_cloth(folder, train=train)
     return read_glue(folder, name, train=train)
 
 
-def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune and judge one arm."""
+def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune and judge one arm. The seed is that of the head's weights and of the batches' order."""
     arm = Attention(arm_of(name))
     length = options.length or LENGTHS.get(options.task, 128)
-    task = prepared(options.task, options.encoder or demo.model_folder(), arm, length)
+    task = prepared(options.task, options.encoder or demo.model_folder(), arm, length, seed)
     learnt, judged = (read(options.task, options.data, train=train) for train in (True, False))
     learnt, judged = learnt[: options.limit], judged[: options.limit]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(task.parameters(), options.rate)
-    steps = options.epochs * -(-len(learnt) // options.batch)
-    done = 0
+    epochs = 0 if name == "untrained" else options.epochs
+    steps = epochs * -(-len(learnt) // options.batch)
+    done, start = 0, time.perf_counter()
     task.train()
-    for _ in range(options.epochs):
+    for _ in range(epochs):
         for batch in batches(learnt, options.batch, generator):
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * (1 - done / steps)
@@ -260,6 +269,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             nn.utils.clip_grad_norm_(task.parameters(), 1.0)
             optimizer.step()
             done += 1
+    seconds = time.perf_counter() - start
     task.eval()
     with torch.no_grad():
         arm.counting = True
@@ -267,10 +277,16 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     result = {
         "task": options.task,
         "arm": name,
+        "seed": seed,
         **{key: round(value, 4) for key, value in found.items()},
         "scores_in_full": round(arm.counted.share, 5),
         "work": round(arm.counted.work, 4),
         "examples": [len(learnt), len(judged)],
+        "length": length,
+        "batch": options.batch,
+        "rate": options.rate,
+        "steps": steps,
+        "seconds_of_training": round(seconds),
     }
     print(result, flush=True)
     return result
@@ -279,9 +295,10 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=[*GLUE, "squad", "cloth"], required=True)
-    parser.add_argument("--data", type=Path, help="folder of the task's files; without, cloth has Python's manual")
+    parser.add_argument("--data", type=Path, help="folder of the task's files; without, mrpc and cloth have the manual")
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder; default: the demo's MiniLM")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"default: {' '.join(ARMS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=2e-5)
     parser.add_argument("--batch", type=int, default=32)
@@ -290,11 +307,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/deq_experiment.json")
     options = parser.parse_args(arguments)
-    if options.data is None and options.task != "cloth":
+    if options.data is None and options.task not in MANUAL:
         parser.error(f"--task {options.task} needs the --data that it is distributed as")
     target = cpu_target()
     torch.set_num_threads(options.threads or target.cores)
-    print(save("deq_experiment", target, [run(name, options) for name in options.arms], options.output))
+    results: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        for name in options.arms:
+            results.append(run(name, seed, options))
+            path = save("deq_experiment", target, results, options.output)
+    print(path)
 
 
 if __name__ == "__main__":

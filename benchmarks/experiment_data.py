@@ -203,6 +203,43 @@ def manual_clozes(*, train: bool, words: int = 80, blanks: int = 8) -> list[Cloz
     return found[cut:] if train else found[:cut]
 
 
+def manual_paraphrases(*, train: bool, words: int = 56, changed: int = 8) -> list[Labelled]:
+    """Pairs in the form of MRPC of the prose of Python's manual: a passage of so many words, and the same where one
+    word in seven is left out (1), and before that ``changed`` words became those of another passage (0).
+
+    Every passage is there with both labels, one behind the other, so that the passage says nothing of the label.
+    Passages of a fifth of the text, whole topics, are for validation.
+    """
+    from pydoc_data import topics
+
+    generator = random.Random(0)
+    seen: set[str] = set()
+    by_topic = []
+    for name in sorted(topics.topics):
+        # Topics repeat paragraphs of others; code and grammar are no prose.
+        paragraphs = dict.fromkeys(" ".join(p.split()) for p in topics.topics[name].split("\n\n"))
+        new = [p for p in paragraphs if p not in seen and p.count(" ") > 10 and "::=" not in p and ">>>" not in p]
+        seen.update(new)
+        text = " ".join(new).split()
+        by_topic.append([text[i : i + words] for i in range(0, len(text) - words + 1, words)])
+    generator.shuffle(by_topic)
+    fifth, part = sum(map(len, by_topic)) // 5, []
+    for passages in by_topic:
+        # The first topics are for validation, until there are enough.
+        judged, fifth = fifth > 0, fifth - len(passages)
+        if judged != train:
+            part += passages
+    generator.shuffle(part)
+    found = []
+    for i, passage in enumerate(part):
+        other = part[i - 1]
+        places = set(generator.sample(range(words), changed))
+        for label, text in ((1.0, passage), (0.0, [other[j] if j in places else w for j, w in enumerate(passage)])):
+            left = sorted(generator.sample(range(words), words - words // 7))
+            found.append(Labelled((" ".join(passage), " ".join(text[j] for j in left)), label))
+    return found
+
+
 # ---- metrics
 
 

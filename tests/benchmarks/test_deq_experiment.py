@@ -91,6 +91,23 @@ def test_clozes_of_the_manual(data: ModuleType) -> None:
         assert all(len(set(offered)) == 4 for offered in cloze.options)
 
 
+def test_paraphrases_of_the_manual(data: ModuleType) -> None:
+    learnt, judged = (data.manual_paraphrases(train=train) for train in (True, False))
+    assert len(learnt) > 500 and 0.15 < len(judged) / (len(learnt) + len(judged)) < 0.3
+    assert not {item.sentences[0] for item in learnt} & {item.sentences[0] for item in judged}
+    for items in (learnt, judged):
+        assert len({item.sentences[0] for item in items}) == len(items) / 2
+        for same, other in zip(items[::2], items[1::2], strict=True):
+            assert (same.label, other.label) == (1, 0) and same.sentences[0] == other.sentences[0]
+            assert [len(text.split()) for text in same.sentences] == [56, 48]
+            assert [len(text.split()) for text in other.sentences] == [56, 48]
+            # A shorter text whose words are all of the passage, in its order; or not.
+            words = iter(same.sentences[0].split())
+            assert all(word in words for word in same.sentences[1].split())
+            words = iter(other.sentences[0].split())
+            assert not all(word in words for word in other.sentences[1].split())
+
+
 def test_squad_and_cloth(data: ModuleType, tmp_path: Path) -> None:
     (question,) = data.read_squad(write_squad(tmp_path), train=False)
     (text, start), *_ = question.answers
@@ -186,3 +203,28 @@ def test_training_learns(experiment: ModuleType, encoder: Path, tmp_path: Path) 
         optimizer.step()
     assert float(task.loss(items).detach()) < 0.1 * first
     assert task.encoder.encoder.layer[0].attention.self.query.weight.grad.abs().max() > 0
+
+
+def test_the_manual_is_the_data(experiment: ModuleType, encoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    given: list[Any] = ["--task", "mrpc", "--encoder", encoder, "--output", out, "--length", 48, "--limit", 6]
+    given += ["--epochs", 1, "--batch", 4, "--threads", 1, "--arms", "untrained", "deq", "--seeds", 0, 1]
+    experiment.main([str(x) for x in given])
+    results = json.loads(out.read_text())["results"]
+    assert [(r["arm"], r["seed"], r["steps"]) for r in results] == [
+        ("untrained", 0, 0),
+        ("deq", 0, 2),
+        ("untrained", 1, 0),
+        ("deq", 1, 2),
+    ]
+    assert all(r["examples"] == [6, 6] for r in results)
+    with pytest.raises(SystemExit):
+        experiment.main(["--task", "qnli"])
+
+
+def test_a_seed_is_a_start(experiment: ModuleType, encoder: Path) -> None:
+    heads = []
+    for seed, name in ((0, "dense"), (0, "deq"), (1, "dense")):
+        attention = load_script("experiment_arms").Attention(experiment.arm_of(name))
+        heads.append(experiment.prepared("mrpc", encoder, attention, 32, seed).head.weight)
+    assert heads[0].equal(heads[1]) and not heads[0].equal(heads[2])
