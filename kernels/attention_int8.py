@@ -76,10 +76,10 @@ class Int8Launch:
 
 def byte_words(kernel: AttentionParameters, heads: int, keys: int) -> int:
     """The words of 32 bits that codes of 8 bits and bytes take: see ``Shared`` of attention/bytes.h."""
-    # Of every head a step for each element of its values, and whether all is finite; of every key its step, what its
-    # products start with, and its codes; and the values of four keys in a word.
-    of_keys = keys * (2 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
-    return heads * (kernel.value_dim + 1 + of_keys)
+    # Of every head the largest value, and whether all is finite; of every key its step, what its products start with,
+    # its codes, and two numbers for the step of its values; and the values of four keys in a word.
+    of_keys = keys * (4 + (kernel.head_dim + 3) // 4) + (keys + 3) // 4 * kernel.value_dim
+    return heads * (2 + of_keys)
 
 
 def multiplies_bytes(target: Target) -> bool:

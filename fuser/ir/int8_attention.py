@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import ScoreQuantization, row_codes
+from fuser.ir.score_quantization import ScoreQuantization, have_codes, row_codes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Int8Attention(ScoreQuantization):
     def codes(self, x: Tensor, which: int) -> tuple[Tensor, Tensor]:
         if which == 1:
             x = x - self.mean(x)
-        sound = x.detach().isfinite().all(-1, keepdim=True)
+        sound = have_codes(x)
         return row_codes(x, sound.all(-2, keepdim=True) if which == 1 else sound)
 
     def rounded(self, x: Tensor, which: int) -> Tensor:

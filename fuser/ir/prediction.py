@@ -25,7 +25,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fuser.ir.errors import ScoreError
-from fuser.ir.score_quantization import SMALLEST, ScoreQuantization, arithmetic, product_of_codes, row_codes
+from fuser.ir.score_quantization import (
+    SMALLEST,
+    ScoreQuantization,
+    arithmetic,
+    have_codes,
+    product_of_codes,
+    row_codes,
+)
 
 BITS = (2, 4, 6, 8)
 METHODS = (
@@ -301,10 +308,10 @@ class Prediction(ScoreQuantization):
         ScoreError for averages that no step has begun.
         """
         if self.calibration == "row":
-            return row_codes(x, _is_finite(x), self.largest)
+            return row_codes(x, have_codes(x), self.largest)
         with torch.no_grad():
             size = self._sizes(x)
-            sound = size.isfinite()
+            sound = size.isfinite() & have_codes(x)
             small = sound & (x.abs().amax(-1, keepdim=True) < SMALLEST)
             factor = self.largest / self._threshold(x, size, sound, which)
             step = (size / factor).masked_fill(small, 0.0).masked_fill(~sound, math.nan)
@@ -316,15 +323,15 @@ class Prediction(ScoreQuantization):
         exact = super().in_full(q, k, scale)
         if self.high_bits is None:
             return exact
-        high = product_of_codes(*(row_codes(x, _is_finite(x)) for x in (q, k)), scale)
+        high = product_of_codes(*(row_codes(x, have_codes(x)) for x in (q, k)), scale)
         return torch.where(high.detach().isnan(), exact, high)
 
     def rounded_in_full(self, x: Tensor) -> Tensor:
         if self.high_bits is None:
             return x
-        finite = _is_finite(x)
-        codes, step = row_codes(x, finite)
-        return torch.where(finite, codes * step, x)
+        sound = have_codes(x)
+        codes, step = row_codes(x, sound)
+        return torch.where(sound, codes * step, x)
 
     def check_calibrated(self) -> None:
         """Raise ScoreError if thresholds are still to be found."""
@@ -344,6 +351,8 @@ class Prediction(ScoreQuantization):
         """Which of the predicted scores (B, H, Sq, Sk) are to be computed in full: bool. Those at -inf may not be seen,
         and are not; those that are NaN are."""
         scores = scores.detach()
+        if not scores.numel():
+            return torch.zeros_like(scores, dtype=torch.bool)
         top = scores.masked_fill(scores.isnan(), -math.inf).amax(-1, keepdim=True)
         over = {"seq": (), "head": (-2,), "batch": (-3, -2)}[self.granularity]
         if self.before_softmax:
@@ -435,8 +444,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScoreError(f"{name} must be a number, not {value!r}")
     return float(value)
-
-
-def _is_finite(x: Tensor) -> Tensor:
-    """Whether rows (…, S, D) are: (…, S, 1)."""
-    return x.detach().isfinite().all(-1, keepdim=True)

@@ -14,6 +14,8 @@ from fuser.ir.scores import ScoreRule
 
 SMALLEST = 2.0**-100
 """Rows whose size is below this are taken as zero."""
+TOO_LARGE = 2.0**50
+"""Rows with a magnitude of this or more have no codes of their own step, so that no product of steps overflows."""
 LARGEST_BYTE = 127
 """The largest code of 8 bits."""
 
@@ -125,6 +127,11 @@ def product_of_codes(q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], scale: 
 def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype that scores of ``x`` are made in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def have_codes(x: Tensor) -> Tensor:
+    """Whether rows (…, S, D) are finite and not too large: (…, S, 1)."""
+    return (x.detach().abs() < TOO_LARGE).all(-1, keepdim=True)
 
 
 def row_codes(x: Tensor, sound: Tensor, largest: int = LARGEST_BYTE) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,10 @@ def check(
     want, want_lse = reference(q, k, v, spec, attn_mask, SCALE)
     seen = ~want_lse.isneginf()
     assert torch.equal(seen, ~lse.isneginf()) and not weights[~seen].any()
+    torch.testing.assert_close(lse[seen], want_lse[seen], rtol=1e-6, atol=5e-6)
     if multiplies_bytes(how, target(isa)):
-        # Sums are those of rounded weights, of which as many are 1 as all others together where they are few.
-        torch.testing.assert_close(lse[seen], want_lse[seen], rtol=0, atol=0.05)
-        torch.testing.assert_close(weights, want, rtol=0, atol=4 * 0.875 / 255 + torch.finfo(dtype).eps)
+        torch.testing.assert_close(weights, want, rtol=0, atol=0.875 / 255 + torch.finfo(dtype).eps)
         return
-    torch.testing.assert_close(lse[seen], want_lse[seen], rtol=1e-6, atol=4e-6)
     # Where bf16 numbers are multiplied, weights are rounded to them.
     rounding = 2.0**-8 if "avx512_bf16" in target(isa).features else 0.0
     torch.testing.assert_close(weights, want, rtol=rounding, atol=1e-6 + torch.finfo(dtype).eps / 2)
@@ -148,7 +146,9 @@ def test_scores_have_the_bits_of_the_reference(how: Prediction, isa: Isa | str |
         mask = masks.from_dense(one)
         _, lse = run(how, mask, isa=isa)
         scores = chosen_of(q, k, AttentionSpec(mask, None, how), None, SCALE).scores
-        assert torch.equal(lse, scores[..., torch.arange(Q_LEN), key])
+        # Where values are bytes, the logarithm of their step comes and goes.
+        near = 3e-6 if multiplies_bytes(how, target(isa)) else 0.0
+        torch.testing.assert_close(lse, scores[..., torch.arange(Q_LEN), key], rtol=0, atol=near)
 
 
 @pytest.mark.skipif(
@@ -215,8 +215,8 @@ def test_outliers_leave_the_numbers_of_other_rows() -> None:
     run_plan(q, k, v, plan(mask, Q_LEN, KV_LEN, on), None, SCALE, out, lse, on, None, how)
     want, want_lse = reference(q, k, v, AttentionSpec(mask, None, how), None, SCALE)
     # Scores are as large as 1e4, of which fp32 holds three digits behind the point.
-    torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=0.05 if multiplies_bytes(how, on) else 2e-3)
-    rounding = 4 * 0.875 / 255 if multiplies_bytes(how, on) else 2.0**-8 if "avx512_bf16" in on.features else 2e-3
+    torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=2e-3)
+    rounding = 0.875 / 255 if multiplies_bytes(how, on) else 2.0**-8 if "avx512_bf16" in on.features else 2e-3
     torch.testing.assert_close(out, want, rtol=0, atol=rounding)
     before, _ = run(how, mask)
     assert torch.equal(out[1, 2:], before[1, 2:]) and torch.equal(out[1, 0, :6], before[1, 0, :6])

@@ -31,20 +31,20 @@ FUSER_INLINE simd::vi dot_bytes(simd::vi sum, simd::vi a, simd::vi b) {
 
 
 def bytes_of(scores: Tensor, v: Tensor) -> Tensor:
-    """Dithered weights in 255ths of the largest of their row and block, normalized as rounded, times values in 127ths
-    of the largest of their element: in fp64."""
+    """Values in 127ths of the largest of their row, whose size multiplies the row's weights, and these dithered in
+    255ths of the largest of their row and block, normalized as they are: in fp64."""
     scores, v = scores.double(), v.double()
-    step = v.abs().amax(-2, keepdim=True) / 127
+    step = v.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(step > 0, v / step, 0.0).round()
-    top = scores.amax(-1, keepdim=True)
-    sums, weights = 0.0, []
-    for block in scores.split(BLOCK, -1):
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    sized, rounded = weights * step.mT, []
+    dither = torch.tensor([-0.375, 0.125, 0.375, -0.125], dtype=torch.float64).repeat(BLOCK // 4)
+    for block in sized.split(BLOCK, -1):
         largest = block.amax(-1, keepdim=True)
-        dither = torch.tensor([-0.375, 0.125, 0.375, -0.125], dtype=block.dtype).repeat(BLOCK // 4)[: block.shape[-1]]
-        part = (255 * (block - largest).exp() + dither).round() / 255 * (largest - top).exp()
-        sums = sums + part.sum(-1, keepdim=True)
-        weights.append(part)
-    return torch.cat(weights, -1) / sums @ (codes * step)
+        # Of a row that sees nothing of the block all weights are zero.
+        part = (255 * block / largest.clamp_min(1e-300) + dither[: block.shape[-1]]).round() / 255 * largest
+        rounded.append(part)
+    return torch.cat(rounded, -1) @ codes / weights.sum(-1, keepdim=True)
 
 
 def check_bytes(out: Tensor, want: Tensor, largest: float = 3.0) -> None:

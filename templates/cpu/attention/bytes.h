@@ -1,12 +1,15 @@
 // What policies with codes of 8 bits share: those of rows of q and k, and values as bytes, where one instruction multiplies
 // those.
 //
-// A row of q or k has a step, an element of values one for all keys. Weights are relative to the largest in their row and
-// block of keys, so that what lies far below the row's largest keeps its digits, and dithered; sums are those of rounded
-// weights. Keys or values that are not finite take their head to an exact run.
+// A row of q, k or v has a step of its own, so that no row depends on others. The steps of values are factors of weights,
+// which become bytes relative to the largest in their row and block of keys, so that what lies far below the row's largest
+// keeps its digits, and dithered. So scores have the logarithm of their value's step added, their maxima and sums are
+// those of such scores, and each weight enters the row's sum without that step, and not rounded. Values that are not
+// finite take their head to an exact run, as do rows of q and k that have no codes.
 //
 // The extents have `workspace`, the bytes before what lies here.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "abi.h"
@@ -31,12 +34,14 @@ struct Bytes : Products<C> {
   struct OfHead {
     KeyCodes k;
     const int32_t* quad;
-    const float* value_step;
+    const float *value_log, *value_inverse;
     int32_t state;
   };
   struct OfThread {
     BlockCodes<C> codes;
-    float fault[kGroup], block[kGroup], factor[kGroup];
+    float block[kGroup], factor[kGroup];
+    // Of the keys of a block the logarithms of their values' steps, zeros in an exact run, and the inverses.
+    float value_log[C::kKeyBlock + kRepeated], value_inverse[C::kKeyBlock];
     const int32_t* quad[kQuads];
     int32_t made[kByteValues ? kQuads * kQuadRow : 1];
   };
@@ -44,16 +49,16 @@ struct Bytes : Products<C> {
   // What lies in the workspace, in this order, of every head of keys: see byte_words in kernels/attention_int8.py.
   struct Shared {
     int64_t keys, heads;
-    float *value_step, *step;
-    int32_t *state, *start, *code, *quad;  // state: 1 if some value is not finite, 2 if some key is not
+    float *largest, *step, *value_log, *value_inverse;  // the largest magnitude of a head's values
+    int32_t *state, *start, *code, *quad;  // state: 1 if some value is not finite, 2 if some key has no codes
     void* end;
 
     explicit Shared(const FuserArgs* args) {
       const auto& e = extents<C>(args);
       heads = e.batch * e.key_heads, keys = heads * e.kv_len;
-      value_step = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
-      step = value_step + heads * DV;
-      state = reinterpret_cast<int32_t*>(step + keys), start = state + heads;
+      largest = reinterpret_cast<float*>(static_cast<char*>(args->workspace) + e.workspace);
+      step = largest + heads, value_log = step + keys, value_inverse = value_log + keys;
+      state = reinterpret_cast<int32_t*>(value_inverse + keys), start = state + heads;
       code = start + keys, quad = code + keys * kWords;
       end = quad + heads * ((e.kv_len + 3) / 4) * DV;
     }
@@ -66,7 +71,8 @@ struct Bytes : Products<C> {
     const int64_t at = head * e.kv_len, quads = (e.kv_len + 3) / 4;
     OfHead& to = t.scores;
     to.k = {all.code + at * kWords, all.start + at, all.step + at};
-    to.quad = all.quad + head * quads * DV, to.value_step = all.value_step + head * DV, to.state = all.state[head];
+    to.quad = all.quad + head * quads * DV, to.value_log = all.value_log + at, to.value_inverse = all.value_inverse + at;
+    to.state = all.state[head];
   }
 
   // Asks for row `ahead` of rows of N elements, which may lie on pages of their own.
@@ -77,24 +83,46 @@ struct Bytes : Products<C> {
   }
   static constexpr int64_t kRowsAhead = 16;
 
-  // The steps of a head's values, and whether all are finite.
+  // The largest magnitude of a head's values, and whether all are finite.
   static void measure_values(const FuserArgs* args, const Shared& all, int64_t head) {
     const auto& e = extents<C>(args);
-    vi size[kQuadRow / L] = {};
+    vi top = {};
     const Element* v = row_of<C>(args, 2, e.v, head, 0);
     for (int64_t i = 0; i < e.kv_len; ++i, v += e.v.row) {
       announce<DV>(v + kRowsAhead * e.v.row);
 #pragma GCC unroll 16
-      for (int64_t d = 0; d < kQuadRow; d += L) size[d / L] = larger(size[d / L], (vi)abs(part_of<DV>(v, d)));
+      for (int64_t d = 0; d < DV; d += L) top = larger(top, (vi)abs(part_of<DV>(v, d)));
     }
-    vi poison = {};
+    const int32_t bits = reduce_max(top);
+    std::memcpy(all.largest + head, &bits, sizeof(bits));
+    all.state[head] = !(all.largest[head] < kInf);
+  }
+
+  // Four rows of values, of which `size` are there, as bytes of words; their steps, no smaller than `least`.
+  static void code_values(const Element* v, int64_t row, int64_t size, float least, float* steps, int32_t* quad) {
+    vf factor[4];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      factor[i] = vf{};
+      if (i >= size) continue;
+      vi top = {};
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < DV; d += L) top = larger(top, (vi)abs(part_of<DV>(v + i * row, d)));
+      const int32_t bits = reduce_max(top);
+      float largest;
+      std::memcpy(&largest, &bits, sizeof(largest));
+      const float step = largest / kLargest;
+      steps[i] = step < least ? least : step;
+      factor[i] = set1(1.0f / steps[i]);
+    }
+#pragma GCC unroll 16
     for (int64_t d = 0; d < DV; d += L) {
-      const vf largest = (vf)size[d / L];
-      poison |= ~(vi)(largest < kInf);
-      const vf step = select((vi)(largest < kSmallest), vf{}, largest * (1.0f / 127.0f));
-      store_n(all.value_step + head * DV + d, step, DV - d < L ? DV - d : L);
+      vu word = {};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i)
+        if (i < size) word |= ((vu)to_int(part_of<DV>(v + i * row, d) * factor[i]) & 255u) << uint32_t(8 * i);
+      store_n(reinterpret_cast<float*>(quad + d), (vf)word, DV - d < L ? DV - d : L);
     }
-    all.state[head] = any(poison);
   }
 
   // The codes of a head's keys, less their mean if they are centred, and its values, four keys at a time. Rows of k go to
@@ -104,37 +132,35 @@ struct Bytes : Products<C> {
                         const float* mean, std::bool_constant<kCentred> centred, const Each& each) {
     const auto& e = extents<C>(args);
     const Element *k = row_of<C>(args, 1, e.k, head, first), *v = row_of<C>(args, 2, e.v, head, first);
-    int64_t at = head * e.kv_len + first;
-    bool finite = true;
-    vf factor[kQuadRow / L];
-    for (int64_t d = 0; kByteValues && d < DV; d += L) {
-      const vf step = part_of<DV>(all.value_step + head * DV, d);
-      factor[d / L] = select((vi)(step == vf{}), vf{}, 1.0f / step);
-    }
+    const int64_t begin = head * e.kv_len;
+    // Logarithms of steps must not be so far apart that the weight of a value of zero gets lost.
+    const float part = all.largest[head] * (0x1p-60f / kLargest), least = part > kSmallest ? part : kSmallest;
+    bool sound = true;
     int32_t* quad = all.quad + (head * ((e.kv_len + 3) / 4) + first / 4) * DV;
     for (int64_t next = first; next < last; next += 4, quad += DV) {
       const int64_t size = last - next < 4 ? last - next : 4;
-      for (int64_t i = 0; i < size; ++i, k += e.k.row, ++at) {
+      for (int64_t at = begin + next; at < begin + next + size; ++at, k += e.k.row) {
         announce<D>(k + kRowsAhead * e.k.row);
         const CodeRow<C> row(k, mean, centred);
         all.start[at] = -Codes::kOffset * row.quantize(kLargest, 0, all.code + at * kWords, all.step + at);
-        finite &= row.largest < kInf;
+        sound &= row.largest < kInf;
         each(row, at);
       }
       if constexpr (kByteValues) {
         for (int64_t i = 0; i < size; ++i) announce<DV>(v + (kRowsAhead + i) * e.v.row);
-#pragma GCC unroll 16
-        for (int64_t d = 0; d < DV; d += L) {
-          vu word = {};
-#pragma GCC unroll 4
-          for (int64_t i = 0; i < 4; ++i)
-            if (i < size) word |= ((vu)to_int(part_of<DV>(v + i * e.v.row, d) * factor[d / L]) & 255u) << uint32_t(8 * i);
-          store_n(reinterpret_cast<float*>(quad + d), (vf)word, DV - d < L ? DV - d : L);
-        }
+        code_values(v, e.v.row, size, least, all.value_log + begin + next, quad);
         v += 4 * e.v.row;
       }
     }
-    if (!finite) __atomic_fetch_or(all.state + head, 2, __ATOMIC_RELAXED);
+    if (kByteValues)
+      for (int64_t i = first; i < last; i += L) {
+        const int64_t size = last - i < L ? last - i : L;
+        float *const logs = all.value_log + begin + i, *const inverses = all.value_inverse + begin + i;
+        const vf steps = size == L ? load(logs) : load_n(logs, size), inverse = 1.0f / steps;
+        size == L ? store(logs, log(steps)) : store_n(logs, log(steps), size);
+        size == L ? store(inverses, inverse) : store_n(inverses, inverse, size);
+      }
+    if (!sound) __atomic_fetch_or(all.state + head, 2, __ATOMIC_RELAXED);
   }
 
   // Codes of all rows of k, less their head's `mean` (heads, D) if they are centred, and of all values. A head is
@@ -188,9 +214,31 @@ struct Bytes : Products<C> {
         });
   }
 
+  // The largest scores of a block, for bytes, and with those of the blocks before it.
+  template <int RV>
+  FUSER_INLINE void leave_tops(Scratch<C>& w, int64_t v0, const vf* top) {
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) {
+      store(w.scores.block + (v0 + v) * L, top[v]);
+      store(w.peak + (v0 + v) * L, max_fast(top[v], load(w.top + (v0 + v) * L)));
+    }
+  }
+
+  // A score as it is stored, unless it is still to be changed.
+  FUSER_INLINE vf stored(const Scratch<C>& w, vf x, int64_t j) {
+    if constexpr (kByteValues && !Base::kChanges) return x + w.scores.value_log[j];
+    return x;
+  }
+
   static __attribute__((noinline)) void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n, bool exact) {
-    if (!kByteValues || exact) return Base::value_keys(t, w, n, exact);
     OfThread& own = w.scores;
+    if (!kByteValues || exact) {
+      std::fill(own.value_log, own.value_log + n + kMostKeys, 0.0f);
+      return Base::value_keys(t, w, n, exact);
+    }
+    // Tiles read numbers of keys beyond n as well.
+    for (int64_t j = 0; j < n + kMostKeys; ++j) own.value_log[j] = t.scores.value_log[w.key[j < n ? j : n - 1]];
+    for (int64_t j = 0; j < n; ++j) own.value_inverse[j] = t.scores.value_inverse[w.key[j]];
     for (int64_t j = 0; j < n; j += 4) {
       const int32_t* const key = w.key + j;
       const int64_t size = n - j < 4 ? n - j : 4;
@@ -214,10 +262,11 @@ struct Bytes : Products<C> {
   }
 
   // Changes the scores of n keys in RV vectors from v0, if they are to be changed, and turns them into weights from 0 to
-  // 255, relative to the largest of their row in this block, the bytes of four keys to a word.
+  // 255, relative to the largest of their row in this block, the bytes of four keys to a word. Scores that only masks
+  // change have the logarithms of steps already.
   template <int RV>
   static __attribute__((noinline)) void weigh_bytes(Scratch<C>& w, int64_t n, int64_t v0, bool changes, bool row_bias) {
-    OfThread& own = w.scores;
+    auto& own = w.scores;
     const int64_t pitch = w.pitch;
     const vf lowest = set1(-kInf);
     float* const s = w.s + v0 * L;
@@ -228,15 +277,15 @@ struct Bytes : Products<C> {
       for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 8
         for (int v = 0; v < RV; ++v) {
-          const vf x = Base::change(w, load(s + j * pitch + v * L), j, v0 + v, row_bias);
+          vf x = Base::change(w, load(s + j * pitch + v * L), j, v0 + v, row_bias);
+          if constexpr (Base::kChanges) x += own.value_log[j];
           store(s + j * pitch + v * L, x);
           top[v] = max_fast(x, top[v]);
         }
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) store(own.block + (v0 + v) * L, top[v]);
     }
-    vf shift[RV];
-    vi sum[RV] = {};
+    vf shift[RV], sum[RV] = {};
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       // A row that sees no key of the block must not subtract -inf from -inf.
@@ -249,7 +298,9 @@ struct Bytes : Products<C> {
     // Four thresholds in turn, so that of many small weights some become one, rather than all none.
     constexpr float kDither[4] = {-0.375f, 0.125f, 0.375f, -0.125f};
     const auto weigh = [&](int64_t j, int v, int i) __attribute__((always_inline)) {
-      return (vu)(Base::weight(load(s + j * pitch + v * L), shift[v]) * 255.0f + kDither[i] + kWhole);
+      const vf weight = Base::weight(load(s + j * pitch + v * L), shift[v]);
+      sum[v] += weight * own.value_inverse[j];
+      return (vu)(weight * 255.0f + kDither[i] + kWhole);
     };
     auto* to = reinterpret_cast<int32_t*>(s);
     int64_t j = 0;
@@ -259,7 +310,6 @@ struct Bytes : Products<C> {
         const vu word = weigh(j, v, 0) + (weigh(j + 1, v, 1) << 8) + (weigh(j + 2, v, 2) << 16) + (weigh(j + 3, v, 3) << 24) -
                         kBits * 0x01010101u;
         store(to + v * L, (vi)word);
-        sum[v] = Codes::add(sum[v], (vi)word, set1(int32_t(0x01010101)));
       }
     if (j < n)
 #pragma GCC unroll 8
@@ -267,32 +317,31 @@ struct Bytes : Products<C> {
         vu word = {};
         for (int64_t i = j; i < n; ++i) word += (weigh(i, v, i - j) - kBits) << uint32_t(8 * (i - j));
         store(to + v * L, (vi)word);
-        sum[v] = Codes::add(sum[v], (vi)word, set1(int32_t(0x01010101)));
       }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       const int64_t at = (v0 + v) * L;
       const vf old = load(w.top + at), top = max_fast(load(own.block + at), old);
       const vf base = select((vi)(top == lowest), vf{}, top);
-      const vf decay = Base::weight(old, base), factor = Base::weight(load(own.block + at), base) * (1.0f / 255.0f);
-      store(w.top + at, top), store(w.decay + at, decay), store(own.factor + at, factor);
-      store(w.sum + at, load(w.sum + at) * decay + to_float(sum[v]) * factor + load(own.fault + at));
+      const vf decay = Base::weight(old, base), factor = Base::weight(load(own.block + at), base);
+      store(w.top + at, top), store(w.decay + at, decay), store(own.factor + at, factor * (1.0f / 255.0f));
+      store(w.sum + at, load(w.sum + at) * decay + sum[v] * factor);
     }
   }
 
   // Adds the products of n keys' weights and values to the results w.o, as values.h says.
   template <int RV>
-  static __attribute__((noinline)) void byte_values(const Head<C>& t, Scratch<C>& w, int64_t n, int64_t v, bool first) {
+  static __attribute__((noinline)) void byte_values(Scratch<C>& w, int64_t n, int64_t v, bool first) {
     constexpr int RD = kAccumulators / RV;
     for (int64_t d = 0; d + RD <= DV; d += RD) {
       w.ahead.announce();
-      bytes_tile<RV, RD>(t, w, (n + 3) / 4, v, d, first);
+      bytes_tile<RV, RD>(w, (n + 3) / 4, v, d, first);
     }
-    if constexpr (DV % RD != 0) bytes_tile<RV, DV % RD>(t, w, (n + 3) / 4, v, DV - DV % RD, first);
+    if constexpr (DV % RD != 0) bytes_tile<RV, DV % RD>(w, (n + 3) / 4, v, DV - DV % RD, first);
   }
 
   template <int RV, int RD>
-  FUSER_INLINE void bytes_tile(const Head<C>& t, Scratch<C>& w, int64_t quads, int64_t v0, int64_t d, bool first) {
+  FUSER_INLINE void bytes_tile(Scratch<C>& w, int64_t quads, int64_t v0, int64_t d, bool first) {
     const int32_t* p = reinterpret_cast<const int32_t*>(w.s + v0 * L);
     vi acc[RD][RV] = {};
     for (int64_t j = 0; j < quads; ++j, p += w.pitch) {
@@ -310,7 +359,7 @@ struct Bytes : Products<C> {
     for (int i = 0; i < RD; ++i, o += w.pitch)
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) {
-        const vf sum = to_float(acc[i][v]) * (load(w.scores.factor + (v0 + v) * L) * t.scores.value_step[d + i]);
+        const vf sum = to_float(acc[i][v]) * load(w.scores.factor + (v0 + v) * L);
         store(o + v * L, first ? sum : load(o + v * L) * load(w.decay + (v0 + v) * L) + sum);
       }
   }

@@ -15,6 +15,7 @@
 namespace attention {
 
 constexpr float kSmallest = 0x1p-100f;  // what is below it is zero
+constexpr float kTooLarge = 0x1p50f;    // what is not has no codes, so that no product of steps overflows
 
 #if defined(FUSER_DOT_BYTES)  // a test's
 #elif defined(__AVX512VNNI__) && FUSER_VECTOR_BYTES == 64
@@ -99,7 +100,7 @@ FUSER_INLINE vf part_of(const T* row, int64_t d) {
 }
 
 // A row of q or k, less `mean` if it is centred, with zeros up to whole vectors, and its largest magnitude, infinity where
-// it is not finite.
+// it is not finite or too large.
 template <class C>
 struct CodeRow {
   using Element = typename C::Element;
@@ -121,7 +122,7 @@ struct CodeRow {
     }
     const int32_t bits = reduce_max(top);
     std::memcpy(&largest, &bits, sizeof(largest));
-    if (!(largest < kInf)) largest = kInf;
+    if (!(largest < kTooLarge)) largest = kInf;
   }
 
   // The words of codes whole(x) plus `offset`. Returns the sum of codes.

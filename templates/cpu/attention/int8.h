@@ -25,9 +25,9 @@ struct Int8 : Bytes<C, true> {
     float skip;
   };
   struct OfThread : Base::OfThread {
-    float shift[kGroup];
+    float shift[kGroup], met[kGroup];  // the largest score of a row so far, without what belongs to values
     float skip;
-    bool full;  // whether keys are multiplied as they are given
+    bool full;  // whether rows are multiplied as they are given
   };
 
   // What lies in the workspace: the mean of every head of keys, behind what bytes.h has there.
@@ -78,21 +78,23 @@ struct Int8 : Bytes<C, true> {
     }, [](const CodeRow<C>&, int64_t) {});
   }
 
-  // An exact run is asked for where values or keys are not finite.
-  FUSER_INLINE bool sound(const Head<C>& t, const Scratch<C>&) { return t.scores.state == 0; }
+  FUSER_INLINE bool sound(const Head<C>& t, const Scratch<C>& w) { return t.scores.state == 0 && !w.scores.full; }
 
+  // Where a key has no codes, its head is multiplied as it is given, where a query has none, its group.
   FUSER_INLINE void queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
-    w.scores.full = (t.scores.state & 2) != 0, w.scores.skip = t.scores.skip;
-    if (w.scores.full) return Base::queries(t, g, w);
-    own_queries(t, g, w);
+    w.scores.skip = t.scores.skip;
+    w.scores.full = (t.scores.state & 2) != 0 || !own_queries(t, g, w);
+    if (w.scores.full) Base::queries(t, g, w);
   }
 
-  static __attribute__((noinline)) void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
+  // Returns whether all rows have codes.
+  static __attribute__((noinline)) bool own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
+    bool all = true;
     for (int64_t r = 0; r < w.pitch; ++r) {
       const CodeRow<C> row(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row);
       Base::code_query(row, t, w, r);
-      own.fault[r] = own.codes.q_step[r] * 0.0f;
+      own.met[r] = -kInf, all &= row.largest < kInf;
       if constexpr (kShifts) {
         vf sum = {};
         for (int64_t d = 0; d < D; d += L) sum += row.x[d / L] * part_of<D>(t.scores.mean, d);
@@ -100,6 +102,7 @@ struct Int8 : Bytes<C, true> {
       }
     }
     own.codes.to_lanes(w.pitch);
+    return all;
   }
 
   static __attribute__((noinline)) void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
@@ -111,26 +114,28 @@ struct Int8 : Bytes<C, true> {
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0, bool exact) {
     if (w.scores.full) return Base::template score<RV>(w, n, v0, exact);
     OfThread& own = w.scores;
-    vf top[RV];
+    vf top[RV], block[RV];
 #pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
+    for (int v = 0; v < RV; ++v) top[v] = block[v] = set1(-kInf);
     for (int64_t j0 = 0; j0 < n; j0 += Base::template kTileKeys<RV>) {
       w.ahead.announce();
       float* const s = w.s + j0 * w.pitch + v0 * L;
       Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf x) FUSER_LAMBDA {
         if constexpr (kShifts) x += load(own.shift + (v0 + v) * L);
         top[v] = max_fast(x, top[v]);
+        x = Base::stored(w, x, j0 + j);
+        block[v] = max_fast(x, block[v]);
         store(s + j * w.pitch + v * L, x);
       });
     }
     vi matters = {};
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
-      const vf before = load(w.top + (v0 + v) * L);
+      const vf before = load(own.met + (v0 + v) * L);
       matters |= ~(vi)(top[v] < before - own.skip);
-      store(own.block + (v0 + v) * L, top[v]);
-      store(w.peak + (v0 + v) * L, max_fast(top[v], before));
+      store(own.met + (v0 + v) * L, max_fast(top[v], before));
     }
+    Base::template leave_tops<RV>(w, v0, block);
     return Base::kChanges || exact || any(matters) ? n : 0;
   }
 };

@@ -128,7 +128,7 @@ __attribute__((noinline)) bool attend(const Head<C>& t, const Group& g, Scratch<
         if constexpr (Scores::kByteValues)
           if (!exact) {
             Scores::template weigh_bytes<size()>(w, kept, v, changes, block.row_bias);
-            Scores::template byte_values<size()>(t, w, kept, v, first);
+            Scores::template byte_values<size()>(w, kept, v, first);
             return;
           }
         weigh<size(), Scores::kPairValues>(w, kept, v, changes, block.row_bias, exact);

@@ -76,7 +76,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     float scale;
     int16_t *sums, *next;  // of this block and of the one after it
     bool row_bias, masked;  // whether some lane may not see some key of the block
-    bool finite;            // whether all rows of q are
+    bool finite, given;     // whether all rows of q have codes of 8 bits, and whether rows are there as they are given
   };
 
   // What lies in the workspace, in this order: see PredictedKernel.launch.
@@ -278,14 +278,15 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       own.low.q_step[r] *= t.scale;
       if constexpr (kHigh) {
         Base::code_query(given, t, w, r);
-        own.fault[r] = 0.0f, own.finite &= own.codes.q_step[r] < kInf;
+        own.finite &= own.codes.q_step[r] < kInf;
       }
       // Nothing of an idle lane is computed in full.
       own.limit[r] = used ? t.scores.top[row] : C::kInverse ? -kInf : kInf;
     }
     own.low.to_lanes(w.pitch);
     if constexpr (kHigh) own.codes.to_lanes(w.pitch);
-    if (kHigh && sound(t, w)) return;
+    own.given = !kHigh || !sound(t, w);
+    if (!own.given) return;
     for (int64_t r = 0; r < w.pitch; ++r) {
       Word<C>* const copy = own.row + r * kRow;
       const Word<C>* const words = row_as(t.q + g.row[r < g.count ? r : g.count - 1] * t.q_row, copy, D);
@@ -311,7 +312,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
   }
 
   FUSER_INLINE void keys(const Head<C>& t, Scratch<C>& w, int64_t n) {
-    if (!kHigh || !sound(t, w)) Base::keys(t, w, n);
+    if (w.scores.given) Base::keys(t, w, n);
     if constexpr (kHigh) w.scores.codes.find(t.scores.k, w.key, n);
     own_keys(t, w, n);
   }
@@ -413,7 +414,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     if constexpr (kHigh) {
       raise<RV>(w, n, v0);
       uint64_t poison[C::kKeyBlock];
-      if (exact) refined = find_poison<RV>(w, n, v0, poison) && refine(w, n, poison);
+      if (exact && w.scores.given) refined = find_poison<RV>(w, n, v0, poison) && refine(w, n, poison);
     } else {
       refined = refine(w, n, w.scores.chosen);
     }
@@ -444,7 +445,7 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       if (any != 0) {
         Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
           float* const at = s + j * w.pitch + v * L;
-          const vf x = select_bits(own.chosen[j0 + j] >> (v0 + v) * L, high, load(at));
+          const vf x = Base::stored(w, select_bits(own.chosen[j0 + j] >> (v0 + v) * L, high, load(at)), j0 + j);
           top[v] = max_fast(x, top[v]);
           store(at, x);
         });
@@ -452,10 +453,14 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
 #pragma GCC unroll 8
         for (int j = 0; j < RK; ++j)
 #pragma GCC unroll 8
-          for (int v = 0; v < RV; ++v) top[v] = max_fast(load(s + j * w.pitch + v * L), top[v]);
+          for (int v = 0; v < RV; ++v) {
+            const vf x = Base::stored(w, load(s + j * w.pitch + v * L), j0 + j);
+            top[v] = max_fast(x, top[v]);
+            store(s + j * w.pitch + v * L, x);
+          }
       }
     }
-    leave_tops<RV>(w, v0, top);
+    Base::template leave_tops<RV>(w, v0, top);
   }
 
   // What predicts, chooses and raises scores in one, where products are kept and all of a tile but few have some.
@@ -476,22 +481,13 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
         const vf low = to_float(load(kept + key * w.pitch + v * L)) * (load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j]);
         const vf limit = load(own.limit + (v0 + v) * L);
         vf x = select(C::kInverse ? (vi)(low > limit) : (vi)(low <= limit), low, high);
+        x = Base::stored(w, x, j0 + j);
         if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
         top[v] = max_fast(x, top[v]);
         store(s + j * w.pitch + v * L, x);
       });
     }
-    leave_tops<RV>(w, v0, top);
-  }
-
-  // The largest scores of a block, for bytes, and with those of the blocks before it.
-  template <int RV>
-  FUSER_INLINE void leave_tops(Scratch<C>& w, int64_t v0, const vf* top) {
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) {
-      store(w.scores.block + (v0 + v) * L, top[v]);
-      store(w.peak + (v0 + v) * L, max_fast(top[v], load(w.top + (v0 + v) * L)));
-    }
+    Base::template leave_tops<RV>(w, v0, top);
   }
 
   // The lanes of chosen scores that are NaN, since their rows have no codes. Returns whether there are any.
