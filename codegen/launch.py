@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,9 @@ from fuser.runtime.abi import KernelArgs
 from fuser.runtime.library import Kernel
 
 _ALIGNMENT = 64
+_MOST_KEPT = 1 << 26
+"""Bytes that a thread keeps at most."""
+_KEPT = threading.local()
 
 
 def launch(call: KernelCall, tensors: Mapping[str, Tensor], target: Target, threads: int) -> None:
@@ -38,13 +42,28 @@ def launch(call: KernelCall, tensors: Mapping[str, Tensor], target: Target, thre
             addresses.append(kept[-1].data_ptr())
     workspace = 0
     if call.workspace_bytes:
-        kept.append(torch.empty(call.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=device))
+        kept.append(scratch(call.workspace_bytes + _ALIGNMENT, device))
         workspace = -(-kept[-1].data_ptr() // _ALIGNMENT) * _ALIGNMENT
     args = KernelArgs.pack(addresses, call.extents, threads, workspace)
     if target.kind == "cuda":
         _on_gpu(kernel, args, device, target)
     else:
         kernel(args)
+
+
+def scratch(size: int, device: torch.device) -> Tensor:
+    """``size`` bytes or more until this thread's next launch, on the device.
+
+    On CPUs a thread keeps them for it: as large as they are, memory that is freed goes back to the system, and its next
+    pages, thousands of them, would cost more than many a kernel.
+    """
+    if device.type != "cpu" or size > _MOST_KEPT:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    if getattr(_KEPT, "size", 0) < size:
+        _KEPT.scratch = None  # goes before there is more
+        _KEPT.scratch, _KEPT.size = torch.empty(size, dtype=torch.uint8), size
+    made: Tensor = _KEPT.scratch
+    return made
 
 
 def _on_gpu(kernel: Kernel, args: KernelArgs, device: torch.device, target: Target) -> None:
