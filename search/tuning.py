@@ -98,7 +98,7 @@ class Tuner:
 
     def _prepare(self, groups: Sequence[Sequence[list[GroupChoice]]]) -> None:
         """Build what is about to be measured, in parallel."""
-        missing = [c for c in groups if any(self._record(candidate) is None for candidate in c)]
+        missing = [ways for ways in groups if self._record(ways) is None]
         try:
             prepare([candidate for c in missing for candidate in c], self.target, self.threads, self._store)
         except BuildError as error:
@@ -108,8 +108,8 @@ class Tuner:
     def _store(self) -> KernelCache:
         return self.cache or default_cache()
 
-    def _record(self, candidate: Sequence[GroupChoice]) -> dict[str, Any] | None:
-        return self._store.read_record(RECORD, self._key(candidate))
+    def _record(self, ways: Sequence[Sequence[GroupChoice]]) -> dict[str, Any] | None:
+        return self._store.read_record(RECORD, self._key(ways))
 
     def _candidates(self, choice: GroupChoice) -> list[list[GroupChoice]]:
         """Ways to run a group, the given one first."""
@@ -152,41 +152,40 @@ class Tuner:
     def compare(self, candidates: Sequence[Sequence[GroupChoice]]) -> list[float] | None:
         """Seconds of ways to do the same work, each a sequence of groups, measured together unless they are remembered;
         None where one of them cannot be built or run."""
-        cache = self._store
-        records = [self._record(candidate) for candidate in candidates]
-        if all(record is not None for record in records):
-            return [float(record["seconds"]) for record in records if record is not None]
-        # All together: only times of one run may be compared.
+        # All together, also where some were measured before: only times of one run may be compared.
+        if (record := self._record(candidates)) is not None:
+            return [float(seconds) for seconds in record["seconds"]]
         try:
-            times = measure(candidates, self.target, self.threads, cache)
+            times = measure(candidates, self.target, self.threads, self._store)
         except (BuildError, KernelError, torch.OutOfMemoryError) as error:
             logger.warning("ways to run a product could not be compared, so the first is taken: %s", error)
             return None
         self.measured += len(candidates)
-        for candidate, time in zip(candidates, times, strict=True):
-            value = {
-                "seconds": time.seconds,
-                "spread": time.spread,
-                "runs": time.runs,
-                "operators": [op.kind for c in candidate for op in c.group.operators],
-                "families": [c.family for c in candidate],
-                "torch": torch.__version__,
-            }
-            cache.write_record(RECORD, self._key(candidate), value)
+        value = {
+            "seconds": [time.seconds for time in times],
+            "spread": [time.spread for time in times],
+            "runs": [time.runs for time in times],
+            "operators": [[op.kind for c in way for op in c.group.operators] for way in candidates],
+            "families": [[c.family for c in way] for way in candidates],
+            "torch": torch.__version__,
+        }
+        self._store.write_record(RECORD, self._key(candidates), value)
         return [t.seconds for t in times]
 
-    def _key(self, candidate: Sequence[GroupChoice]) -> str:
-        """What a time depends on: the kernels, their templates and sizes, the machine, the threads and the libraries.
+    def _key(self, ways: Sequence[Sequence[GroupChoice]]) -> str:
+        """What times depend on: the kernels, their templates and sizes, the machine, the threads and the libraries.
 
         Rows count by their nearest power of two, so that a new length of a sequence reuses what its neighbour found.
         """
         parts = [self.target.key, str(self.target.cores), str(self.threads), torch.__version__]
         parts.append(generator_hash(self.target))
-        for choice in candidate:
-            region = Region(choice.group.graph, choice.group.operators)
-            call = choice.call(self.target, self.threads)
-            parts += [records.structure(region), str(1 << round(math.log2(records.rows(region)))), choice.name]
-            parts += [call.spec.hash] if isinstance(call, KernelCall) else []
+        for way in ways:
+            parts.append("way")
+            for choice in way:
+                region = Region(choice.group.graph, choice.group.operators)
+                call = choice.call(self.target, self.threads)
+                parts += [records.structure(region), str(1 << round(math.log2(records.rows(region)))), choice.name]
+                parts += [call.spec.hash] if isinstance(call, KernelCall) else []
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

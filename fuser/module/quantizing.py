@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -483,21 +484,23 @@ class Quantizer:
         for call in distinct.values():
             exact = choose(call.graph)
             self._plain_seconds += math.fsum(choice.seconds for choice in exact)
+            rounded = {}
             for width in widths:
                 for layer in chosen:
                     layer.precision = width
-                rounded = choose(self.apply(call.graph, call.parameters, target))
-                for op in call.graph.operators:
-                    found = self._layer(call.graph, op, call.parameters)
-                    if found is None or found.precision == KEPT:
-                        continue
-                    if width == BF16 and call.graph.values[op.inputs[0]].dtype != torch.float32:
-                        continue
-                    seconds = compare(_covering(op.name, exact, rounded))
-                    if seconds is not None:
-                        times = spent.setdefault(id(found), (found, {}))[1]
+                rounded[width] = choose(self.apply(call.graph, call.parameters, target))
+            for op in call.graph.operators:
+                found = self._layer(call.graph, op, call.parameters)
+                if found is None or found.precision == KEPT:
+                    continue
+                narrow = call.graph.values[op.inputs[0]].dtype != torch.float32
+                ways = [width for width in widths if width != BF16 or not narrow]
+                seconds = compare(_covering(op.name, exact, *(rounded[width] for width in ways))) if ways else None
+                if seconds is not None:
+                    times = spent.setdefault(id(found), (found, {}))[1]
+                    for width, own in zip(ways, seconds[1:], strict=True):
                         before, after = times.get(width, (0.0, 0.0))
-                        times[width] = before + seconds[0], after + seconds[1]
+                        times[width] = before + seconds[0], after + own
         for layer in chosen:
             layer.precision = self._narrow
         for layer, times in spent.values():
@@ -532,19 +535,17 @@ def _prefers_bf16(target: Target) -> bool:
     return target.rate(torch.bfloat16) > target.rate(torch.float32)
 
 
-def _covering(
-    name: str, exact: Sequence[GroupChoice], rounded: Sequence[GroupChoice]
-) -> tuple[list[GroupChoice], list[GroupChoice]]:
-    """The groups of two programs of the same operators that the operator ``name`` is in, and those that share operators
-    with these, so that both do the same work."""
+def _covering(name: str, *programs: Sequence[GroupChoice]) -> list[list[GroupChoice]]:
+    """Of programs of the same operators the groups that the operator ``name`` is in, and those that share operators
+    with these, so that all do the same work."""
     covered, grown = {name}, True
     while grown:
         before = len(covered)
-        for choice in (*exact, *rounded):
+        for choice in itertools.chain.from_iterable(programs):
             if covered & choice.group.names:
                 covered |= choice.group.names
         grown = len(covered) > before
-    return [c for c in exact if covered & c.group.names], [c for c in rounded if covered & c.group.names]
+    return [[c for c in program if covered & c.group.names] for program in programs]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -104,6 +104,30 @@ def test_other_threads_or_shapes_are_measured_anew(cache: KernelCache, monkeypat
     assert len(calls) == 3 * once
 
 
+def test_only_times_of_one_run_are_compared(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may be twice as fast later; what is compared with something else then is remembered apart."""
+    choice = default_scheme(graph_of(mlp()).regions[0], IMPLEMENTATIONS, TARGET)
+    a, b, c = _three(choice)
+    speed = iter([1.0, 0.5])
+
+    def measure(candidates, target, threads, cache):  # type: ignore[no-untyped-def]
+        now = next(speed)
+        return [tuning_measurement(now * (1 + i / 10)) for i in range(len(candidates))]
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    tuner = Tuner(TARGET, 2, cache=cache)
+    assert tuner.compare([a, b]) == [1.0, 1.1]
+    assert tuner.compare([a, c]) == [0.5, 0.55]
+    assert tuner.compare([a, b]) == [1.0, 1.1]
+
+
+def _three(choice: Choice) -> list[list[GroupChoice]]:
+    """One group with three kernels."""
+    group = next(g for g in choice.groups if g.kernel is not None)
+    others = alternatives(group.kernel, IMPLEMENTATIONS, TARGET)  # type: ignore[arg-type]
+    return [[tuning.predicted(group.group, kernel, TARGET)] for kernel in others[:3]]
+
+
 def test_the_library_is_taken_only_where_it_is_faster(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = graph_of(mlp())
     pretend(monkeypatch, 0.99)
