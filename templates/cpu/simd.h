@@ -209,17 +209,30 @@ FUSER_INLINE int32_t reduce_add(vi v) {
 // Sums of integers wrap around, so that what is off by a constant can be put right afterwards.
 FUSER_INLINE vi add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
 FUSER_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+// Said by instructions: GCC takes such a vector apart, byte by byte.
 FUSER_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return to_float((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return to_float((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   typedef int8_t vb __attribute__((vector_size(kLanes)));
   vb v;
   std::memcpy(&v, p, sizeof(v));
   return to_float(__builtin_convertvector(v, vi));
+#endif
 }
 FUSER_INLINE vf load(const uint8_t* p) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return to_float((vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return to_float((vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   typedef uint8_t vb __attribute__((vector_size(kLanes)));
   vb v;
   std::memcpy(&v, p, sizeof(v));
   return to_float(__builtin_convertvector(v, vi));
+#endif
 }
 FUSER_INLINE vf load_n(const uint8_t* p, int64_t n) {
   uint8_t t[kLanes] = {};
