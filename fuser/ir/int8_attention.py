@@ -26,13 +26,13 @@ class Int8Attention(ScoreQuantization):
             each of its scores is further below the largest that its row has met than ln(Sk / ``skip``): what is lost of
             a row is then at most ``skip`` of its probability, and so at most 2 × ``skip`` × max |v| of an output.
 
-    A row of zeros, or one below 2^-100, has codes of zero. Of heads with keys that are not finite all scores are
-    computed in full, and do what they do in exact attention; a query that is not finite gives NaN.
+    A row of zeros, or one below 2^-100, has codes of zero. Of heads with keys that are not finite, or as large as 2^50,
+    all scores are computed in full, and do what they do in exact attention, as do those of such a query.
 
-    On CPUs with VNNI the product with the values is one of bytes, too: of weights rounded to 255ths of the largest in
-    their row and block of 96 keys, with an ordered dither of four steps, so that many small ones keep their sum, and
-    normalized as rounded; and of values rounded to 127ths of the largest of their element over all keys. Elsewhere, and
-    in :meth:`reference`, it is that of exact attention.
+    On CPUs with VNNI the product with the values is one of bytes, too: of values rounded to 127ths of the largest of
+    their row, and of weights times the steps of these, rounded to 255ths of the largest in their row and block of 96
+    keys, with an ordered dither of four steps, so that many small ones keep their sum. Elsewhere, and in
+    :meth:`reference`, it is that of exact attention.
 
     Few bits are for speed alone here: ``fuser.optimize`` takes exact attention where that is faster, as of short rows,
     and on GPUs, which have no kernel for this.
