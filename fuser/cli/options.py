@@ -43,4 +43,6 @@ class Scores(str, enum.Enum):
         from fuser.ir.int8_attention import Int8Attention
         from fuser.ir.prediction import DEQ, Sanger
 
-        return {Scores.INT8: Int8Attention, Scores.DEQ: DEQ, Scores.SANGER: Sanger}[self]()
+        if self is Scores.INT8:
+            return Int8Attention()
+        return DEQ() if self is Scores.DEQ else Sanger()

@@ -323,7 +323,7 @@ class Prediction(ScoreQuantization):
         exact = super().in_full(q, k, scale)
         if self.high_bits is None:
             return exact
-        high = product_of_codes(*(row_codes(x, have_codes(x)) for x in (q, k)), scale)
+        high = product_of_codes(row_codes(q, have_codes(q)), row_codes(k, have_codes(k)), scale)
         return torch.where(high.detach().isnan(), exact, high)
 
     def rounded_in_full(self, x: Tensor) -> Tensor:
