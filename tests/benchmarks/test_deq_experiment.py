@@ -167,7 +167,7 @@ def test_work_is_what_arms_compute(experiment: ModuleType) -> None:
     assert found["dense"].work == 1.0
     # Two blocks of 16 see everything.
     assert found["bigbird"].work == 1.0
-    assert found["deq"].work == pytest.approx((4 / 32 + found["deq"].share + 1) / 2)
+    assert found["deq"].work == pytest.approx((4 / 32 + found["deq"].share * 8 / 32 + 1) / 2)
     assert found["sanger_2e-2"].work == pytest.approx(4 / 64 + found["sanger_2e-2"].share)
     assert 0 < found["deq"].share < 1
     window = arms.sliding(0.25, 64).dense(64)

@@ -269,7 +269,8 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
 
   static __attribute__((noinline)) void own_queries(const Head<C>& t, const Group& g, Scratch<C>& w) {
     OfThread& own = w.scores;
-    own.finite = true, own.scale = t.scale, own.next = t.scores.sums, own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
+    own.finite = true, own.scale = t.scale, own.next = t.scores.sums;
+    own.row_bias = C::kDistances || (C::kMask && t.mask_row != 0);
     for (int64_t r = 0; r < w.pitch; ++r) {
       const bool used = r < g.count;
       const int64_t row = g.row[used ? r : g.count - 1];
@@ -478,7 +479,8 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
         // Beyond the last key are the products of another block.
         const int64_t key = j0 + j < n ? j0 + j : n - 1;
-        const vf low = to_float(load(kept + key * w.pitch + v * L)) * (load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j]);
+        const vf steps = load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j];
+        const vf low = to_float(load(kept + key * w.pitch + v * L)) * steps;
         const vf limit = load(own.limit + (v0 + v) * L);
         vf x = select(C::kInverse ? (vi)(low > limit) : (vi)(low <= limit), low, high);
         x = Base::stored(w, x, j0 + j);
