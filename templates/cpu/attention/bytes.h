@@ -93,8 +93,7 @@ struct Bytes : Products<C> {
 #pragma GCC unroll 16
       for (int64_t d = 0; d < DV; d += L) top = larger(top, (vi)abs(part_of<DV>(v, d)));
     }
-    const int32_t bits = reduce_max(top);
-    std::memcpy(all.largest + head, &bits, sizeof(bits));
+    all.largest[head] = largest_of(top);
     all.state[head] = !(all.largest[head] < kInf);
   }
 
@@ -108,10 +107,7 @@ struct Bytes : Products<C> {
       vi top = {};
 #pragma GCC unroll 16
       for (int64_t d = 0; d < DV; d += L) top = larger(top, (vi)abs(part_of<DV>(v + i * row, d)));
-      const int32_t bits = reduce_max(top);
-      float largest;
-      std::memcpy(&largest, &bits, sizeof(largest));
-      const float step = largest / kLargest;
+      const float step = largest_of(top) / kLargest;
       steps[i] = step < least ? least : step;
       factor[i] = set1(1.0f / steps[i]);
     }
@@ -214,20 +210,28 @@ struct Bytes : Products<C> {
         });
   }
 
-  // The largest scores of a block, for bytes, and with those of the blocks before it.
-  template <int RV>
-  FUSER_INLINE void leave_tops(Scratch<C>& w, int64_t v0, const vf* top) {
+  // Scores of n keys and RV vectors from v0, a tile of keys at a time: tile(j0, put) gives each score x to put(j, v, x).
+  // Unless they are still to be changed, the logarithms of steps are added. The largest of the block are left for bytes,
+  // and in w.peak with those of the blocks before it.
+  template <int RV, class Tile>
+  FUSER_INLINE void store_scores(Scratch<C>& w, int64_t n, int64_t v0, const Tile& tile) {
+    vf top[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
+    for (int64_t j0 = 0; j0 < n; j0 += kTileKeys<RV>) {
+      w.ahead.announce();
+      float* const s = w.s + j0 * w.pitch + v0 * L;
+      tile(j0, [&](int j, int v, vf x) FUSER_LAMBDA {
+        if constexpr (kByteValues && !Base::kChanges) x += w.scores.value_log[j0 + j];
+        top[v] = max_fast(x, top[v]);
+        store(s + j * w.pitch + v * L, x);
+      });
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       store(w.scores.block + (v0 + v) * L, top[v]);
       store(w.peak + (v0 + v) * L, max_fast(top[v], load(w.top + (v0 + v) * L)));
     }
-  }
-
-  // A score as it is stored, unless it is still to be changed.
-  FUSER_INLINE vf stored(const Scratch<C>& w, vf x, int64_t j) {
-    if constexpr (kByteValues && !Base::kChanges) return x + w.scores.value_log[j];
-    return x;
   }
 
   static __attribute__((noinline)) void value_keys(const Head<C>& t, Scratch<C>& w, int64_t n, bool exact) {

@@ -99,6 +99,14 @@ FUSER_INLINE vf part_of(const T* row, int64_t d) {
   return N - d < L ? load_n(row + d, N - d) : load(row + d);
 }
 
+// The largest of magnitudes, which are compared as integers, whose order is theirs, with infinity and NaN on top.
+FUSER_INLINE float largest_of(vi magnitudes) {
+  const int32_t bits = reduce_max(magnitudes);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  return largest;
+}
+
 // A row of q or k, less `mean` if it is centred, with zeros up to whole vectors, and its largest magnitude, infinity where
 // it is not finite or too large.
 template <class C>
@@ -112,7 +120,6 @@ struct CodeRow {
 
   template <bool kCentred>
   CodeRow(const Element* row, const float* mean, std::bool_constant<kCentred>) {
-    // Compared as integers, whose order is that of magnitudes, with infinity and NaN on top.
     vi top = {};
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kVectors; ++i) {
@@ -120,8 +127,7 @@ struct CodeRow {
       if constexpr (kCentred) x[i] -= part_of<D>(mean, i * L);
       top = larger(top, (vi)abs(x[i]));
     }
-    const int32_t bits = reduce_max(top);
-    std::memcpy(&largest, &bits, sizeof(largest));
+    largest = largest_of(top);
     if (!(largest < kTooLarge)) largest = kInf;
   }
 

@@ -114,20 +114,16 @@ struct Int8 : Bytes<C, true> {
   static __attribute__((noinline)) int64_t score(Scratch<C>& w, int64_t n, int64_t v0, bool exact) {
     if (w.scores.full) return Base::template score<RV>(w, n, v0, exact);
     OfThread& own = w.scores;
-    vf top[RV], block[RV];
+    vf top[RV];
 #pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) top[v] = block[v] = set1(-kInf);
-    for (int64_t j0 = 0; j0 < n; j0 += Base::template kTileKeys<RV>) {
-      w.ahead.announce();
-      float* const s = w.s + j0 * w.pitch + v0 * L;
+    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
+    Base::template store_scores<RV>(w, n, v0, [&](int64_t j0, const auto& put) FUSER_LAMBDA {
       Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf x) FUSER_LAMBDA {
         if constexpr (kShifts) x += load(own.shift + (v0 + v) * L);
         top[v] = max_fast(x, top[v]);
-        x = Base::stored(w, x, j0 + j);
-        block[v] = max_fast(x, block[v]);
-        store(s + j * w.pitch + v * L, x);
+        put(j, v, x);
       });
-    }
+    });
     vi matters = {};
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
@@ -135,7 +131,6 @@ struct Int8 : Bytes<C, true> {
       matters |= ~(vi)(top[v] < before - own.skip);
       store(own.met + (v0 + v) * L, max_fast(top[v], before));
     }
-    Base::template leave_tops<RV>(w, v0, block);
     return Base::kChanges || exact || any(matters) ? n : 0;
   }
 };

@@ -434,48 +434,30 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
   template <int RV>
   static __attribute__((noinline)) void raise(Scratch<C>& w, int64_t n, int64_t v0) {
     constexpr int64_t RK = Base::template kTileKeys<RV>;
-    OfThread& own = w.scores;
-    vf top[RV];
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
-    for (int64_t j0 = 0; j0 < n; j0 += RK) {
-      w.ahead.announce();
-      float* const s = w.s + j0 * w.pitch + v0 * L;
+    const OfThread& own = w.scores;
+    Base::template store_scores<RV>(w, n, v0, [&](int64_t j0, const auto& put) FUSER_LAMBDA {
+      const float* const s = w.s + j0 * w.pitch + v0 * L;
       uint64_t any = 0;
       for (int j = 0; j < RK; ++j) any |= own.chosen[j0 + j];
       if (any != 0) {
         Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
-          float* const at = s + j * w.pitch + v * L;
-          const vf x = Base::stored(w, select_bits(own.chosen[j0 + j] >> (v0 + v) * L, high, load(at)), j0 + j);
-          top[v] = max_fast(x, top[v]);
-          store(at, x);
+          put(j, v, select_bits(own.chosen[j0 + j] >> (v0 + v) * L, high, load(s + j * w.pitch + v * L)));
         });
       } else {
 #pragma GCC unroll 8
         for (int j = 0; j < RK; ++j)
 #pragma GCC unroll 8
-          for (int v = 0; v < RV; ++v) {
-            const vf x = Base::stored(w, load(s + j * w.pitch + v * L), j0 + j);
-            top[v] = max_fast(x, top[v]);
-            store(s + j * w.pitch + v * L, x);
-          }
+          for (int v = 0; v < RV; ++v) put(j, v, load(s + j * w.pitch + v * L));
       }
-    }
-    Base::template leave_tops<RV>(w, v0, top);
+    });
   }
 
   // What predicts, chooses and raises scores in one, where products are kept and all of a tile but few have some.
   template <int RV, bool kMasked>
   static __attribute__((noinline)) void raise_kept(Scratch<C>& w, int64_t n, int64_t v0) {
-    constexpr int64_t RK = Base::template kTileKeys<RV>;
-    OfThread& own = w.scores;
-    vf top[RV];
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
-    for (int64_t j0 = 0; j0 < n; j0 += RK) {
-      w.ahead.announce();
-      float* const s = w.s + j0 * w.pitch + v0 * L;
-      const int16_t* const kept = own.sums + v0 * L;
+    const OfThread& own = w.scores;
+    const int16_t* const kept = own.sums + v0 * L;
+    Base::template store_scores<RV>(w, n, v0, [&](int64_t j0, const auto& put) FUSER_LAMBDA {
       Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
         // Beyond the last key are the products of another block.
         const int64_t key = j0 + j < n ? j0 + j : n - 1;
@@ -483,13 +465,10 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
         const vf low = to_float(load(kept + key * w.pitch + v * L)) * steps;
         const vf limit = load(own.limit + (v0 + v) * L);
         vf x = select(C::kInverse ? (vi)(low > limit) : (vi)(low <= limit), low, high);
-        x = Base::stored(w, x, j0 + j);
         if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
-        top[v] = max_fast(x, top[v]);
-        store(s + j * w.pitch + v * L, x);
+        put(j, v, x);
       });
-    }
-    Base::template leave_tops<RV>(w, v0, top);
+    });
   }
 
   // The lanes of chosen scores that are NaN, since their rows have no codes. Returns whether there are any.
