@@ -44,7 +44,7 @@ def _statement(expression: Expression, position: int) -> str:
     elif i.op in INFIX:
         body = f" {INFIX[i.op]} ".join(args)
     else:
-        body = f"simd::{i.op.value}({', '.join(args)})"
+        body = f"math::{i.op.value}({', '.join(args)})"
     return f"const simd::vf v{position} = {body};"
 
 
@@ -65,7 +65,8 @@ def needed(expression: Expression, roots: Sequence[int], leaves: Collection[int]
 def statements(expression: Expression) -> list[str]:
     """The expression on one vector, for expressions without reductions.
 
-    Reads ``x0``, ``x1``, … (``simd::vf``); output ``j`` is the variable ``v{expression.outputs[j]}``.
+    Reads ``x0``, ``x1``, … (``simd::vf``) and the namespace ``math`` of functions; output ``j`` is the variable
+    ``v{expression.outputs[j]}``.
     """
     return [_statement(expression, at) for at in needed(expression, expression.outputs)]
 
@@ -80,14 +81,17 @@ def row_function(
     """A C++ function that evaluates the expression for one row. Outputs at the positions ``narrow`` are one number.
 
     Signature: ``name(int64_t columns, const T0* p0, …, U0* q0, …)``; a pointer for every input (for a COLUMN operand
-    to its one number), then for every output. An output may be the same row as an input.
+    to its one number), then for every output. An output may be the same row as an input. Functions
+    are rougher where all outputs are rounded to bf16, and nothing to whole numbers.
     """
     depths = expression.depths()
     reductions = [i for i, ins in enumerate(expression.instructions) if ins.op in REDUCTIONS]
     parameters = [f"const {C_TYPES[o.dtype]}* p{i}" for i, o in enumerate(operands)]
     parameters += [f"{C_TYPES[o]}* q{i}" for i, o in enumerate(outputs)]
     columns = {i for i, o in enumerate(operands) if o.access is Access.COLUMN}
-    lines = [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
+    rough = set(outputs) == {DType.BF16} and not any(i.op is Op.ROUND for i in expression.instructions)
+    lines = [f"namespace math = simd{'::rough' if rough else ''};"]
+    lines += [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
     for depth in sorted({depths[r] for r in reductions}):
         lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns)
     lines += _map_pass(expression, columns, narrow)

@@ -157,9 +157,15 @@ class GemmParameters:
         """Floats between accumulator rows."""
         return _odd_lines(self.products * self.panels * self.nr) if self.wide else self.products * self.nr
 
+    @property
+    def tile_rows(self) -> int:
+        """Accumulator rows of a thread: those of a register tile where one pass completes it and the epilogue follows,
+        else those of a block."""
+        return min(self.mr, self.mc) if not self.wide and self.kc >= self.steps else self.mc
+
     def workspace_bytes(self, rows: int, threads: int) -> int:
         """Scratch for ``rows`` rows of A on ``threads`` threads."""
-        tiles = threads * self.mc
+        tiles = threads * self.tile_rows
         if self.reduces:
             tiles = maximum([tiles, minimum([rows, self.shared])])
         return 4 * (threads * (self.mc * self.pitch + self.scale_words) + tiles * self.tile_pitch)

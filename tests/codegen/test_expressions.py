@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from fuser.codegen.expressions import literal, row_function, statements
 from fuser.codegen.render import TEMPLATES, render
-from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax
+from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax, unary
+from fuser.ir.target import Isa
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
 from fuser.kernels.operands import OperandExtents
 from fuser.kernels.rowwise import RowwiseExtents, RowwiseParameters
 from fuser.runtime.abi import KernelArgs
 from fuser.runtime.build import build
+from fuser.runtime.cpuinfo import detect_isa
 from fuser.runtime.device import cpu_target
 from fuser.runtime.library import Kernel, load
 
@@ -136,6 +138,17 @@ CASES: dict[str, Case] = {
     "layer norm": fixed(layer_norm(1e-5), 3),
     "rms norm": fixed(rms_norm(1e-6), 2),
 }
+ROUGH = {
+    op.value: Case(unary(op), (Operand(Access.MATRIX, DType.F32),), (DType.BF16,))
+    for op in (Op.EXP, Op.SIGMOID, Op.SILU, Op.GELU, Op.GELU_TANH)
+}
+"""Functions that have a shorter form where the result is rounded to bf16."""
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: x * torch.erfc(-x * 0.5**0.5) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
+"""Without PyTorch's 1 + erf and 1 + tanh, of which nothing is left far out."""
+ISAS = tuple(dict.fromkeys((detect_isa(), *((Isa.AVX2,) if detect_isa() is Isa.AVX512 else ()), Isa.PORTABLE)))
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +242,35 @@ def test_norms_and_softmax(kernels: Mapping[str, Kernel], name: str, columns: in
     eager = case.expression.evaluate(x, *rest)[0]
     (mine,) = run(kernels[name], case, [x, *rest], 7, columns)
     assert float((mine - exact).norm()) <= 2 * float((eager - exact).norm()) + 1e-6 * float(exact.norm())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_functions_that_are_rounded_to_bf16(isa: Isa) -> None:
+    specs = {name: case.spec for name, case in ROUGH.items()}
+    target = cpu_target(isa)
+    paths = build([render(spec) for spec in specs.values()], target, headers=TEMPLATES / "cpu")
+    x = torch.cat([torch.linspace(-12, 12, 24001), torch.linspace(-0.01, 0.01, 999), torch.logspace(-30, 1, 500)])
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 200.0, -200.0, 90.0, -95.0])
+    for name, spec in specs.items():
+        kernel, case = load(paths[spec.symbol], spec.symbol), ROUGH[name]
+        (got,) = run(kernel, case, [x[None]], 1, len(x))
+        exact = EXACT[name](x.double()) if name in EXACT else case.expression.evaluate(x.double())[0]
+        # Half a unit of bf16's last bit, and a tenth of it; what is 1e-37 may be nothing.
+        bound = exact.abs() * (2**-8 + 4e-4) + 1e-37
+        if name == "gelu":
+            # Below 2e-5 it is rougher, and beyond -9 it stays as it is.
+            bound[x < -4.5] += exact[x < -4.5].abs() * 4e-3 + 2e-18
+        assert bool(((got[0].double() - exact).abs() <= bound).all()), (
+            name,
+            float(((got[0] - exact).abs() / exact.abs())[exact != 0].max()),
+        )
+        (got,) = run(kernel, case, [special[None]], 1, len(special))
+        wanted = case.expression.evaluate(special)[0].bfloat16()
+        assert bool(got[0, 0].isnan()), name
+        # What eager makes of infinities depends on its vectors.
+        got, wanted = got[:, ~wanted.isnan()], wanted[~wanted.isnan()]
+        # Far out, GELU stays at -9 times the tail there; e^-95 may be nothing.
+        torch.testing.assert_close(got[0], wanted, rtol=2**-7, atol=2e-18)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels: Mapping[str, Kernel]) -> None:
