@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import fuser
 from fuser import masks
 from fuser.demo import load_encoder, model_folder
+from fuser.kernels.gemm import multiplies_bf16
 from fuser.kernels.planner import plan
 from fuser.runtime.device import cpu_target
 
@@ -90,13 +91,35 @@ def onnxruntime_arm(path: Path, threads: int) -> Encode:
     return lambda *given: session.run(None, dict(zip(names, (t.numpy() for t in given), strict=True)))[0]
 
 
-def openvino_arm(path: Path, threads: int) -> Encode:
+def openvino_arm(path: Path, threads: int, precision: str = "f32") -> Encode:
     import openvino as ov
 
     # Its default on CPUs with bf16 instructions is bf16, which is another answer.
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     compiled = ov.Core().compile_model(str(path), "CPU", hints)
     return lambda *given: compiled([t.numpy() for t in given])[0]
+
+
+def onnxruntime_int8(path: Path) -> Path:
+    """Dynamically quantized, as ``export_dynamic_quantized_onnx_model`` of sentence-transformers does."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    small = path.with_name("int8.onnx")
+    quantize_dynamic(str(path), str(small), weight_type=QuantType.QInt8, per_channel=True)
+    return small
+
+
+def openvino_int8(path: Path, samples: Sequence[Batch]) -> Path:
+    """Quantized by NNCF, as ``export_static_quantized_openvino_model`` of sentence-transformers does."""
+    import nncf
+    import openvino as ov
+
+    model = ov.Core().read_model(str(path))
+    names = [given.any_name for given in model.inputs]
+    data = nncf.Dataset([dict(zip(names, (t.numpy() for t in sample), strict=True)) for sample in samples])
+    small = path.with_name("int8.xml")
+    ov.save_model(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER), str(small))
+    return small
 
 
 def arms(model: nn.Module, threads: int, folder: Path) -> dict[str, Callable[[], Encode]]:
@@ -274,26 +297,34 @@ class Session(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.as_tensor(self.encode(input_ids, attention_mask)))
 
 
-def encoding(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[str, Any]:
+def encoding(folder: Path, texts: list[str], rounds: int, threads: int, *, int8: bool = False) -> dict[str, Any]:
     """Seconds of ``encode`` of sentence-transformers, tokenizer included, with its defaults (32 texts a batch, sorted):
-    by PyTorch, by fuser, and by encoders that are exported as its other backends export them."""
+    by PyTorch, by fuser, and by encoders that are exported as its other backends export them; with ``int8``, these and
+    fuser quantized on 64 of the texts, with the mean and the least cosine of embeddings to PyTorch's."""
     from sentence_transformers import SentenceTransformer
 
     def made() -> Any:
         return SentenceTransformer(str(folder), device="cpu")
 
     with tempfile.TemporaryDirectory() as scratch:
-        ready = {"torch": made(), "fuser": fuser.optimize(made())}
+        ready = {"torch": made()}
         encoder = ready["torch"][0].auto_model
         exported = arms(encoder, threads, Path(scratch))
-        for name in ("onnxruntime", "openvino"):
-            if name in exported:
-                ready[name] = made()
-                ready[name][0].model = Session(exported[name](), encoder.config)
-        first, expected = {}, ready["torch"].encode(texts[:200])
+        if int8:
+            ready |= quantized(made, encoder.config, Path(scratch) / "model.onnx", texts[:64], threads)
+        else:
+            ready["fuser"] = fuser.optimize(made())
+            for name in ("onnxruntime", "openvino"):
+                if name in exported:
+                    ready[name] = made()
+                    ready[name][0].model = Session(exported[name](), encoder.config)
+        first, cosines, expected = {}, {}, ready["torch"].encode(texts[:200])
         for name, model in ready.items():
-            error = abs(model.encode(texts[:200]) - expected).max()
-            assert error < 1e-4, f"{name} computes something else ({error:.2g})"
+            found = model.encode(texts[:200])
+            error = abs(found - expected).max()
+            assert int8 or error < 1e-4, f"{name} computes something else ({error:.2g})"
+            alike = (found * expected).sum(-1)
+            cosines[name] = [round(float(alike.mean()), 6), round(float(alike.min()), 6)]
             start = time.perf_counter()
             model.encode(texts)
             first[name] = time.perf_counter() - start
@@ -306,7 +337,34 @@ def encoding(folder: Path, texts: list[str], rounds: int, threads: int) -> dict[
                 ready[name].encode(texts)
                 later[name].append(time.perf_counter() - start)
     seconds = {name: round(statistics.median(found), 3) for name, found in later.items()}
-    return {"texts": len(texts), "first_seconds": {n: round(s, 3) for n, s in first.items()}, "later_seconds": seconds}
+    first = {name: round(seconds, 3) for name, seconds in first.items()}
+    more = {"cosines": cosines} if int8 else {}
+    return {"texts": len(texts), "first_seconds": first, "later_seconds": seconds, **more}
+
+
+def quantized(made: Callable[[], Any], config: Any, path: Path, texts: list[str], threads: int) -> dict[str, Any]:
+    """Encoders in int8, calibrated on these texts, by name."""
+    tokenizer = made().tokenizer
+    samples: list[Batch] = []
+    for start in range(0, len(texts), 16):
+        found = tokenizer(texts[start : start + 16], padding=True, return_tensors="pt")
+        samples.append((found["input_ids"], found["attention_mask"]))
+    calls = [{"input_ids": ids, "attention_mask": mask} for ids, mask in samples]
+    ready = {"fuser int8": fuser.optimize(made(), quantize=fuser.Int8(calibrate=calls))}
+    others: dict[str, Callable[[], Encode]] = {}
+    try:
+        small = onnxruntime_int8(path)
+        others["onnxruntime int8"] = lambda: onnxruntime_arm(small, threads)
+        smaller = openvino_int8(path, samples)
+        others["openvino int8"] = lambda: openvino_arm(smaller, threads)
+        if multiplies_bf16(cpu_target()):
+            others["openvino int8, bf16"] = lambda: openvino_arm(smaller, threads, "bf16")
+    except ImportError as error:
+        print(f"left out: {error}")
+    for name, make in others.items():
+        ready[name] = made()
+        ready[name][0].model = Session(make(), config)
+    return ready
 
 
 def planning(lengths: Sequence[int]) -> dict[str, Any]:
@@ -355,9 +413,10 @@ def main() -> None:
                 results.append({"case": case, "sentences": len(rows), **found})
                 print(results[-1], flush=True)
         if "encode" in options.parts:
-            found = encoding(model_folder(), sentences(options.texts), options.rounds, torch.get_num_threads())
-            results.append({"case": "encode", **found})
-            print(results[-1], flush=True)
+            given = model_folder(), sentences(options.texts), options.rounds, torch.get_num_threads()
+            for case in ("encode", "encode in int8"):
+                results.append({"case": case, **encoding(*given, int8=case != "encode")})
+                print(results[-1], flush=True)
         if "new" in options.parts:
             results.append({"case": "new lengths", **new_lengths(12, 20)})
             print(results[-1], flush=True)

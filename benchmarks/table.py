@@ -195,7 +195,7 @@ def architectures(report: Mapping[str, Any]) -> str:
 def any_length(report: Mapping[str, Any]) -> str:
     """Seconds of whole passes over a corpus of all lengths, and what new lengths, memory and threads cost."""
     cases = {result["case"]: result for result in report["results"]}
-    passes = [result for result in report["results"] if "later_seconds" in result]
+    passes = [result for result in report["results"] if "later_seconds" in result and "cosines" not in result]
     arms = _union(result["later_seconds"] for result in passes)
     rows = []
     for result in passes:
@@ -205,6 +205,19 @@ def any_length(report: Mapping[str, Any]) -> str:
             [f"{result['case']}, {size}, {name} pass", *t] for name, t in zip(("first", "later"), times, strict=True)
         ]
     text = _table("Sentences of all lengths by MiniLM, seconds a pass", ["corpus", *arms], rows)
+    if found := cases.get("encode in int8"):
+        times = found["later_seconds"]
+        others = [seconds for arm, seconds in times.items() if not arm.startswith("fuser")]
+        rows = [
+            [arm, _ms(times[arm]), *(f"{cosine:.4f}" for cosine in found["cosines"][arm])]
+            for arm in sorted(times, key=times.__getitem__)
+        ]
+        title = (
+            f"The same by `encode` of sentence-transformers in int8, {found['texts']} texts, tokenizer included: "
+            f"{min(others) / times['fuser int8']:.2f}× the speed of the fastest other"
+        )
+        text += "\n\n" + _table(title, ["arm", "seconds", "mean cosine to PyTorch", "least"], rows)
+        text += f"\n\n{found['cpu']}, commit {found['commit']}." if "cpu" in found else ""
     if found := cases.get("new lengths"):
         text += (
             f"\n\nA new length of BERT with {found['layers']} layers costs {found['extra_ms']:.3g} ms beyond its run."
