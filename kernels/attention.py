@@ -240,7 +240,8 @@ class AttentionMatch:
     ``mask`` if any, out and ``lse``, one of which may be missing, v with out; ``table`` is the value that holds the
     plan, where that is known at run time alone; ``bias`` adds one by ``distances``. The mask may be what the operator
     ``importance`` makes, or that to which ``disentangled`` adds positions. What these make is not stored, nor are keys
-    and values that ``joins`` make. ``quantize`` says which scores are computed with few bits."""
+    and values that ``joins`` make. ``quantize`` says which scores are computed with few bits; ``documents`` are the
+    rows and length of :class:`DocumentMask`."""
 
     group: OperatorGroup
     q: str
@@ -258,6 +259,7 @@ class AttentionMatch:
     joins: tuple[Operator[JoinedKeys], Operator[JoinedKeys]] | None = None
     disentangled: Operator[DisentangledBias] | None = None
     quantize: ScoreQuantization | None = None
+    documents: tuple[str, str] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -444,13 +446,14 @@ class AttentionFamily:
         if len(group.operators) != 1:
             return None
         ((q, k, v, *rest), how) = group.operators[0].inputs, group.of(PredictedAttention)[0].semantics
-        table, masks = (rest[3], []) if how.packed else (None, rest)
+        documents, table, masks = ((rest[0], rest[1]), rest[3], []) if how.packed else (None, None, rest)
         if not self._supported(group, (q, k, v), masks, target):
             return None
         if how.pattern.heads not in (None, group.graph.values[q].shape[1]):
             return None
         out, mask = group.operators[0].output, masks[0] if masks else None
-        return AttentionMatch(group, q, k, v, out, how.scale, how.pattern, mask, how.rule, table, quantize=how.quantize)
+        scores = how.scale, how.pattern, mask, how.rule, table
+        return AttentionMatch(group, q, k, v, out, *scores, quantize=how.quantize, documents=documents)
 
     @staticmethod
     def _has_distances(group: OperatorGroup, bias: Operator[BiasByDistance], target: Target) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,11 +42,18 @@ class Int8Extents(AttentionExtents):
 
 @dataclass(frozen=True)
 class Int8Kernel(AttentionParameters):
-    """The parameters of one kernel: equal for all specifications."""
+    """The parameters of one kernel: equal for all specifications. With ``documents``, keys lose the mean of their
+    document, and the call reads of which one each is: ``rows`` and ``length`` of :class:`DocumentMask`."""
+
+    documents: bool = False
 
     few_bits: ClassVar[bool] = True
     policy: ClassVar[ScorePolicy] = ScorePolicy("Int8", "int8.h")
     extents_kind: ClassVar[type[AttentionExtents]] = Int8Extents
+
+    @property
+    def constants(self) -> Mapping[str, int | bool | float]:
+        return {"kDocuments": self.documents}
 
     @property
     def few_rows(self) -> int:
@@ -95,7 +102,8 @@ class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
         mask = match.mask_dtype
         if not isinstance(match.quantize, Int8Attention):
             return ()
-        return [Int8Kernel(*match.widths, match.dtype, mask, rule=match.rule)]
+        documents = match.documents is not None and match.quantize.smooth
+        return [Int8Kernel(*match.widths, match.dtype, mask, rule=match.rule, documents=documents)]
 
     def cost(self, match: AttentionMatch, parameters: Int8Kernel, target: Target) -> Cost:
         """What is skipped is known when it runs, and so not counted."""
@@ -110,4 +118,7 @@ class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
 
     def call(self, match: AttentionMatch, parameters: Int8Kernel, target: Target, threads: int) -> KernelCall:
         assert isinstance(match.quantize, Int8Attention)
-        return match.call(Int8Launch(parameters, match.quantize), target, threads)
+        call, documents = match.call(Int8Launch(parameters, match.quantize), target, threads), match.documents
+        if not parameters.documents or documents is None:
+            return call
+        return dataclasses.replace(call, tensors=(*call.tensors, *documents))

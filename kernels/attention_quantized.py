@@ -20,10 +20,13 @@ def quantized(
     mask: DType | None,
     lse: bool,
     rule: ScoreRule | None,
+    *,
+    packed: bool = False,
 ) -> PlanParameters:
-    """The parameters of the kernel that computes what ``how`` says on CPUs."""
+    """The parameters of the kernel that computes what ``how`` says on CPUs, of ``packed`` documents if it is to know
+    them."""
     kernel = head_dim, value_dim, dtype, mask, lse
     if isinstance(how, Int8Attention):
-        return Int8Launch(Int8Kernel(*kernel, rule=rule), how)
+        return Int8Launch(Int8Kernel(*kernel, rule=rule, documents=packed), how)
     assert isinstance(how, Prediction)
     return PredictedAttention(PredictedKernel(*kernel, rule=rule, form=how.form), how)

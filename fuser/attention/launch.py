@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 
@@ -26,7 +27,7 @@ from fuser.kernels.attention import (
 from fuser.kernels.attention_cuda import CudaAttentionParameters
 from fuser.kernels.attention_predicted import takes
 from fuser.kernels.attention_quantized import quantized
-from fuser.kernels.base import STORAGE, DType, floating
+from fuser.kernels.base import STORAGE, DType, Literal, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
 from fuser.runtime.targets import target_of, threads_now, with_tf32
@@ -95,9 +96,11 @@ def run_plan(
     target: Target | None = None,
     rule: ScoreRule | None = None,
     quantize: ScoreQuantization | None = None,
+    documents: tuple[Literal, Literal] | None = None,
 ) -> None:
     """Run the kernel for ``plan``, the score ``rule`` and ``quantize`` on checked tensors, into ``out`` and, where it
-    is given, ``lse``.
+    is given, ``lse``. ``documents`` says of which one each key is, as rows and length of a :class:`DocumentMask` do,
+    where ``quantize`` has to know it.
 
     ``target`` is that of the tensors' device, or ``emulated_target()`` for the CUDA kernel on CPU tensors. Raises
     BuildError, ToolchainError or CacheError when there is no kernel.
@@ -113,9 +116,11 @@ def run_plan(
     operands = Operands(specs["q"], specs["k"], specs["v"], specs["out"], specs.get("mask"))
     if lse is not None:
         writes["lse"] = lse
-    parameters = _parameters(operands, lse is not None, rule, quantize, plan, target)
+    parameters = _parameters(operands, lse is not None, rule, quantize, plan, target, documents is not None)
     threads = 1 if target.kind == "cuda" else threads_now()
     call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
+    if documents is not None:
+        call = dataclasses.replace(call, tensors=(*call.tensors, *documents))
     launch(call, reads | writes, target, threads)
 
 
@@ -126,13 +131,14 @@ def _parameters(
     quantize: ScoreQuantization | None,
     plan: AttentionPlan,
     target: Target,
+    packed: bool,
 ) -> PlanParameters:
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
         return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
     if quantize is not None:
-        return quantized(quantize, *kernel, rule)
+        return quantized(quantize, *kernel, rule, packed=packed)
     return AttentionParameters(*kernel, rule=rule)
 
 

@@ -24,6 +24,7 @@ from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import Target
 from fuser.kernels.attention import cached_plan
+from fuser.kernels.base import Literal
 from fuser.kernels.documents import document_mask, plan_documents, seeing
 from fuser.kernels.plan import AttentionPlan, Int64s
 
@@ -66,7 +67,7 @@ def varlen_attention(
         score: as in :func:`fuser.sparse_attention`.
         quantize: as there, of each document by itself: what depends on more than a row (the mean of keys,
             ``calibration="dynamic"``, the largest one of a head or a sample) depends on one document, and documents run
-            one after another then.
+            one after another then, but for the mean of keys without ``score`` and ``return_lse``.
         scale: default 1 / sqrt(D).
         max_seqlen_q, max_seqlen_k: taken as flash-attention's functions take them and not needed, since the lengths are
             read from the offsets.
@@ -215,9 +216,11 @@ def _op(
     try:
         target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        if what.quantize is None or what.quantize.is_by_row:
-            plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
-            run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize)
+        if what.quantize is None or what.quantize.is_by_document(what.rule, lse=return_lse):
+            of_q, of_k = (b.tobytes() for b in bounds)
+            plan = _plan(what.mask.current(), of_q, of_k, target)
+            documents = None if what.quantize is None or what.quantize.is_by_row else _rows(of_k)
+            run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize, documents)
             return out, lse
         out.zero_()
         lse.fill_(-math.inf)
@@ -238,6 +241,16 @@ def _op(
 @functools.lru_cache(maxsize=32)
 def _plan(mask: Mask, q_bounds: bytes, k_bounds: bytes, target: Target) -> AttentionPlan:
     return plan_documents(mask, np.frombuffer(q_bounds, np.int64), np.frombuffer(k_bounds, np.int64), target)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows(bounds: bytes) -> tuple[Literal, Literal]:
+    """Of which document each row between ``bounds`` is: row r of document r // length."""
+    lengths = np.diff(np.frombuffer(bounds, np.int64))
+    most = int(lengths.max(initial=1))
+    starts = np.cumsum(lengths) - lengths
+    rows = np.arange(lengths.sum()) + np.repeat(np.arange(len(lengths)) * most - starts, lengths)
+    return Literal(f"rows:{bounds.hex()}", rows), Literal(f"length:{most}", np.array([most]))
 
 
 @torch.library.register_fake("fuser::varlen_attention")  # type: ignore[untyped-decorator]

@@ -115,15 +115,19 @@ def _forward_with(
         if quantize is not None and dropout:
             raise ValueError("quantize= takes no dropout")
         # A mask says of documents what it says of rows, but not what is the largest element of each.
-        by_row = quantize is None or quantize.is_by_row
-        if packed and not by_row:
+        by_document = quantize is None or quantize.is_by_document(rule)
+        if packed and not by_document:
             raise ValueError("quantize= of documents in one row compares within rows: granularity='seq', not 'dynamic'")
-        if not packed and not dropout and by_row:
+        if not packed and not dropout and by_document:
             cu_q = cu_k = _starts(kwargs.get("position_ids"), attn_mask)
         if cu_q is not None and cu_k is not None:
             visible = pattern if not decoder else Causal() if pattern is None else Causal() & pattern
             if attn_mask is None or _says_no_more(attn_mask, cu_q, cu_k, bool(decoder)):
                 return _of_documents(query, key, value, cu_q, cu_k, visible, rule, quantize, scaling), None
+            if packed and quantize is not None and not quantize.is_by_row:
+                raise ValueError(
+                    "quantize= of documents that the model masks itself compares within rows: smooth=False"
+                )
             if packed and pattern is not None:
                 raise MaskError(f"documents that the model masks itself cannot have the mask {pattern.name} as well")
             if packed:

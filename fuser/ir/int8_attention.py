@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuser.ir.errors import ScoreError
 from fuser.ir.score_quantization import ScoreQuantization, have_codes, row_codes
+from fuser.ir.scores import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Int8Attention(ScoreQuantization):
     """Scores from 8-bit codes of queries and keys, their largest one at the largest element of each row.
 
     Fields:
-        smooth: whether keys lose their mean over all tokens of a head before they are rounded. Without, no row depends
-            on another.
+        smooth: whether keys lose their mean over all tokens of a head, of packed documents over those of their own,
+            before they are rounded. Without, no row depends on another.
         skip: the part of a row's probability that may be left out, from 0 to below 1. A tile of keys is skipped when
             each of its scores is further below the largest that its row has met than ln(Sk / ``skip``): what is lost of
             a row is then at most ``skip`` of its probability, and so at most 2 × ``skip`` × max |v| of an output.
@@ -56,6 +57,10 @@ class Int8Attention(ScoreQuantization):
     @property
     def is_by_row(self) -> bool:
         return not self.smooth
+
+    def is_by_document(self, rule: ScoreRule | None, *, lse: bool = False) -> bool:
+        # What the mean adds to scores is left out there, which is the same for all of a row, but not after a rule.
+        return self.is_by_row or (rule is None and not lse)
 
     def mean(self, k: Tensor) -> Tensor:
         """What keys (…, S, D) lose before they are rounded, (…, 1, D)."""

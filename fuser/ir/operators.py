@@ -484,16 +484,31 @@ class PredictedAttention(Semantics):
 
     def _reference(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, *rest = inputs
-        added = torch.zeros((), dtype=q.dtype, device=q.device)
         if self.packed:
-            allowed = DocumentMask(pattern=self.pattern).allowed(*rest[:3])
-        else:
-            allowed = self.pattern.dense(q.shape[2], k.shape[2]).to(q.device)
-            for mask in rest:
-                allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, mask)
+            return self._of_documents(q, k, v, *rest[:3])
+        added = torch.zeros((), dtype=q.dtype, device=q.device)
+        allowed = self.pattern.dense(q.shape[2], k.shape[2]).to(q.device)
+        for mask in rest:
+            allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, mask)
         added = torch.where(allowed, added, -math.inf)
         out, chosen = self.quantize.reference(q, k, v, additive_mask=added, score=self.rule, scale=self.scale)
         return out, chosen, added > -math.inf
+
+    def _of_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, length: Tensor, is_key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        allowed = DocumentMask(pattern=self.pattern).allowed(rows, length, is_key)
+        added = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -math.inf)
+        out = v.new_zeros(*q.shape[:3], v.shape[3])
+        chosen = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+        _, sizes = torch.unique_consecutive(rows // length, return_counts=True)
+        for own in torch.arange(len(rows), device=q.device).split(sizes.tolist()):
+            part = slice(int(own[0]), int(own[-1]) + 1)
+            given = (t[:, :, part] for t in (q, k, v))
+            out[:, :, part], chosen[:, :, part, part] = self.quantize.reference(
+                *given, additive_mask=added[..., part, part], score=self.rule, scale=self.scale
+            )
+        return out, chosen, allowed
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         """As if all scores were computed in full."""

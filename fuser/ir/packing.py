@@ -332,7 +332,7 @@ class _Packer:
     def _predicted(self, op: Operator, semantics: PredictedAttention) -> None:
         """Attention that decides by few bits, if what it decides of a row is the same without padding."""
         operands, attn_masks = op.inputs[:3], op.inputs[3:]
-        if not semantics.quantize.is_by_row:
+        if not semantics.quantize.is_by_document(semantics.rule):
             raise PackingError(f"{op.name} compares scores with those of other rows, padding among them")
         added = any(self.graph.values[value].dtype != torch.bool for value in attn_masks)
         if semantics.quantize.unmasked_maximum and added:

@@ -43,6 +43,11 @@ class ScoreQuantization(ABC):
     def is_by_row(self) -> bool:
         """Whether what becomes of a row of scores depends on no other row of q and k than those that it is made of."""
 
+    def is_by_document(self, rule: ScoreRule | None, *, lse: bool = False) -> bool:
+        """Whether a kernel gives a row of packed documents what it has in its document alone, under this rule and with
+        the log-sum-exp of scores if that is wanted."""
+        return self.is_by_row
+
     @abstractmethod
     def codes(self, x: Tensor, which: int) -> tuple[Tensor, Tensor]:
         """Whole numbers (…, S, D) and the step of every row, (…, S, 1), of q (``which`` is 0) or k (1). Codes have the

@@ -121,11 +121,18 @@ struct Bytes : Products<C> {
     }
   }
 
-  // The codes of a head's keys, less their mean if they are centred, and its values, four keys at a time. Rows of k go to
-  // each(row, number), too.
-  template <bool kCentred, class Each>
-  static void code_rows(const FuserArgs* args, const Shared& all, int64_t head, int64_t first, int64_t last,
-                        const float* mean, std::bool_constant<kCentred> centred, const Each& each) {
+  // What all keys of a head lose.
+  struct OneMean {
+    static constexpr bool kInOrder = false;  // whether they have to be asked for one behind the other, from 0
+    const float* mean;
+    const float* operator()(int64_t) const { return mean; }
+  };
+
+  // The codes of a head's keys, less what mean(key) says if they are centred, and its values, four keys at a time. Rows of
+  // k go to each(row, number), too.
+  template <class Mean, bool kCentred, class Each>
+  static void code_rows(const FuserArgs* args, const Shared& all, int64_t head, int64_t first, int64_t last, Mean mean,
+                        std::bool_constant<kCentred> centred, const Each& each) {
     const auto& e = extents<C>(args);
     const Element *k = row_of<C>(args, 1, e.k, head, first), *v = row_of<C>(args, 2, e.v, head, first);
     const int64_t begin = head * e.kv_len;
@@ -137,7 +144,7 @@ struct Bytes : Products<C> {
       const int64_t size = last - next < 4 ? last - next : 4;
       for (int64_t at = begin + next; at < begin + next + size; ++at, k += e.k.row) {
         announce<D>(k + kRowsAhead * e.k.row);
-        const CodeRow<C> row(k, mean, centred);
+        const CodeRow<C> row(k, mean(at - begin), centred);
         all.start[at] = -Codes::kOffset * row.quantize(kLargest, 0, all.code + at * kWords, all.step + at);
         sound &= row.largest < kInf;
         each(row, at);
@@ -159,16 +166,15 @@ struct Bytes : Products<C> {
     if (!sound) __atomic_fetch_or(all.state + head, 2, __ATOMIC_RELAXED);
   }
 
-  // Codes of all rows of k, less their head's `mean` (heads, D) if they are centred, and of all values. A head is
+  // Codes of all rows of k, less the means that mean(head) says if they are centred, and of all values. A head is
   // prepared first, and is coded while it is in a cache, unless there are threads to share it.
-  template <bool kCentred, class Prepare, class Each>
-  static void survey_rows(const FuserArgs* args, const float* means, std::bool_constant<kCentred> centred,
+  template <class Means, bool kCentred, class Prepare, class Each>
+  static void survey_rows(const FuserArgs* args, const Means& mean, std::bool_constant<kCentred> centred,
                           const Prepare& prepare, const Each& each) {
     const auto& e = extents<C>(args);
     const Shared all(args);
     const int64_t part = 256, parts = (e.kv_len + part - 1) / part;
-    const bool whole = all.heads >= args->threads;
-    const auto mean = [&](int64_t head) { return kCentred ? means + head * D : nullptr; };
+    const bool whole = decltype(mean(0))::kInOrder || all.heads >= args->threads;
 #pragma omp parallel for num_threads(args->threads)
     for (int64_t head = 0; head < all.heads; ++head) {
       prepare(head);

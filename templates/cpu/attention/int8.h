@@ -3,8 +3,9 @@
 // Rows of k, less their mean, and values become codes once, rows of q whenever a group is at work (bytes.h). A block in
 // which no row has a score that matters is left out.
 //
-// The configuration adds nothing. The extents add `workspace` (bytes before what lies here), `smooth`, and `skip`, the
-// part of a row's probability that may be left out.
+// The configuration adds kDocuments, whether keys lose the mean of their document; then the tensors add `rows` (keys) and
+// `length` (1), both int64: key i is of document rows[i] / length. The extents add `workspace` (bytes before what lies
+// here), `smooth`, and `skip`, the part of a row's probability that may be left out.
 #pragma once
 #include <cmath>
 
@@ -19,6 +20,7 @@ struct Int8 : Bytes<C, true> {
   static constexpr int64_t D = C::kHeadDim, kVectors = CodeRow<C>::kVectors;
   // What depends on the mean of k is the same for all keys of a row.
   static constexpr bool kShifts = kRule<C> || C::kLse;
+  static_assert(!kShifts || !C::kDocuments);
 
   struct OfHead : Base::OfHead {
     const float* mean;
@@ -61,21 +63,49 @@ struct Int8 : Bytes<C, true> {
     }
   };
 
+  // The mean of keys first to last of a head, zeros of none. One that is not finite leaves no row that is.
+  static void find_mean(const FuserArgs* args, int64_t head, int64_t first, int64_t last, float* mean) {
+    const auto& e = extents<C>(args);
+    Wide sum[kVectors];
+    const Element* k = row_of<C>(args, 1, e.k, head, first);
+    for (int64_t i = first; i < last; ++i, k += e.k.row) {
+      Base::template announce<D>(k + Base::kRowsAhead * e.k.row);
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < D; d += L) sum[d / L].add(part_of<D>(k, d));
+    }
+    const double count = last > first ? double(last - first) : 1.0;
+    for (int64_t d = 0; d < D; d += L) store_n(mean + d, sum[d / L].mean(count), D - d < L ? D - d : L);
+  }
+
+  // The mean of the document of each key of a head.
+  struct DocumentMeans {
+    static constexpr bool kInOrder = true;
+    const FuserArgs* args;
+    int64_t head, end = 0;
+    float mean[D] = {};
+
+    const float* operator()(int64_t key) {
+      if (key < end) return mean;
+      void* const* const more = args->tensors + kFirstAfterMasks<C> + 2;
+      const int64_t *const rows = static_cast<const int64_t*>(more[0]), length = *static_cast<const int64_t*>(more[1]);
+      while (end < extents<C>(args).kv_len && rows[end] / length == rows[key] / length) ++end;
+      find_mean(args, head, key, end, mean);
+      return mean;
+    }
+  };
+
   static void survey(const FuserArgs* args, const Plan&) {
     const auto& e = extents<C>(args);
-    float* const means_of = means(args);
-    // A mean that is not finite leaves no row that is.
-    Base::survey_rows(args, means_of, std::true_type(), [&](int64_t head) {
-      Wide sum[kVectors];
-      const Element* k = row_of<C>(args, 1, e.k, head, 0);
-      for (int64_t i = 0; e.smooth && i < e.kv_len; ++i, k += e.k.row) {
-        Base::template announce<D>(k + Base::kRowsAhead * e.k.row);
-#pragma GCC unroll 16
-        for (int64_t d = 0; d < D; d += L) sum[d / L].add(part_of<D>(k, d));
-      }
-      for (int64_t d = 0; d < D; d += L)
-        store_n(means_of + head * D + d, sum[d / L].mean(double(e.kv_len)), D - d < L ? D - d : L);
-    }, [](const CodeRow<C>&, int64_t) {});
+    const auto nothing = [](const CodeRow<C>&, int64_t) {};
+    if constexpr (C::kDocuments) {
+      const auto of = [&](int64_t head) { return DocumentMeans{args, head}; };
+      return Base::survey_rows(args, of, std::true_type(), [](int64_t) {}, nothing);
+    } else {
+      float* const all = means(args);
+      const auto of = [&](int64_t head) { return typename Base::OneMean{all + head * D}; };
+      const auto find = [&](int64_t head) { find_mean(args, head, 0, e.smooth ? e.kv_len : 0, all + head * D); };
+      Base::survey_rows(args, of, std::true_type(), find, nothing);
+    }
   }
 
   FUSER_INLINE bool sound(const Head<C>& t, const Scratch<C>& w) { return t.scores.state == 0 && !w.scores.full; }

@@ -170,7 +170,8 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
       all.start[i] = -Codes::kOffset * quantize(row, k_factor, 0, all.code + i * kWords, all.step + i);
     };
     if constexpr (kHigh) {
-      Base::survey_rows(args, nullptr, std::false_type(), [](int64_t) {}, code_key);
+      const auto none = [](int64_t) { return typename Base::OneMean{nullptr}; };
+      Base::survey_rows(args, none, std::false_type(), [](int64_t) {}, code_key);
     } else {
 #pragma omp parallel for num_threads(args->threads)
       for (int64_t i = 0; i < keys; ++i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -412,6 +413,29 @@ def test_scores_of_few_bits_are_those_of_every_document_by_itself(name: str, mas
         want = expected_of_few_bits(*given, MASKS[mask], how)
         torch.testing.assert_close(out, want, rtol=0, atol=rounding_of(how, float(given[2].abs().max())))
         assert torch.equal(lse.isneginf(), sums.isneginf())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_lose_the_mean_of_their_own_document(dtype: torch.dtype) -> None:
+    lengths, how = [5, 70, 1, 0, 200, 64], Int8Attention()
+    generator = torch.Generator().manual_seed(0)
+    # Documents whose keys are far from zero, each elsewhere: the mean of all of them would leave few digits.
+    far = [30 * torch.randn(1, 4, 40, generator=generator).expand(n, -1, -1) for n in lengths]
+    q, k, v = torch.randn(3, sum(lengths), 4, 40, generator=generator).unbind()
+    q, k, v = (t.to(dtype) for t in (q, k + torch.cat(far), v))
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    got, without = (varlen_attention(q, k, v, cu, quantize=how) for how in (how, Int8Attention(smooth=False)))
+    want = varlen_attention(q.double(), k.double(), v.double(), cu)
+    for start, stop in itertools.pairwise(cu.tolist()):
+        one = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
+        alone = fuser.sparse_attention(*one, masks.Dense(), quantize=how)[0].transpose(0, 1)
+        assert torch.equal(got[start:stop], alone)
+    error, worse = (float((out - want).norm() / want.norm()) for out in (got, without))
+    assert error < 0.03 < worse
+    # A rule sees scores with what the mean adds to them.
+    capped = varlen_attention(q, k, v, cu, score=SoftCap(50.0), quantize=how)
+    want = varlen_attention(q.double(), k.double(), v.double(), cu, score=SoftCap(50.0))
+    assert float((capped - want).norm() / want.norm()) < 0.05
 
 
 def test_outliers_zeros_and_poison_of_one_document_are_its_own() -> None:

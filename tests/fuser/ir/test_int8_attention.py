@@ -113,3 +113,5 @@ def test_fields_out_of_range_are_refused(given: dict[str, Any]) -> None:
 
 def test_what_depends_on_other_rows() -> None:
     assert Int8Attention(smooth=False).is_by_row and not Int8Attention().is_by_row
+    assert Int8Attention().is_by_document(None) and not Int8Attention().is_by_document(None, lse=True)
+    assert not Int8Attention().is_by_document(SoftCap(2.0)) and Int8Attention(smooth=False).is_by_document(SoftCap(2.0))

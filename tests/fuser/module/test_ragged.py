@@ -359,6 +359,7 @@ class Quantized(Encoder):
         (DEQ(threshold=0.2), masks.SlidingWindow(3, 2)),
         (Sanger(threshold=0.08), masks.Strided(4)),
         (Int8Attention(smooth=False), masks.SlidingWindow(5, 1)),
+        (Int8Attention(), masks.Dense()),
     ],
 )
 def test_scores_of_few_bits_are_those_of_every_entry_alone(
@@ -390,7 +391,6 @@ def test_scores_of_few_bits_are_those_of_every_entry_alone(
     ("how", "kind", "reason"),
     [
         (DEQ(calibration="dynamic"), Encoder, "scores with those of other rows"),
-        (Int8Attention(), Encoder, "scores with those of other rows"),
         (DEQ(before_softmax=True, unmasked_maximum=True), Additive, "scores with those of padding"),
     ],
 )
