@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,48 +58,6 @@ class StoredInt8GemmFamily(GemmFamily):
 
 
 @dataclass(frozen=True)
-class Int8GemmParameters(GatedGemmParameters):
-    """As :class:`GatedGemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
-    ``quads``, else two. With ``factors``, elements of A are multiplied by those of a (K,) tensor before they are
-    rounded."""
-
-    quads: bool = False
-    factors: bool = False
-
-    @property
-    def width(self) -> int:
-        return 4 if self.quads else 2
-
-    @property
-    def integer(self) -> bool:
-        return True
-
-    @property
-    def ranged(self) -> bool:
-        """Whether rows are rounded to a range of integers, as :class:`StoredInt8GemmParameters` say."""
-        return False
-
-
-@dataclass(frozen=True)
-class StoredInt8GemmParameters(Int8GemmParameters):
-    """As :class:`Int8GemmParameters`, with rows of A rounded to the integers from ``low`` to ``high`` and scales of
-    ``least`` or more (:func:`fuser.ir.quantization.round_rows`)."""
-
-    low: int = -128
-    high: int = 127
-    least: float = 2.0**-23
-
-    @property
-    def ranged(self) -> bool:
-        return True
-
-    @property
-    def half(self) -> float:
-        """The magnitude that is divided by the scale of its row is no larger."""
-        return (self.high - self.low) / 2
-
-
-@dataclass(frozen=True)
 class Int8Layout(Layout):
     """A weight, and the factors of its K rows if it has some, as int8 panels for steps of ``width`` elements, with the
     scale of every column and what its sum has to be changed by where 128 is added to A: (panels, parts, steps, nr,
@@ -136,6 +95,54 @@ class StoredInt8Layout(Int8Layout):
             yield part if self.transposed else part.t(), own[:, None]
 
 
+@dataclass(frozen=True)
+class Int8GemmParameters(GatedGemmParameters):
+    """As :class:`GatedGemmParameters`, for integers with scales: a step multiplies four elements along K where it is of
+    ``quads``, else two. With ``factors``, elements of A are multiplied by those of a (K,) tensor before they are
+    rounded."""
+
+    quads: bool = False
+    factors: bool = False
+
+    kernel: ClassVar[str] = "quantized_gemm"
+    layout: ClassVar[type[Int8Layout]] = Int8Layout
+
+    @property
+    def width(self) -> int:
+        return 4 if self.quads else 2
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    @property
+    def ranged(self) -> bool:
+        """Whether rows are rounded to a range of integers, as :class:`StoredInt8GemmParameters` say."""
+        return False
+
+
+@dataclass(frozen=True)
+class StoredInt8GemmParameters(Int8GemmParameters):
+    """As :class:`Int8GemmParameters`, with rows of A rounded to the integers from ``low`` to ``high`` and scales of
+    ``least`` or more (:func:`fuser.ir.quantization.round_rows`)."""
+
+    low: int = -128
+    high: int = 127
+    least: float = 2.0**-23
+
+    kernel: ClassVar[str] = "int8_gemm"
+    layout: ClassVar[type[Int8Layout]] = StoredInt8Layout
+
+    @property
+    def ranged(self) -> bool:
+        return True
+
+    @property
+    def half(self) -> float:
+        """The magnitude that is divided by the scale of its row is no larger."""
+        return (self.high - self.low) / 2
+
+
 class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
     """Our template on CPUs."""
 
@@ -159,11 +166,11 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
 
     def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
         program, (_, *weights) = match.program, match.gemm.inputs
-        kind, factors = (StoredInt8Layout, ()) if parameters.ranged else (Int8Layout, weights[1:])
-        layout = kind(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
+        layout = parameters.layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
+        factors = weights[1:] if parameters.factors else ()
         packed = (Packed(tuple(weights), layout, i) for i in range(3))
         return KernelCall(
-            KernelSpec("int8_gemm" if parameters.ranged else "quantized_gemm", "cpu/gemm.cpp.j2", parameters),
+            KernelSpec(parameters.kernel, "cpu/gemm.cpp.j2", parameters),
             (match.a, *packed, *factors, *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
