@@ -21,6 +21,13 @@ C_TYPES = {
 INFIX = {Op.ADD: "+", Op.SUB: "-", Op.MUL: "*", Op.DIV: "/"}
 _IDENTITY = {Op.ROW_SUM: "0.0f", Op.ROW_MEAN: "0.0f", Op.ROW_MAX: "-__builtin_inff()"}
 _UNROLL = 4
+_POSITIVE = frozenset({Op.EXP, Op.SIGMOID})
+_ROUGH = _POSITIVE | {Op.SILU, Op.GELU, Op.GELU_TANH}
+"""Functions that ``simd::rough`` has."""
+_KEEP_ERRORS = frozenset(
+    {Op.MUL, Op.DIV, Op.NEG, Op.ABS, Op.RECIPROCAL, Op.SQRT, Op.RSQRT, Op.MAXIMUM, Op.MINIMUM, Op.WHERE, Op.TO_BF16}
+)
+"""What has no larger relative error than its operands; sums of positive numbers have none either."""
 
 
 def literal(value: float) -> str:
@@ -32,7 +39,7 @@ def literal(value: float) -> str:
     return f"{value!r}f"
 
 
-def _statement(expression: Expression, position: int) -> str:
+def _statement(expression: Expression, position: int, rough: Collection[int] = ()) -> str:
     i = expression.instructions[position]
     args = [f"v{a}" for a in i.args]
     if i.op is Op.INPUT:
@@ -44,8 +51,23 @@ def _statement(expression: Expression, position: int) -> str:
     elif i.op in INFIX:
         body = f" {INFIX[i.op]} ".join(args)
     else:
-        body = f"math::{i.op.value}({', '.join(args)})"
+        body = f"simd::{'rough::' if position in rough else ''}{i.op.value}({', '.join(args)})"
     return f"const simd::vf v{position} = {body};"
+
+
+def rough_calls(expression: Expression, outputs: Sequence[DType]) -> frozenset[int]:
+    """Instructions whose functions may be as rough as the rounding of outputs to bf16: what these have of them went
+    through nothing that makes relative errors larger, as differences do."""
+    instructions = expression.instructions
+    if set(outputs) != {DType.BF16}:
+        return frozenset()
+    exact: set[int] = set()
+    for at in range(len(instructions) - 1, -1, -1):
+        keeps = _KEEP_ERRORS | (REDUCTIONS if instructions[at].op in _POSITIVE else set())
+        readers = [(n, i) for n, i in enumerate(instructions) if at in i.args]
+        if any(n in exact or i.op not in keeps for n, i in readers):
+            exact.add(at)
+    return frozenset(at for at, i in enumerate(instructions) if at not in exact and i.op in _ROUGH)
 
 
 def needed(expression: Expression, roots: Sequence[int], leaves: Collection[int] = ()) -> list[int]:
@@ -65,8 +87,7 @@ def needed(expression: Expression, roots: Sequence[int], leaves: Collection[int]
 def statements(expression: Expression) -> list[str]:
     """The expression on one vector, for expressions without reductions.
 
-    Reads ``x0``, ``x1``, … (``simd::vf``) and the namespace ``math`` of functions; output ``j`` is the variable
-    ``v{expression.outputs[j]}``.
+    Reads ``x0``, ``x1``, … (``simd::vf``); output ``j`` is the variable ``v{expression.outputs[j]}``.
     """
     return [_statement(expression, at) for at in needed(expression, expression.outputs)]
 
@@ -81,20 +102,19 @@ def row_function(
     """A C++ function that evaluates the expression for one row. Outputs at the positions ``narrow`` are one number.
 
     Signature: ``name(int64_t columns, const T0* p0, …, U0* q0, …)``; a pointer for every input (for a COLUMN operand
-    to its one number), then for every output. An output may be the same row as an input. Functions
-    are rougher where all outputs are rounded to bf16, and nothing to whole numbers.
+    to its one number), then for every output. An output may be the same row as an input.
+    Functions are those of :func:`rough_calls` where these may be.
     """
     depths = expression.depths()
     reductions = [i for i, ins in enumerate(expression.instructions) if ins.op in REDUCTIONS]
     parameters = [f"const {C_TYPES[o.dtype]}* p{i}" for i, o in enumerate(operands)]
     parameters += [f"{C_TYPES[o]}* q{i}" for i, o in enumerate(outputs)]
     columns = {i for i, o in enumerate(operands) if o.access is Access.COLUMN}
-    rough = set(outputs) == {DType.BF16} and not any(i.op is Op.ROUND for i in expression.instructions)
-    lines = [f"namespace math = simd{'::rough' if rough else ''};"]
-    lines += [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
+    rough = rough_calls(expression, outputs)
+    lines = [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
     for depth in sorted({depths[r] for r in reductions}):
-        lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns)
-    lines += _map_pass(expression, columns, narrow)
+        lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns, rough)
+    lines += _map_pass(expression, columns, narrow, rough)
     used = {i.index for i in expression.instructions if i.op is Op.INPUT}
     unused = [f"(void)p{i};" for i in range(len(operands)) if i not in used]
     body = textwrap.indent("\n".join(unused + lines), "  ")
@@ -106,10 +126,14 @@ def _loads(expression: Expression, steps: Sequence[int], columns: set[int], load
     return [f"const simd::vf x{i} = {load.format(p=f'p{i}')};" for i in inputs if i not in columns]
 
 
-def _body(expression: Expression, roots: Sequence[int], columns: set[int], load: str) -> list[str]:
+def _body(
+    expression: Expression, roots: Sequence[int], columns: set[int], load: str, rough: Collection[int]
+) -> list[str]:
     steps = needed(expression, roots)
     lines = _loads(expression, steps, columns, load)
-    return lines + [_statement(expression, at) for at in steps if expression.instructions[at].op not in REDUCTIONS]
+    return lines + [
+        _statement(expression, at, rough) for at in steps if expression.instructions[at].op not in REDUCTIONS
+    ]
 
 
 def _accumulate(op: Op, into: str, value: str) -> str:
@@ -120,7 +144,7 @@ def _loop(header: str, body: Sequence[str]) -> list[str]:
     return [f"{header} {{", *(f"  {line}" for line in body), "}"]
 
 
-def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]) -> list[str]:
+def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int], rough: Collection[int]) -> list[str]:
     lines = []
     instructions = expression.instructions
     sources = [instructions[r].args[0] for r in roots]
@@ -129,11 +153,11 @@ def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]
         fill = ", ".join(f"simd::set1({identity})" for _ in range(_UNROLL))
         lines.append(f"simd::vf a{r}[{_UNROLL}] = {{{fill}}};")
     pairs = list(zip(roots, sources, strict=True))
-    unrolled = _body(expression, sources, columns, "simd::load({p} + c + u * simd::kLanes)")
+    unrolled = _body(expression, sources, columns, "simd::load({p} + c + u * simd::kLanes)", rough)
     unrolled += [_accumulate(instructions[r].op, f"a{r}[u]", f"v{s}") for r, s in pairs]
-    single = _body(expression, sources, columns, "simd::load({p} + c)")
+    single = _body(expression, sources, columns, "simd::load({p} + c)", rough)
     single += [_accumulate(instructions[r].op, f"a{r}[0]", f"v{s}") for r, s in pairs]
-    tail = _body(expression, sources, columns, "simd::load_n({p} + c, columns - c)")
+    tail = _body(expression, sources, columns, "simd::load_n({p} + c, columns - c)", rough)
     tail += [
         _accumulate(
             instructions[r].op,
@@ -161,20 +185,20 @@ def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]
     return lines
 
 
-def _map_pass(expression: Expression, columns: set[int], narrow: Collection[int]) -> list[str]:
+def _map_pass(expression: Expression, columns: set[int], narrow: Collection[int], rough: Collection[int]) -> list[str]:
     wide = [(j, o) for j, o in enumerate(expression.outputs) if j not in narrow]
     lines = []
     if narrow:
         once = [(j, o) for j, o in enumerate(expression.outputs) if j in narrow]
-        body = _body(expression, [o for _, o in once], columns, "")
+        body = _body(expression, [o for _, o in once], columns, "", rough)
         lines += ["{", *(f"  {line}" for line in body)]
         lines += [*(f"  simd::store_n(q{j}, v{o}, 1);" for j, o in once), "}"]
     if not wide:
         return lines
     roots = [o for _, o in wide]
-    full = _body(expression, roots, columns, "simd::load({p} + c)")
+    full = _body(expression, roots, columns, "simd::load({p} + c)", rough)
     full += [f"simd::store(q{j} + c, v{o});" for j, o in wide]
-    tail = _body(expression, roots, columns, "simd::load_n({p} + c, columns - c)")
+    tail = _body(expression, roots, columns, "simd::load_n({p} + c, columns - c)", rough)
     tail += [f"simd::store_n(q{j} + c, v{o}, columns - c);" for j, o in wide]
     return [
         *lines,

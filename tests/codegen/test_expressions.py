@@ -17,7 +17,17 @@ from torch import Tensor
 
 from fuser.codegen.expressions import literal, row_function, statements
 from fuser.codegen.render import TEMPLATES, render
-from fuser.ir.expression import Builder, Expression, Op, layer_norm, masked_softmax, rms_norm, softmax, unary
+from fuser.ir.expression import (
+    Builder,
+    Expression,
+    Op,
+    layer_norm,
+    log_sum_exp,
+    masked_softmax,
+    rms_norm,
+    softmax,
+    unary,
+)
 from fuser.ir.target import Isa
 from fuser.kernels.base import Access, DType, KernelSpec, Operand
 from fuser.kernels.operands import OperandExtents
@@ -271,6 +281,60 @@ def test_functions_that_are_rounded_to_bf16(isa: Isa) -> None:
         got, wanted = got[:, ~wanted.isnan()], wanted[~wanted.isnan()]
         # Far out, GELU stays at -9 times the tail there; e^-95 may be nothing.
         torch.testing.assert_close(got[0], wanted, rtol=2**-7, atol=2e-18)
+
+
+def _of_sigmoid(op: Op, *, reduced: bool) -> Expression:
+    b = Builder()
+    y = b.apply(Op.SIGMOID, b.input(0))
+    return b.build(b.apply(op, y, b.apply(Op.ROW_MEAN, y) if reduced else b.input(1)))
+
+
+def _log_softmax() -> Expression:
+    b = Builder()
+    x = b.input(0)
+    return b.build(b.apply(Op.SUB, x, *b.inline(log_sum_exp(), [x])))
+
+
+def _normalized_sigmoid() -> Expression:
+    b = Builder()
+    return b.build(*b.inline(layer_norm(1e-5, weight=False, bias=False), [b.apply(Op.SIGMOID, b.input(0))]))
+
+
+@pytest.mark.parametrize(
+    ("expression", "rough"),
+    [
+        (softmax(), True),
+        (masked_softmax(), True),
+        (_of_sigmoid(Op.MUL, reduced=False), True),
+        (_of_sigmoid(Op.DIV, reduced=True), True),
+        (_of_sigmoid(Op.SUB, reduced=False), False),
+        (_of_sigmoid(Op.SUB, reduced=True), False),
+        (log_sum_exp(), False),
+        (_log_softmax(), False),
+        (_normalized_sigmoid(), False),
+    ],
+)
+def test_functions_are_rough_only_where_no_difference_shows_it(expression: Expression, rough: bool) -> None:
+    operands = (Operand(Access.MATRIX, DType.F32),) * expression.inputs
+    assert ("rough::" in row_function("row", expression, operands, (DType.BF16,))) is rough
+    for others in ((DType.F32,), (DType.BF16, DType.F32)):
+        twice = Expression(expression.instructions, expression.outputs * len(others))
+        assert "rough::" not in row_function("row", twice, operands, others)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_differences_of_functions_in_bf16(isa: Isa) -> None:
+    x = torch.cat([torch.zeros(1, 64), 0.003 * torch.randn(7, 64, generator=torch.Generator().manual_seed(0))])
+    x[1, 0] = 40.0
+    target = cpu_target(isa)
+    for expression in (_log_softmax(), _of_sigmoid(Op.SUB, reduced=True), _normalized_sigmoid()):
+        case = Case(expression, (Operand(Access.MATRIX, DType.F32),), (DType.BF16,))
+        (path,) = build([render(case.spec)], target, headers=TEMPLATES / "cpu").values()
+        (got,) = run(load(path, case.spec.symbol), case, [x], 8, 64)
+        (exact,), (eager,) = (expression.evaluate(t) for t in (x.double(), x))
+        bound = float((eager.bfloat16() - exact).norm())
+        assert float((got - exact).norm()) <= 1.5 * bound + 1e-6 * float(exact.norm())
+        assert not bool(got.isnan().any())
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels: Mapping[str, Kernel]) -> None:
