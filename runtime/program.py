@@ -7,7 +7,6 @@ import ctypes
 import enum
 import functools
 import itertools
-import mmap
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from fuser.runtime.abi import ARGS_ROW, STEP_ROW, KernelArgs, extents_buffer
 from fuser.runtime.cpuinfo import usable_cores
 from fuser.runtime.library import Kernel, run_after_fork
 from fuser.runtime.locks import ForkSafeLock
+from fuser.runtime.pages import pages
 
 RUNNER = "fuser_run_steps"
 INDEX_STATUS = 1
@@ -205,7 +205,7 @@ class Arena:
         # A reservation: what no program has written yet takes no memory, and the next larger one keeps the rest.
         for reserved in (1 << (size - 1).bit_length(), size):
             with contextlib.suppress(OSError, OverflowError):
-                return _pages(reserved)
+                return pages(reserved)
         return aligned(size, self.device)
 
     def release(self) -> None:
@@ -260,11 +260,6 @@ def aligned(size: int, device: torch.device) -> Tensor:
     """Memory of PyTorch's, from a multiple of 64."""
     room = torch.empty(size + _CACHE_LINE, dtype=torch.uint8, device=device)
     return room[-room.data_ptr() % _CACHE_LINE :]
-
-
-def _pages(size: int) -> Tensor:
-    """Memory of this process alone, from a multiple of a page."""
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 class States:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fuser.frontend.watch import Structure
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
+from fuser.runtime.pages import Shelf
 
 Use = tuple[Sequence[TensorRef], Mapping[str, Constant], Mapping[str, Tensor]]
 """The constants that a program refers to, what they are, and the live tensors that they are made from."""
@@ -82,6 +83,7 @@ class WeightStore:
         self._structure = Structure(model)
         self._contents = _Contents()
         self._made: dict[_Key, tuple[Tensor, ...]] = {}
+        self._shelf = Shelf()
         self._offloaded: dict[int, Tensor] = {}
         self._direct: set[int] = set()
         self.generation = next(_GENERATIONS)
@@ -175,7 +177,8 @@ class WeightStore:
             return parameters[ref]
         key = _key(ref, constants, parameters)
         if key not in self._made:
-            self._made[key] = _made(ref, constants, parameters, device)
+            found = _made(ref, constants, parameters, device)
+            self._made[key] = tuple(map(self._shelf.moved, found)) if isinstance(ref, Packed) else found
         return self._made[key][ref.index if isinstance(ref, Packed) else 0]
 
     def made(

@@ -135,7 +135,7 @@ def test_an_arena_is_as_large_as_it_must_where_no_more_can_be_reserved(
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr("fuser.runtime.program._pages", pages)
+    monkeypatch.setattr("fuser.runtime.program.pages", pages)
     arena = Arena()
     with arena.lock:
         buffer = arena.require(70_000)
