@@ -174,7 +174,7 @@ def resident() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = ["bert-base:1x128", "bert-base:1x512", "bert-base:8x128", "minilm:32x64"]
+    cases = ["bert-base:1x16", "bert-base:1x128", "bert-base:1x512", "bert-base:8x128", "minilm:1x16", "minilm:32x64"]
     parser.add_argument("--cases", nargs="*", default=cases)
     parser.add_argument("--sentences", type=int, default=500, help="of the demo's text; 0: none")
     parser.add_argument("--no-memory", action="store_true", help="do not measure resident memory")
