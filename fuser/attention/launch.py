@@ -26,6 +26,12 @@ from fuser.kernels.attention import (
 from fuser.kernels.attention_cuda import CudaAttentionParameters
 from fuser.kernels.attention_predicted import takes
 from fuser.kernels.attention_quantized import quantized
+from fuser.kernels.attention_quantized_cuda import (
+    CudaQuantizedAttention,
+    CudaQuantizedParameters,
+    has_kernel,
+    quantized_choices,
+)
 from fuser.kernels.base import STORAGE, DType, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
@@ -62,8 +68,10 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
         )
     if quantize is not None:
-        if target.kind != "cpu" and not quantize.may_be_exact:
-            raise NoKernelError("quantize= has kernels for CPUs only")
+        if target.kind == "cuda" and not has_kernel(quantize):
+            raise NoKernelError(
+                "quantize= has kernels for GPUs where rows of scores decide for themselves what is computed in 8 bits"
+            )
         if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
             raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
@@ -130,7 +138,11 @@ def _parameters(
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
-        return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
+        chosen = _cheapest(*kernel, rule, quantize, plan, *q.shape[:2], with_tf32(target))
+        if quantize is None:
+            return chosen
+        assert isinstance(chosen, CudaQuantizedParameters)
+        return CudaQuantizedAttention(chosen, quantize)
     if quantize is not None:
         return quantized(quantize, *kernel, rule)
     return AttentionParameters(*kernel, rule=rule)
@@ -144,11 +156,13 @@ def _cheapest(
     mask: DType | None,
     lse: bool,
     rule: ScoreRule | None,
+    quantize: ScoreQuantization | None,
     plan: AttentionPlan,
     batch: int,
     heads: int,
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
-    found = attention_cuda.choices(width, value_width, dtype, mask, lse, target, rule)
+    kernel = width, value_width, dtype, mask, lse, target, rule
+    found = attention_cuda.choices(*kernel) if quantize is None else quantized_choices(quantize, *kernel)
     return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

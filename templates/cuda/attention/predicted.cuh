@@ -1,0 +1,219 @@
+// Scores predicted with few bits, some of which are computed in 8 bits: fuser/ir/prediction.py says what, in PyTorch.
+//
+// A first kernel, the survey, leaves of every row of scores, or of every part of one that several tiles share, the largest
+// predicted score and the sum of weights. A tile makes these its rows' limits, and then computes both kinds of scores.
+// Codes, predicted scores and limits that follow from maxima have the bits of the PyTorch code.
+//
+// The configuration adds:
+//   kBits                          width of codes
+//   kPerRow, kNormalize            where the largest code stands: see Prediction.calibration
+//   kSums                          whether limits follow from sums of weights, too
+//   kBefore                        whether scores are compared, not probabilities
+//   kInverse                       whether scores are computed in full that are not above their limit
+//   kPrune                         whether all others are left out
+//   kBestOfEmpty, kAllOfEmpty      what is computed in full of a row that has nothing above its limit
+// and the extents `workspace`, `limit` and `q_threshold`, `k_threshold`. Behind the rows (codes.cuh) lie the two numbers
+// of every row of scores, then those of the parts of every unit's rows.
+#pragma once
+#include "cuda/attention/codes.cuh"
+#include "cuda/attention/kernel.cuh"
+
+namespace attention {
+
+// What the survey makes of predicted scores.
+template <class S>
+struct Survey : Changes<S, true> {
+  using Base = Changes<S, true>;
+  using Queries = CodeQueries<S>;
+
+  static __device__ __forceinline__ void score(float (&s)[S::kTiles][4], const Queries& q, const Key<S>* shared,
+                                               const Key<S>* k, float* scratch, unsigned lane) {
+    code_scores<S, 0>(s, q, q.step, shared, k, scratch, lane);
+  }
+
+  // A very low bias counts here: rows that have nothing else have a limit, too.
+  template <class Mask>
+  static __device__ __forceinline__ bool change(const Problem<S>& p, float (&s)[S::kTiles][4], const Queries&,
+                                                const Mask& mask) {
+#pragma unroll
+    for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float y = S::kMask || S::kDistances ? mask(j, e) : 0.0f;
+        s[j][e] = y <= kNever ? y : Base::in_nats(p, s[j][e], y);
+      }
+    return false;
+  }
+
+  // Adds scores to what a lane knows of its rows. NaN sets no maximum.
+  static __device__ __forceinline__ void know(const float (&s)[S::kTiles][4], float (&top)[S::kLaneRows],
+                                              float (&sum)[S::kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < S::kLaneRows; ++r) {
+      const float before = top[r];
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (which_row<S>(e) == r) top[r] = fmaxf(top[r], s[j][e]);
+      if constexpr (S::kSums) {
+        const float shift = Base::shift(top[r], kLog2e);
+        sum[r] *= Base::decay(before, top[r], kLog2e);
+#pragma unroll
+        for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (which_row<S>(e) == r) sum[r] += Base::weight(s[j][e], shift, kLog2e);
+      }
+    }
+  }
+
+  // Leaves what the lanes of a row know.
+  static __device__ __forceinline__ void leave(const Place<S>& place, const int4* members, float (&top)[S::kLaneRows],
+                                               float (&sum)[S::kLaneRows], unsigned lane) {
+#pragma unroll
+    for (int r = 0; r < S::kLaneRows; ++r) {
+      const float all = warp_max(top[r], S::kLanes);
+      if constexpr (S::kSums) sum[r] = warp_sum(sum[r] * Base::decay(top[r], all, kLog2e), S::kLanes);
+      const int4 member = members[row_of<S>(lane, r)];
+      if (member.x < 0 || lane % S::kLanes != 0) continue;
+      (member.w == 1 ? place.of_rows[member.x] : place.of_parts[member.y + member.z]) = make_float2(all, sum[r]);
+    }
+  }
+};
+
+template <class S>
+struct Predicted : Changes<S, true> {
+  using Base = Changes<S, true>;
+  static constexpr float kLargest = float((1 << (S::kBits - 1)) - 1);
+  static constexpr bool kPrunes = S::kPrune;
+
+  // Codes of the first kind, of elements divided by their row's size and a step. Returns the step.
+  static __device__ __forceinline__ float quantize(CodeRow<S>& row, float factor, int8_t* to, unsigned lane) {
+    if constexpr (S::kPerRow) return row.quantize(kLargest, to, lane);
+    float size = 1.0f;
+    if constexpr (S::kNormalize) {
+      double squares = 0.0;
+      row.each(lane, [&](float x, int) { squares += double(x) * double(x); });
+      size = float(sqrt(warp_sum(squares)));
+    }
+    const bool used = row.largest >= kSmallest && row.largest < kInf && size < kInf;
+    row.write(to, used, lane, [&](float x) {
+      return fminf(fmaxf(rintf(__fmul_rn(__fdiv_rn(x, size), factor)), -kLargest), kLargest);
+    });
+    return used ? __fdiv_rn(size, factor) : row.largest < kSmallest ? 0.0f : __int_as_float(0x7fc00000);
+  }
+
+  template <bool kOfKeys>
+  static __device__ __forceinline__ float2 round(const Rows<S>& r, CodeRow<S>& row, int64_t, int8_t* to,
+                                                 unsigned lane) {
+    row.measure(lane);
+    return make_float2(quantize(row, r.factor, to, lane), row.quantize(kLargestByte, to + kSecond<S>, lane));
+  }
+
+  static __device__ __forceinline__ float limit_of(const Problem<S>& p, const Place<S>& place, int4 member) {
+    const float2* known = member.w == 1 ? place.of_rows + member.x : place.of_parts + member.y;
+    float top = -kInf, sum = 0.0f, limit;
+    for (int i = 0; i < member.w; ++i) top = fmaxf(top, known[i].x);
+    if constexpr (S::kSums)
+      for (int i = 0; i < member.w; ++i) sum += known[i].y * expf(known[i].x - finite_shift(top));
+    if constexpr (S::kBefore)
+      limit = __fmul_rn(p.given.limit, top);
+    else
+      limit = __fadd_rn(S::kSums ? __fadd_rn(top, logf(sum)) : top, p.given.limit);
+    if (!(top > limit)) {
+      if constexpr (S::kBestOfEmpty) limit = top == 0.0f ? -kSmallest : nextafterf(top, -kInf);
+      if constexpr (S::kAllOfEmpty) limit = -kInf;
+    }
+    return limit;
+  }
+
+  // Whether a score is to be computed in full; NaN is.
+  static __device__ __forceinline__ bool is_chosen(float x, float limit) {
+    return S::kInverse ? !(x > limit) : !(x <= limit);
+  }
+
+  struct Queries : CodeQueries<S> {
+    float high_step[S::kLaneRows], limit[S::kLaneRows], high[S::kTiles][4];
+
+    __device__ __forceinline__ void load(const Problem<S>& p, const Place<S>& place, const int4* members,
+                                         const int (&row)[S::kLaneRows], unsigned lane) {
+      CodeQueries<S>::load(p, place, members, row, lane);
+#pragma unroll
+      for (int r = 0; r < S::kLaneRows; ++r) {
+        high_step[r] = __fmul_rn(this->number(p, place, row[r], 1), p.scale);
+        limit[r] = row[r] < 0 ? 0.0f : limit_of(p, place, members[row_of<S>(lane, r)]);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ void score(float (&s)[S::kTiles][4], Queries& q, const Key<S>* shared,
+                                               const Key<S>* k, float* scratch, unsigned lane) {
+    code_scores<S, 0>(s, q, q.step, shared, k, scratch, lane);
+    code_scores<S, 1>(q.high, q, q.high_step, shared, k, scratch, lane);
+  }
+
+  template <class Mask>
+  static __device__ __forceinline__ bool change(const Problem<S>& p, float (&s)[S::kTiles][4], const Queries& q,
+                                                const Mask& mask) {
+    bool low = false;
+#pragma unroll
+    for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float y = S::kMask || S::kDistances ? mask(j, e) : 0.0f;
+        low |= y <= kNever && y != -kInf;
+        const float x = Base::in_nats(p, s[j][e], y), high = Base::in_nats(p, q.high[j][e], y);
+        s[j][e] = y <= kNever ? -kInf : is_chosen(x, q.limit[which_row<S>(e)]) ? high : S::kPrune ? -kInf : x;
+      }
+    return low;
+  }
+
+  struct Row {
+    const Key<S>* codes;
+    const Element<S>* given;
+    float step, high_step, limit;
+
+    __device__ __forceinline__ Row(const Problem<S>& p, const Place<S>& place, int4 member)
+        : codes(place.q + int64_t(member.x) * p.of_q.row),
+          given(place.given_q + int64_t(member.x) * p.given.of_q.row),
+          step(__fmul_rn(number_of<S>(codes, 0), p.scale)),
+          high_step(__fmul_rn(number_of<S>(codes, 1), p.scale)),
+          limit(limit_of(p, place, member)) {}
+
+    __device__ __forceinline__ float score(const Problem<S>& p, const Place<S>& place, int64_t key, float y,
+                                           unsigned lane) const {
+      const Key<S>* const k = place.k + key * p.of_k.row;
+      const float x = Base::in_nats(p, code_score<S, 0>(codes, step, k, lane), y);
+      if (!is_chosen(x, limit)) return S::kPrune ? -kInf : x;
+      float high = code_score<S, 1>(codes, high_step, k, lane);
+      if (high != high) high = product_of_rows<S>(given, place.given_k + key * p.given.of_k.row, lane) * p.scale;
+      return Base::in_nats(p, high, y);
+    }
+  };
+};
+
+// T is the shape of the survey.
+template <class S, class T, class Attend, class Find>
+int run_predicted(const FuserArgs* args, void* stream, Attend attend, Find find) {
+  const auto& e = *static_cast<const typename S::Extents*>(args->extents);
+  Problem<S> p{};
+  Problem<T> q{};
+  if (!bind(args, p) || !bind(args, q)) return kUnsupported;
+  const int64_t tiles = p.units * p.tiles;
+  if (tiles == 0) return 0;
+  bind_codes<S>(args, p), bind_codes<S>(args, q);
+  const CodeSpace<S> at(args);
+  p.given.of_rows = q.given.of_rows = reinterpret_cast<float2*>(at.end);
+  p.given.of_parts = q.given.of_parts = p.given.of_rows + at.q_rows;
+  p.given.limit = float(e.limit);
+  const float largest = S::Scores::kLargest;
+  const float q_factor = largest / float(e.q_threshold), k_factor = largest / float(e.k_threshold);
+  if (const int status = round_all(args, p, Rows<S>{}, q_factor, k_factor, stream)) return status;
+  // A block for each tile.
+  const dim3 blocks = dim3(unsigned(tiles)), threads = dim3(T::kThreads);
+  if (const int status = launch(find, blocks, threads, size_t(T::kSharedBytes), stream, q)) return status;
+  return start(args, stream, p, attend);
+}
+
+}  // namespace attention
