@@ -40,6 +40,8 @@ _STAGES = (2, 3)
 _MMA_SHARE = 0.6
 _FMA_SHARE = 0.5
 _GATHER_SHARE = 2 / 3
+_CODE_FLOPS = 8.0
+"""What a score of codes takes besides its product: a conversion, and the multiplication with two steps."""
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,11 @@ def cost(
     gathered = STEP * width * parameters.dtype.bytes
     products = 2.0 * width / rate
     if parameters.codes:
-        of_codes = parameters.head_dim * (parameters.codes + parameters.surveys)
-        products = 2.0 * (of_codes / target.mma_rate(torch.int8, _MMA_SHARE) + parameters.value_dim / rate)
-        gathered = STEP * (of_codes + parameters.value_dim * parameters.dtype.bytes)
+        kinds = parameters.codes + parameters.surveys
+        of_code = 2.0 * parameters.head_dim / target.mma_rate(torch.int8, _MMA_SHARE)
+        of_code += _CODE_FLOPS / (target.peak_flops * _FMA_SHARE)
+        products = kinds * of_code + 2.0 * parameters.value_dim / rate
+        gathered = STEP * (kinds * parameters.head_dim + parameters.value_dim * parameters.dtype.bytes)
     step = max(pairs * products / steps, gathered / (target.l2_bandwidth * _GATHER_SHARE))
     whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
     longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS
