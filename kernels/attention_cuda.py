@@ -99,6 +99,11 @@ class CudaAttentionParameters:
         return 0
 
     @property
+    def given(self) -> bool:
+        """Whether rows of codes have those of q or k as given behind them."""
+        return False
+
+    @property
     def surveys(self) -> bool:
         """Whether limits of rows are found before scores are."""
         return False
@@ -119,10 +124,14 @@ class CudaAttentionParameters:
         return -(-self.value_dim // step) * step
 
     @property
+    def given_bytes(self) -> int:
+        """Bytes of a row of q or k as given, with zeros up to whole products."""
+        return -(-self.head_dim * self.dtype.bytes // 32) * 32
+
+    @property
     def key_bytes(self) -> int:
         """Bytes between rows of q and k in shared memory."""
-        step = 32 // self.dtype.bytes
-        return -(-self.head_dim // step) * 32 + 16
+        return self.given_bytes + 16
 
     @property
     def shares_queries(self) -> bool:
@@ -296,8 +305,9 @@ def cost(
         kinds = parameters.codes + parameters.surveys
         of_code = 2.0 * parameters.head_dim / target.mma_rate(torch.int8, _MMA_SHARE)
         of_code += _CODE_FLOPS / (target.peak_flops * _FMA_SHARE)
-        products = kinds * of_code + 2.0 * parameters.value_dim / rate
-        gathered = STEP * (kinds * parameters.head_dim + parameters.value_dim * parameters.dtype.bytes)
+        in_full = parameters.value_dim + parameters.given * parameters.head_dim
+        products = kinds * of_code + 2.0 * in_full / rate
+        gathered = STEP * (kinds * parameters.head_dim + in_full * parameters.dtype.bytes)
     step = max(pairs * products / steps, gathered / (target.l2_bandwidth * _GATHER_SHARE))
     whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
     longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS

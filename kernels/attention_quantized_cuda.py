@@ -23,6 +23,7 @@ from fuser.kernels.attention_cuda import (
     choices,
 )
 from fuser.kernels.attention_predicted import constants_of, takes
+from fuser.kernels.attention_tiles import BitOrder
 from fuser.kernels.base import Cost, DType, KernelCall, KernelSpec
 from fuser.kernels.plan import AttentionPlan
 
@@ -62,7 +63,11 @@ class CudaQuantizedParameters(CudaAttentionParameters):
 
     @property
     def codes(self) -> int:
-        return 1 if self.form is None else 2
+        return 1 if self.form is None or self.given else 2
+
+    @property
+    def given(self) -> bool:
+        return self.form is not None and self.form.high_bits is None
 
     @property
     def surveys(self) -> bool:
@@ -74,11 +79,11 @@ class CudaQuantizedParameters(CudaAttentionParameters):
 
     @property
     def key_bytes(self) -> int:
-        return self.codes * -(-self.head_dim // 32) * 32 + 16
+        return self.codes * -(-self.head_dim // 32) * 32 + 16 + self.given * self.given_bytes
 
     @property
     def shares_queries(self) -> bool:
-        return self.head_dim > 128
+        return self.head_dim > 128 or (self.given and self.order is BitOrder.VECTOR)
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,8 @@ class CudaQuantizedAttention:
 
 
 def has_kernel(how: ScoreQuantization) -> bool:
-    """Whether GPUs have a kernel for ``how``: where what becomes of a row of scores depends on no other, and what is
-    computed in full is in 8 bits."""
-    return isinstance(how, Int8Attention) or (isinstance(how, Prediction) and how.is_by_row and how.high_bits == 8)
+    """Whether GPUs have a kernel for ``how``: where what is computed in full of a row of scores depends on no other."""
+    return isinstance(how, Int8Attention) or (isinstance(how, Prediction) and how.is_by_row)
 
 
 def quantized_choices(

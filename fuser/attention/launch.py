@@ -61,8 +61,9 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
         raise NoKernelError(f"there is no kernel for heads wider than {LARGEST_HEAD}")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, *floats):
         raise NoKernelError(f"there is no kernel for masks of {attn_mask.dtype}")
-    if target.kind == "cuda" and not attention_cuda.choices(
-        q.shape[3], v.shape[3], STORAGE[q.dtype], None, False, target
+    mask = None if attn_mask is None else STORAGE[attn_mask.dtype]
+    if target.kind == "cuda" and not _choices(
+        *(q.shape[3], v.shape[3], STORAGE[q.dtype], mask, False, None, quantize, target)
     ):
         raise NoKernelError(
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
@@ -70,7 +71,7 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
     if quantize is not None:
         if target.kind == "cuda" and not has_kernel(quantize):
             raise NoKernelError(
-                "quantize= has kernels for GPUs where rows of scores decide for themselves what is computed in 8 bits"
+                "quantize= has kernels for GPUs where rows of scores decide for themselves what is computed in full"
             )
         if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
             raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
@@ -148,6 +149,21 @@ def _parameters(
     return AttentionParameters(*kernel, rule=rule)
 
 
+def _choices(
+    width: int,
+    value_width: int,
+    dtype: DType,
+    mask: DType | None,
+    lse: bool,
+    rule: ScoreRule | None,
+    quantize: ScoreQuantization | None,
+    target: Target,
+) -> list[CudaAttentionParameters]:
+    """The parameters that there are on a GPU."""
+    kernel = width, value_width, dtype, mask, lse, target, rule
+    return attention_cuda.choices(*kernel) if quantize is None else quantized_choices(quantize, *kernel)
+
+
 @functools.lru_cache(maxsize=256)
 def _cheapest(
     width: int,
@@ -163,6 +179,5 @@ def _cheapest(
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
-    kernel = width, value_width, dtype, mask, lse, target, rule
-    found = attention_cuda.choices(*kernel) if quantize is None else quantized_choices(quantize, *kernel)
+    found = _choices(width, value_width, dtype, mask, lse, rule, quantize, target)
     return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

@@ -188,5 +188,4 @@ def test_attention_of_few_bits_is_that_of_the_reference(
     assert fast.unfused == () and fast.fallbacks == () and len(plain.unfused) == 2
     assert f"{type(how).__name__} {how.bits} bits" in str(fast.report())
     far, near = (float((x - reference).norm() / reference.norm()) for x in (eager, ours))
-    # Few bits change about as much here as fp16 does.
-    assert near < 1e-3 if dtype == torch.float16 else near < 1e-5 and far > 1e-4
+    assert near < (0.2 if dtype == torch.float16 else 0.01) * far

@@ -39,7 +39,7 @@ MASKS: list[Mask] = [
     masks.per_head([masks.Causal(), masks.Strided(4), ~masks.Dense(), masks.Dense()]),
 ]
 INT8 = [Int8Attention(), Int8Attention(smooth=False)]
-PREDICTED = [DEQ(), Sanger()]
+PREDICTED = [DEQ(), Sanger(), DEQ(high_bits=None, threshold=0.3)]
 HOWS = pytest.mark.parametrize("how", [*INT8, *PREDICTED], ids=lambda how: type(how).__name__)
 NEVER = DEQ(threshold=1.0, empty_row="predicted")
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -120,6 +120,8 @@ def test_it_computes_what_the_reference_does(how: ScoreQuantization) -> None:
         (PREDICTED[1], torch.bfloat16, 72, 7),
         (PREDICTED[0], torch.float16, 200, 136),
         (PREDICTED[1], torch.float32, 136, 36),
+        (PREDICTED[2], torch.bfloat16, 59, 24),
+        (PREDICTED[2], torch.float16, 136, 136),
     ],
     ids=str,
 )
@@ -177,6 +179,7 @@ def test_scores_have_the_bits_of_the_reference(how: ScoreQuantization) -> None:
     "how",
     [
         DEQ(threshold=0.4),
+        DEQ.from_config("adamax_s30", calibration="static", thresholds=(0.4, 0.5)),
         DEQ(method="probability_threshold", threshold=0.02, empty_row="dense"),
         DEQ(method="inv_adaptive_maximum_threshold", bits=2),
         DEQ(method="inv_probability_threshold", threshold=0.02, bits=8),
@@ -265,8 +268,8 @@ def test_nothing_races_or_leaves_its_arrays(
 
 def test_who_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(has_kernel, [*INT8, *PREDICTED]))
-    dynamic, heads, exact = DEQ(calibration="dynamic"), DEQ(granularity="head"), DEQ(high_bits=None)
-    assert not any(map(has_kernel, [dynamic, heads, exact]))
+    dynamic, heads = DEQ(calibration="dynamic"), DEQ(granularity="head")
+    assert not any(map(has_kernel, [dynamic, heads]))
     monkeypatch.setattr("fuser.attention.launch.target_of", lambda _: TARGET)
     q, _, v = inputs()
     assert target_for(q, v, None, Sanger()) == TARGET

@@ -1,8 +1,9 @@
 // Rows of q and k as codes, small whole numbers times a step: how they are made and multiplied.
 //
-// A row in the workspace is of bytes: kCodeWidth codes, which are the head's width and zeros beyond it, 16 bytes of
-// numbers, and where there are two kinds of codes kCodeWidth of the second, which has 8 bits. The numbers are the step of
-// the first kind, and the second's or what else its policy knows of a row. Steps are NaN where a row has no codes.
+// A row in the workspace is of bytes: kCodeWidth codes, which are the head's width and zeros beyond it, and 16 bytes of
+// numbers. Where scores are computed in full, kCodeWidth codes of a second kind follow, which has 8 bits, or with kGiven
+// the row as it is, kGivenWidth elements with zeros at the end. The numbers are the step of the first kind, and the
+// second's or what else its policy knows of a row. Steps are NaN where a row has no codes.
 //
 // The extents have `workspace`, the bytes before the rows: those of q, those of k, then what else a policy has.
 #pragma once
@@ -36,12 +37,12 @@ __device__ __forceinline__ float number_of(const int8_t* row, int i) {
   return reinterpret_cast<const float*>(row + S::kCodeWidth)[i];
 }
 
-// Where codes of the second kind begin.
+// Where codes of the second kind begin, or the row as given.
 template <class S>
 constexpr int kSecond = S::kCodeWidth + 16;
 
-// One row in the lanes of a warp, four neighbours each, and its largest magnitude, infinity where it is not finite or too
-// large.
+// One row in the lanes of a warp, four neighbours each, and its largest magnitude, infinity where it is not finite or
+// too large.
 template <class S>
 struct CodeRow {
   static constexpr int kParts = (S::kCodeWidth + 127) / 128;
@@ -84,6 +85,13 @@ struct CodeRow {
     }
   }
 
+  // The row as given.
+  __device__ __forceinline__ void copy(int8_t* to, unsigned lane) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+      store_row(reinterpret_cast<Element<S>*>(to), column(i, lane), S::kGivenWidth, true, x[i]);
+  }
+
   // Codes with `most` at the largest element. Returns the step.
   __device__ __forceinline__ float quantize(float most, int8_t* to, unsigned lane) const {
     const bool used = largest >= kSmallest && largest < kInf;
@@ -99,8 +107,8 @@ __global__ void __launch_bounds__(kRoundThreads) round_rows(const Rows<S> r) {
   const int64_t index = int64_t(blockIdx.x) * (kRoundThreads / 32) + warp_id(), head = index / r.length;
   if (index >= r.count) return;
   const unsigned lane = lane_id();
-  const Element<S>* from = r.rows + head / r.heads * r.of.batch + head % r.heads * r.of.head + index % r.length * r.of.row;
-  CodeRow<S> row(from, r.vectors, lane);
+  const Element<S>* from = r.rows + head / r.heads * r.of.batch + head % r.heads * r.of.head;
+  CodeRow<S> row(from + index % r.length * r.of.row, r.vectors, lane);
   int8_t* const to = r.to + index * S::kKeyWidth;
   const float2 numbers = S::Scores::template round<kOfKeys>(r, row, head, to, lane);
   if (lane == 0) *reinterpret_cast<float2*>(to + S::kCodeWidth) = numbers;
@@ -117,8 +125,8 @@ struct CodeQueries {
   __device__ __forceinline__ void load(const Problem<S>& p, const Place<S>& tile, const int4* members,
                                        const int (&row)[S::kLaneRows], unsigned lane) {
     if constexpr (!S::kQShared) {
-      const Key<S>* first = tile.q + int64_t(max(members[lane / 4].x, 0)) * p.of_q.row + lane % 4 * 4;
-      const Key<S>* second = tile.q + int64_t(max(members[lane / 4 + 8].x, 0)) * p.of_q.row + lane % 4 * 4;
+      const Key<S>* first = row_of_member(p, tile, members[lane / 4]) + lane % 4 * 4;
+      const Key<S>* second = row_of_member(p, tile, members[lane / 4 + 8]) + lane % 4 * 4;
 #pragma unroll
       for (int k = 0; k < S::kCodeBytes / 32; ++k)
 #pragma unroll
@@ -127,6 +135,11 @@ struct CodeQueries {
     }
 #pragma unroll
     for (int r = 0; r < S::kLaneRows; ++r) step[r] = __fmul_rn(number(p, tile, row[r], 0), p.scale);
+  }
+
+  static __device__ __forceinline__ const Key<S>* row_of_member(const Problem<S>& p, const Place<S>& tile,
+                                                                int4 member) {
+    return tile.q + int64_t(max(member.x, 0)) * p.of_q.row;
   }
 
   static __device__ __forceinline__ float number(const Problem<S>& p, const Place<S>& tile, int row, int i) {
@@ -142,6 +155,17 @@ struct CodeQueries {
     }
   }
 };
+
+// A shape of rows as given, which lie behind codes.
+template <class S>
+struct GivenShape : S {
+  static constexpr int kKeyWidth = S::kGivenWidth, kKPitch = S::kKeyBytes / int(sizeof(Element<S>));
+};
+
+template <class S>
+__device__ __forceinline__ const Element<S>* given_of(const Key<S>* row) {
+  return reinterpret_cast<const Element<S>*>(row + kSecond<S>);
+}
 
 // s = products of codes of kind kKind (0 or 1) in integers, times both steps. scratch is where kVector brings them into
 // the order of its lanes.

@@ -182,7 +182,8 @@ bool bind(const FuserArgs* args, Problem<S>& p) {
     fits = fits && strides.row >= 0 && strides.row <= kLongestRow;
     return Strides{strides.batch, strides.head, int(strides.row)};
   };
-  const auto *q = static_cast<const Element<S>*>(args->tensors[0]), *k = static_cast<const Element<S>*>(args->tensors[1]);
+  const auto* q = static_cast<const Element<S>*>(args->tensors[0]);
+  const auto* k = static_cast<const Element<S>*>(args->tensors[1]);
   if constexpr (S::kCodes == 0)
     p.q = q, p.k = k, p.of_q = narrowed(e.q), p.of_k = narrowed(e.k);
   else

@@ -1,24 +1,27 @@
-// Scores predicted with few bits, some of which are computed in 8 bits: fuser/ir/prediction.py says what, in PyTorch.
+// Scores predicted with few bits, some of which are computed with more: fuser/ir/prediction.py says what, in PyTorch.
 //
-// A first kernel, the survey, leaves of every row of scores, or of every part of one that several tiles share, the largest
-// predicted score and the sum of weights. A tile makes these its rows' limits, and then computes both kinds of scores.
+// A first kernel, the survey, leaves of every row of scores, or of every part of one that several tiles share, the
+// largest predicted score and the sum of weights. A tile makes these its rows' limits, and then computes both scores.
 // Codes, predicted scores and limits that follow from maxima have the bits of the PyTorch code.
 //
 // The configuration adds:
 //   kBits                          width of codes
+//   kGiven                         whether scores above their limit are of q and k as given, not of codes of 8 bits
 //   kPerRow, kNormalize            where the largest code stands: see Prediction.calibration
 //   kSums                          whether limits follow from sums of weights, too
 //   kBefore                        whether scores are compared, not probabilities
 //   kInverse                       whether scores are computed in full that are not above their limit
 //   kPrune                         whether all others are left out
 //   kBestOfEmpty, kAllOfEmpty      what is computed in full of a row that has nothing above its limit
-// and the extents `workspace`, `limit` and `q_threshold`, `k_threshold`. Behind the rows (codes.cuh) lie the two numbers
-// of every row of scores, then those of the parts of every unit's rows.
+// and the extents `workspace`, `limit`, `q_threshold` and `k_threshold`. Behind the rows (codes.cuh) lie the two
+// numbers of every row of scores, then those of the parts of every unit's rows.
 #pragma once
 #include "cuda/attention/codes.cuh"
 #include "cuda/attention/kernel.cuh"
 
 namespace attention {
+
+struct Empty {};
 
 // What the survey makes of predicted scores.
 template <class S>
@@ -108,7 +111,12 @@ struct Predicted : Changes<S, true> {
   static __device__ __forceinline__ float2 round(const Rows<S>& r, CodeRow<S>& row, int64_t, int8_t* to,
                                                  unsigned lane) {
     row.measure(lane);
-    return make_float2(quantize(row, r.factor, to, lane), row.quantize(kLargestByte, to + kSecond<S>, lane));
+    if constexpr (S::kGiven) {
+      row.copy(to + kSecond<S>, lane);
+      return make_float2(quantize(row, r.factor, to, lane), 0.0f);
+    } else {
+      return make_float2(quantize(row, r.factor, to, lane), row.quantize(kLargestByte, to + kSecond<S>, lane));
+    }
   }
 
   static __device__ __forceinline__ float limit_of(const Problem<S>& p, const Place<S>& place, int4 member) {
@@ -134,11 +142,15 @@ struct Predicted : Changes<S, true> {
   }
 
   struct Queries : CodeQueries<S> {
+    std::conditional_t<S::kGiven, attention::Queries<GivenShape<S>>, Empty> given;
     float high_step[S::kLaneRows], limit[S::kLaneRows], high[S::kTiles][4];
 
     __device__ __forceinline__ void load(const Problem<S>& p, const Place<S>& place, const int4* members,
                                          const int (&row)[S::kLaneRows], unsigned lane) {
       CodeQueries<S>::load(p, place, members, row, lane);
+      if constexpr (S::kGiven && !S::kQShared)
+        given.load(given_of<S>(this->row_of_member(p, place, members[lane / 4])),
+                   given_of<S>(this->row_of_member(p, place, members[lane / 4 + 8])), lane, true);
 #pragma unroll
       for (int r = 0; r < S::kLaneRows; ++r) {
         high_step[r] = __fmul_rn(this->number(p, place, row[r], 1), p.scale);
@@ -150,7 +162,10 @@ struct Predicted : Changes<S, true> {
   static __device__ __forceinline__ void score(float (&s)[S::kTiles][4], Queries& q, const Key<S>* shared,
                                                const Key<S>* k, float* scratch, unsigned lane) {
     code_scores<S, 0>(s, q, q.step, shared, k, scratch, lane);
-    code_scores<S, 1>(q.high, q, q.high_step, shared, k, scratch, lane);
+    if constexpr (S::kGiven)
+      products<GivenShape<S>>(q.high, q.given, S::kQShared ? given_of<S>(shared) : nullptr, given_of<S>(k), lane);
+    else
+      code_scores<S, 1>(q.high, q, q.high_step, shared, k, scratch, lane);
   }
 
   template <class Mask>
@@ -163,7 +178,8 @@ struct Predicted : Changes<S, true> {
       for (int e = 0; e < 4; ++e) {
         const float y = S::kMask || S::kDistances ? mask(j, e) : 0.0f;
         low |= y <= kNever && y != -kInf;
-        const float x = Base::in_nats(p, s[j][e], y), high = Base::in_nats(p, q.high[j][e], y);
+        const float full = S::kGiven ? __fmul_rn(q.high[j][e], p.scale) : q.high[j][e];
+        const float x = Base::in_nats(p, s[j][e], y), high = Base::in_nats(p, full, y);
         s[j][e] = y <= kNever ? -kInf : is_chosen(x, q.limit[which_row<S>(e)]) ? high : S::kPrune ? -kInf : x;
       }
     return low;
@@ -186,7 +202,8 @@ struct Predicted : Changes<S, true> {
       const Key<S>* const k = place.k + key * p.of_k.row;
       const float x = Base::in_nats(p, code_score<S, 0>(codes, step, k, lane), y);
       if (!is_chosen(x, limit)) return S::kPrune ? -kInf : x;
-      float high = code_score<S, 1>(codes, high_step, k, lane);
+      float high = __int_as_float(0x7fc00000);
+      if constexpr (!S::kGiven) high = code_score<S, 1>(codes, high_step, k, lane);
       if (high != high) high = product_of_rows<S>(given, place.given_k + key * p.given.of_k.row, lane) * p.scale;
       return Base::in_nats(p, high, y);
     }

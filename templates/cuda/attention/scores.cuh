@@ -40,9 +40,12 @@ struct Queries {
                                        const int (&row)[S::kLaneRows], unsigned lane) {
     if constexpr (!S::kQShared) {
       const int64_t stride = p.of_q.row;
-      const bool pairs = p.pairs;
-      const Element<S>* first = place.q + (row[0] < 0 ? 0 : row[0]) * stride;
-      const Element<S>* second = place.q + (row[1] < 0 ? 0 : row[1]) * stride;
+      load(place.q + (row[0] < 0 ? 0 : row[0]) * stride, place.q + (row[1] < 0 ? 0 : row[1]) * stride, lane, p.pairs);
+    }
+  }
+
+  __device__ __forceinline__ void load(const Element<S>* first, const Element<S>* second, unsigned lane, bool pairs) {
+    if constexpr (!S::kQShared) {
 #pragma unroll
       for (int k = 0; k < int(sizeof(a) / sizeof(a[0])); ++k) {
         if constexpr (S::kHalf) {
@@ -194,8 +197,8 @@ struct Changes {
   // A scale of zero must not meet the infinity of a masked score.
   static float unit(float scale) { return kNats ? kLog2e : fmaxf(fabsf(scale) * kLog2e, 1e-30f); }
 
-  // A bias may be as low as floats go, so that its product with the unit would overflow; and rows of codes make scores of
-  // up to 2^100, whose product with it has no digits of a weight.
+  // A bias may be as low as floats go, so that its product with the unit would overflow; and rows of codes make scores
+  // of up to 2^100, whose product with it has no digits of a weight.
   static constexpr bool kDifferences = kScaled || S::kBias;
   static __device__ __forceinline__ float shift(float top, float unit) {
     return kDifferences ? finite_shift(top) : finite_shift(top) * unit;

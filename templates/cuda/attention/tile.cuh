@@ -10,7 +10,8 @@
 //   kMask, kDistances, kBias, kLse    whether there is a run-time mask, or a bias by distance, numbers are added to
 //                                     scores, lse is wanted
 //   kTf32                             whether fp32 is rounded for tensor cores
-//   kCodes                            how many kinds of codes a row of q or k has (codes.cuh), 0 where rows are as given
+//   kCodes                            kinds of codes that a row of q or k has (codes.cuh), 0 where it is as given
+//   kGiven                            whether rows of codes have those of q or k as given behind them
 //   kSurvey                           whether the kernel only finds what is known of rows of scores (predicted.cuh)
 //   Rule                              what changes a scaled score before masks do (such as soft_cap.h), or void
 //   Scores                            the score policy (scores.cuh)
@@ -43,15 +44,18 @@ struct Shape : C {
   static constexpr int kWarps = C::kRows / 16, kThreads = 32 * kWarps;
   static constexpr int kSlots = C::kStages + 1 <= 4 ? 4 : 8;  // steps whose keys are known, at least kStages + 1
   static constexpr int kChunk = 16 / int(sizeof(Element));
-  // What tiles read of q and k: rows as given, or of bytes, codes with 16 bytes of numbers behind the first kind.
+  static constexpr int kGivenWidth = round_up(C::kHeadDim, kHalf ? 16 : 8);
+  // What tiles read of q and k: rows as given, or of bytes (codes.cuh).
   using Key = std::conditional_t<C::kCodes == 0, Element, int8_t>;
   static constexpr int kCodeWidth = round_up(C::kHeadDim, 32), kCodeBytes = C::kCodes * kCodeWidth;
-  static constexpr int kKeyWidth = C::kCodes != 0 ? kCodeBytes + 16 : round_up(C::kHeadDim, kHalf ? 16 : 8);
+  static constexpr int kKeyWidth =
+      C::kCodes == 0 ? kGivenWidth : kCodeBytes + 16 + (C::kGiven ? kGivenWidth * int(sizeof(Element)) : 0);
   static constexpr int kKeyColumns = C::kCodes != 0 ? kKeyWidth : C::kHeadDim;
   static constexpr int kValueWidth = round_up(C::kValueDim, kVector ? 32 : 16);
   // An odd number of 16-byte chunks a row lets eight rows start in different banks.
   static constexpr int kKPitch = C::kCodes != 0 ? kKeyWidth : kKeyWidth + kChunk, kVPitch = kValueWidth + kChunk;
-  static constexpr bool kQShared = C::kCodes != 0 ? kCodeWidth > 128 : kVector || kKeyWidth > (kHalf ? 128 : 64);
+  static constexpr bool kQShared =
+      C::kCodes != 0 ? kCodeWidth > 128 || (C::kGiven && kVector) : kVector || kKeyWidth > (kHalf ? 128 : 64);
   static constexpr int kPPitch = C::kKeys + 4;
   // Scores of a lane: kKeys / 8 columns of tiles with four each, of kLaneRows rows; kLanes lanes share a row.
   static constexpr int kTiles = C::kKeys / 8, kOutTiles = kValueWidth / 8;
