@@ -107,9 +107,9 @@ class CudaQuantizedAttention:
         q_rows, how = batch * heads * q_len, self.quantize
         words = (q_rows + batch * key_heads * kv_len) * self.kernel.key_bytes // 4
         if isinstance(how, Prediction):
-            # Of every row, and of every part of one, two numbers.
+            # Of every row, and of every part of one, two numbers; the largest elements of q and k; and those of heads.
             units = batch if made.extents.per_head else batch * heads
-            words += 2 * (q_rows + units * made.extents.states)
+            words += 2 * (q_rows + units * made.extents.states) + 2 + batch * heads
         else:
             # Of every head the mean of its keys, and whether all have codes.
             words += batch * key_heads * (self.kernel.head_dim + 1)
@@ -123,11 +123,6 @@ class CudaQuantizedAttention:
             q_threshold=q_threshold,
             k_threshold=k_threshold,
         )
-
-
-def has_kernel(how: ScoreQuantization) -> bool:
-    """Whether GPUs have a kernel for ``how``: where what is computed in full of a row of scores depends on no other."""
-    return isinstance(how, Int8Attention) or (isinstance(how, Prediction) and how.is_by_row)
 
 
 def quantized_choices(
@@ -153,9 +148,9 @@ class CudaFewBitsAttention(CudaAttention):
     """Attention plans whose scores are products of codes; :class:`CudaAttention` has the exact ones."""
 
     def space(self, match: AttentionMatch, target: Target) -> Sequence[CudaAttentionParameters]:
-        """What shared memory and registers hold, where there is a kernel: see :func:`has_kernel`."""
+        """What shared memory and registers hold."""
         how, mask = match.quantize, match.mask_dtype
-        if how is None or match.table is not None or match.out is None or not has_kernel(how):
+        if how is None or match.table is not None or match.out is None:
             return ()
         if not takes(how, None if mask is None else mask.torch):
             return ()

@@ -29,7 +29,6 @@ from fuser.kernels.attention_quantized import quantized
 from fuser.kernels.attention_quantized_cuda import (
     CudaQuantizedAttention,
     CudaQuantizedParameters,
-    has_kernel,
     quantized_choices,
 )
 from fuser.kernels.base import STORAGE, DType, floating
@@ -68,13 +67,8 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
         raise NoKernelError(
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
         )
-    if quantize is not None:
-        if target.kind == "cuda" and not has_kernel(quantize):
-            raise NoKernelError(
-                "quantize= has kernels for GPUs where rows of scores decide for themselves what is computed in full"
-            )
-        if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
-            raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
+    if quantize is not None and not takes(quantize, None if attn_mask is None else attn_mask.dtype):
+        raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
 
 

@@ -24,7 +24,7 @@ from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import cuda_target, emulated_target
 from fuser.kernels.attention import cached_plan
-from fuser.kernels.attention_quantized_cuda import has_kernel, quantized_choices
+from fuser.kernels.attention_quantized_cuda import quantized_choices
 from fuser.kernels.base import DType
 from fuser.runtime.nvcc import Resources
 
@@ -197,6 +197,27 @@ def test_every_rule_of_rows(how: ScoreQuantization) -> None:
         check(how, mask)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        DEQ.from_config("adamax_nb80"),
+        DEQ(granularity="head", threshold=0.3, empty_row="predicted"),
+        DEQ(granularity="batch", threshold=0.1, calibration="dynamic", normalize=False),
+    ],
+    ids=lambda how: how.granularity + how.calibration,
+)
+def test_rows_that_share_what_decides(how: ScoreQuantization) -> None:
+    for mask in (MASKS[0], MASKS[4]):
+        check(how, mask)
+    check(how, masks.Longformer(9, 2), torch.arange(KV_LEN).lt(50).expand(2, 4, Q_LEN, KV_LEN))
+    check(how, masks.Dense(), given=inputs(torch.float16, WIDTH, 5, 1300, KV_LEN), cores=200)
+    q, k, v = (t.clone() for t in inputs())
+    k[0, 0, 5, 2], q[0, 1, 7, 1] = math.nan, 1e25
+    out, _ = run(how, MASKS[1], given=(q, k, v))
+    want, _ = reference(q, k, v, AttentionSpec(MASKS[1], None, how), None, SCALE)
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-6, equal_nan=True)
+
+
 @HOWS
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales(how: ScoreQuantization, scale: float) -> None:
@@ -267,14 +288,9 @@ def test_nothing_races_or_leaves_its_arrays(
 
 
 def test_who_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(map(has_kernel, [*INT8, *PREDICTED]))
-    dynamic, heads = DEQ(calibration="dynamic"), DEQ(granularity="head")
-    assert not any(map(has_kernel, [dynamic, heads]))
     monkeypatch.setattr("fuser.attention.launch.target_of", lambda _: TARGET)
     q, _, v = inputs()
     assert target_for(q, v, None, Sanger()) == TARGET
-    with pytest.raises(NoKernelError, match="rows of scores decide for themselves"):
-        target_for(q, v, None, dynamic)
     with pytest.raises(NoKernelError, match="without the mask"):
         target_for(q, v, torch.zeros(Q_LEN, KV_LEN), DEQ(before_softmax=True, unmasked_maximum=True))
 

@@ -1,9 +1,9 @@
 // Rows of q and k as codes, small whole numbers times a step: how they are made and multiplied.
 //
 // A row in the workspace is of bytes: kCodeWidth codes, which are the head's width and zeros beyond it, and 16 bytes of
-// numbers. Where scores are computed in full, kCodeWidth codes of a second kind follow, which has 8 bits, or with kGiven
-// the row as it is, kGivenWidth elements with zeros at the end. The numbers are the step of the first kind, and the
-// second's or what else its policy knows of a row. Steps are NaN where a row has no codes.
+// numbers. Where scores are computed in full, kCodeWidth codes of a second kind follow, which has 8 bits, or with
+// kGiven the row as it is, kGivenWidth elements with zeros at the end. The numbers are the step of the first kind, and
+// the second's or what else its policy knows of a row. Steps are NaN where a row has no codes.
 //
 // The extents have `workspace`, the bytes before the rows: those of q, those of k, then what else a policy has.
 #pragma once
@@ -27,9 +27,10 @@ struct Rows {
   bool vectors;
   int8_t* to;
   int group;  // heads of q for one of k
-  float scale, factor;
+  float scale, threshold;
   float* means;
   int* unsound;
+  uint32_t* largest;
 };
 
 template <class S>
@@ -101,14 +102,22 @@ struct CodeRow {
   }
 };
 
-// A warp for each row.
+// The row of a warp, if there is one for it.
+__device__ __forceinline__ int64_t row_number() {
+  return int64_t(blockIdx.x) * (kRoundThreads / 32) + warp_id();
+}
+template <class S>
+__device__ __forceinline__ const Element<S>* row_at(const Rows<S>& r, int64_t index) {
+  const int64_t head = index / r.length;
+  return r.rows + head / r.heads * r.of.batch + head % r.heads * r.of.head + index % r.length * r.of.row;
+}
+
 template <class S, bool kOfKeys>
 __global__ void __launch_bounds__(kRoundThreads) round_rows(const Rows<S> r) {
-  const int64_t index = int64_t(blockIdx.x) * (kRoundThreads / 32) + warp_id(), head = index / r.length;
+  const int64_t index = row_number(), head = index / r.length;
   if (index >= r.count) return;
   const unsigned lane = lane_id();
-  const Element<S>* from = r.rows + head / r.heads * r.of.batch + head % r.heads * r.of.head;
-  CodeRow<S> row(from + index % r.length * r.of.row, r.vectors, lane);
+  CodeRow<S> row(row_at(r, index), r.vectors, lane);
   int8_t* const to = r.to + index * S::kKeyWidth;
   const float2 numbers = S::Scores::template round<kOfKeys>(r, row, head, to, lane);
   if (lane == 0) *reinterpret_cast<float2*>(to + S::kCodeWidth) = numbers;
@@ -248,23 +257,24 @@ void bind_codes(const FuserArgs* args, Problem<T>& p) {
   p.k = at.k, p.of_k = {e.key_heads * e.kv_len * width, e.kv_len * width, int(width)};
 }
 
-// Writes all rows, by what `rows` says of both q and k.
+// The rows of q or k.
 template <class S>
-int round_all(const FuserArgs* args, const Problem<S>& p, Rows<S> rows, float q_factor, float k_factor, void* stream) {
+Rows<S> rows_of(const FuserArgs* args, const Problem<S>& p, bool keys) {
   const auto& e = *static_cast<const typename S::Extents*>(args->extents);
   const CodeSpace<S> at(args);
-  rows.group = p.group, rows.scale = p.scale;
-  const auto write = [&](auto kernel) {
-    rows.vectors = vector_width(4, rows.rows, rows.of.batch | rows.of.head | rows.of.row, int(sizeof(Element<S>))) == 4;
-    const int64_t blocks = (rows.count + kRoundThreads / 32 - 1) / (kRoundThreads / 32);
-    return launch(kernel, dim3(unsigned(blocks)), dim3(kRoundThreads), 0, stream, rows);
-  };
-  rows.rows = p.given.k, rows.of = p.given.of_k, rows.to = at.k, rows.factor = k_factor;
-  rows.heads = e.key_heads, rows.length = e.kv_len, rows.count = at.k_rows;
-  if (const int status = write(round_rows<S, true>)) return status;
-  rows.rows = p.given.q, rows.of = p.given.of_q, rows.to = at.q, rows.factor = q_factor;
-  rows.heads = e.heads, rows.length = e.q_len, rows.count = at.q_rows;
-  return write(round_rows<S, false>);
+  Rows<S> r{};
+  r.rows = keys ? p.given.k : p.given.q, r.of = keys ? p.given.of_k : p.given.of_q, r.to = keys ? at.k : at.q;
+  r.heads = keys ? e.key_heads : e.heads, r.length = keys ? e.kv_len : e.q_len, r.count = keys ? at.k_rows : at.q_rows;
+  r.vectors = vector_width(4, r.rows, r.of.batch | r.of.head | r.of.row, int(sizeof(Element<S>))) == 4;
+  r.group = p.group, r.scale = p.scale;
+  return r;
+}
+
+// Launches a kernel that has a warp for each row.
+template <class S, class Kernel>
+int launch_rows(Kernel kernel, const Rows<S>& r, void* stream) {
+  const int64_t blocks = (r.count + kRoundThreads / 32 - 1) / (kRoundThreads / 32);
+  return launch(kernel, dim3(unsigned(blocks)), dim3(kRoundThreads), 0, stream, r);
 }
 
 }  // namespace attention

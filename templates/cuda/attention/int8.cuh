@@ -109,15 +109,14 @@ int run_int8(const FuserArgs* args, void* stream, Kernel attend) {
   if (!bind(args, p)) return kUnsupported;
   if (p.units * p.tiles == 0) return 0;
   bind_codes<S>(args, p);
-  Rows<S> rows{};
-  rows.means = reinterpret_cast<float*>(CodeSpace<S>(args).end);
-  rows.unsound = reinterpret_cast<int*>(rows.means + e.batch * e.key_heads * S::kHeadDim);
-  p.given.unsound = rows.unsound;
-  Rows<S> keys = rows;
-  keys.rows = p.given.k, keys.of = p.given.of_k, keys.heads = e.key_heads, keys.length = e.kv_len;
+  Rows<S> q = rows_of(args, p, false), k = rows_of(args, p, true);
+  q.means = k.means = reinterpret_cast<float*>(CodeSpace<S>(args).end);
+  k.unsound = reinterpret_cast<int*>(k.means + e.batch * e.key_heads * S::kHeadDim);
+  p.given.unsound = k.unsound;
   const dim3 heads(unsigned(e.batch * e.key_heads));
-  if (const int status = launch(mean_rows<S>, heads, dim3(kMeanThreads), 0, stream, keys, e.smooth != 0)) return status;
-  if (const int status = round_all(args, p, rows, 0.0f, 0.0f, stream)) return status;
+  if (const int status = launch(mean_rows<S>, heads, dim3(kMeanThreads), 0, stream, k, e.smooth != 0)) return status;
+  if (const int status = launch_rows(round_rows<S, true>, k, stream)) return status;
+  if (const int status = launch_rows(round_rows<S, false>, q, stream)) return status;
   return start(args, stream, p, attend);
 }
 

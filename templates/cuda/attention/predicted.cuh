@@ -7,14 +7,16 @@
 // The configuration adds:
 //   kBits                          width of codes
 //   kGiven                         whether scores above their limit are of q and k as given, not of codes of 8 bits
-//   kPerRow, kNormalize            where the largest code stands: see Prediction.calibration
+//   kPerRow, kDynamic, kNormalize  where the largest code stands: see Prediction.calibration
 //   kSums                          whether limits follow from sums of weights, too
 //   kBefore                        whether scores are compared, not probabilities
+//   kOverRows, kOverHeads          what a maximum is of, beyond a row
 //   kInverse                       whether scores are computed in full that are not above their limit
 //   kPrune                         whether all others are left out
 //   kBestOfEmpty, kAllOfEmpty      what is computed in full of a row that has nothing above its limit
 // and the extents `workspace`, `limit`, `q_threshold` and `k_threshold`. Behind the rows (codes.cuh) lie the two
-// numbers of every row of scores, then those of the parts of every unit's rows.
+// numbers of every row of scores, then those of the parts of every unit's rows; the largest elements of q and of k, and
+// of every head of q the largest of its rows.
 #pragma once
 #include "cuda/attention/codes.cuh"
 #include "cuda/attention/kernel.cuh"
@@ -22,6 +24,44 @@
 namespace attention {
 
 struct Empty {};
+
+// Numbers as integers of their order, in which every number is above zero.
+__device__ __forceinline__ uint32_t order_of(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float number_of_order(uint32_t order) {
+  return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
+}
+
+// What the survey left of a row: its largest score and sum of weights.
+template <class S>
+__device__ __forceinline__ float2 known_of(const Place<S>& place, int4 member) {
+  const float2* known = member.w == 1 ? place.of_rows + member.x : place.of_parts + member.y;
+  float top = -kInf, sum = 0.0f;
+  for (int i = 0; i < member.w; ++i) top = fmaxf(top, known[i].x);
+  if constexpr (S::kSums)
+    for (int i = 0; i < member.w; ++i) sum += known[i].y * expf(known[i].x - finite_shift(top));
+  return make_float2(top, sum);
+}
+
+// Where the largest of the rows is that share a limit.
+template <class S>
+__device__ __forceinline__ uint32_t* peak_of(const Problem<S>& p, const Place<S>& place) {
+  return p.given.peaks + (S::kOverHeads ? place.head / p.heads : place.head);
+}
+
+// Finds these; a block for each tile.
+template <class S>
+__global__ void __launch_bounds__(S::kThreads) find_peaks(const Problem<S> p) {
+  const Place<S> place(p, next_work(p));
+  for (int i = threadIdx.x; i < S::kRows; i += S::kThreads) {
+    const int4 member = place.members[i];
+    if (member.x < 0 || member.z != 0) continue;
+    const float2 known = known_of(place, member);
+    atomicMax(peak_of(p, place), order_of(S::kBefore ? known.x : known.y > 0.0f ? -logf(known.y) : -kInf));
+  }
+}
 
 // What the survey makes of predicted scores.
 template <class S>
@@ -91,16 +131,27 @@ struct Predicted : Changes<S, true> {
   static constexpr float kLargest = float((1 << (S::kBits - 1)) - 1);
   static constexpr bool kPrunes = S::kPrune;
 
+  // What elements of a row are divided by before they meet thresholds: its length, or one.
+  static __device__ __forceinline__ float size_of(CodeRow<S>& row, unsigned lane) {
+    if constexpr (!S::kNormalize) return 1.0f;
+    double squares = 0.0;
+    row.each(lane, [&](float x, int) { squares += double(x) * double(x); });
+    return float(sqrt(warp_sum(squares)));
+  }
+  static __device__ __forceinline__ bool is_used(const CodeRow<S>& row, float size) {
+    return row.largest >= kSmallest && row.largest < kInf && size < kInf;
+  }
+
   // Codes of the first kind, of elements divided by their row's size and a step. Returns the step.
-  static __device__ __forceinline__ float quantize(CodeRow<S>& row, float factor, int8_t* to, unsigned lane) {
+  static __device__ __forceinline__ float quantize(const Rows<S>& r, CodeRow<S>& row, int8_t* to, unsigned lane) {
     if constexpr (S::kPerRow) return row.quantize(kLargest, to, lane);
-    float size = 1.0f;
-    if constexpr (S::kNormalize) {
-      double squares = 0.0;
-      row.each(lane, [&](float x, int) { squares += double(x) * double(x); });
-      size = float(sqrt(warp_sum(squares)));
+    float threshold = r.threshold;
+    if constexpr (S::kDynamic) {
+      threshold = __uint_as_float(*r.largest);
+      if (threshold < kSmallest) threshold = 1.0f;
     }
-    const bool used = row.largest >= kSmallest && row.largest < kInf && size < kInf;
+    const float size = size_of(row, lane), factor = __fdiv_rn(kLargest, threshold);
+    const bool used = is_used(row, size);
     row.write(to, used, lane, [&](float x) {
       return fminf(fmaxf(rintf(__fmul_rn(__fdiv_rn(x, size), factor)), -kLargest), kLargest);
     });
@@ -113,22 +164,20 @@ struct Predicted : Changes<S, true> {
     row.measure(lane);
     if constexpr (S::kGiven) {
       row.copy(to + kSecond<S>, lane);
-      return make_float2(quantize(row, r.factor, to, lane), 0.0f);
+      return make_float2(quantize(r, row, to, lane), 0.0f);
     } else {
-      return make_float2(quantize(row, r.factor, to, lane), row.quantize(kLargestByte, to + kSecond<S>, lane));
+      return make_float2(quantize(r, row, to, lane), row.quantize(kLargestByte, to + kSecond<S>, lane));
     }
   }
 
   static __device__ __forceinline__ float limit_of(const Problem<S>& p, const Place<S>& place, int4 member) {
-    const float2* known = member.w == 1 ? place.of_rows + member.x : place.of_parts + member.y;
-    float top = -kInf, sum = 0.0f, limit;
-    for (int i = 0; i < member.w; ++i) top = fmaxf(top, known[i].x);
-    if constexpr (S::kSums)
-      for (int i = 0; i < member.w; ++i) sum += known[i].y * expf(known[i].x - finite_shift(top));
+    const float2 known = known_of(place, member);
+    const float top = known.x, peak = S::kOverRows ? number_of_order(*peak_of(p, place)) : S::kBefore ? top : 0.0f;
+    float limit;
     if constexpr (S::kBefore)
-      limit = __fmul_rn(p.given.limit, top);
+      limit = __fmul_rn(p.given.limit, peak);
     else
-      limit = __fadd_rn(S::kSums ? __fadd_rn(top, logf(sum)) : top, p.given.limit);
+      limit = __fadd_rn(__fadd_rn(S::kSums ? __fadd_rn(top, logf(known.y)) : top, p.given.limit), peak);
     if (!(top > limit)) {
       if constexpr (S::kBestOfEmpty) limit = top == 0.0f ? -kSmallest : nextafterf(top, -kInf);
       if constexpr (S::kAllOfEmpty) limit = -kInf;
@@ -210,6 +259,18 @@ struct Predicted : Changes<S, true> {
   };
 };
 
+// The largest element of all rows, each divided by its size.
+template <class S>
+__global__ void __launch_bounds__(kRoundThreads) measure_rows(const Rows<S> r) {
+  const int64_t index = row_number();
+  if (index >= r.count) return;
+  const unsigned lane = lane_id();
+  CodeRow<S> row(row_at(r, index), r.vectors, lane);
+  row.measure(lane);
+  const float size = S::Scores::size_of(row, lane);
+  if (lane == 0 && S::Scores::is_used(row, size)) atomicMax(r.largest, __float_as_uint(__fdiv_rn(row.largest, size)));
+}
+
 // T is the shape of the survey.
 template <class S, class T, class Attend, class Find>
 int run_predicted(const FuserArgs* args, void* stream, Attend attend, Find find) {
@@ -223,13 +284,26 @@ int run_predicted(const FuserArgs* args, void* stream, Attend attend, Find find)
   const CodeSpace<S> at(args);
   p.given.of_rows = q.given.of_rows = reinterpret_cast<float2*>(at.end);
   p.given.of_parts = q.given.of_parts = p.given.of_rows + at.q_rows;
+  Rows<S> queries = rows_of(args, p, false), keys = rows_of(args, p, true);
+  queries.threshold = float(e.q_threshold), keys.threshold = float(e.k_threshold);
+  queries.largest = reinterpret_cast<uint32_t*>(p.given.of_parts + p.units * p.states);
+  keys.largest = queries.largest + 1, p.given.peaks = queries.largest + 2;
   p.given.limit = float(e.limit);
-  const float largest = S::Scores::kLargest;
-  const float q_factor = largest / float(e.q_threshold), k_factor = largest / float(e.k_threshold);
-  if (const int status = round_all(args, p, Rows<S>{}, q_factor, k_factor, stream)) return status;
+  if constexpr (S::kDynamic || S::kOverRows) {
+    if (const int status = clear(queries.largest, size_t(2 + e.batch * e.heads) * 4, stream)) return status;
+  }
+  if constexpr (S::kDynamic) {
+    if (const int status = launch_rows(measure_rows<S>, queries, stream)) return status;
+    if (const int status = launch_rows(measure_rows<S>, keys, stream)) return status;
+  }
+  if (const int status = launch_rows(round_rows<S, true>, keys, stream)) return status;
+  if (const int status = launch_rows(round_rows<S, false>, queries, stream)) return status;
   // A block for each tile.
   const dim3 blocks = dim3(unsigned(tiles)), threads = dim3(T::kThreads);
   if (const int status = launch(find, blocks, threads, size_t(T::kSharedBytes), stream, q)) return status;
+  if constexpr (S::kOverRows) {
+    if (const int status = launch(find_peaks<S>, blocks, threads, 0, stream, p)) return status;
+  }
   return start(args, stream, p, attend);
 }
 

@@ -1,6 +1,6 @@
 // Score policies: how the scores of a tile are made, changed, and turned into weights.
 //
-// A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
+// A policy has these hooks, in the order in which they are called; one inherits from Changes what others share.
 //   Queries                        the rows of q that a warp keeps: load(...) once a tile
 //   score(s, ...)                  the scores of a step's keys, in units of `scale` unless kNats
 //   change(p, s, queries, mask)    what becomes of them: the scale's sign, a bias, keys that the run-time mask forbids

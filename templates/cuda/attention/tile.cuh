@@ -85,13 +85,15 @@ struct MaskStrides {
 };
 
 // What kernels with codes have beside those of q and k: both as given, whether a head of k has rows without codes, and
-// of every row of scores, and of every part of one, the largest predicted score and the sum of weights.
+// of every row of scores, and of every part of one, the largest predicted score and the sum of weights, and what is the
+// largest of rows that share a limit (order_of).
 template <class S>
 struct Given {
   const Element<S>*q, *k;
   Strides of_q, of_k;
   const int* unsound;
   float2 *of_rows, *of_parts;
+  uint32_t* peaks;
   float limit;
 };
 
@@ -208,6 +210,7 @@ struct Place {
   float* lse;
   const int* unsound;
   float2 *of_rows, *of_parts;
+  int64_t head;  // of all of q
   const int4* members;
   int4 item;
 
@@ -224,7 +227,8 @@ struct Place {
       given_q = p.given.q + b * p.given.of_q.batch + h * p.given.of_q.head;
       given_k = p.given.k + b * p.given.of_k.batch + kv * p.given.of_k.head;
       unsound = p.given.unsound + b * (p.heads / p.group) + kv;
-      of_rows = p.given.of_rows + (b * p.heads + h) * p.rows, of_parts = p.given.of_parts + work.y * p.states;
+      head = b * p.heads + h;
+      of_rows = p.given.of_rows + head * p.rows, of_parts = p.given.of_parts + work.y * p.states;
     }
     members = p.members + int64_t(work.x) * S::kRows;
     item = p.items[work.x];
