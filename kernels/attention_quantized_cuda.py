@@ -106,23 +106,20 @@ class CudaQuantizedAttention:
         q_len, kv_len = plan.lengths
         q_rows, how = batch * heads * q_len, self.quantize
         words = (q_rows + batch * key_heads * kv_len) * self.kernel.key_bytes // 4
+        smooth, limit, thresholds = 0, 0.0, (1.0, 1.0)
         if isinstance(how, Prediction):
+            how.check_calibrated()
+            limit, thresholds = how.limit, how.thresholds or thresholds
             # Of every row, and of every part of one, two numbers; the largest elements of q and k; and those of heads.
             units = batch if made.extents.per_head else batch * heads
             words += 2 * (q_rows + units * made.extents.states) + 2 + batch * heads
         else:
+            assert isinstance(how, Int8Attention)
+            smooth = int(how.smooth)
             # Of every head the mean of its keys, and whether all have codes.
             words += batch * key_heads * (self.kernel.head_dim + 1)
-        how.check_calibrated()
-        q_threshold, k_threshold = (isinstance(how, Prediction) and how.thresholds) or (1.0, 1.0)
-        return made.with_scratch(
-            CudaQuantizedExtents,
-            words,
-            smooth=int(isinstance(how, Int8Attention) and how.smooth),
-            limit=how.limit if isinstance(how, Prediction) else 0.0,
-            q_threshold=q_threshold,
-            k_threshold=k_threshold,
-        )
+        numbers = {"smooth": smooth, "limit": limit, "q_threshold": thresholds[0], "k_threshold": thresholds[1]}
+        return made.with_scratch(CudaQuantizedExtents, words, **numbers)
 
 
 def quantized_choices(
@@ -161,11 +158,7 @@ class CudaFewBitsAttention(CudaAttention):
         values = match.group.graph.values
         rows = sum(math.prod(values[value].shape[:3]) for value in (match.q, match.k))
         plain = super().cost(match, parameters, target)
-        return dataclasses.replace(
-            plain,
-            bytes=plain.bytes + 2.0 * rows * parameters.key_bytes,
-            launches=4,
-        )
+        return dataclasses.replace(plain, bytes=plain.bytes + 2.0 * rows * parameters.key_bytes, launches=4)
 
     def call(
         self, match: AttentionMatch, parameters: CudaAttentionParameters, target: Target, threads: int
