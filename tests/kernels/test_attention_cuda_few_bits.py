@@ -45,6 +45,14 @@ NEVER = DEQ(threshold=1.0, empty_row="predicted")
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
+@pytest.fixture(autouse=True)
+def _scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel reads before it has written it is not a number."""
+    monkeypatch.setattr(
+        "fuser.codegen.launch.scratch", lambda size, device: torch.full((size,), 255, dtype=torch.uint8, device=device)
+    )
+
+
 @functools.cache
 def inputs(
     dtype: torch.dtype = torch.float32, width: int = WIDTH, q_len: int = Q_LEN, kv_len: int = KV_LEN, values: int = 0
