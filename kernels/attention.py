@@ -75,7 +75,8 @@ AnyPlan = AttentionPlan | RunTimePlan
 
 @dataclass(frozen=True)
 class ScorePolicy:
-    """A score policy of ``templates/cpu/attention/scores.h``, or of another ``header`` beside it."""
+    """A score policy of ``templates/cpu/attention/scores.h``, or of another ``header`` beside it; on GPUs of
+    ``templates/cuda/attention``."""
 
     name: str
     header: str = ""
@@ -533,12 +534,12 @@ class Launch:
     extents: Extents
     workspace_bytes: int
 
-    def extended(self, kind: type[AttentionExtents], **more: Any) -> Launch:
+    def extended(self, kind: type[Extents], **more: Any) -> Launch:
         """The same with extents of a kind that says ``more``."""
-        known = {field.name: getattr(self.extents, field.name) for field in dataclasses.fields(AttentionExtents)}
+        known = {name: getattr(self.extents, name) for name in self.extents.__dataclass_fields__}
         return dataclasses.replace(self, extents=kind(**known, **more))
 
-    def with_scratch(self, kind: type[AttentionExtents], words: int, **more: Any) -> Launch:
+    def with_scratch(self, kind: type[Extents], words: int, **more: Any) -> Launch:
         """The same with so many 32-bit words of scratch memory behind what there is, which ``workspace`` bytes of the
         extents say, and ``more``."""
         made = self.extended(kind, workspace=self.workspace_bytes, **more)

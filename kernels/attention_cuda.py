@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 
 from fuser.ir.extents import Extents
 from fuser.ir.scores import ScoreRule
 from fuser.ir.target import TF32, Target
-from fuser.kernels.attention import AnyPlan, AttentionMatch, Distances, HeadStrides, Launch, MaskStrides, Operands
+from fuser.kernels.attention import (
+    AnyPlan,
+    AttentionMatch,
+    Distances,
+    HeadStrides,
+    Launch,
+    MaskStrides,
+    Operands,
+    ScorePolicy,
+)
 from fuser.kernels.attention_tiles import STEP, BitOrder, Tiles, tiles
 from fuser.kernels.base import Cost, DType, Implementation, KernelCall, KernelSpec, Literal
 from fuser.kernels.plan import AttentionPlan
@@ -28,6 +40,8 @@ _STAGES = (2, 3)
 _MMA_SHARE = 0.6
 _FMA_SHARE = 0.5
 _GATHER_SHARE = 2 / 3
+_CODE_FLOPS = 8.0
+"""What a score of codes takes besides its product: a conversion, and the multiplication with two steps."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +68,50 @@ class CudaAttentionParameters:
     rule: ScoreRule | None = None
     distances: DType | None = None
 
+    few_bits: ClassVar[bool] = False
+    """Whether scores are made of fewer bits than ``dtype`` has."""
+
     @property
     def spec(self) -> KernelSpec:
         return KernelSpec("attention", TEMPLATE, self)
 
     @property
+    def extents_kind(self) -> type[CudaAttentionExtents]:
+        return CudaAttentionExtents
+
+    @property
     def extents(self) -> str:
         """The kernel's extents in C."""
-        return CudaAttentionExtents.declaration()
+        return self.extents_kind.declaration()
+
+    @property
+    def extents_type(self) -> str:
+        """The struct of the extents in C."""
+        return self.extents_kind.__name__
+
+    @property
+    def policy(self) -> ScorePolicy:
+        return ScorePolicy("Products")
+
+    @property
+    def codes(self) -> int:
+        """How many kinds of codes a row of q or k has, 0 where rows are as they are given."""
+        return 0
+
+    @property
+    def given(self) -> bool:
+        """Whether rows of codes have those of q or k as given behind them."""
+        return False
+
+    @property
+    def surveys(self) -> bool:
+        """Whether limits of rows are found before scores are."""
+        return False
+
+    @property
+    def constants(self) -> Mapping[str, int | bool | float]:
+        """What the configuration says to the policy, by its names in C++."""
+        return {}
 
     @property
     def order(self) -> BitOrder:
@@ -74,14 +124,27 @@ class CudaAttentionParameters:
         return -(-self.value_dim // step) * step
 
     @property
+    def given_bytes(self) -> int:
+        """Bytes of a row of q or k as given, with zeros up to whole products."""
+        return -(-self.head_dim * self.dtype.bytes // 32) * 32
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes between rows of q and k in shared memory."""
+        return self.given_bytes + 16
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether registers do not hold the rows of q."""
+        return self.order is BitOrder.VECTOR or self.key_bytes > 256 + 16
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        size, chunk = self.dtype.bytes, 16 // self.dtype.bytes
-        width = -(-self.head_dim // (16 if size == 2 else 8)) * (16 if size == 2 else 8)
-        pitch = width + chunk
-        total = self.stages * self.keys * (pitch + self.padded_value_dim + chunk) * size
-        if self.order is BitOrder.VECTOR or width > (128 if size == 2 else 64):
-            total += self.rows * pitch * size
+        size = self.dtype.bytes
+        total = self.stages * self.keys * (self.key_bytes + self.padded_value_dim * size + 16)
+        if self.shares_queries:
+            total += self.rows * self.key_bytes
         if self.order is BitOrder.VECTOR:
             total += self.rows * (self.keys + 4) * 4
         slots = 4 if self.stages < 4 else 8
@@ -110,8 +173,11 @@ def choices(
     target: Target,
     rule: ScoreRule | None = None,
     distances: DType | None = None,
+    kind: Callable[..., CudaAttentionParameters] = CudaAttentionParameters,
+    most_keys: int = 64,
 ) -> list[CudaAttentionParameters]:
-    """Legal parameters on ``target``: both sizes of tiles, with as many keys and blocks as registers allow.
+    """Legal parameters of a ``kind`` on ``target``: both sizes of tiles, with as many keys, up to ``most_keys``, and
+    blocks as registers allow.
 
     None where its shared memory is too small: for wide fp32 heads on GPUs with 99 KiB a block.
     """
@@ -120,6 +186,7 @@ def choices(
     widest = max(head_dim, value_dim)
     # A lane holds half a column's results and half a key's scores, besides its queries.
     keys = (32 if widest <= 128 else 16) if vector else 64 if widest <= (64 if tf32 else 128) else 32
+    keys = min(keys, most_keys)
     blocks = 1 if widest > 128 or (tf32 and widest > 64) else 3 if widest <= 64 and dtype is not DType.F32 else 2
     found = []
     for rows in (64, 128):
@@ -127,7 +194,7 @@ def choices(
             continue
         for stages in _STAGES:
             for fewer in sorted({keys, 16}, reverse=True):
-                made = CudaAttentionParameters(
+                made = kind(
                     *(head_dim, value_dim, dtype, mask, lse, tf32, rows, fewer, stages),
                     *(max(1, blocks * 64 // rows), rule, distances),
                 )
@@ -233,7 +300,15 @@ def cost(
     pairs = units * cut.pairs_computed
     steps = units * max(1, cut.steps)
     gathered = STEP * width * parameters.dtype.bytes
-    step = max(pairs * 2.0 * width / (steps * rate), gathered / (target.l2_bandwidth * _GATHER_SHARE))
+    products = 2.0 * width / rate
+    if parameters.codes:
+        kinds = parameters.codes + parameters.surveys
+        of_code = 2.0 * parameters.head_dim / target.mma_rate(torch.int8, _MMA_SHARE)
+        of_code += _CODE_FLOPS / (target.peak_flops * _FMA_SHARE)
+        in_full = parameters.value_dim + parameters.given * parameters.head_dim
+        products = kinds * of_code + 2.0 * in_full / rate
+        gathered = STEP * (kinds * parameters.head_dim + in_full * parameters.dtype.bytes)
+    step = max(pairs * products / steps, gathered / (target.l2_bandwidth * _GATHER_SHARE))
     whole = (steps + _TILE_STEPS * units * cut.items) * step / target.cores
     longest = (cut.most_steps + _TILE_STEPS) * step * _BLOCKS
     seconds = max(whole, longest)

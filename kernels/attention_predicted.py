@@ -66,24 +66,7 @@ class PredictedKernel(AttentionParameters):
 
     @property
     def constants(self) -> Mapping[str, int | bool | float]:
-        """What the configuration says of the form, by its names in C++."""
-        form = self.form
-        return {
-            "kBits": form.bits,
-            "kHighBits": form.high_bits or 0,
-            "kPerRow": form.per_row,
-            "kDynamic": form.dynamic,
-            "kNormalize": form.normalize,
-            "kSums": form.needs_sums,
-            "kProbability": form.probability,
-            "kBefore": form.before_softmax,
-            "kOverRows": form.over_rows,
-            "kOverHeads": form.over_heads,
-            "kInverse": form.inverse,
-            "kPrune": form.prune,
-            "kBestOfEmpty": form.empty_row is EmptyRow.ARGMAX,
-            "kAllOfEmpty": form.empty_row is EmptyRow.DENSE,
-        }
+        return constants_of(self.form)
 
 
 @dataclass(frozen=True)
@@ -124,6 +107,26 @@ class PredictedAttention:
             q_threshold=q_threshold,
             k_threshold=k_threshold,
         )
+
+
+def constants_of(form: Form) -> Mapping[str, int | bool | float]:
+    """What the configuration of a kernel says of the form, by its names in C++."""
+    return {
+        "kBits": form.bits,
+        "kHighBits": form.high_bits or 0,
+        "kPerRow": form.per_row,
+        "kDynamic": form.dynamic,
+        "kNormalize": form.normalize,
+        "kSums": form.needs_sums,
+        "kProbability": form.probability,
+        "kBefore": form.before_softmax,
+        "kOverRows": form.over_rows,
+        "kOverHeads": form.over_heads,
+        "kInverse": form.inverse,
+        "kPrune": form.prune,
+        "kBestOfEmpty": form.empty_row is EmptyRow.ARGMAX,
+        "kAllOfEmpty": form.empty_row is EmptyRow.DENSE,
+    }
 
 
 def takes(quantize: ScoreQuantization, mask: torch.dtype | None) -> bool:

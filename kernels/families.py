@@ -10,6 +10,7 @@ from fuser.kernels.attention_importance import CpuImportanceAttention
 from fuser.kernels.attention_int8 import CpuInt8Attention
 from fuser.kernels.attention_joined import CpuJoinedAttention
 from fuser.kernels.attention_predicted import CpuPredictedAttention
+from fuser.kernels.attention_quantized_cuda import CudaFewBitsAttention
 from fuser.kernels.base import Table
 from fuser.kernels.concat import CPU_CONCAT, CUDA_CONCAT, ConcatFamily
 from fuser.kernels.depthwise import CpuDepthwise, CudaDepthwise, DepthwiseFamily
@@ -43,7 +44,7 @@ IMPLEMENTATIONS: Table = {
         CpuPredictedAttention(),
         CpuInt8Attention(),
     ),
-    (AttentionFamily(), "cuda"): (CudaAttention(),),
+    (AttentionFamily(), "cuda"): (CudaAttention(), CudaFewBitsAttention()),
     (GemmFamily(), "cpu"): (CpuGemm(), OneDnnGemm()),
     (GemmFamily(), "cuda"): (CudaGemm(), CublasGemm(), CutlassGemm()),
     (GroupedGemmFamily(), "cpu"): (CpuGroupedGemm(),),

@@ -27,6 +27,11 @@ from fuser.kernels.attention import (
 from fuser.kernels.attention_cuda import CudaAttentionParameters
 from fuser.kernels.attention_predicted import takes
 from fuser.kernels.attention_quantized import quantized
+from fuser.kernels.attention_quantized_cuda import (
+    CudaQuantizedAttention,
+    CudaQuantizedParameters,
+    quantized_choices,
+)
 from fuser.kernels.base import STORAGE, DType, Literal, floating
 from fuser.kernels.plan import AttentionPlan
 from fuser.plans import CachedPlans
@@ -56,17 +61,15 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
         raise NoKernelError(f"there is no kernel for heads wider than {LARGEST_HEAD}")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, *floats):
         raise NoKernelError(f"there is no kernel for masks of {attn_mask.dtype}")
-    if target.kind == "cuda" and not attention_cuda.choices(
-        q.shape[3], v.shape[3], STORAGE[q.dtype], None, False, target
+    mask = None if attn_mask is None else STORAGE[attn_mask.dtype]
+    if target.kind == "cuda" and not _choices(
+        *(q.shape[3], v.shape[3], STORAGE[q.dtype], mask, False, None, quantize, target)
     ):
         raise NoKernelError(
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
         )
-    if quantize is not None:
-        if target.kind != "cpu" and not quantize.may_be_exact:
-            raise NoKernelError("quantize= has kernels for CPUs only")
-        if not takes(quantize, None if attn_mask is None else attn_mask.dtype):
-            raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
+    if quantize is not None and not takes(quantize, None if attn_mask is None else attn_mask.dtype):
+        raise NoKernelError("quantize= has no kernel that compares scores without the mask that is added to them")
     return target
 
 
@@ -136,10 +139,29 @@ def _parameters(
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
-        return _cheapest(*kernel, rule, plan, *q.shape[:2], with_tf32(target))
+        chosen = _cheapest(*kernel, rule, quantize, plan, *q.shape[:2], with_tf32(target))
+        if quantize is None:
+            return chosen
+        assert isinstance(chosen, CudaQuantizedParameters)
+        return CudaQuantizedAttention(chosen, quantize)
     if quantize is not None:
         return quantized(quantize, *kernel, rule, packed=packed)
     return AttentionParameters(*kernel, rule=rule)
+
+
+def _choices(
+    width: int,
+    value_width: int,
+    dtype: DType,
+    mask: DType | None,
+    lse: bool,
+    rule: ScoreRule | None,
+    quantize: ScoreQuantization | None,
+    target: Target,
+) -> list[CudaAttentionParameters]:
+    """The parameters that there are on a GPU."""
+    kernel = width, value_width, dtype, mask, lse, target, rule
+    return attention_cuda.choices(*kernel) if quantize is None else quantized_choices(quantize, *kernel)
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,11 +172,12 @@ def _cheapest(
     mask: DType | None,
     lse: bool,
     rule: ScoreRule | None,
+    quantize: ScoreQuantization | None,
     plan: AttentionPlan,
     batch: int,
     heads: int,
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
-    found = attention_cuda.choices(width, value_width, dtype, mask, lse, target, rule)
+    found = _choices(width, value_width, dtype, mask, lse, rule, quantize, target)
     return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

@@ -216,10 +216,11 @@ def _op(
     try:
         target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        if what.quantize is None or what.quantize.is_by_document(what.rule, lse=return_lse):
+        by_row = what.quantize is None or what.quantize.is_by_row
+        if by_row or (target.kind == "cpu" and what.quantize.is_by_document(what.rule, lse=return_lse)):
             of_q, of_k = (b.tobytes() for b in bounds)
             plan = _plan(what.mask.current(), of_q, of_k, target)
-            documents = None if what.quantize is None or what.quantize.is_by_row else _rows(of_k)
+            documents = None if by_row else _rows(of_k)
             run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize, documents)
             return out, lse
         out.zero_()

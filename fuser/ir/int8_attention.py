@@ -35,8 +35,8 @@ class Int8Attention(ScoreQuantization):
     keys, with an ordered dither of four steps, so that many small ones keep their sum. Elsewhere, and in
     :meth:`reference`, it is that of exact attention.
 
-    Few bits are for speed alone here: ``fuser.optimize`` takes exact attention where that is faster, as of short rows,
-    and on GPUs, which have no kernel for this.
+    Few bits are for speed alone here: ``fuser.optimize`` takes exact attention where that is faster, as of short rows.
+    GPUs skip nothing.
 
     Raises ScoreError for fields that are not of these values.
     """

@@ -36,7 +36,7 @@ class ScoreQuantization(ABC):
     prunes: ClassVar[bool] = False
     """Whether scores that are not computed in full are left out."""
     may_be_exact: ClassVar[bool] = False
-    """Whether few bits are for speed alone, so that programs and GPUs take exact attention where that is faster."""
+    """Whether few bits are for speed alone, so that programs take exact attention where that is faster."""
 
     @property
     @abstractmethod

@@ -17,7 +17,9 @@ from fuser.codegen.render import header_folder
 from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError, ToolchainError
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import cuda_target
+from fuser.kernels.attention_quantized_cuda import CudaFewBitsAttention
 from fuser.kernels.base import floating
 from fuser.module.compiler import choose_all
 from fuser.runtime.build import build
@@ -163,3 +165,27 @@ def test_nvcc_builds_every_kernel_of_a_model(arch: str) -> None:
     assert {k.family for k in assembly.kernels} >= {"attention", "gemm", "rowwise"}
     paths = build(assembly.sources, target, headers=header_folder(target))
     assert set(paths) == {source.symbol for source in assembly.sources}
+
+
+@pytest.mark.parametrize(
+    "how", [fuser.Int8Attention(), fuser.DEQ(), fuser.Sanger()], ids=lambda how: type(how).__name__
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_of_few_bits_is_that_of_the_reference(
+    how: ScoreQuantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at this size, where exact attention may be faster than 8 bits; with scores far apart."""
+    monkeypatch.setattr(fuser.Int8Attention, "may_be_exact", False)
+    model, inputs = made("bert", dtype)
+    for layer in model.encoder.layer:
+        layer.attention.self.query.weight.data.mul_(30)
+    fast = fuser.optimize(model, inputs, target=EMULATED, quantize=how)
+    with torch.no_grad():
+        ours, eager = first(fast(**inputs)).float(), first(model(**inputs)).float()
+        monkeypatch.setattr(CudaFewBitsAttention, "space", lambda *_: ())
+        plain = fuser.optimize(model, inputs, target=EMULATED, quantize=how)
+        reference = first(plain(**inputs)).float()
+    assert fast.unfused == () and fast.fallbacks == () and len(plain.unfused) == 2
+    assert f"{type(how).__name__} {how.bits} bits" in str(fast.report())
+    far, near = (float((x - reference).norm() / reference.norm()) for x in (eager, ours))
+    assert near < (0.2 if dtype == torch.float16 else 0.01) * far

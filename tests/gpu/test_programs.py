@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.ir.errors import DeviceMemoryError
+from fuser.ir.score_quantization import ScoreQuantization
 from fuser.runtime.cuda import gpu_target
 from fuser.runtime.cuda_program import CudaProgram
 
@@ -66,6 +68,23 @@ def test_models(make: Any, dtype: torch.dtype, device: torch.device) -> None:
                 assert float((ours - truth).norm()) <= 2 * float((eager - truth).norm()) + 1e-6 * float(truth.norm())
     assert fast.unfused == () and fast.fallbacks == ()
     assert all(p.graph_error == "" for p in programs(fast))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [fuser.Int8Attention(), fuser.DEQ(), fuser.Sanger(), fuser.DEQ.from_config("adamax_nb80")],
+    ids=lambda how: type(how).__name__,
+)
+def test_attention_of_few_bits(how: ScoreQuantization, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 1500, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
+    mask = fuser.masks.Longformer(200, 8)
+    out = fuser.sparse_attention(*(t.to(device) for t in (q, k, v)), mask, quantize=how)
+    added = torch.zeros(1500, 1500).masked_fill(~mask.dense(1500), -math.inf)
+    want, _ = how.reference(q, k, v, additive_mask=added)
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=rounding)
 
 
 def test_replays_take_new_inputs_and_give_results_of_their_own(device: torch.device) -> None:

@@ -19,13 +19,13 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
   const Place<S> place(p, work);
   const int4* members = place.members + warp * 16;
   const int64_t states = work.y % p.in_flight * p.states;
-  const bool masked = S::kMask || (place.item.w >> warp & 1) != 0;
+  const bool masked = S::kMask || S::kCodes != 0 || (place.item.w >> warp & 1) != 0;
   int row[S::kLaneRows];
 #pragma unroll
   for (int r = 0; r < S::kLaneRows; ++r) row[r] = members[row_of<S>(lane, r)].x;
   // Results of this lane's rows. Where masks were at work, a result that is not finite may come from a value that the
   // row does not see (0 * inf), and a row without a maximum may have keys with a very low bias: both are computed
-  // again.
+  // again, as are rows with scores that have no codes, which are NaN.
   bool again[S::kLaneRows];
 #pragma unroll
   for (int r = 0; r < S::kLaneRows; ++r) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
               result[c] = fmaf(__ldcg(p.state + (first + part) * S::kValueWidth + d), weight, result[c]);
         }
       } else {
-        const Element<S>* query = place.q + int64_t(member.x) * p.of_q.row;
+        const typename S::Scores::Row query(p, place, member);
         Cursor<S> step(p.records + place.item.x);
         for (int i = 0; i < place.item.y * S::kParts; ++i) {
           step.advance();
@@ -147,12 +147,10 @@ __device__ __forceinline__ void finish(const Problem<S>& p, int4 work, float (&o
           for (int n = 0; n < S::kKeys; ++n) {
             const int64_t c = step.key(p.lists, n);
             if (kind == 1 && !bit_of<S>(words, local, step.info().x / 65536 * S::kKeys + n)) continue;
-            float x = 0.0f;
-            for (int d = lane; d < S::kHeadDim; d += 32)
-              x = fmaf(float(query[d]), float(place.k[c * p.of_k.row + d]), x);
             const float y = place.added(p, member.x, c);
             if (y == -kInf) continue;
-            x = S::Scores::one(p, warp_sum(x), y);
+            const float x = query.score(p, place, c, y, lane);
+            if (S::Scores::kPrunes && x == -kInf) continue;
             const float before = most;
             most = fmaxf(most, x);
             const float decay = S::Scores::decay(before, most, p.unit);

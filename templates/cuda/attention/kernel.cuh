@@ -21,9 +21,9 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
   using Scores = typename S::Scores;
   SharedAllocator allocator;
   Shared<S> w{};
-  w.k = allocator.take<Element<S>>(S::kStages * S::kKeys * S::kKPitch);
-  w.v = allocator.take<Element<S>>(S::kStages * S::kKeys * S::kVPitch);
-  if constexpr (S::kQShared) w.q = allocator.take<Element<S>>(S::kRows * S::kKPitch);
+  w.k = allocator.take<Key<S>>(S::kStages * S::kKeys * S::kKPitch);
+  if constexpr (!S::kSurvey) w.v = allocator.take<Element<S>>(S::kStages * S::kKeys * S::kVPitch);
+  if constexpr (S::kQShared) w.q = allocator.take<Key<S>>(S::kRows * S::kKPitch);
   if constexpr (S::kVector) w.p = allocator.take<float>(S::kRows * S::kPPitch);
   w.infos = allocator.take<int2>(S::kSlots);
   w.keys = allocator.take<int>(S::kSlots * S::kKeys);
@@ -36,8 +36,8 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
     __syncthreads();
     if (w.work->x < 0) return;
     const Place<S> place(p, *w.work);
-    const Copier<S, S::kHeadDim, S::kKeyWidth, S::kKPitch> copy_keys(place.k, thread);
-    const Copier<S, S::kValueDim, S::kValueWidth, S::kVPitch> copy_values(place.v, thread);
+    const Copier<S, Key<S>, S::kKeyColumns, S::kKeyWidth, S::kKPitch> copy_keys(place.k, thread);
+    const Copier<S, Element<S>, S::kValueDim, S::kValueWidth, S::kVPitch> copy_values(place.v, thread);
     const MaskElement<S>* mask = place.mask;
     const bool row_mask = S::kDistances || (S::kMask && p.of_mask.row != 0);
     const int steps = place.item.y * S::kParts;
@@ -70,16 +70,17 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
     const auto copy = [&](int step) {
       const int* keys = w.keys + step % S::kSlots * S::kKeys;
       const int stage = step % S::kStages;
-      copy_keys(w.k + stage * S::kKeys * S::kKPitch, keys, p.of_k.row, p.vectors, thread);
-      copy_values(w.v + stage * S::kKeys * S::kVPitch, keys, p.of_v.row, p.vectors, thread);
+      copy_keys(w.k + stage * S::kKeys * S::kKPitch, keys, p.of_k.row, S::kCodes != 0 || p.vectors, thread);
+      if constexpr (!S::kSurvey)
+        copy_values(w.v + stage * S::kKeys * S::kVPitch, keys, p.of_v.row, p.vectors, thread);
     };
 
     if (thread < S::kKeys)
       for (int i = 0; i < S::kStages && i < steps; ++i) fetch(i), publish(i);
     if constexpr (S::kQShared) {
       const auto at = [members](unsigned i) { return max(members[i].x, 0); };
-      gather<S, 16, S::kHeadDim, S::kKeyWidth, S::kKPitch, 32>(w.q + warp * 16 * S::kKPitch, place.q, p.of_q.row,
-                                                               p.vectors, lane, at);
+      gather<16, S::kKeyColumns, S::kKeyWidth, S::kKPitch, 32>(w.q + warp * 16 * S::kKPitch, place.q, p.of_q.row,
+                                                               S::kCodes != 0 || p.vectors, lane, at);
     }
     __syncthreads();
 #pragma unroll
@@ -88,11 +89,11 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
       cp_async_commit();
     }
     typename Scores::Queries queries;
-    queries.load(place.q, p.of_q.row, row, lane, p.pairs);
+    queries.load(p, place, members, row, lane);
 
-    float o[S::kOutTiles][4], top[S::kLaneRows], sum[S::kLaneRows];
+    float o[S::kSurvey ? 1 : S::kOutTiles][4], top[S::kLaneRows], sum[S::kLaneRows];
 #pragma unroll
-    for (int j = 0; j < S::kOutTiles; ++j)
+    for (int j = 0; j < (S::kSurvey ? 1 : S::kOutTiles); ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) o[j][e] = 0.0f;
 #pragma unroll
@@ -113,22 +114,30 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
         uint32_t word = ~0u;
         if (kind == 1) word = p.words[(step.y * S::kWarps + warp) * 32 + lane] >> (step.x >> 16) * (S::kTiles * 4 % 32);
         float s[S::kTiles][4];
+        float* const scratch = S::kVector ? w.p + warp * 16 * S::kPPitch : nullptr;
         Scores::score(s, queries, S::kQShared ? w.q + warp * 16 * S::kKPitch : nullptr,
-                      w.k + stage * S::kKeys * S::kKPitch, lane);
+                      w.k + stage * S::kKeys * S::kKPitch, scratch, lane);
         const auto by_row = [&](int j, int e) {
           const int c = w.keys[slot * S::kKeys + key_of<S>(lane, j, e)], r = row[which_row<S>(e)];
           return place.added(p, max(r, 0), c);
         };
         const auto by_key = [&](int j, int e) { return w.bias[slot * S::kKeys + key_of<S>(lane, j, e)]; };
-        low |= row_mask ? Scores::change(p, s, by_row) : Scores::change(p, s, by_key);
+        low |= row_mask ? Scores::change(p, s, queries, by_row) : Scores::change(p, s, queries, by_key);
         if (kind == 1) Scores::forbid(s, word);
-        softmax(p, s, o, top, sum);
-        values<S>(o, s, S::kVector ? w.p + warp * 16 * S::kPPitch : nullptr, w.v + stage * S::kKeys * S::kVPitch, lane);
+        if constexpr (S::kSurvey) {
+          Scores::know(s, top, sum);
+        } else {
+          softmax(p, s, o, top, sum);
+          values<S>(o, s, scratch, w.v + stage * S::kKeys * S::kVPitch, lane);
+        }
       }
       if (more) publish(i + S::kStages);
     }
 
-    finish(p, *w.work, o, top, sum, low, lane, warp);
+    if constexpr (S::kSurvey)
+      Scores::leave(place, members, top, sum, lane);
+    else
+      finish(p, *w.work, o, top, sum, low, lane, warp);
     if (p.next == nullptr) return;
     // Shared memory is free for the next tile when all warps are here.
     __syncthreads();
@@ -144,17 +153,16 @@ __device__ __forceinline__ void attend_tiles(const Problem<S>& p) {
 // and, for the units in flight, how many parts of a row have arrived (int32), then result, and maximum and sum, of every
 // state.
 // A row without a key gives zeros and -inf.
-template <class S, class Kernel>
-int run(const FuserArgs* args, void* stream, Kernel attend) {
+
+// The problem that arguments pose, but for rows of codes. Returns whether the kernel takes it.
+template <class S>
+bool bind(const FuserArgs* args, Problem<S>& p) {
   const auto& e = *static_cast<const typename S::Extents*>(args->extents);
   void* const* const after_masks = args->tensors + 3 + S::kMask + S::kDistances;
   const auto aligned = [](const void* address, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(address) % bytes == 0;
   };
   const int4* tiles = static_cast<const int4*>(after_masks[0]);
-  Problem<S> p{};
-  p.q = static_cast<const Element<S>*>(args->tensors[0]);
-  p.k = static_cast<const Element<S>*>(args->tensors[1]);
   p.v = static_cast<const Element<S>*>(args->tensors[2]);
   if (S::kMask) p.mask = static_cast<const MaskElement<S>*>(args->tensors[3]);
   if (S::kDistances) {
@@ -163,7 +171,7 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
   }
   p.out = static_cast<Element<S>*>(after_masks[1]);
   if (S::kLse) p.lse = static_cast<float*>(after_masks[2]);
-  p.heads = int(e.heads), p.group = int(e.heads / e.key_heads);
+  p.rows = e.q_len, p.heads = int(e.heads), p.group = int(e.heads / e.key_heads);
   p.tiles = e.items, p.states = e.states, p.per_head = e.per_head != 0, p.in_flight = e.in_flight;
   p.units = p.per_head ? e.batch : e.batch * e.heads;
   p.items = tiles, p.members = tiles + e.members_at / 4, p.records = tiles + e.records_at / 4;
@@ -174,9 +182,14 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
     fits = fits && strides.row >= 0 && strides.row <= kLongestRow;
     return Strides{strides.batch, strides.head, int(strides.row)};
   };
-  p.of_q = narrowed(e.q), p.of_k = narrowed(e.k), p.of_v = narrowed(e.v), p.of_out = narrowed(e.out);
+  const auto* q = static_cast<const Element<S>*>(args->tensors[0]);
+  const auto* k = static_cast<const Element<S>*>(args->tensors[1]);
+  if constexpr (S::kCodes == 0)
+    p.q = q, p.k = k, p.of_q = narrowed(e.q), p.of_k = narrowed(e.k);
+  else
+    p.given.q = q, p.given.k = k, p.given.of_q = narrowed(e.q), p.given.of_k = narrowed(e.k);
+  p.of_v = narrowed(e.v), p.of_out = narrowed(e.out);
   if (S::kLse) p.of_lse = narrowed(e.lse);
-  if (!fits) return kUnsupported;
   p.of_mask = {e.mask.batch, e.mask.head, e.mask.row, e.mask.key};
   p.scale = float(e.scale);
   p.negative = e.scale < 0;
@@ -185,10 +198,19 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
     const int64_t n = bytes / int64_t(sizeof(Element<S>));
     return n == 0 || (s.batch % n == 0 && s.head % n == 0 && s.row % n == 0);
   };
-  p.vectors = aligned(p.k, 16) && aligned(p.v, 16) && whole(p.of_k, 16) && whole(p.of_v, 16) &&
-              (!S::kQShared || (aligned(p.q, 16) && whole(p.of_q, 16)));
-  p.pairs = aligned(p.q, 4) && aligned(p.out, 4) && whole(p.of_q, 4) && whole(p.of_out, 4);
+  p.vectors = aligned(p.v, 16) && whole(p.of_v, 16);
+  p.pairs = aligned(p.out, 4) && whole(p.of_out, 4);
+  if constexpr (S::kCodes == 0) {
+    p.vectors = p.vectors && aligned(p.k, 16) && whole(p.of_k, 16) &&
+                (!S::kQShared || (aligned(p.q, 16) && whole(p.of_q, 16)));
+    p.pairs = p.pairs && aligned(p.q, 4) && whole(p.of_q, 4);
+  }
+  return fits;
+}
 
+template <class S, class Kernel>
+int start(const FuserArgs* args, void* stream, Problem<S>& p, Kernel attend) {
+  const auto& e = *static_cast<const typename S::Extents*>(args->extents);
   const int64_t total = p.units * p.tiles, flying = p.in_flight < p.units ? p.in_flight : p.units;
   if (total == 0) return 0;
   const int64_t resident = e.multiprocessors * resident_blocks(attend, S::kThreads, S::kSharedBytes);
@@ -204,6 +226,12 @@ int run(const FuserArgs* args, void* stream, Kernel attend) {
   }
   const int64_t blocks = counted ? (total < resident ? total : resident) : total;
   return launch(attend, dim3(unsigned(blocks)), dim3(S::kThreads), size_t(S::kSharedBytes), stream, p);
+}
+
+template <class S, class Kernel>
+int run(const FuserArgs* args, void* stream, Kernel attend) {
+  Problem<S> p{};
+  return bind(args, p) ? start(args, stream, p, attend) : kUnsupported;
 }
 
 }  // namespace attention

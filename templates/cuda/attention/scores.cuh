@@ -1,11 +1,12 @@
 // Score policies: how the scores of a tile are made, changed, and turned into weights.
 //
-// A policy has these hooks, in the order in which they are called; another one inherits from Products what it shares.
+// A policy has these hooks, in the order in which they are called; one inherits from Changes what others share.
 //   Queries                        the rows of q that a warp keeps: load(...) once a tile
 //   score(s, ...)                  the scores of a step's keys, in units of `scale` unless kNats
-//   change(p, s, mask)             what becomes of them: the scale's sign, a bias, keys that the run-time mask forbids
+//   change(p, s, queries, mask)    what becomes of them: the scale's sign, a bias, keys that the run-time mask forbids
 //   forbid(s, word)                the same for pairs that the plan does not list
-//   one(p, x, y)                   the same for one product x of query and key under the value y of the run-time mask
+//   Row                            one row of q: score(p, place, key, y, ...) is what becomes of its score under the
+//                                  value y of the run-time mask, -inf where kPrunes and the pair is left out
 //   unit(scale)                    binary exponents in one unit of a score
 //   shift(top, unit)               the exponent that weights are relative to where top is the largest score of a row
 //   weight(x, shift, unit)         2^(unit * x - shift)
@@ -35,11 +36,16 @@ template <class S>
 struct Queries {
   uint32_t a[S::kQShared ? 1 : S::kHalf ? S::kKeyWidth / 16 : S::kKeyWidth / 8][4];
 
-  __device__ __forceinline__ void load(const Element<S>* q, int64_t stride, const int (&row)[S::kLaneRows],
-                                       unsigned lane, bool pairs) {
+  __device__ __forceinline__ void load(const Problem<S>& p, const Place<S>& place, const int4*,
+                                       const int (&row)[S::kLaneRows], unsigned lane) {
     if constexpr (!S::kQShared) {
-      const Element<S>* first = q + (row[0] < 0 ? 0 : row[0]) * stride;
-      const Element<S>* second = q + (row[1] < 0 ? 0 : row[1]) * stride;
+      const int64_t stride = p.of_q.row;
+      load(place.q + (row[0] < 0 ? 0 : row[0]) * stride, place.q + (row[1] < 0 ? 0 : row[1]) * stride, lane, p.pairs);
+    }
+  }
+
+  __device__ __forceinline__ void load(const Element<S>* first, const Element<S>* second, unsigned lane, bool pairs) {
+    if constexpr (!S::kQShared) {
 #pragma unroll
       for (int k = 0; k < int(sizeof(a) / sizeof(a[0])); ++k) {
         if constexpr (S::kHalf) {
@@ -134,27 +140,27 @@ __device__ __forceinline__ float finite_shift(float top) {
 template <class S>
 constexpr bool kRule = !std::is_void<typename S::Rule>::value;
 
-// rule(scale * q k^T) + mask. Without rule and bias scores are q k^T, and the scale comes with the exponent.
-template <class S>
-struct Products {
-  static constexpr bool kNats = S::kBias || kRule<S>;
-  using Queries = attention::Queries<S>;
-
-  static __device__ __forceinline__ void score(float (&s)[S::kTiles][4], const Queries& q, const Element<S>* shared,
-                                               const Element<S>* k, unsigned lane) {
-    products<S>(s, q, shared, k, lane);
-  }
+// The scores of q k^T that neither rule nor mask has changed. With kScaled they have their scale, in which case no
+// rounding of theirs is left out.
+template <class S, bool kScaled>
+struct Changes {
+  static constexpr bool kNats = kScaled || S::kBias || kRule<S>, kPrunes = false;
 
   static __device__ __forceinline__ float in_nats(const Problem<S>& p, float x, float y) {
-    if constexpr (kRule<S>)
+    if constexpr (kScaled && kRule<S>)
+      return __fadd_rn(S::Rule::apply(x), y);
+    else if constexpr (kScaled)
+      return __fadd_rn(x, y);
+    else if constexpr (kRule<S>)
       return S::Rule::apply(x * p.scale) + y;
     else
       return fmaf(x, p.scale, y);
   }
 
   // mask(j, e) is the value of the run-time mask. Returns whether any is very low, but not -inf.
-  template <class Mask>
-  static __device__ __forceinline__ bool change(const Problem<S>& p, float (&s)[S::kTiles][4], const Mask& mask) {
+  template <class Queries, class Mask>
+  static __device__ __forceinline__ bool change(const Problem<S>& p, float (&s)[S::kTiles][4], const Queries&,
+                                                const Mask& mask) {
     bool low = false;
     if constexpr (S::kMask || S::kDistances) {
 #pragma unroll
@@ -165,7 +171,7 @@ struct Products {
           low |= x <= kNever && x != -kInf;
           s[j][e] = x <= kNever ? -kInf : kNats ? in_nats(p, s[j][e], x) : s[j][e];
         }
-    } else if constexpr (kNats) {
+    } else if constexpr (kRule<S>) {
 #pragma unroll
       for (int j = 0; j < S::kTiles; ++j)
 #pragma unroll
@@ -188,25 +194,56 @@ struct Products {
       for (int e = 0; e < 4; ++e) s[j][e] = word >> (4 * j + e) & 1 ? s[j][e] : -kInf;
   }
 
-  static __device__ __forceinline__ float one(const Problem<S>& p, float x, float y) {
-    return kNats ? in_nats(p, x, y) : p.negative ? -x : x;
-  }
-
   // A scale of zero must not meet the infinity of a masked score.
   static float unit(float scale) { return kNats ? kLog2e : fmaxf(fabsf(scale) * kLog2e, 1e-30f); }
 
-  // A bias may be as low as floats go, so that its product with the unit would overflow.
+  // A bias may be as low as floats go, so that its product with the unit would overflow; and rows of codes make scores
+  // of up to 2^100, whose product with it has no digits of a weight.
+  static constexpr bool kDifferences = kScaled || S::kBias;
   static __device__ __forceinline__ float shift(float top, float unit) {
-    return S::kBias ? finite_shift(top) : finite_shift(top) * unit;
+    return kDifferences ? finite_shift(top) : finite_shift(top) * unit;
   }
   static __device__ __forceinline__ float weight(float x, float shift, float unit) {
-    return device::exp2(S::kBias ? (x - shift) * unit : fmaf(x, unit, -shift));
+    return device::exp2(kDifferences ? (x - shift) * unit : fmaf(x, unit, -shift));
   }
   // Weights are relative to a rounded product, so what becomes of them must be as well.
   static __device__ __forceinline__ float decay(float old, float top, float unit) {
     const float to = finite_shift(top);
-    return device::exp2(S::kBias ? (old - to) * unit : __fmul_rn(old, unit) - __fmul_rn(to, unit));
+    return device::exp2(kDifferences ? (old - to) * unit : __fmul_rn(old, unit) - __fmul_rn(to, unit));
   }
+};
+
+// The product of a row of q and one of k as they are given, in all lanes.
+template <class S>
+__device__ __forceinline__ float product_of_rows(const Element<S>* q, const Element<S>* k, unsigned lane) {
+  float x = 0.0f;
+  for (int d = lane; d < S::kHeadDim; d += 32) x = fmaf(float(q[d]), float(k[d]), x);
+  return warp_sum(x);
+}
+
+// rule(scale * q k^T) + mask. Without rule and bias scores are q k^T, and the scale comes with the exponent.
+template <class S>
+struct Products : Changes<S, false> {
+  using Base = Changes<S, false>;
+  using Queries = attention::Queries<S>;
+
+  static __device__ __forceinline__ void score(float (&s)[S::kTiles][4], const Queries& q, const Element<S>* shared,
+                                               const Element<S>* k, float*, unsigned lane) {
+    products<S>(s, q, shared, k, lane);
+  }
+
+  struct Row {
+    const Element<S>* q;
+
+    __device__ __forceinline__ Row(const Problem<S>& p, const Place<S>& place, int4 member)
+        : q(place.q + int64_t(member.x) * p.of_q.row) {}
+
+    __device__ __forceinline__ float score(const Problem<S>& p, const Place<S>& place, int64_t key, float y,
+                                           unsigned lane) const {
+      const float x = product_of_rows<S>(q, place.k + key * p.of_k.row, lane);
+      return Base::kNats ? Base::in_nats(p, x, y) : p.negative ? -x : x;
+    }
+  };
 };
 
 }  // namespace attention

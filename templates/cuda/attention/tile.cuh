@@ -10,9 +10,14 @@
 //   kMask, kDistances, kBias, kLse    whether there is a run-time mask, or a bias by distance, numbers are added to
 //                                     scores, lse is wanted
 //   kTf32                             whether fp32 is rounded for tensor cores
+//   kCodes                            kinds of codes that a row of q or k has (codes.cuh), 0 where it is as given
+//   kGiven                            whether rows of codes have those of q or k as given behind them
+//   kSurvey                           whether the kernel only finds what is known of rows of scores (predicted.cuh)
 //   Rule                              what changes a scaled score before masks do (such as soft_cap.h), or void
 //   Scores                            the score policy (scores.cuh)
 #pragma once
+#include <type_traits>
+
 #include "cuda/device.cuh"
 
 namespace attention {
@@ -39,23 +44,33 @@ struct Shape : C {
   static constexpr int kWarps = C::kRows / 16, kThreads = 32 * kWarps;
   static constexpr int kSlots = C::kStages + 1 <= 4 ? 4 : 8;  // steps whose keys are known, at least kStages + 1
   static constexpr int kChunk = 16 / int(sizeof(Element));
-  static constexpr int kKeyWidth = round_up(C::kHeadDim, kHalf ? 16 : 8);
+  static constexpr int kGivenWidth = round_up(C::kHeadDim, kHalf ? 16 : 8);
+  // What tiles read of q and k: rows as given, or of bytes (codes.cuh).
+  using Key = std::conditional_t<C::kCodes == 0, Element, int8_t>;
+  static constexpr int kCodeWidth = round_up(C::kHeadDim, 32), kCodeBytes = C::kCodes * kCodeWidth;
+  static constexpr int kKeyWidth =
+      C::kCodes == 0 ? kGivenWidth : kCodeBytes + 16 + (C::kGiven ? kGivenWidth * int(sizeof(Element)) : 0);
+  static constexpr int kKeyColumns = C::kCodes != 0 ? kKeyWidth : C::kHeadDim;
   static constexpr int kValueWidth = round_up(C::kValueDim, kVector ? 32 : 16);
   // An odd number of 16-byte chunks a row lets eight rows start in different banks.
-  static constexpr int kKPitch = kKeyWidth + kChunk, kVPitch = kValueWidth + kChunk;
-  static constexpr bool kQShared = kVector || kKeyWidth > (kHalf ? 128 : 64);
+  static constexpr int kKPitch = C::kCodes != 0 ? kKeyWidth : kKeyWidth + kChunk, kVPitch = kValueWidth + kChunk;
+  static constexpr bool kQShared =
+      C::kCodes != 0 ? kCodeWidth > 128 || (C::kGiven && kVector) : kVector || kKeyWidth > (kHalf ? 128 : 64);
   static constexpr int kPPitch = C::kKeys + 4;
   // Scores of a lane: kKeys / 8 columns of tiles with four each, of kLaneRows rows; kLanes lanes share a row.
   static constexpr int kTiles = C::kKeys / 8, kOutTiles = kValueWidth / 8;
   static constexpr int kLaneRows = kVector ? 4 : 2, kLanes = kVector ? 8 : 4;
-  static constexpr int kSharedBytes = C::kStages * C::kKeys * (kKPitch + kVPitch) * int(sizeof(Element)) +
-                                      (kQShared ? C::kRows * kKPitch * int(sizeof(Element)) : 0) +
+  static constexpr int kKeyBytes = kKPitch * int(sizeof(Key)), kValueBytes = kVPitch * int(sizeof(Element));
+  static constexpr int kSharedBytes = C::kStages * C::kKeys * (kKeyBytes + (C::kSurvey ? 0 : kValueBytes)) +
+                                      (kQShared ? C::kRows * kKeyBytes : 0) +
                                       (kVector ? C::kRows * kPPitch * 4 : 0) + kSlots * (C::kKeys * 4 + 16) +
                                       (C::kMask ? kSlots * C::kKeys * 4 : 0) + 16;
 };
 
 template <class S>
 using Element = typename S::Element;
+template <class S>
+using Key = typename S::Key;
 template <class S>
 using MaskElement = typename S::MaskElement;
 template <class S>
@@ -69,9 +84,23 @@ struct MaskStrides {
   int64_t batch, head, row, key;
 };
 
+// What kernels with codes have beside those of q and k: both as given, whether a head of k has rows without codes, and
+// of every row of scores, and of every part of one, the largest predicted score and the sum of weights, and what is the
+// largest of rows that share a limit (order_of).
+template <class S>
+struct Given {
+  const Element<S>*q, *k;
+  Strides of_q, of_k;
+  const int* unsound;
+  float2 *of_rows, *of_parts;
+  uint32_t* peaks;
+  float limit;
+};
+
 template <class S>
 struct Problem {
-  const Element<S>*q, *k, *v;
+  const Key<S>*q, *k;
+  const Element<S>* v;
   const MaskElement<S>* mask;
   const DistanceElement<S>* distances;  // of row 0 and key 0
   Element<S>* out;
@@ -91,11 +120,14 @@ struct Problem {
   int* arrived;
   float2* state_sum;
   float* state;
+  int64_t rows;  // of a head of q
+  Given<S> given;
 };
 
 template <class S>
 struct Shared {
-  Element<S>*k, *v, *q;
+  Key<S>*k, *q;
+  Element<S>* v;
   float *p, *bias;
   int* keys;
   int2* infos;
@@ -170,11 +202,15 @@ __device__ __forceinline__ float to_float(MaskElement<S> x) {
 // Where a tile's operands are.
 template <class S>
 struct Place {
-  const Element<S>*q, *k, *v;
+  const Key<S>*q, *k;
+  const Element<S>*v, *given_q, *given_k;
   const MaskElement<S>* mask;
   const DistanceElement<S>* distances;
   Element<S>* out;
   float* lse;
+  const int* unsound;
+  float2 *of_rows, *of_parts;
+  int64_t head;  // of all of q
   const int4* members;
   int4 item;
 
@@ -187,6 +223,13 @@ struct Place {
     distances = p.distances + h * p.distance_head;
     out = p.out + b * p.of_out.batch + h * p.of_out.head;
     lse = p.lse + b * p.of_lse.batch + h * p.of_lse.head;
+    if constexpr (S::kCodes != 0) {
+      given_q = p.given.q + b * p.given.of_q.batch + h * p.given.of_q.head;
+      given_k = p.given.k + b * p.given.of_k.batch + kv * p.given.of_k.head;
+      unsound = p.given.unsound + b * (p.heads / p.group) + kv;
+      head = b * p.heads + h;
+      of_rows = p.given.of_rows + head * p.rows, of_parts = p.given.of_parts + work.y * p.states;
+    }
     members = p.members + int64_t(work.x) * S::kRows;
     item = p.items[work.x];
   }
