@@ -216,11 +216,12 @@ def _op(
     try:
         target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        by_row = what.quantize is None or what.quantize.is_by_row
-        if by_row or (target.kind == "cpu" and what.quantize.is_by_document(what.rule, lse=return_lse)):
-            of_q, of_k = (b.tobytes() for b in bounds)
-            plan = _plan(what.mask.current(), of_q, of_k, target)
-            documents = None if by_row else _rows(of_k)
+        how = what.quantize
+        documents = None
+        if how is not None and not how.is_by_row and target.kind == "cpu":
+            documents = _rows(bounds[1].tobytes()) if how.is_by_document(what.rule, lse=return_lse) else None
+        if how is None or how.is_by_row or documents is not None:
+            plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
             run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize, documents)
             return out, lse
         out.zero_()
@@ -247,10 +248,10 @@ def _plan(mask: Mask, q_bounds: bytes, k_bounds: bytes, target: Target) -> Atten
 @functools.lru_cache(maxsize=32)
 def _rows(bounds: bytes) -> tuple[Literal, Literal]:
     """Of which document each row between ``bounds`` is: row r of document r // length."""
-    lengths = np.diff(np.frombuffer(bounds, np.int64))
+    ends = np.frombuffer(bounds, np.int64)
+    lengths = ends[1:] - ends[:-1]
     most = int(lengths.max(initial=1))
-    starts = np.cumsum(lengths) - lengths
-    rows = np.arange(lengths.sum()) + np.repeat(np.arange(len(lengths)) * most - starts, lengths)
+    rows = np.arange(ends[-1]) + np.repeat(np.arange(len(lengths)) * most - ends[:-1], lengths)
     return Literal(f"rows:{bounds.hex()}", rows), Literal(f"length:{most}", np.array([most]))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -502,8 +503,8 @@ class PredictedAttention(Semantics):
         out = v.new_zeros(*q.shape[:3], v.shape[3])
         chosen = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
         _, sizes = torch.unique_consecutive(rows // length, return_counts=True)
-        for own in torch.arange(len(rows), device=q.device).split(sizes.tolist()):
-            part = slice(int(own[0]), int(own[-1]) + 1)
+        for start, stop in itertools.pairwise([0, *sizes.cumsum(0).tolist()]):
+            part = slice(start, stop)
             given = (t[:, :, part] for t in (q, k, v))
             out[:, :, part], chosen[:, :, part, part] = self.quantize.reference(
                 *given, additive_mask=added[..., part, part], score=self.rule, scale=self.scale
