@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import torch
 from harness import save
+from int8 import quantized_by_nncf, quantized_by_onnxruntime
 from torch import Tensor, nn
 
 import fuser
@@ -98,28 +99,6 @@ def openvino_arm(path: Path, threads: int, precision: str = "f32") -> Encode:
     hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     compiled = ov.Core().compile_model(str(path), "CPU", hints)
     return lambda *given: compiled([t.numpy() for t in given])[0]
-
-
-def onnxruntime_int8(path: Path) -> Path:
-    """Dynamically quantized, as ``export_dynamic_quantized_onnx_model`` of sentence-transformers does."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    small = path.with_name("int8.onnx")
-    quantize_dynamic(str(path), str(small), weight_type=QuantType.QInt8, per_channel=True)
-    return small
-
-
-def openvino_int8(path: Path, samples: Sequence[Batch]) -> Path:
-    """Quantized by NNCF, as ``export_static_quantized_openvino_model`` of sentence-transformers does."""
-    import nncf
-    import openvino as ov
-
-    model = ov.Core().read_model(str(path))
-    names = [given.any_name for given in model.inputs]
-    data = nncf.Dataset([dict(zip(names, (t.numpy() for t in sample), strict=True)) for sample in samples])
-    small = path.with_name("int8.xml")
-    ov.save_model(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER), str(small))
-    return small
 
 
 def arms(model: nn.Module, threads: int, folder: Path) -> dict[str, Callable[[], Encode]]:
@@ -300,7 +279,7 @@ class Session(nn.Module):
 def encoding(folder: Path, texts: list[str], rounds: int, threads: int, *, int8: bool = False) -> dict[str, Any]:
     """Seconds of ``encode`` of sentence-transformers, tokenizer included, with its defaults (32 texts a batch, sorted):
     by PyTorch, by fuser, and by encoders that are exported as its other backends export them; with ``int8``, these and
-    fuser quantized on 64 of the texts, with the mean and the least cosine of embeddings to PyTorch's."""
+    fuser quantized on 64 of the texts. With the mean and the least cosine of embeddings to PyTorch's."""
     from sentence_transformers import SentenceTransformer
 
     def made() -> Any:
@@ -310,14 +289,16 @@ def encoding(folder: Path, texts: list[str], rounds: int, threads: int, *, int8:
         ready = {"torch": made()}
         encoder = ready["torch"][0].auto_model
         exported = arms(encoder, threads, Path(scratch))
+        others = {name: exported[name] for name in ("onnxruntime", "openvino") if name in exported}
         if int8:
-            ready |= quantized(made, encoder.config, Path(scratch) / "model.onnx", texts[:64], threads)
+            calls = calibration(ready["torch"].tokenizer, texts[:64])
+            ready["fuser int8"] = fuser.optimize(made(), quantize=fuser.Int8(calibrate=calls))
+            others = int8_arms(Path(scratch) / "model.onnx", calls, threads)
         else:
             ready["fuser"] = fuser.optimize(made())
-            for name in ("onnxruntime", "openvino"):
-                if name in exported:
-                    ready[name] = made()
-                    ready[name][0].model = Session(exported[name](), encoder.config)
+        for name, make in others.items():
+            ready[name] = made()
+            ready[name][0].model = Session(make(), encoder.config)
         first, cosines, expected = {}, {}, ready["torch"].encode(texts[:200])
         for name, model in ready.items():
             found = model.encode(texts[:200])
@@ -338,33 +319,28 @@ def encoding(folder: Path, texts: list[str], rounds: int, threads: int, *, int8:
                 later[name].append(time.perf_counter() - start)
     seconds = {name: round(statistics.median(found), 3) for name, found in later.items()}
     first = {name: round(seconds, 3) for name, seconds in first.items()}
-    more = {"cosines": cosines} if int8 else {}
-    return {"texts": len(texts), "first_seconds": first, "later_seconds": seconds, **more}
+    return {"texts": len(texts), "first_seconds": first, "later_seconds": seconds, "cosines": cosines}
 
 
-def quantized(made: Callable[[], Any], config: Any, path: Path, texts: list[str], threads: int) -> dict[str, Any]:
-    """Encoders in int8, calibrated on these texts, by name."""
-    tokenizer = made().tokenizer
-    samples: list[Batch] = []
-    for start in range(0, len(texts), 16):
-        found = tokenizer(texts[start : start + 16], padding=True, return_tensors="pt")
-        samples.append((found["input_ids"], found["attention_mask"]))
-    calls = [{"input_ids": ids, "attention_mask": mask} for ids, mask in samples]
-    ready = {"fuser int8": fuser.optimize(made(), quantize=fuser.Int8(calibrate=calls))}
-    others: dict[str, Callable[[], Encode]] = {}
+def calibration(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
+    """Inputs of the encoder, 16 texts a batch."""
+    found = [tokenizer(texts[i : i + 16], padding=True, return_tensors="pt") for i in range(0, len(texts), 16)]
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in found]
+
+
+def int8_arms(path: Path, calls: Sequence[dict[str, Tensor]], threads: int) -> dict[str, Callable[[], Encode]]:
+    """How the others of :func:`arms` are made in int8."""
+    found: dict[str, Callable[[], Encode]] = {}
     try:
-        small = onnxruntime_int8(path)
-        others["onnxruntime int8"] = lambda: onnxruntime_arm(small, threads)
-        smaller = openvino_int8(path, samples)
-        others["openvino int8"] = lambda: openvino_arm(smaller, threads)
+        small = quantized_by_onnxruntime(path)
+        found["onnxruntime int8"] = lambda: onnxruntime_arm(small, threads)
+        smaller = quantized_by_nncf(path, [{name: t.numpy() for name, t in call.items()} for call in calls])
+        found["openvino int8"] = lambda: openvino_arm(smaller, threads)
         if multiplies_bf16(cpu_target()):
-            others["openvino int8, bf16"] = lambda: openvino_arm(smaller, threads, "bf16")
+            found["openvino int8, bf16"] = lambda: openvino_arm(smaller, threads, "bf16")
     except ImportError as error:
         print(f"left out: {error}")
-    for name, make in others.items():
-        ready[name] = made()
-        ready[name][0].model = Session(make(), config)
-    return ready
+    return found
 
 
 def planning(lengths: Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,26 +39,33 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean())
 
 
-def onnxruntime_int8(path: Path, ids: Tensor, threads: int) -> Callable[[], Any]:
+def quantized_by_onnxruntime(path: Path) -> Path:
+    """Dynamically, as ``export_dynamic_quantized_onnx_model`` of sentence-transformers does."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     small = path.with_name("int8.onnx")
     quantize_dynamic(str(path), str(small), weight_type=QuantType.QInt8, per_channel=True)
-    return onnxruntime_arm(small, ids, threads)
+    return small
+
+
+def quantized_by_nncf(path: Path, samples: Sequence[Any]) -> Path:
+    """On samples of inputs, as ``export_static_quantized_openvino_model`` of sentence-transformers does."""
+    import nncf
+    import openvino as ov
+
+    model = ov.Core().read_model(str(path))
+    small = nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER)
+    saved = path.with_name("int8.xml")
+    ov.save_model(small, str(saved))
+    return saved
 
 
 def openvino_int8(path: Path, ids: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
     """Around the products in fp32, and, where the CPU multiplies it, in bf16, as is its default there."""
-    import nncf
-    import openvino as ov
-
     samples = [
         torch.randint(0, 30000, ids.shape, generator=torch.Generator().manual_seed(i)) for i in range(CALIBRATION)
     ]
-    data = nncf.Dataset([sample.numpy() for sample in samples])
-    small = nncf.quantize(ov.Core().read_model(str(path)), data, model_type=nncf.ModelType.TRANSFORMER)
-    saved = path.with_name("int8.xml")
-    ov.save_model(small, str(saved))
+    saved = quantized_by_nncf(path, [sample.numpy() for sample in samples])
     arms = {"OpenVINO int8 (NNCF)": openvino_arm(saved, ids, threads)}
     if multiplies_bf16(cpu_target()):
         arms["OpenVINO int8 (NNCF), bf16"] = openvino_arm(saved, ids, threads, "bf16")
@@ -84,7 +91,7 @@ def run(case: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model(name), ids, path)
-        arms["ONNX Runtime int8"] = onnxruntime_int8(path, ids, options.threads)
+        arms["ONNX Runtime int8"] = onnxruntime_arm(quantized_by_onnxruntime(path), ids, options.threads)
         arms["OpenVINO fp32"] = openvino_arm(path, ids, options.threads)
         try:
             arms |= openvino_int8(path, ids, options.threads)

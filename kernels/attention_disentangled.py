@@ -100,7 +100,7 @@ class CpuDisentangledAttention(Implementation[AttentionMatch, DisentangledParame
         keys = none if how.keys is None else rows[-1]
         kernel = _LookedUp(parameters, queries, keys, how.queries or 0.0, how.keys or 0.0)
         made = match.call(kernel, target, threads)
-        return dataclasses.replace(made, tensors=(*made.tensors, *parts))
+        return made.reading(*parts)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class CpuImportanceAttention(Implementation[AttentionMatch, ImportanceParameters
         strides = tuple(HeadStrides(*match.group.graph.values[value].strides[:3]) for value in parts)
         weighted = _Weighted(parameters, strides, match.importance.semantics.coefficient)
         made = match.call(weighted, target, threads)
-        return dataclasses.replace(made, tensors=(*made.tensors, *parts))
+        return made.reading(*parts)
 
 
 @dataclass(frozen=True)

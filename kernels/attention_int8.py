@@ -119,6 +119,4 @@ class CpuInt8Attention(Implementation[AttentionMatch, Int8Kernel]):
     def call(self, match: AttentionMatch, parameters: Int8Kernel, target: Target, threads: int) -> KernelCall:
         assert isinstance(match.quantize, Int8Attention)
         call, documents = match.call(Int8Launch(parameters, match.quantize), target, threads), match.documents
-        if not parameters.documents or documents is None:
-            return call
-        return dataclasses.replace(call, tensors=(*call.tensors, *documents))
+        return call.reading(*documents) if parameters.documents and documents is not None else call

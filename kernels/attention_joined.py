@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -68,7 +67,7 @@ class CpuJoinedAttention(Implementation[AttentionMatch, JoinedParameters]):
         far_k, far_v = (HeadStrides(*values[op.inputs[1]].strides[:3]) for op in (of_keys, of_values))
         places = (-1, tokens - 1, behind + summaries - 1) if windowed.relative else (1, 0, -behind)
         call = match.call(_Placed(parameters, (tokens, *places), (far_k, far_v)), target, threads)
-        return dataclasses.replace(call, tensors=(*call.tensors, of_keys.inputs[1], of_values.inputs[1]))
+        return call.reading(of_keys.inputs[1], of_values.inputs[1])
 
 
 @dataclass(frozen=True)

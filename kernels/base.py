@@ -210,6 +210,10 @@ class KernelCall:
     outputs: tuple[str, ...]
     workspace_bytes: int = 0
 
+    def reading(self, *more: TensorRef) -> KernelCall:
+        """The same launch with ``more`` tensors behind its own."""
+        return dataclasses.replace(self, tensors=(*self.tensors, *more))
+
     def renamed(self, names: Mapping[str, str]) -> KernelCall:
         """The same launch on other values, which ``names`` gives for each of its own."""
         tensors = tuple(_renamed(ref, names) for ref in self.tensors)

@@ -32,11 +32,14 @@ class Shelf:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """A copy of a contiguous tensor of the CPU here, if it is large, else the tensor."""
+        """A copy of a contiguous tensor of the CPU here, if it is large and there is room, else the tensor."""
         if tensor.device.type != "cpu" or tensor.nbytes < _LEAST_BYTES or not tensor.is_contiguous():
             return tensor
         if len(self._free) < tensor.nbytes:
-            self._free = pages(max(tensor.nbytes, _CHUNK_BYTES))
+            try:
+                self._free = pages(max(tensor.nbytes, _CHUNK_BYTES))
+            except (OSError, OverflowError):
+                return tensor
         copy = self._free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self._free = self._free[-(-tensor.nbytes // _LINE_BYTES) * _LINE_BYTES :]
         return copy

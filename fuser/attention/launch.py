@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 
@@ -63,7 +62,7 @@ def target_for(q: Tensor, v: Tensor, attn_mask: Tensor | None, quantize: ScoreQu
         raise NoKernelError(f"there is no kernel for masks of {attn_mask.dtype}")
     mask = None if attn_mask is None else STORAGE[attn_mask.dtype]
     if target.kind == "cuda" and not _choices(
-        *(q.shape[3], v.shape[3], STORAGE[q.dtype], mask, False, None, quantize, target)
+        (q.shape[3], v.shape[3], STORAGE[q.dtype], mask, False), None, quantize, target
     ):
         raise NoKernelError(
             f"heads of {q.shape[3]} and {v.shape[3]} {q.dtype} numbers do not fit the shared memory of this GPU"
@@ -123,7 +122,7 @@ def run_plan(
     threads = 1 if target.kind == "cuda" else threads_now()
     call = call_of(plan, operands, tuple(reads), tuple(writes), scale, parameters, target, threads)
     if documents is not None:
-        call = dataclasses.replace(call, tensors=(*call.tensors, *documents))
+        call = call.reading(*documents)
     launch(call, reads | writes, target, threads)
 
 
@@ -139,7 +138,7 @@ def _parameters(
     q, v, mask = operands.q, operands.v, operands.mask
     kernel = q.shape[3], v.shape[3], STORAGE[q.dtype], None if mask is None else STORAGE[mask.dtype], lse
     if target.kind == "cuda":
-        chosen = _cheapest(*kernel, rule, quantize, plan, *q.shape[:2], with_tf32(target))
+        chosen = _cheapest(kernel, rule, quantize, plan, *q.shape[:2], with_tf32(target))
         if quantize is None:
             return chosen
         assert isinstance(chosen, CudaQuantizedParameters)
@@ -149,28 +148,21 @@ def _parameters(
     return AttentionParameters(*kernel, rule=rule)
 
 
+_Kernel = tuple[int, int, DType, DType | None, bool]
+"""Widths of keys and values, storage of tensors and of the run-time mask, and whether the log-sum-exp is wanted."""
+
+
 def _choices(
-    width: int,
-    value_width: int,
-    dtype: DType,
-    mask: DType | None,
-    lse: bool,
-    rule: ScoreRule | None,
-    quantize: ScoreQuantization | None,
-    target: Target,
+    kernel: _Kernel, rule: ScoreRule | None, quantize: ScoreQuantization | None, target: Target
 ) -> list[CudaAttentionParameters]:
     """The parameters that there are on a GPU."""
-    kernel = width, value_width, dtype, mask, lse, target, rule
-    return attention_cuda.choices(*kernel) if quantize is None else quantized_choices(quantize, *kernel)
+    given = *kernel, target, rule
+    return attention_cuda.choices(*given) if quantize is None else quantized_choices(quantize, *given)
 
 
 @functools.lru_cache(maxsize=256)
 def _cheapest(
-    width: int,
-    value_width: int,
-    dtype: DType,
-    mask: DType | None,
-    lse: bool,
+    kernel: _Kernel,
     rule: ScoreRule | None,
     quantize: ScoreQuantization | None,
     plan: AttentionPlan,
@@ -179,5 +171,5 @@ def _cheapest(
     target: Target,
 ) -> CudaAttentionParameters:
     """The parameters of the least predicted cost."""
-    found = _choices(width, value_width, dtype, mask, lse, rule, quantize, target)
+    found = _choices(kernel, rule, quantize, target)
     return min(found, key=lambda p: attention_cuda.cost(p, plan, batch, heads, 0, target).seconds(target))

@@ -26,7 +26,7 @@ from fuser.ir.target import Target
 from fuser.kernels.attention import cached_plan
 from fuser.kernels.base import Literal
 from fuser.kernels.documents import document_mask, plan_documents, seeing
-from fuser.kernels.plan import AttentionPlan, Int64s
+from fuser.kernels.plan import AttentionPlan, Int64s, ramp
 
 _PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, str spec, float scale"
 torch.library.define("fuser::varlen_attention", f"({_PACKED}, bool return_lse) -> (Tensor, Tensor)", tags=TAGS)
@@ -216,11 +216,11 @@ def _op(
     try:
         target = target_for(q_heads, v_heads, None, what.quantize)
         into = _by_heads(out), lse[None] if return_lse else None
-        how = what.quantize
-        documents = None
-        if how is not None and not how.is_by_row and target.kind == "cpu":
-            documents = _rows(bounds[1].tobytes()) if how.is_by_document(what.rule, lse=return_lse) else None
-        if how is None or how.is_by_row or documents is not None:
+        how, documents = what.quantize, None
+        by_row = how is None or how.is_by_row
+        if how is not None and not by_row and target.kind == "cpu" and how.is_by_document(what.rule, lse=return_lse):
+            documents = _rows(bounds[1].tobytes())
+        if by_row or documents is not None:
             plan = _plan(what.mask.current(), *(b.tobytes() for b in bounds), target)
             run_plan(q_heads, k_heads, v_heads, plan, None, scale, *into, target, what.rule, what.quantize, documents)
             return out, lse
@@ -251,7 +251,7 @@ def _rows(bounds: bytes) -> tuple[Literal, Literal]:
     ends = np.frombuffer(bounds, np.int64)
     lengths = ends[1:] - ends[:-1]
     most = int(lengths.max(initial=1))
-    rows = np.arange(ends[-1]) + np.repeat(np.arange(len(lengths)) * most - ends[:-1], lengths)
+    rows = ramp(lengths) + np.repeat(np.arange(len(lengths)) * most, lengths)
     return Literal(f"rows:{bounds.hex()}", rows), Literal(f"length:{most}", np.array([most]))
 
 

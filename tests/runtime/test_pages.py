@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from fuser.runtime.pages import Shelf, pages
 
@@ -42,6 +44,15 @@ def test_what_is_small_strided_or_elsewhere_stays() -> None:
     shelf = Shelf()
     for tensor in (torch.ones(10), torch.ones(500, 400).t(), torch.ones(1 << 20, device="meta"), torch.empty(0)):
         assert shelf.moved(tensor) is tensor
+
+
+def test_without_room_tensors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> Tensor:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("fuser.runtime.pages.pages", refuse)
+    tensor = torch.ones(1 << 18)
+    assert Shelf().moved(tensor) is tensor
 
 
 def test_memory_goes_with_its_tensors() -> None:
