@@ -21,7 +21,6 @@ from fuser.ir.expression import Expression, Op
 from fuser.ir.extents import Extents
 from fuser.ir.graph import Operator, OperatorGroup
 from fuser.ir.operators import Gemm, Product
-from fuser.ir.size import maximum, minimum
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import (
     STORAGE,
@@ -46,7 +45,6 @@ _LINE = 16  # floats in a cache line
 _DEPTHS = (256, 384)  # longer passes add up more roundings than a library's GEMM does
 _PAIR_DEPTHS = (384, 256)  # those of bf16 factors are larger
 _MAX_BLOCK = 168
-_SHARED_ROWS = 512
 _SERIAL_BELOW = 1 << 18
 _TILE_STEPS = 16
 _TILE_ROWS, _TILE_COLUMNS = 32, 32
@@ -82,8 +80,7 @@ class GemmParameters:
     a time, ``kc`` the steps of one pass over registers; a step is one element along K, or two of bf16 where the target
     multiplies ``pairs`` of them in one instruction, to which an A in fp32 is rounded. With ``tiles``, the register tile
     is up to 32 × 32 in matrix tiles (AMX), which multiply 16 steps at a time; K is padded to a multiple of that.
-    Up to ``shared`` rows, threads may share the columns of rows that are reduced; below ``serial_below``
-    multiply-adds, one thread does all.
+    Below ``serial_below`` multiply-adds, one thread does all.
     """
 
     n: int
@@ -100,7 +97,6 @@ class GemmParameters:
     chunk: int
     pairs: bool = False
     tiles: bool = False
-    shared: int = _SHARED_ROWS
     serial_below: int = _SERIAL_BELOW
 
     @property
@@ -163,12 +159,9 @@ class GemmParameters:
         else those of a block."""
         return min(self.mr, self.mc) if not self.wide and self.kc >= self.steps else self.mc
 
-    def workspace_bytes(self, rows: int, threads: int) -> int:
-        """Scratch for ``rows`` rows of A on ``threads`` threads."""
-        tiles = threads * self.tile_rows
-        if self.reduces:
-            tiles = maximum([tiles, minimum([rows, self.shared])])
-        return 4 * (threads * (self.mc * self.pitch + self.scale_words) + tiles * self.tile_pitch)
+    def workspace_bytes(self, threads: int) -> int:
+        """Scratch for ``threads`` threads."""
+        return 4 * threads * (_LINE + self.mc * self.pitch + self.scale_words + self.tile_rows * self.tile_pitch)
 
     @property
     def integer(self) -> bool:
@@ -475,7 +468,7 @@ class CpuGemm(Implementation[GemmMatch, GemmParameters]):
             (match.a, Packed((match.weight,), layout), *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
-            parameters.workspace_bytes(program.rows, threads),
+            parameters.workspace_bytes(threads),
         )
 
 

@@ -127,5 +127,5 @@ class CpuGroupedGemm(Implementation[GemmMatch, GroupedGemmParameters]):
             (match.a, packed, match.gemm.inputs[2], *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
-            p.workspace_bytes(program.rows, threads),
+            p.workspace_bytes(threads),
         )

@@ -174,7 +174,7 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
             (match.a, *packed, *factors, *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
-            parameters.workspace_bytes(program.rows, threads),
+            parameters.workspace_bytes(threads),
         )
 
 

@@ -94,5 +94,5 @@ class CpuInt8WeightGemm(Implementation[GemmMatch, Int8WeightGemmParameters]):
             (match.a, *(Packed(weights, layout, i) for i in range(2)), *program.tensors),
             GemmExtents(program.rows, match.row_stride, program.operand_extents, program.output_strides),
             program.outputs,
-            parameters.workspace_bytes(program.rows, threads),
+            parameters.workspace_bytes(threads),
         )

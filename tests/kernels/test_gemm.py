@@ -112,7 +112,6 @@ class Case:
     out_dtype: DType = DType.F32
     features: frozenset[str] = frozenset()
     tile: tuple[int, int] | None = None
-    shared: int = 512
 
     @property
     def parameters(self) -> GemmParameters:
@@ -132,11 +131,11 @@ class Case:
             depth=128,
         )
         # Small products on several threads, and several cache blocks of rows.
-        return dataclasses.replace(made, serial_below=0, shared=self.shared, mc=2 * made.mr)
+        return dataclasses.replace(made, serial_below=0, mc=2 * made.mr)
 
     def __str__(self) -> str:
         names = [self.isa.value, str(self.n), str(self.k), self.epilogue, self.a_dtype.value, self.w_dtype.value]
-        return "-".join([*names, *self.features, *(map(str, self.tile or ())), f"{self.shared}"])
+        return "-".join([*names, *self.features, *map(str, self.tile or ())])
 
 
 SHAPES = [(1, 1), (3, 5), (17, 33), (100, 64), (769, 131), (48, 700), (33, 0)]
@@ -145,7 +144,6 @@ TAILS += [Case(isa, n, k, "bias") for isa in ISAS if isa is not NATIVE for n, k 
 TAILS += [Case(NATIVE, 100, 64, "bias", tile=tile) for tile in gemm._TILES[NATIVE][1:]]
 FUSED = [Case(NATIVE, 100, 70, name) for name in EPILOGUES]
 FUSED += [Case(isa, 41, 70, name) for isa in ISAS if isa is not NATIVE for name in ("bias_gelu", "sum_and_norm")]
-FUSED += [Case(NATIVE, 100, 70, "post_norm", shared=16)]
 BF16 = [
     Case(NATIVE, 100, 131, "bias_gelu", DType.BF16, DType.BF16, DType.BF16),
     Case(NATIVE, 100, 131, "post_norm", DType.F32, DType.BF16, DType.F32),
@@ -215,7 +213,7 @@ class Problem:
         p, m = case.parameters, len(self.a)
         packed = pack(self.weight, p.nr, width=p.width)
         stores = [torch.full((m, case.n + gap), float("nan"), dtype=d.torch) for d in p.out_dtypes]
-        workspace = torch.full((p.workspace_bytes(m, threads) // 4 + 16,), float("nan"))
+        workspace = torch.full((p.workspace_bytes(threads) // 4 + 16,), float("nan"))
         aligned = workspace.data_ptr() + -workspace.data_ptr() % 64
         operands = tuple(
             OperandExtents(0 if kind == "row" else x.stride(0), PERIOD if kind == "periodic" else m)
