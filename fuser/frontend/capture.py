@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import importlib
+import itertools
 import logging
 import os
 import random
@@ -104,7 +105,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     Raises CaptureError for arguments that are neither dense tensors nor plain values, since a program is specialized
     on them.
     """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_object)
+    leaves, spec = _leaves_of(args, kwargs)
     tensors: list[Tensor] = []
     slots: list[int] = []
     key: list[Any] = [spec]
@@ -146,6 +147,24 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FlatCall:
     exact = (*key, *taken.key)
     given = tuple(tensors), exact, spec, tuple(template), tuple(slots), modes, tuple(taken.objects), alike
     return FlatCall(*given, frozenset(taken.counted))
+
+
+_LEAVES = frozenset({Tensor, nn.Parameter, bool, int, float, str, type(None)})
+
+
+def _leaves_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of a call and its structure, which those without containers are told at once."""
+    leaves = [*args, *kwargs.values()]
+    if not _LEAVES.issuperset(map(type, leaves)):
+        return pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_object)
+    order, spec = _flat_structure(len(args), tuple(kwargs))
+    return [leaves[i] for i in order], spec
+
+
+@functools.lru_cache(maxsize=256)
+def _flat_structure(positional: int, names: tuple[str, ...]) -> tuple[list[int], Any]:
+    """The order in which PyTorch has the leaves of such calls, and their structure."""
+    return pytree.tree_flatten((tuple(range(positional)), dict(zip(names, itertools.count(positional)))))
 
 
 def _without_sizes(part: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import enum
 import functools
 import itertools
 import operator
+import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +28,29 @@ _MOST_CONFIGURATIONS = 64
 _DEPTH = 2
 """How far plain objects in plain objects (a configuration in a configuration) are followed."""
 _TRAINING = operator.itemgetter("training")
-_END = object()
-"""The last of what is compared, which nothing else is: what has become longer or shorter differs there."""
+
+
+def _numbers_of_identities(values: Iterable[Any]) -> Hashable:
+    return tuple(map(id, values))
+
+
+def _items_of_tuple(values: Iterable[Any]) -> Hashable:
+    # A tuple of CPython's is its objects' addresses behind a header.
+    found = tuple(values)
+    return ctypes.string_at(id(found) + tuple.__basicsize__, len(found) * _ADDRESS)
+
+
+def _fastest_identities() -> Callable[[Iterable[Any]], Hashable]:
+    if sys.implementation.name != "cpython":
+        return _numbers_of_identities
+    values = (None, object(), _INTERNAL, _ADDRESS)
+    addresses = b"".join(id(value).to_bytes(_ADDRESS, sys.byteorder) for value in values)
+    return _items_of_tuple if _items_of_tuple(values) == addresses else _numbers_of_identities
+
+
+_ADDRESS = ctypes.sizeof(ctypes.c_void_p)
+_identities = _fastest_identities()
+"""The identities of values, and how many there are: equal for the same values as long as all of them are kept."""
 
 
 class GlobalNumbers:
@@ -85,7 +108,8 @@ class Structure:
         plain = [(m, key) for m in self._modules for key, value in vars(m).items() if isinstance(value, Tensor)]
         self._plain = [(vars(m), key) for m, key in plain]
         # Kept alive, so that no other tensor gets the identity of a former one.
-        self._seen = list(self._look())
+        self._kept = list(self._look())
+        self._seen = _identities(self._kept)
         self._configuration = _Configuration(model) if model is not None else None
 
     def _look(self) -> Iterator[Any]:
@@ -94,13 +118,12 @@ class Structure:
             [attributes.get(key) for attributes, key in self._plain],
             map(type, self._modules),
             map(_TRAINING, self._attributes),
-            (_END,),
         )
 
     @property
     def changed(self) -> bool:
         """Whether the model consists of other modules or tensors, or runs in other modes."""
-        return any(self._empty) or not all(map(operator.is_, self._look(), self._seen))
+        return any(self._empty) or _identities(self._look()) != self._seen
 
     @property
     def configuration(self) -> int:
@@ -129,7 +152,7 @@ class _Configuration:
         self._sized = [holder for holder, _ in holders.values() if isinstance(holder, dict)] + self._containers
         self._numbers: collections.OrderedDict[Any, tuple[int, list[Any]]] = collections.OrderedDict()
         self._count = itertools.count()
-        self._seen: tuple[list[Any], list[int], int] = ([], [-1], -1)
+        self._seen: tuple[Hashable, list[int], int] = ((), [-1], -1)
         self._lock = ForkSafeLock()
 
     def _collect(
@@ -158,12 +181,12 @@ class _Configuration:
             # An attribute has gone.
             found = [tuple(map(holder.get, keys)) for holder, keys in self._holders]
         found += [c.values() if isinstance(c, dict) else c for c in self._containers]
-        return itertools.chain(itertools.chain.from_iterable(found), (_END,))
+        return itertools.chain.from_iterable(found)
 
     @property
     def number(self) -> int:
         known, sizes, number = self._seen
-        if list(map(len, self._sized)) == sizes and all(map(operator.is_, self._read(), known)):
+        if list(map(len, self._sized)) == sizes and _identities(self._read()) == known:
             return number
         with self._lock:
             # They are kept, so that no other object gets the identity of one of them.
@@ -171,7 +194,7 @@ class _Configuration:
             key = tuple(map(_frozen, values)), tuple(sizes)
             number, _ = self._numbers.pop(key) if key in self._numbers else (next(self._count), values)
             self._numbers[key] = number, values
-            self._seen = values, sizes, number
+            self._seen = _identities(values), sizes, number
             while len(self._numbers) > _MOST_CONFIGURATIONS:
                 self._numbers.popitem(last=False)
         return number

@@ -117,7 +117,8 @@ class OptimizedModule(nn.Module):
             common = self._engine.common(call, key)
             self._engine.policy.ran_original(key if common is None else common, seconds)
             return result
-        comparison = self._engine.comparisons.get(key)
+        comparisons = self._engine.comparisons
+        comparison = comparisons.get(key) if comparisons else None
         if comparison is not None:
             return self._compare(comparison, compiled, key, call, args, kwargs)
         if compiled.mask_inputs and self._engine.masks.looks_at(key):

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+@dataclass
+class _Place(Generic[V]):
+    value: V
+    used: int
 
 
 class ProgramCache(Generic[K, V]):
@@ -18,8 +25,7 @@ class ProgramCache(Generic[K, V]):
 
     def __init__(self, places: int) -> None:
         self.places = places
-        self._values: dict[K, V] = {}
-        self._used: dict[K, int] = {}
+        self._taken: dict[K, _Place[V]] = {}
         self._clock = itertools.count()
 
     def tick(self) -> int:
@@ -29,48 +35,45 @@ class ProgramCache(Generic[K, V]):
     @property
     def oldest(self) -> int | None:
         """When the value that must give way to another was used last; None while there are places."""
-        if len(self._values) < self.places:
+        if len(self._taken) < self.places:
             return None
-        return min((self._used.get(key, -1) for key in list(self._values)), default=None)
+        return min((place.used for place in list(self._taken.values())), default=None)
 
     def use(self, key: K) -> V | None:
         """The value of ``key``, which counts as used."""
-        value = self._values.get(key)
-        if value is not None:
-            self._used[key] = next(self._clock)
-        return value
+        place = self._taken.get(key)
+        if place is None:
+            return None
+        place.used = next(self._clock)
+        return place.value
 
     def add(self, key: K, value: V) -> list[V]:
         """Keep ``value``; those that had to go."""
-        self._values[key] = value
-        self._used[key] = next(self._clock)
+        self._taken[key] = _Place(value, next(self._clock))
         gone = []
-        while len(self._values) > self.places:
-            gone.append(self.remove(min(list(self._values), key=lambda k: self._used.get(k, -1))))
+        while len(self._taken) > self.places:
+            gone.append(self.remove(min(list(self._taken.items()), key=lambda item: item[1].used)[0]))
         return [value for value in gone if value is not None]
 
     def remove(self, key: K) -> V | None:
         """Forget the value of ``key``, which is returned."""
-        value = self._values.pop(key, None)
-        # A use in another thread may have come between.
-        self._used = {k: used for k, used in list(self._used.items()) if k in self._values}
-        return value
+        place = self._taken.pop(key, None)
+        return None if place is None else place.value
 
     def clear(self) -> None:
         """Forget all values."""
-        self._values.clear()
-        self._used.clear()
+        self._taken.clear()
 
     def items(self) -> list[tuple[K, V]]:
         """Keys and values in the order of their making."""
-        return list(self._values.items())
+        return [(key, place.value) for key, place in list(self._taken.items())]
 
     def values(self) -> tuple[V, ...]:
         """All values in the order of their making."""
-        return tuple(self._values.values())
+        return tuple([place.value for place in list(self._taken.values())])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._taken)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._values
+        return key in self._taken

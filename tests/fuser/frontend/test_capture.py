@@ -135,6 +135,20 @@ def test_arguments_that_nothing_is_known_about_are_refused() -> None:
         flatten_call((X, object()), {})
 
 
+PLAIN = st.sampled_from([X, nn.Parameter(X), True, 2, -0.5, "text", None])
+
+
+@given(st.lists(PLAIN, max_size=4), st.dictionaries(st.sampled_from("dcbaz"), PLAIN))
+def test_calls_without_containers_are_what_pytorch_makes_of_them(args: list[Any], kwargs: dict[str, Any]) -> None:
+    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    call = flatten_call(tuple(args), kwargs)
+    assert call.spec == spec and hash(call.spec) == hash(spec)
+    assert all(a is b for a, b in zip(call.tensors, (x for x in leaves if isinstance(x, Tensor)), strict=True))
+    again_args, again_kwargs = call.unflatten(call.tensors)
+    assert len(again_args) == len(args) and all(a is b for a, b in zip(again_args, args, strict=True))
+    assert list(again_kwargs) == list(kwargs) and all(again_kwargs[name] is kwargs[name] for name in kwargs)
+
+
 # ---- capture
 
 

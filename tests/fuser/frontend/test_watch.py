@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fuser import optimize
+from fuser.frontend import watch
 from fuser.frontend.watch import Structure
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -84,6 +87,15 @@ def test_equal_values_in_other_objects_are_the_same_configuration() -> None:
     assert structure.configuration == first
     model.scale = 1  # type: ignore[assignment]
     assert structure.configuration != first
+
+
+@given(st.lists(st.sampled_from([None, 0, 0.0, -0.0, True, 1, 1.0, "", (), object()])), st.data())
+@pytest.mark.parametrize("identities", [watch._identities, watch._numbers_of_identities])
+def test_identities_are_equal_for_the_same_objects_alone(identities: Any, values: list[Any], data: st.DataObject) -> None:
+    other = data.draw(st.permutations(values)) if data.draw(st.booleans()) else [*values, *data.draw(st.just([None]))]
+    same = len(values) == len(other) and all(a is b for a, b in zip(values, other, strict=True))
+    assert identities(iter(values)) == identities(list(values))
+    assert (identities(values) == identities(other)) == same
 
 
 def test_the_number_of_configurations_is_bounded() -> None:

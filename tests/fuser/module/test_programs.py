@@ -30,7 +30,6 @@ def test_it_is_a_bounded_dict_in_order_of_use(steps: list[tuple[str, int]], plac
             cache.remove(key)
             model.pop(key, None)
         assert dict(cache.items()) == dict(model) and len(cache) == len(model) <= places
-        assert sorted(cache._used) == sorted(model)
         assert (cache.oldest is None) == (len(model) < places)
         if cache.oldest is not None:
-            assert cache.oldest == cache._used[next(iter(model))]
+            assert cache.oldest == cache._taken[next(iter(model))].used
