@@ -91,7 +91,9 @@ def test_equal_values_in_other_objects_are_the_same_configuration() -> None:
 
 @given(st.lists(st.sampled_from([None, 0, 0.0, -0.0, True, 1, 1.0, "", (), object()])), st.data())
 @pytest.mark.parametrize("identities", [watch._identities, watch._numbers_of_identities])
-def test_identities_are_equal_for_the_same_objects_alone(identities: Any, values: list[Any], data: st.DataObject) -> None:
+def test_identities_are_equal_for_the_same_objects_alone(
+    identities: Any, values: list[Any], data: st.DataObject
+) -> None:
     other = data.draw(st.permutations(values)) if data.draw(st.booleans()) else [*values, *data.draw(st.just([None]))]
     same = len(values) == len(other) and all(a is b for a, b in zip(values, other, strict=True))
     assert identities(iter(values)) == identities(list(values))
