@@ -169,6 +169,11 @@ class GemmParameters:
         return False
 
     @property
+    def given(self) -> bool:
+        """Whether the scale and the zero point of all of A are given, not found for its rows."""
+        return False
+
+    @property
     def scaled(self) -> bool:
         """Whether sums are multiplied with a scale for every column (:mod:`fuser.kernels.gemm_int8_weight`)."""
         return False

@@ -55,6 +55,7 @@ class StoredInt8GemmFamily(GemmFamily):
     name = "int8_gemm"
     kind = Int8Gemm
     weights = frozenset({torch.int8})
+    constants = slice(1, 3)
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,16 @@ class Int8Layout(Layout):
     parts: int = 1
     tiles: bool = False
 
+    @property
+    def offset(self) -> int:
+        """What a column's sum is changed by for each of the sum of its weights."""
+        return -_OFFSET if self.width == 4 else 0
+
     def pack(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         found = []
         for integers, scales in self.rounded(*tensors):
-            offsets = integers.sum(-1, keepdim=True, dtype=torch.int32) * -_OFFSET
-            columns = [pack(x, self.nr).flatten(1) for x in (scales, offsets if self.width == 4 else 0 * offsets)]
+            offsets = integers.sum(-1, keepdim=True, dtype=torch.int32) * self.offset
+            columns = [pack(x, self.nr).flatten(1) for x in (scales, offsets)]
             found.append((pack(integers, self.nr, width=self.width, tiles=self.tiles), *columns))
         return tuple(torch.stack(parts, 1) for parts in zip(*found, strict=True))
 
@@ -93,6 +99,15 @@ class StoredInt8Layout(Int8Layout):
         parts = integers.chunk(self.parts, 0 if self.transposed else 1)
         for part, own in zip(parts, scales.float().chunk(self.parts), strict=True):
             yield part if self.transposed else part.t(), own[:, None]
+
+
+@dataclass(frozen=True)
+class ShiftedInt8Layout(StoredInt8Layout):
+    """As :class:`StoredInt8Layout`, with the sum of every column's weights, for zero points that are known later."""
+
+    @property
+    def offset(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ class StoredInt8GemmParameters(Int8GemmParameters):
 
     low: int = -128
     high: int = 127
-    least: float = 2.0**-23
+    least: float | None = 2.0**-23
 
     kernel: ClassVar[str] = "int8_gemm"
     layout: ClassVar[type[Int8Layout]] = StoredInt8Layout
@@ -141,6 +156,22 @@ class StoredInt8GemmParameters(Int8GemmParameters):
     def half(self) -> float:
         """The magnitude that is divided by the scale of its row is no larger."""
         return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class GivenInt8GemmParameters(StoredInt8GemmParameters):
+    """As :class:`Int8GemmParameters`, with A rounded to the integers from ``low`` to ``high`` with its zero point added
+    (:func:`fuser.ir.quantization.round_tensor`)."""
+
+    layout: ClassVar[type[Int8Layout]] = ShiftedInt8Layout
+
+    @property
+    def ranged(self) -> bool:
+        return False
+
+    @property
+    def given(self) -> bool:
+        return True
 
 
 class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
@@ -165,9 +196,10 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
         return product_cost(match, target, nr=parameters.nr, share=share, passes=1, launches=1, multiplied=torch.int8)
 
     def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
-        program, (_, *weights) = match.program, match.gemm.inputs
+        program, (_, *constants) = match.program, match.gemm.inputs
         layout = parameters.layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
-        factors = weights[1:] if parameters.factors else ()
+        weights, given = (constants[:2], constants[2:]) if parameters.given else (constants, [])
+        factors = weights[1:] if parameters.factors else given
         packed = (Packed(tuple(weights), layout, i) for i in range(3))
         return KernelCall(
             KernelSpec(parameters.kernel, "cpu/gemm.cpp.j2", parameters),
@@ -182,8 +214,8 @@ class CpuStoredInt8Gemm(CpuInt8Gemm):
     """The same on weights that are stored as integers."""
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
-        # Products of -128 are larger than those that MAX_TERMS counts.
-        if not 0 < match.k < MAX_TERMS:
+        # Products of -128 are larger than those that MAX_TERMS counts; a zero point makes them twice as large.
+        if not 0 < match.k < MAX_TERMS or (len(match.gemm.inputs) > 3 and match.k > MAX_TERMS // 2):
             return []
         return [stored_parameters(match, found) for found in self.choices(match, target)]
 
@@ -209,7 +241,8 @@ def stored_parameters(match: GemmMatch, parameters: Int8GemmParameters) -> Store
     semantics = match.gemm.semantics
     assert isinstance(semantics, Int8Gemm)
     own = {"factors": False, "low": semantics.low, "high": semantics.high, "least": semantics.least}
-    return StoredInt8GemmParameters(**{**vars(parameters), **own})
+    kind = StoredInt8GemmParameters if semantics.least is not None else GivenInt8GemmParameters
+    return kind(**{**vars(parameters), **own})
 
 
 def _has_quads(target: Target) -> bool:

@@ -14,7 +14,7 @@ from fuser.frontend.views import View, collapsed
 from fuser.ir import operators as kinds
 from fuser.ir.binding import Binder, Late
 from fuser.ir.errors import CaptureError
-from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls
+from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, ViewCalls, read
 from fuser.ir.operators import Extern, GatherRows, Ref, Semantics, TorchCall, canonical
 from fuser.ir.size import Size
 
@@ -322,28 +322,21 @@ class GraphBuilder:
         updated: tuple[str, ...] = (),
     ) -> OperatorGraph:
         """The graph, without what neither an output nor a state needs."""
-        operators, _ = _needed(self.operators, outputs)
-        operators, used = _needed(norms.joined(operators, self.values, self.constants, outputs), outputs)
-        stack = [name for name in used if name in self.constants]
-        while stack:
-            for source in self.constants[stack.pop()].sources:
-                if source not in used:
-                    used.add(source)
-                    stack.append(source)
-        bases = {spec.base for name, spec in self.values.items() if name in used and spec.base}
-        keep = used | bases | set(inputs)
-        return OperatorGraph(
+        operators, _ = read(self.operators, outputs)
+        operators, _ = read(norms.joined(operators, self.values, self.constants, outputs), outputs)
+        whole = OperatorGraph(
             operators=self._kernels_last(operators),
-            values={name: spec for name, spec in self.values.items() if name in keep},
+            values=self.values,
             inputs=inputs,
             outputs=outputs,
-            constants={name: constant for name, constant in self.constants.items() if name in keep},
+            constants=self.constants,
             aliases=aliases,
             inspected=frozenset(self.inspected),
             assumptions=tuple(self.assumptions),
-            states=tuple(name for name in self.states if name in keep),
+            states=tuple(self.states),
             updated=updated,
         )
+        return whole.without_unread()
 
     def _kernels_last(self, operators: Sequence[Operator]) -> tuple[Operator, ...]:
         """The same operators, those first that depend on no kernel; random ones, and those that touch a state, stay in
@@ -369,18 +362,6 @@ class GraphBuilder:
 
     def _states_of(self, values: Sequence[str]) -> set[str]:
         return {self.values[v].base or v for v in values}.intersection(self.states)
-
-
-def _needed(operators: Sequence[Operator], outputs: Sequence[str]) -> tuple[list[Operator], set[str]]:
-    """The operators that must run, and the values that they or a caller touch."""
-    used = set(outputs)
-    kept: list[Operator] = []
-    for op in reversed(operators):
-        if op.semantics.is_random or op.mutates or any(o in used for o in op.outputs):
-            kept.append(op)
-            used.update(op.inputs)
-    kept.reverse()
-    return kept, used.union(*(op.outputs for op in kept))
 
 
 def _matrix(spec: TensorSpec, width: int) -> tuple[tuple[int, int], tuple[int, int], int]:

@@ -349,6 +349,15 @@ def _storages(node: fx.Node) -> frozenset[int]:
     return frozenset(v.storage for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Traced))
 
 
+def twins(node: fx.Node) -> list[fx.Node]:
+    """The nodes that do the same with the same, this among them."""
+    sources = node.all_input_nodes
+    if not sources:
+        return [node]
+    same = (node.target, node.args, node.kwargs)
+    return [other for other in sources[0].users if (other.target, other.args, other.kwargs) == same]
+
+
 def stays_inside(node: fx.Node) -> bool:
     """Whether no output of the graph is in the memory of a tensor of ``node``, which a caller may write to."""
     own = _storages(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -190,6 +191,25 @@ class OperatorGraph:
         """Index of every operator in the topological order, by name."""
         return {op.name: i for i, op in enumerate(self.operators)}
 
+    def without_unread(self) -> OperatorGraph:
+        """The graph without what neither an output nor a state needs."""
+        operators, used = read(self.operators, self.outputs)
+        stack = [name for name in used if name in self.constants]
+        while stack:
+            for source in self.constants[stack.pop()].sources:
+                if source not in used:
+                    used.add(source)
+                    stack.append(source)
+        bases = {spec.base for name, spec in self.values.items() if name in used and spec.base}
+        keep = used | bases | set(self.inputs)
+        return dataclasses.replace(
+            self,
+            operators=tuple(operators),
+            values={name: spec for name, spec in self.values.items() if name in keep},
+            constants={name: constant for name, constant in self.constants.items() if name in keep},
+            states=tuple(name for name in self.states if name in keep),
+        )
+
     def base(self, value: str) -> str:
         """The value whose storage ``value`` lives in."""
         return self.values[value].base or value
@@ -302,6 +322,18 @@ class OperatorGraph:
             detail = f" [{text}]" if (text := str(op.semantics)) else ""
             lines.append(f"{op.kind:<12}{made} = {op.name}({', '.join(op.inputs)}){detail}")
         return "\n".join([*lines, f"outputs {', '.join(self.outputs)}"])
+
+
+def read(operators: Sequence[Operator], outputs: Sequence[str]) -> tuple[list[Operator], set[str]]:
+    """The operators that must run for these outputs, and the values that they or a caller touch."""
+    used = set(outputs)
+    kept: list[Operator] = []
+    for op in reversed(operators):
+        if op.semantics.is_random or op.mutates or any(o in used for o in op.outputs):
+            kept.append(op)
+            used.update(op.inputs)
+    kept.reverse()
+    return kept, used.union(*(op.outputs for op in kept))
 
 
 def _shape(spec: TensorSpec) -> str:

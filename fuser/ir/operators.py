@@ -24,7 +24,7 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense, Mask
-from fuser.ir.quantization import NAMES, code_products, exact_products, quantize_rows, round_rows
+from fuser.ir.quantization import NAMES, code_products, exact_products, quantize_rows, round_rows, round_tensor
 from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
@@ -373,18 +373,25 @@ class Int8WeightGemm(Product):
 @dataclass(frozen=True)
 class Int8Gemm(Product):
     """x · W as :class:`Int8WeightGemm`, with x in int8, too: :func:`~fuser.ir.quantization.round_rows` from ``low`` to
-    ``high`` with scales of ``least`` or more. Products of integers are summed exactly, and scaled back in fp32."""
+    ``high`` with scales of ``least`` or more; or, without ``least``, :func:`~fuser.ir.quantization.round_tensor` as the
+    fourth input (3,) says. Products of integers are summed exactly, and scaled back in fp32."""
 
     transposed: bool
     low: int
     high: int
-    least: float
+    least: float | None
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, integers, scales = inputs
-        rows, row_scales = round_rows(x, self.low, self.high, self.least)
-        sums = exact_products(rows, integers if self.transposed else integers.mT)
-        return ((sums * (row_scales * scales.float())).to(torch.promote_types(x.dtype, torch.float32)),)
+        x, integers, scales, *given = inputs
+        columns = integers if self.transposed else integers.mT
+        if given:
+            shifted, own = round_tensor(x, self.low, self.high, *given)
+            sums = (shifted.double() @ columns.double().mT).float()
+        else:
+            assert self.least is not None
+            rows, own = round_rows(x, self.low, self.high, self.least)
+            sums = exact_products(rows, columns)
+        return ((sums * (own * scales.float())).to(torch.promote_types(x.dtype, torch.float32)),)
 
 
 @kind("grouped_gemm")
@@ -784,6 +791,51 @@ class Scale(_RowWise):
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"× {self.scale:.4g}"
+
+
+@kind("fake quantize")
+@dataclass(frozen=True)
+class FakeQuantize(_RowWise):
+    """x in steps of ``scale``, of which there are ``low`` to ``high`` with the zero point added: what is left of it by
+    ``quantize_per_tensor`` and ``dequantize_per_tensor`` of torch.ao."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    @functools.cached_property
+    def expression(self) -> Expression:
+        b = Builder()
+        steps = b.apply(Op.ROUND, b.apply(Op.MUL, b.input(0), b.constant(1.0 / self.scale)))
+        kept = b.apply(Op.MAXIMUM, steps, b.constant(float(self.low - self.zero_point)))
+        kept = b.apply(Op.MINIMUM, kept, b.constant(float(self.high - self.zero_point)))
+        return b.build(b.apply(Op.MUL, kept, b.constant(self.scale)))
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"steps of {self.scale:.4g}"
+
+
+@kind("fake quantize as found")
+@dataclass(frozen=True)
+class FakeQuantizeAsFound(Semantics):
+    """As :class:`FakeQuantize`, with the scale and the zero point in a second input (3,), as
+    :func:`~fuser.ir.quantization.round_tensor` is given them."""
+
+    fusible = False
+
+    low: int
+    high: int
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        steps, scale = round_tensor(inputs[0], self.low, self.high, inputs[1])
+        return ((steps * scale).to(torch.promote_types(inputs[0].dtype, torch.float32)),)
+
+    def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
+        return 4.0 * math.prod(output)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return "steps found at run time"
 
 
 @kind("score rule")

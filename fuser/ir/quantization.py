@@ -56,6 +56,24 @@ def round_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Te
     return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
 
 
+def round_tensor(x: Tensor, low: int, high: int, given: Tensor) -> tuple[Tensor, Tensor]:
+    """x as integers less their zero point, and their scale, as ``quantize_per_tensor`` of torch.ao rounds.
+
+    ``given`` (3,) has the scale, its inverse and the zero point of all of x. Elements are multiplied by the inverse,
+    rounded to the nearest integer, halves to even, and kept from ``low`` to ``high`` with the zero point added, in
+    fp32, which is what comes back: integers below 256 in magnitude. NaN becomes the lowest.
+    """
+    scale, inverse, zero = given.float().unbind()
+    rounded = (x.float() * inverse).round().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return rounded.clamp(low - zero, high - zero), scale
+
+
+def rounding_of(scale: float | Tensor, zero_point: int | Tensor, shift: int = 0) -> Tensor:
+    """What :func:`round_tensor` is given, for integers that are all less by ``shift``."""
+    exact = torch.as_tensor(scale, dtype=torch.float64).reshape(())
+    return torch.stack([exact, 1.0 / exact, torch.as_tensor(zero_point).reshape(()) - shift]).float()
+
+
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
     """a · bᵀ for int8 (…, M, K) and (N, K), summed exactly and rounded once to fp32, as kernels do."""
     # Sums of so many products are integers below 2**24, which fp32 holds, in whatever order they are added.

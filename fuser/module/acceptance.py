@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from fuser.frontend.capture import FlatCall, flatten_call
@@ -23,7 +23,7 @@ def acceptable(
 ) -> tuple[FlatCall | None, str]:
     """The call as flat tensors for a program on ``wanted`` (None: where its tensors are), or why the original model
     must run."""
-    if model.training:
+    if model.training and not _is_exported(model):
         return None, "the model is in training mode; call .eval() for fused inference"
     try:
         call = flatten_call(args, without_hints(model, kwargs))
@@ -39,6 +39,12 @@ def acceptable(
     if torch.is_autocast_enabled(device.type):
         return None, "autocast is on; convert the model with .to(torch.bfloat16) instead"
     return call, ""
+
+
+def _is_exported(model: nn.Module) -> bool:
+    """Whether this is what torch.export made: its graph is of one mode, it refuses ``eval()``, and its flag, which is
+    that of a new module, says nothing."""
+    return isinstance(model, fx.GraphModule) and "eval" in vars(model)
 
 
 def device_of(call: FlatCall) -> torch.device:

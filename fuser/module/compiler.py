@@ -216,7 +216,7 @@ def compile_call(
     store.register(captured.parameters)
     lap("capture")
     graph = raise_graph(captured, attention, floating(target))
-    graph = with_stored_integers(graph, captured.parameters)
+    graph = with_stored_integers(graph, captured.parameters, target)
     if quantizer is not None:
         graph = quantizer.apply(graph, captured.parameters, target)
     lap("raise")

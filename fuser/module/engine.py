@@ -400,7 +400,7 @@ class Engine:
         captured = run_after_fork(capture, self.model, call)
         self._calibrated[call.key] = captured
         graph = raise_graph(captured, self.options.attention_now(), floating(target))
-        return with_stored_integers(graph, captured.parameters), captured.parameters
+        return with_stored_integers(graph, captured.parameters, target), captured.parameters
 
     def placed(self, key: Key, device: torch.device) -> tuple[Target, int]:
         """What to compile for, and for how many threads. Raises TargetError for a device that lacks what it needs."""

@@ -437,7 +437,7 @@ class Form:
         sizes = self.sizes(call)
         with _evaluating():
             graph = raise_graph(self.captured, self._attention, floating(target), sizes)
-            graph = with_stored_integers(graph, self.captured.parameters)
+            graph = with_stored_integers(graph, self.captured.parameters, target)
             return Binder(graph)(sizes)
 
     def packing(self, sizes: Mapping[str, int], target: Target) -> Packing:
@@ -474,7 +474,7 @@ class Form:
         if len(self._variants) >= _VARIANTS:
             raise CaptureError("constants of the model decide otherwise for each of its sizes")
         graph = raise_graph(self.captured, self._attention, dtypes, sizes)
-        graph = with_stored_integers(graph, self.captured.parameters)
+        graph = with_stored_integers(graph, self.captured.parameters, target)
         if self._quantizer is not None:
             graph = self._quantizer.apply(graph, self.captured.parameters, target)
         variant = Variant.of(graph, dtypes, tuple(self._arguments) if len(self._arguments) < len(self.names) else None)

@@ -58,6 +58,10 @@ CASES = [
     Case(50, 131, "norm", transposed=False, range=(-64, 63)),
     Case(70, 1100, chunked=True, range=(-128, 127)),
     Case(40, 99, "none", dtype=torch.bfloat16, range=(-128, 127)),
+    Case(5, 2, "none", range=(-128, 127), given=(0.01, 3)),
+    Case(50, 131, "norm", transposed=False, range=(-64, 63), given=(0.05, -64)),
+    Case(70, 1100, chunked=True, range=(-128, 127), given=(0.02, 127)),
+    Case(40, 99, "none", dtype=torch.bfloat16, range=(-127, 127), given=(0.03, 0)),
 ]
 
 
@@ -109,8 +113,7 @@ def choices_of(case: Case, machine: Target) -> list[Int8GemmParameters]:
 
 
 def built(choices: Sequence[Int8GemmParameters], machine: Target, cache: KernelCache) -> list[Path]:
-    names = ["int8_gemm" if c.ranged else "quantized_gemm" for c in choices]
-    sources = [render(KernelSpec(name, "cpu/gemm.cpp.j2", c)) for name, c in zip(names, choices, strict=True)]
+    sources = [render(KernelSpec(c.kernel, "cpu/gemm.cpp.j2", c)) for c in choices]
     paths = build(sources, machine, headers=header_folder(machine), cache=cache)
     return [paths[source.symbol] for source in sources]
 
@@ -158,11 +161,34 @@ def test_rows_take_all_integers_of_a_range(cache: KernelCache) -> None:
         assert torch.equal(got, want)
 
 
+def test_a_given_rounding_reaches_both_ends(cache: KernelCache) -> None:
+    """Infinities and what is beyond the range become its ends, NaN the lowest; sums of the largest integers fit."""
+    case = Case(40, 65_536, "none", range=(-128, 127), given=(0.5, -128))
+    graph = case.graph(4)
+    values = quantized_values(graph)
+    x, weight = values["x"], values["weight"]
+    x[0], x[1], x[2], x[3] = torch.inf, -torch.inf, 1e30, torch.nan
+    x[3, 0], weight[0], weight[1] = 0.25 * 3, -128, 127
+    codes = torch.tensor([255, 0, 255, 0])[:, None].expand(4, 65_536).clone()
+    codes[3, 0] = 2
+    want = (codes @ weight.long().T).float() * (0.5 * values["scales"])
+    assert torch.equal(next(iter(evaluate(graph, values).values())), want)
+    for isa, features in MACHINES:
+        aim = target(isa, features)
+        (parameters,) = choices_of(case, aim)
+        (library,) = built([parameters], aim, cache)
+        (got,) = run(graph, values, aim, parameters, library, 2).values()
+        assert torch.equal(got, want)
+    longer = dataclasses.replace(case, k=65_537).graph(1)
+    assert not space_of(longer, target())
+
+
 def test_matrix_tiles_give_the_same_numbers(cache: KernelCache) -> None:
     """By the model of the tiles' instructions, on machines without them."""
     aim = target()
     lanes = aim.vector_lanes
     cases = [CASES[0], CASES[5], CASES[6], Case(40, 99, "none", range=(-128, 127))]
+    cases.append(Case(40, 99, "none", range=(-128, 127), given=(0.02, -7)))
     choices = []
     for case in cases:
         match = match_of(case.graph(1), aim)

@@ -17,7 +17,18 @@ from fuser.codegen.render import header_folder, render
 from fuser.ir.errors import ToolchainError
 from fuser.ir.expression import Op, layer_norm, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
-from fuser.ir.operators import Activation, Bias, Int8Gemm, Int8WeightGemm, Norm, Product, QuantizedGemm, Residual
+from fuser.ir.operators import (
+    Activation,
+    Bias,
+    Int8Gemm,
+    Int8WeightGemm,
+    Norm,
+    Product,
+    QuantizedGemm,
+    Residual,
+    TorchCall,
+)
+from fuser.ir.quantization import Fixed, rounding_of
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import KernelSpec
 from fuser.runtime.compilers import find_toolchain
@@ -42,6 +53,8 @@ class Case:
     codes: torch.dtype = torch.int8
     range: tuple[int, int] | None = None
     """Of the integers that rows are rounded to where weights are stored as integers."""
+    given: tuple[float, int] | None = None
+    """The scale and the zero point of all rows, if these do not have their own."""
 
     def graph(self, rows: int) -> OperatorGraph:
         weight = (self.n, self.k) if self.transposed else (self.k, self.n)
@@ -65,7 +78,20 @@ class Case:
         graph = OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
         if self.range is None:
             return graph
-        return with_integers(graph, functools.partial(Int8Gemm, low=self.range[0], high=self.range[1], least=2**-23))
+        least = 2.0**-23 if self.given is None else None
+        made = with_integers(graph, functools.partial(Int8Gemm, low=self.range[0], high=self.range[1], least=least))
+        if self.given is None:
+            return made
+        product, *others = made.operators
+        product = dataclasses.replace(product, inputs=(*product.inputs, "rounding"))
+        more = {"rounding": Constant("rounding", (), TorchCall(Fixed(rounding_of(*self.given))))}
+        specs = {"rounding": TensorSpec.contiguous((3,), torch.float32)}
+        return dataclasses.replace(
+            made,
+            operators=(product, *others),
+            values={**made.values, **specs},
+            constants={**made.constants, **more},
+        )
 
 
 def assembly(spec: KernelSpec, aim: Target, folder: Path) -> str:
@@ -116,6 +142,9 @@ def quantized_values(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
     found = {}
     for v in (*graph.inputs, *graph.constants):
         spec = graph.values[v]
+        if v == "rounding":
+            found[v] = graph.constants[v].evaluate(())
+            continue
         found[v] = torch.randn(spec.shape, generator=g).mul(40 if spec.dtype == torch.int8 else 1).to(spec.dtype)
     if "factors" in found:
         found["factors"] = found["factors"].abs() + 0.3

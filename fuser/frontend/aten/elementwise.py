@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
 from fuser.frontend.aten.handlers import aten, handles
-from fuser.frontend.raising import Raiser
+from fuser.frontend.raising import Raiser, twins
 from fuser.frontend.sizes import traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
 from fuser.ir import operators as kinds
 from fuser.ir.expression import Builder, Op
+from fuser.ir.graph import TensorSpec
+from fuser.ir.operators import Ref, TorchCall
+from fuser.ir.quantization import rounding_of
 
 
 @handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
@@ -71,6 +76,42 @@ def _unary(r: Raiser, node: fx.Node) -> Value | None:
 def _gelu(r: Raiser, node: fx.Node) -> Value | None:
     op = Op.GELU_TANH if node.kwargs.get("approximate", "none") == "tanh" else Op.GELU
     return r.elementwise(node, kinds.Activation(ex.unary(op)), [r.view(node.args[0])])
+
+
+_DEQUANTIZE, _QUANTIZE = "quantized_decomposed.dequantize_per_tensor.", "quantized_decomposed.quantize_per_tensor."
+
+
+@handles(f"{_DEQUANTIZE}default", f"{_DEQUANTIZE}tensor")
+def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
+    """What ``quantize_per_tensor`` with the same numbers leaves of a tensor, in fp32."""
+    codes, *numbers = node.args
+    same = str(node.target).replace(_DEQUANTIZE, _QUANTIZE)
+    if not isinstance(codes, fx.Node) or str(codes.target) != same or list(codes.args[1:]) != numbers:
+        return None
+    twin = next((other for other in twins(node) if other in r.env), None)
+    if twin is not None:
+        return r.env[twin]
+    x = r.view(codes.args[0])
+    scale, zero_point, low, high, _ = numbers
+    if node.kwargs or codes.kwargs or r.is_constant(x) or {r.dtype(x), traced(node).dtype} != {torch.float32}:
+        return None
+    # Unsigned integers, and others that are as many, become signed ones.
+    shift = 128 if high > 127 else 0
+    low, high = low - shift, high - shift
+    if not -128 <= low <= high <= 127 or 0 in x.shape:
+        return None
+    if isinstance(scale, fx.Node):
+        if not isinstance(zero_point, fx.Node) or {math.prod(traced(t).shape) for t in (scale, zero_point)} != {1}:
+            return None
+        known = r.realize(r.view(scale)), r.realize(r.view(zero_point))
+        found = kinds.Extern(TorchCall(rounding_of, (Ref(0), Ref(1), shift)), "a scale that is found at run time")
+        given = r.emit(found, f"{node.name}_rounding", known, TensorSpec.contiguous((3,), torch.float32))
+        rows = r.realize(x)
+        spec = TensorSpec.contiguous(x.shape, torch.float32)
+        return r.emit(kinds.FakeQuantizeAsFound(low, high), node.name, (rows, given.base), spec)
+    if not 0 < scale < math.inf or not low <= zero_point - shift <= high:
+        return None
+    return r.elementwise(node, kinds.FakeQuantize(scale, zero_point - shift, low, high), [x])
 
 
 @handles(aten.glu.default)
