@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +74,20 @@ def rounding_of(scale: float | Tensor, zero_point: int | Tensor, shift: int = 0)
     """What :func:`round_tensor` is given, for integers that are all less by ``shift``."""
     exact = torch.as_tensor(scale, dtype=torch.float64).reshape(())
     return torch.stack([exact, 1.0 / exact, torch.as_tensor(zero_point).reshape(()) - shift]).float()
+
+
+def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0) -> Tensor:
+    """What :func:`round_tensor` is given for the range of an fp32 tensor, with zero in it, from ``low`` to ``high``: as
+    ``choose_qparams`` of torch.ao finds it, in fp32, with the least scale ``least``. All is NaN if x has NaN."""
+    bottom, top = (np.float32(float(end)) for end in torch.aminmax(x))
+    if not bottom <= top:
+        return torch.full((3,), torch.nan)
+    bottom, top = min(bottom, np.float32(0)), max(top, np.float32(0))
+    with np.errstate(all="ignore"):
+        scale = max((top - bottom) / np.float32(high - low), np.float32(least))
+        below = np.round(bottom / scale)
+    zero = min(max(low - int(below), low), high) if math.isfinite(below) else low
+    return rounding_of(float(scale), zero, shift)
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +17,7 @@ from fuser.ir import operators as kinds
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
 from fuser.ir.operators import Ref, TorchCall
-from fuser.ir.quantization import rounding_of
+from fuser.ir.quantization import found_rounding, rounding_of
 
 
 @handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
@@ -103,15 +104,31 @@ def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
     if isinstance(scale, fx.Node):
         if not isinstance(zero_point, fx.Node) or {math.prod(traced(t).shape) for t in (scale, zero_point)} != {1}:
             return None
-        known = r.realize(r.view(scale)), r.realize(r.view(zero_point))
-        found = kinds.Extern(TorchCall(rounding_of, (Ref(0), Ref(1), shift)), "a scale that is found at run time")
-        given = r.emit(found, f"{node.name}_rounding", known, TensorSpec.contiguous((3,), torch.float32))
         rows = r.realize(x)
+        least = _chosen_for(codes.args[0], scale, zero_point, low + shift, high + shift)
+        if least is not None:
+            known, call = (rows,), TorchCall(found_rounding, (Ref(0), low + shift, high + shift, least, shift))
+        else:
+            known = r.realize(r.view(scale)), r.realize(r.view(zero_point))
+            call = TorchCall(rounding_of, (Ref(0), Ref(1), shift))
+        found = kinds.Extern(call, "a scale that is found at run time")
+        given = r.emit(found, f"{node.name}_rounding", known, TensorSpec.contiguous((3,), torch.float32))
         spec = TensorSpec.contiguous(x.shape, torch.float32)
         return r.emit(kinds.FakeQuantizeAsFound(low, high), node.name, (rows, given.base), spec)
     if not 0 < scale < math.inf or not low <= zero_point - shift <= high:
         return None
     return r.elementwise(node, kinds.FakeQuantize(scale, zero_point - shift, low, high), [x])
+
+
+def _chosen_for(x: fx.Node, scale: fx.Node, zero_point: fx.Node, low: int, high: int) -> float | None:
+    """The least scale, where these are what ``choose_qparams`` finds for x."""
+    chosen = scale.args[0] if scale.target is operator.getitem and scale.args[1] == 0 else None
+    if not isinstance(chosen, fx.Node) or str(chosen.target) != "quantized_decomposed.choose_qparams.tensor":
+        return None
+    if zero_point.target is not operator.getitem or zero_point.args != (chosen, 1):
+        return None
+    source, *ends, least, _ = chosen.args
+    return least if source is x and ends == [low, high] else None
 
 
 @handles(aten.glu.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from fuser.frontend.capture import capture, flatten_call
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import FakeQuantize, Int8Gemm
+from fuser.ir.quantization import found_rounding, rounding_of
 from fuser.module.quantizing import run_graph, with_stored_integers
 from fuser.runtime.device import cpu_target
 
@@ -167,6 +169,23 @@ def test_restored_numbers_are_pytorch_s(scale: float, point: int, values: list[f
     x = torch.tensor(values)
     (got,) = FakeQuantize(scale, point, 0, 255).evaluate(x)
     assert torch.equal(got, static(numbers)(x))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=40),
+    st.floats(2.0**-100, 1, width=32),
+    st.sampled_from([(0, 255, torch.uint8), (-128, 127, torch.int8), (-127, 127, torch.int8)]),
+)
+def test_ranges_are_found_as_pytorch_does(
+    values: list[float], least: float, kind: tuple[int, int, torch.dtype]
+) -> None:
+    x, (low, high, dtype) = torch.tensor(values), kind
+    scale, point = decomposed.choose_qparams.tensor(x, low, high, least, dtype)
+    got = found_rounding(x, low, high, least, 5)
+    if math.isfinite(float(scale)):
+        assert torch.equal(got, rounding_of(scale, point, 5))
+    assert found_rounding(torch.cat([x, torch.tensor([torch.nan])]), low, high, least).isnan().all()
 
 
 class Block(nn.Module):
