@@ -87,7 +87,12 @@ def decoding(report: Mapping[str, Any]) -> str:
     return f"{_table(title, columns, rows)}\n\n{_machine(report['machine'])}"
 
 
-def int8(report: Mapping[str, Any]) -> str:
+def pt2e(report: Mapping[str, Any]) -> str:
+    """Encoders that torchao's PT2E has quantized: milliseconds and cosine of every arm."""
+    return int8(report, "Encoders that torchao's PT2E has quantized to int8")
+
+
+def int8(report: Mapping[str, Any], subject: str = "Encoders in int8") -> str:
     """Encoders in int8: milliseconds and cosine of every arm; and what becomes of a pretrained encoder's embeddings."""
     cases = [result for result in report["results"] if "timings" in result]
     arms = _union(result["timings"] for result in cases)
@@ -97,7 +102,7 @@ def int8(report: Mapping[str, Any]) -> str:
         found = (f"{_ms(times[arm]['median_ms'])} ({cosines[arm]:.4f})" if arm in times else "–" for arm in arms)
         over = min(ratio for arm, ratio in result["speedup_over"].items() if not arm.startswith("fuser"))
         rows.append([result["case"], *found, f"**{over:.2f}×**"])
-    title = "Encoders in int8, milliseconds a call (in brackets: mean cosine of hidden states to eager's)"
+    title = f"{subject}, milliseconds a call (in brackets: mean cosine of hidden states to eager's)"
     parts = [_table(title, ["model: batch × tokens", *arms, "over the fastest other"], rows)] if rows else []
     for found in (result["accuracy"] for result in report["results"] if "accuracy" in result):
         scores = {name: values for name, values in found.items() if isinstance(values, Mapping)}
@@ -346,6 +351,7 @@ TABLES = {
     "any_length": any_length,
     "int8": int8,
     "int8_avx2": int8,
+    "pt2e": pt2e,
     "attention": attention,
     "packed": packed,
     "search": search,
@@ -355,7 +361,7 @@ TABLES = {
 }
 FILES = {
     "README.md": (
-        *("encoders", "encoders_bf16", "int8", "int8_avx2"),
+        *("encoders", "encoders_bf16", "int8", "int8_avx2", "pt2e"),
         *("modern", "decoding", "any_length", "attention", "packed", "search"),
     ),
     "docs/models.md": ("architectures",),

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fuser.frontend.linear import by_rows
 from fuser.frontend.raising import Raiser
 from fuser.frontend.sizes import traced
 from fuser.frontend.views import View
 from fuser.ir.graph import TensorSpec
-from fuser.ir.operators import Int8Gemm
-from fuser.ir.quantization import MAX_TERMS
+from fuser.ir.operators import Extern, Int8Gemm, Ref, TorchCall
+from fuser.ir.quantization import MAX_TERMS, rounding_of
 
 aten = torch.ops.aten
 _RANGE, _ROUND = "torchao.choose_qparams_affine.default", "torchao.quantize_affine.default"
@@ -33,7 +33,8 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class Int8Product:
-    """x · W in int8: W (K, N) of int8, and ``scales`` (N,) of its columns."""
+    """x · W in int8: W (K, N) of int8, and ``scales`` (N,) of its columns, or (1,) of all. ``scale`` is that of all of
+    x; None where rows have their own, ``least`` or more."""
 
     x: fx.Node
     weight: fx.Node
@@ -41,14 +42,15 @@ class Int8Product:
     low: int
     high: int
     least: float
+    scale: fx.Node | None
 
 
 def find(graph: fx.Graph) -> Mapping[fx.Node, Int8Product]:
     """By the last of its nodes, every product whose integers are used for nothing else.
 
-    Only symmetric ranges of single rows count. What rounds in another way is left as it is.
+    Only symmetric ranges of single rows, or of a whole tensor, count. What rounds in another way is left as it is.
     """
-    found = (_product(node) for node in graph.nodes if node.target is aten._int_mm.default)
+    found = (_product(node) for node in graph.nodes if node.target is aten._int_mm.default and _is_on_cpu(node))
     return dict(filter(None, found))
 
 
@@ -60,12 +62,27 @@ def product_from(r: Raiser, node: fx.Node, p: Int8Product) -> View | None:
     if weight.shape[1] >= MAX_TERMS or r.dtype(x) not in r.floating:
         return None
 
+    columns = scales if scales.shape == weight.shape[:1] else scales.expand(weight.shape[:1])
+    given: tuple[str, ...] = ()
+    if p.scale is not None:
+        if weight.shape[1] > MAX_TERMS // 2:
+            return None
+        found = Extern(TorchCall(rounding_of, (Ref(0), 0)), "a scale that is found at run time")
+        spec = TensorSpec.contiguous((3,), torch.float32)
+        given = (r.emit(found, f"{node.name}_rounding", (r.realize(r.view(p.scale)),), spec).base,)
+
     def product(rows: View) -> View:
         spec = TensorSpec.contiguous((*rows.shape[:-1], weight.shape[0]), torch.float32)
-        inputs = r.realize(rows), r.realize(weight), r.realize(scales)
-        return r.emit(Int8Gemm(True, p.low, p.high, p.least), node.name, inputs, spec)
+        inputs = r.realize(rows), r.realize(weight), r.realize(columns), *given
+        return r.emit(Int8Gemm(True, p.low, p.high, None if given else p.least), node.name, inputs, spec)
 
     return r.reshaped(by_rows(r, x, product), traced(node).shape)
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    """Elsewhere PyTorch's own product is faster than what we would put in its place."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, Int8Product] | None:
@@ -88,23 +105,24 @@ def _product(node: fx.Node) -> tuple[fx.Node, Int8Product] | None:
     last = _reader(narrow, aten.mul.Tensor)
     if rounded is None or wide is None or by_row is None or last is None:
         return None
-    x, chosen, low, high, least = rounded
+    x, chosen, whole, low, high, least = rounded
     own, scales = _other(by_row, wide), _other(last, narrow)
     m, n = traced(node).shape
     if not isinstance(scales, fx.Node) or _reshaped(own) is not chosen:
         return None
-    # By their shapes, every row and every column has a scale of its own.
-    if (traced(own).shape, traced(scales).shape) != ((m, 1), (n,)):
+    # By their shapes, every row and every column has a scale of its own, or all have one.
+    if traced(own).shape != (1 if whole else m, 1) or traced(scales).shape not in ((n,), (1,)):
         return None
     if {traced(part).dtype for part in (wide, own, scales, last)} != {torch.float32}:
         return None
     if traced(x).dtype not in (torch.float32, torch.bfloat16) or traced(narrow).dtype != traced(x).dtype:
         return None
-    return last, Int8Product(x, weight, scales, low, high, least)
+    return last, Int8Product(x, weight, scales, low, high, least, chosen if whole else None)
 
 
-def _rounding(codes: Any) -> tuple[fx.Node, fx.Node, int, int, float] | None:
-    """What rounds rows by their own largest magnitudes: the rows, their scales, the range and the least scale."""
+def _rounding(codes: Any) -> tuple[fx.Node, fx.Node, bool, int, int, float] | None:
+    """What rounds rows by their own largest magnitudes, or all of them by one: the rows, their scales, whether these
+    are one, the range and the least scale."""
     if str(codes.target) != _ROUND:
         return None
     rounded = _arguments(codes)
@@ -118,11 +136,12 @@ def _rounding(codes: Any) -> tuple[fx.Node, fx.Node, int, int, float] | None:
         return None
     x, low, high, least = chosen["input"], chosen["quant_min"], chosen["quant_max"], chosen["eps"]
     shape = traced(x).shape
-    if tuple(chosen["block_size"]) != (*(1 for _ in shape[:-1]), shape[-1]):
+    block, row = tuple(chosen["block_size"]), (*(1 for _ in shape[:-1]), shape[-1])
+    if block != row and block != tuple(shape):
         return None
     if chosen["mapping_type"] != "SYMMETRIC" or (low, high) not in _RANGES or not least:
         return None
-    return x, scale, low, high, least
+    return x, scale, block != row, low, high, least
 
 
 def _source(node: Any, target: Any, *others: Any, dtype: torch.dtype | None = None) -> Any:

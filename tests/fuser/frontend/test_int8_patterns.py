@@ -118,18 +118,29 @@ def test_a_reduced_range_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        {"granularity": PerTensor()},
-        {"granularity": [PerTensor(), PerRow()]},
-        {"granularity": [PerRow(), PerTensor()]},
-        {"act_mapping_type": MappingType.ASYMMETRIC},
-    ],
-    ids=["tensor", "tensor-row", "row-tensor", "asymmetric"],
+    "how", [PerTensor(), [PerTensor(), PerRow()], [PerRow(), PerTensor()]], ids=["tensor", "tensor-row", "row-tensor"]
 )
+@pytest.mark.parametrize("shape", [(3, 5), (1,), (7,)], ids=str)
 @torch.no_grad()
-def test_other_scales_are_left_as_they_are(how: dict[str, object]) -> None:
-    model, x = quantized(Layer(), **how), rows(3, 5)
+def test_scales_of_whole_tensors(shape: tuple[int, ...], how: object) -> None:
+    model = quantized(Layer(), granularity=how)
+    x = rows(*shape) if shape != (1,) else rows(3)[:1]
+    graph, output = raised(model, x)
+    assert kinds(graph).count("int8_gemm") == 1
+    by_row = isinstance(how, list) and isinstance(how[0], PerRow)
+    sizes = x if by_row else x.abs().amax().expand_as(x)
+    own = torch.maximum(sizes.abs().amax(-1, keepdim=True) / 127.5, torch.tensor(LEAST))
+    codes = torch.round(x * (1 / own)).long().clamp(-128, 127)
+    weight = model.linear.weight
+    product = (codes @ weight.qdata.long().T).double() * own.double() * weight.scale.double().flatten()
+    assert model.linear.bias is not None
+    torch.testing.assert_close(output.double(), product + model.linear.bias.double(), rtol=2.0**-20, atol=2.0**-22)
+    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-22)
+
+
+@torch.no_grad()
+def test_asymmetric_ranges_are_left_as_they_are() -> None:
+    model, x = quantized(Layer(), act_mapping_type=MappingType.ASYMMETRIC), rows(3, 5)
     graph, output = raised(model, x)
     reasons = [op.reason for op in graph.compute]
     assert "int8_gemm" not in kinds(graph)
@@ -184,7 +195,7 @@ class Handmade(nn.Module):
     [
         (Written(), True),
         (Written(least=1e-3), True),
-        (Written(block=(16, 48)), False),
+        (Written(block=(16, 48)), True),
         (Written(block=(2, 24)), False),
         (Written(kind="SYMMETRIC_NO_CLIPPING_ERR"), False),
         (Written(low=-100, rounded_low=-100), False),
