@@ -1,7 +1,7 @@
 """Products of groups of rows, each with a weight of its own, as of the experts of a mixture.
 
 The template is that of :mod:`fuser.kernels.gemm`, and so is what may follow a product. Where groups end is known at run
-time: threads share the panels of all blocks of rows so that each has about as much to multiply and to read.
+time: threads share the panels of all blocks of rows.
 """
 
 from __future__ import annotations
