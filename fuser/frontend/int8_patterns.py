@@ -20,7 +20,7 @@ from fuser.frontend.sizes import traced
 from fuser.frontend.views import View
 from fuser.ir.graph import TensorSpec
 from fuser.ir.operators import Extern, Int8Gemm, Ref, TorchCall
-from fuser.ir.quantization import MAX_TERMS, rounding_of
+from fuser.ir.quantization import MAX_TERMS, largest_rounding
 
 aten = torch.ops.aten
 _RANGE, _ROUND = "torchao.choose_qparams_affine.default", "torchao.quantize_affine.default"
@@ -33,8 +33,8 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class Int8Product:
-    """x · W in int8: W (K, N) of int8, and ``scales`` (N,) of its columns, or (1,) of all. ``scale`` is that of all of
-    x; None where rows have their own, ``least`` or more."""
+    """x · W in int8: W (K, N) of int8, and ``scales`` (N,) of its columns, or (1,) of all. Rows of x have scales of
+    ``least`` or more, each its own, or all one if it is rounded as a ``whole``."""
 
     x: fx.Node
     weight: fx.Node
@@ -42,7 +42,7 @@ class Int8Product:
     low: int
     high: int
     least: float
-    scale: fx.Node | None
+    whole: bool
 
 
 def find(graph: fx.Graph) -> Mapping[fx.Node, Int8Product]:
@@ -64,12 +64,12 @@ def product_from(r: Raiser, node: fx.Node, p: Int8Product) -> View | None:
 
     columns = scales if scales.shape == weight.shape[:1] else scales.expand(weight.shape[:1])
     given: tuple[str, ...] = ()
-    if p.scale is not None:
+    if p.whole:
         if weight.shape[1] > MAX_TERMS // 2:
             return None
-        found = Extern(TorchCall(rounding_of, (Ref(0), 0)), "a scale that is found at run time")
-        spec = TensorSpec.contiguous((3,), torch.float32)
-        given = (r.emit(found, f"{node.name}_rounding", (r.realize(r.view(p.scale)),), spec).base,)
+        call = TorchCall(largest_rounding, (Ref(0), p.low, p.high, p.least))
+        spec, found = TensorSpec.contiguous((3,), torch.float32), Extern(call, "a scale that is found at run time")
+        given = (r.emit(found, f"{node.name}_rounding", (r.realize(x),), spec).base,)
 
     def product(rows: View) -> View:
         spec = TensorSpec.contiguous((*rows.shape[:-1], weight.shape[0]), torch.float32)
@@ -117,7 +117,7 @@ def _product(node: fx.Node) -> tuple[fx.Node, Int8Product] | None:
         return None
     if traced(x).dtype not in (torch.float32, torch.bfloat16) or traced(narrow).dtype != traced(x).dtype:
         return None
-    return last, Int8Product(x, weight, scales, low, high, least, chosen if whole else None)
+    return last, Int8Product(x, weight, scales, low, high, least, whole)
 
 
 def _rounding(codes: Any) -> tuple[fx.Node, fx.Node, bool, int, int, float] | None:

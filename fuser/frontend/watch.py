@@ -28,6 +28,8 @@ _MOST_CONFIGURATIONS = 64
 _DEPTH = 2
 """How far plain objects in plain objects (a configuration in a configuration) are followed."""
 _TRAINING = operator.itemgetter("training")
+_COUNT = itertools.count()
+"""Numbers for configurations. Those of a model that is looked at anew are none that it had before."""
 
 
 def _numbers_of_identities(values: Iterable[Any]) -> Hashable:
@@ -151,7 +153,6 @@ class _Configuration:
         self._readers = [(operator.itemgetter(*keys, keys[0]), found) for keys, found in alike.items()]
         self._sized = [holder for holder, _ in holders.values() if isinstance(holder, dict)] + self._containers
         self._numbers: collections.OrderedDict[Any, tuple[int, list[Any]]] = collections.OrderedDict()
-        self._count = itertools.count()
         self._seen: tuple[Hashable, list[int], int] = ((), [-1], -1)
         self._lock = ForkSafeLock()
 
@@ -192,7 +193,7 @@ class _Configuration:
             # They are kept, so that no other object gets the identity of one of them.
             values, sizes = list(self._read()), list(map(len, self._sized))
             key = tuple(map(_frozen, values)), tuple(sizes)
-            number, _ = self._numbers.pop(key) if key in self._numbers else (next(self._count), values)
+            number, _ = self._numbers.pop(key) if key in self._numbers else (next(_COUNT), values)
             self._numbers[key] = number, values
             self._seen = _identities(values), sizes, number
             while len(self._numbers) > _MOST_CONFIGURATIONS:

@@ -386,12 +386,13 @@ class Int8Gemm(Product):
         columns = integers if self.transposed else integers.mT
         if given:
             shifted, own = round_tensor(x, self.low, self.high, *given)
-            sums = (shifted.double() @ columns.double().mT).float()
+            # In this order, in which numbers do not vanish that would not in fp32.
+            product = (shifted.double() @ columns.double().mT).float() * own * scales.float()
         else:
             assert self.least is not None
             rows, own = round_rows(x, self.low, self.high, self.least)
-            sums = exact_products(rows, columns)
-        return ((sums * (own * scales.float())).to(torch.promote_types(x.dtype, torch.float32)),)
+            product = exact_products(rows, columns) * (own * scales.float())
+        return (product.to(torch.promote_types(x.dtype, torch.float32)),)
 
 
 @kind("grouped_gemm")

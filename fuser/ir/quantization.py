@@ -71,14 +71,17 @@ def round_tensor(x: Tensor, low: int, high: int, given: Tensor) -> tuple[Tensor,
 
 
 def rounding_of(scale: float | Tensor, zero_point: int | Tensor, shift: int = 0) -> Tensor:
-    """What :func:`round_tensor` is given, for integers that are all less by ``shift``."""
+    """What :func:`round_tensor` is given, for integers that are all less by ``shift``; NaN for a scale that is not
+    finite."""
     exact = torch.as_tensor(scale, dtype=torch.float64).reshape(())
+    if not exact.isfinite():
+        return torch.full((3,), torch.nan)
     return torch.stack([exact, 1.0 / exact, torch.as_tensor(zero_point).reshape(()) - shift]).float()
 
 
 def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0) -> Tensor:
     """What :func:`round_tensor` is given for the range of an fp32 tensor, with zero in it, from ``low`` to ``high``: as
-    ``choose_qparams`` of torch.ao finds it, in fp32, with the least scale ``least``. All is NaN if x has NaN."""
+    ``choose_qparams`` of torch.ao finds it, in fp32, with the least scale ``least``; NaN where x is not finite."""
     bottom, top = (np.float32(float(end)) for end in torch.aminmax(x))
     if not bottom <= top:
         return torch.full((3,), torch.nan)
@@ -88,6 +91,11 @@ def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0)
         below = np.round(bottom / scale)
     zero = min(max(low - int(below), low), high) if math.isfinite(below) else low
     return rounding_of(float(scale), zero, shift)
+
+
+def largest_rounding(x: Tensor, low: int, high: int, least: float) -> Tensor:
+    """What :func:`round_tensor` is given for the scale that :func:`round_rows` finds if all of x is one row."""
+    return rounding_of(round_rows(x.flatten()[None], low, high, least)[1], 0)
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ class Engine:
         with self.lock:
             if self.store.changed:
                 self.follow()
+                # A model of other parts is looked at anew, and its configuration numbered so.
+                key = self.key(call)
             compiled = self.programs.use(key)
             if compiled is not None and not compiled.is_current:
                 self.programs.remove(key)
@@ -472,14 +474,18 @@ class Engine:
             lambda form: all(_follows(form.captured.parameters, graph, form.device, changed) for graph in form.graphs)
         )
         self.failed.clear()
-        with self.store.refreshing():
-            for compiled in programs:
-                parameters = compiled.captured.parameters
-                compiled.program.set_constants(
-                    program_constants(
-                        compiled.assembly, compiled.graph, parameters, self.store, device=compiled.program.device
+        try:
+            with self.store.refreshing():
+                for compiled in programs:
+                    parameters = compiled.captured.parameters
+                    compiled.program.set_constants(
+                        program_constants(
+                            compiled.assembly, compiled.graph, parameters, self.store, device=compiled.program.device
+                        )
                     )
-                )
+        except ValueError:
+            # Such as zero points of weights that had none: kernels for these do not hold any more.
+            self.refresh()
 
     def refresh(self) -> None:
         """Forget all programs and packed weights, and compile anew when called."""

@@ -61,6 +61,9 @@ _FUNCTIONS = (
     "fuser.frontend.views._strided_copy",
     "fuser.ir.operators.laid_out",
     "fuser.ir.packing._picked",
+    "fuser.ir.quantization.found_rounding",
+    "fuser.ir.quantization.largest_rounding",
+    "fuser.ir.quantization.rounding_of",
     "fuser.kernels.attention.launch_of",
 )
 """Functions of fuser that a step may call, or that make a part of a program when its sizes are known."""

@@ -183,6 +183,24 @@ def test_a_given_rounding_reaches_both_ends(cache: KernelCache) -> None:
     assert not space_of(longer, target())
 
 
+def test_scales_whose_product_fp32_does_not_hold(cache: KernelCache) -> None:
+    """Neither infinity times zero nor a number that is too small on the way."""
+    for scale, other, size in ((1e30, 1e10, 0.0), (1e-30, 1e-12, 1e-29), (2.0**100, 2.0**-130, 2.0**103)):
+        case = Case(40, 99, "none", range=(-128, 127), given=(scale, 0))
+        graph = case.graph(3)
+        values = quantized_values(graph)
+        values["x"], values["scales"] = values["x"] * size, torch.full((40,), other)
+        (want,) = evaluate(graph, values).values()
+        exact = (values["x"].double() / scale).round() @ values["weight"].double().T * scale * other
+        torch.testing.assert_close(want.double(), exact, rtol=1e-5, atol=2.0**-140)
+        for isa, features in MACHINES:
+            aim = target(isa, features)
+            (parameters,) = choices_of(case, aim)
+            (library,) = built([parameters], aim, cache)
+            (got,) = run(graph, values, aim, parameters, library, 2).values()
+            assert torch.equal(got, want)
+
+
 def test_matrix_tiles_give_the_same_numbers(cache: KernelCache) -> None:
     """By the model of the tiles' instructions, on machines without them."""
     aim = target()

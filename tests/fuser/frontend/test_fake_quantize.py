@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,7 +206,7 @@ def exported(model: nn.Module, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("found", [False, True], ids=["static", "dynamic"])
 @torch.no_grad()
-def test_what_pytorch_s_quantizer_for_cpus_makes(found: bool) -> None:
+def test_what_pytorch_s_quantizer_for_cpus_makes(found: bool, tmp_path: Path) -> None:
     x = torch.randn(2, 33, 64)
     quantizer = x86_inductor_quantizer.X86InductorQuantizer()
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_dynamic=found))
@@ -218,6 +219,9 @@ def test_what_pytorch_s_quantizer_for_cpus_makes(found: bool) -> None:
     assert float((optimized(x) - want).norm() / want.norm()) < 1e-3
     report = str(optimized.report())
     assert report.count("int8_gemm") >= 2 and "original model" not in report
+
+    optimized.save(tmp_path / "model.fuser")
+    assert torch.equal(fuser.load(tmp_path / "model.fuser")(x), optimized(x))
 
 
 @torch.no_grad()

@@ -139,6 +139,16 @@ def test_scales_of_whole_tensors(shape: tuple[int, ...], how: object) -> None:
 
 
 @torch.no_grad()
+def test_a_tensor_that_is_not_finite_has_no_scale() -> None:
+    model = quantized(Layer(), granularity=PerTensor())
+    for wrong in (torch.inf, torch.nan):
+        x = rows(3, 5)
+        x[0, 0, 0] = wrong
+        _, output = raised(model, x)
+        assert output.isnan().all()
+
+
+@torch.no_grad()
 def test_asymmetric_ranges_are_left_as_they_are() -> None:
     model, x = quantized(Layer(), act_mapping_type=MappingType.ASYMMETRIC), rows(3, 5)
     graph, output = raised(model, x)

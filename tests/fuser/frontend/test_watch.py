@@ -129,6 +129,21 @@ def test_programs_follow_what_the_code_reads(name: str) -> None:
         assert len(fast.programs) == programs == 2
 
 
+def test_attributes_that_change_after_parts_of_the_model_did() -> None:
+    model = Reading().eval()
+    fast = optimize(model, search="model")
+    with torch.no_grad():
+        for part in (nn.Linear(8, 8), nn.Linear(8, 8)):
+            assert torch.allclose(fast(X), model(X), atol=1e-5)
+            model.linear = part
+            assert torch.allclose(fast(X), model(X), atol=1e-5)
+            assert len(fast.programs) == 1
+            model.active = torch.tanh if model.active is torch.relu else torch.relu
+            for _ in range(2):
+                assert torch.allclose(fast(X), model(X), atol=1e-5)
+            assert len(fast.programs) == 2
+
+
 def test_a_global_hook_added_later_is_followed() -> None:
     model = Reading().eval()
     fast = optimize(model, search="model")

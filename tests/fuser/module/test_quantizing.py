@@ -583,6 +583,18 @@ def test_models_that_are_quantized_already(how: str, points: int, kind: str) -> 
         assert kinds(fast) == [kind] and fast.fallbacks == ()
 
 
+def test_zero_points_that_come_later() -> None:
+    """Other kernels, which stay where they are right without zero points, too."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    model, x = Stored("channel").eval(), rows(2, 5)
+    fast = fuser.optimize(model, search="model")
+    with torch.no_grad():
+        for change, kind in ((0, "int8_weight_gemm"), (2, "gemm"), (-2, "gemm")):
+            model.points.add_(change)
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=0)
+            assert kinds(fast) == [kind]
+
+
 class Int8Weight(Tensor):
     """A weight as torchao stores it: a tensor that consists of integers (N, K) and a scale for each output."""
 

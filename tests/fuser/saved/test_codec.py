@@ -370,11 +370,16 @@ def test_classes_of_other_kinds_or_modules_that_nobody_imported_are_refused(modu
 
 
 def test_functions_that_programs_call_are_saved() -> None:
-    """Those that the frontend hands to what decides, assumes and computes when sizes are known."""
+    """Those that the frontend hands to what decides, assumes and computes when sizes are known, or that it has PyTorch
+    run."""
     found = set()
     for path in sorted((ROOT / "fuser").glob("frontend/**/*.py")):
         tree, module = ast.parse(path.read_text()), ".".join(path.relative_to(ROOT).with_suffix("").parts)
         own = {node.name: module for node in tree.body if isinstance(node, ast.FunctionDef)}
+        taken = [
+            node for node in tree.body if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fuser.")
+        ]
+        own |= {alias.name: str(node.module) for node in taken for alias in node.names}
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and call.args and ast.unparse(call.func).split(".")[-1] in CALLING:
                 names = [node.id for node in ast.walk(call.args[0]) if isinstance(node, ast.Name)]
