@@ -92,7 +92,7 @@ class OptimizedModule(nn.Module):
         call, reason = acceptable(self._model, args, kwargs, self._options.target)
         if call is None:
             return self._replaced(reason, args, kwargs)
-        key = self._engine.key(call)
+        store, key = self._engine.store, self._engine.key(call)
         if self._options.padding == "skip" and not call.objects:
             packed = without_padding(self._engine, call, key)
             if packed is not None:
@@ -102,6 +102,9 @@ class OptimizedModule(nn.Module):
             compiled = self._engine.program(call, key, at_once=_AT_ONCE_IN_METHODS if within else AT_ONCE)
         else:
             compiled = self._engine.settled(call, key)
+        if self._engine.store is not store:
+            # The model has other parts by now, and its configuration another number.
+            key = self._engine.key(call)
         if compiled is not None and torch.is_grad_enabled() and compiled.routes.unregistered:
             return self._replaced("a tensor that is no parameter of a module requires grad", args, kwargs)
         if compiled is not None and compiled.updated:

@@ -105,9 +105,10 @@ def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
         if not isinstance(zero_point, fx.Node) or {math.prod(traced(t).shape) for t in (scale, zero_point)} != {1}:
             return None
         rows = r.realize(x)
+        known: tuple[str, ...] = (rows,)
         least = _chosen_for(codes.args[0], scale, zero_point, low + shift, high + shift)
         if least is not None:
-            known, call = (rows,), TorchCall(found_rounding, (Ref(0), low + shift, high + shift, least, shift))
+            call = TorchCall(found_rounding, (Ref(0), low + shift, high + shift, least, shift))
         else:
             known = r.realize(r.view(scale)), r.realize(r.view(zero_point))
             call = TorchCall(rounding_of, (Ref(0), Ref(1), shift))
