@@ -63,6 +63,7 @@ STANDARD_HEADERS = """\
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <omp.h>
 #include <type_traits>
 #if __has_include(<immintrin.h>)

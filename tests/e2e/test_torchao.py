@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    PerRow,
     PerTensor,
     quantize_,
 )
@@ -102,9 +103,10 @@ def test_layers_err_no_more_than_in_torchao(dtype: torch.dtype) -> None:
     assert 2e-3 < errors[0] / float(exact.norm()) < 2e-2
 
 
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=["row", "tensor"])
 @torch.no_grad()
-def test_files_need_no_torchao(tmp_path: Path) -> None:
-    quantized, x = dynamic(encoder()), rows(2, 5)
+def test_files_need_no_torchao(granularity: object, tmp_path: Path) -> None:
+    quantized, x = dynamic(encoder(), granularity=granularity), rows(2, 5)
     fast = fuser.optimize(quantized, search="model")
     torch.save((x, fast(x)), tmp_path / "call.pt")
     fast.save(tmp_path / "encoder.fuser")
@@ -146,13 +148,22 @@ def test_what_is_quantized_already_is_not_quantized_again() -> None:
     assert torch.equal(got, fuser.optimize(whole[1], quantize=how, search="model")(hidden))
 
 
-@pytest.mark.parametrize(
-    "how", [{"granularity": PerTensor()}, {"act_mapping_type": MappingType.ASYMMETRIC}], ids=["tensor", "asymmetric"]
-)
 @torch.no_grad()
-def test_others_are_run_by_pytorch_as_the_report_says(how: dict[str, object]) -> None:
+def test_scales_of_whole_tensors() -> None:
+    model = encoder()
+    quantized = dynamic(model, granularity=PerTensor())
+    fast = fuser.optimize(quantized, search="model")
+    for shape in ((2, 9), (3, 5), (1, 1), (4, 33)):
+        x = rows(*shape)
+        assert is_close(fast(x), quantized(x), model(x))
+        assert kinds(fast) == ["int8_gemm"] * 4
+    assert "no kernel family" not in fast.report()
+
+
+@torch.no_grad()
+def test_others_are_run_by_pytorch_as_the_report_says() -> None:
     model, x = encoder(), rows(2, 5)
-    quantized = dynamic(model, **how)
+    quantized = dynamic(model, act_mapping_type=MappingType.ASYMMETRIC)
     fast = fuser.optimize(quantized, search="model")
     assert is_close(fast(x), quantized(x), model(x)) and "int8_gemm" not in kinds(fast)
     assert "no kernel family knows torchao.quantize_affine.default" in fast.report()
