@@ -350,12 +350,12 @@ def _storages(node: fx.Node) -> frozenset[int]:
 
 
 def twins(node: fx.Node) -> list[fx.Node]:
-    """The nodes that do the same with the same, this among them."""
-    sources = node.all_input_nodes
-    if not sources:
+    """The nodes that restore the same integers in the same way, as quantizers write it for every reader; else the node
+    itself, which may be random."""
+    if not str(node.target).startswith("quantized_decomposed.dequantize_"):
         return [node]
     same = (node.target, node.args, node.kwargs)
-    return [other for other in sources[0].users if (other.target, other.args, other.kwargs) == same]
+    return [other for other in node.all_input_nodes[0].users if (other.target, other.args, other.kwargs) == same]
 
 
 def stays_inside(node: fx.Node) -> bool:

@@ -51,11 +51,14 @@ def round_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Te
     ``least``; elements are multiplied by its reciprocal, rounded to the nearest integer, halves to even, and kept in
     the range, in fp32. A row with NaN or an infinity has the scale NaN and zeros.
     """
-    most = x.float().abs().amax(-1, keepdim=True)
-    finite = most < torch.inf
-    scales = (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least)
+    scales, finite = _scales_of_rows(x, low, high, least)
     rounded = torch.where(finite, x.float() * (1.0 / scales), 0.0).round().clamp(low, high)
     return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
+
+
+def _scales_of_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Tensor]:
+    most = x.float().abs().amax(-1, keepdim=True)
+    return (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least), most < torch.inf
 
 
 def round_tensor(x: Tensor, low: int, high: int, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +78,9 @@ def rounding_of(scale: float | Tensor, zero_point: int | Tensor, shift: int = 0)
     finite."""
     exact = torch.as_tensor(scale, dtype=torch.float64).reshape(())
     if not exact.isfinite():
-        return torch.full((3,), torch.nan)
-    return torch.stack([exact, 1.0 / exact, torch.as_tensor(zero_point).reshape(()) - shift]).float()
+        return torch.full((3,), torch.nan, device=exact.device)
+    zero = torch.as_tensor(zero_point, device=exact.device).reshape(()) - shift
+    return torch.stack([exact, 1.0 / exact, zero]).float()
 
 
 def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0) -> Tensor:
@@ -84,18 +88,18 @@ def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0)
     ``choose_qparams`` of torch.ao finds it, in fp32, with the least scale ``least``; NaN where x is not finite."""
     bottom, top = (np.float32(float(end)) for end in torch.aminmax(x))
     if not bottom <= top:
-        return torch.full((3,), torch.nan)
+        return torch.full((3,), torch.nan, device=x.device)
     bottom, top = min(bottom, np.float32(0)), max(top, np.float32(0))
     with np.errstate(all="ignore"):
         scale = max((top - bottom) / np.float32(high - low), np.float32(least))
         below = np.round(bottom / scale)
     zero = min(max(low - int(below), low), high) if math.isfinite(below) else low
-    return rounding_of(float(scale), zero, shift)
+    return rounding_of(float(scale), zero, shift).to(x.device)
 
 
 def largest_rounding(x: Tensor, low: int, high: int, least: float) -> Tensor:
     """What :func:`round_tensor` is given for the scale that :func:`round_rows` finds if all of x is one row."""
-    return rounding_of(round_rows(x.flatten()[None], low, high, least)[1], 0)
+    return rounding_of(_scales_of_rows(x.flatten(), low, high, least)[0], 0)
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:

@@ -142,6 +142,30 @@ def test_products_of_one_rounding_are_one() -> None:
     torch.testing.assert_close(output, model(x), rtol=2.0**-18, atol=2.0**-16)
 
 
+class Dropped(nn.Module):
+    """Two layers of what is random for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 40), nn.Linear(48, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [nn.functional.dropout(x, 0.5, training=True) for _ in range(2)]
+        return self.first(inputs[0]) - self.second(inputs[1])
+
+
+@torch.no_grad()
+def test_random_operators_of_one_value_are_two() -> None:
+    model, x = Dropped().eval(), rows(5)
+    captured = capture(model, flatten_call((x,), {}))
+    graph = raise_graph(captured)
+    assert kinds(graph).count("gemm") == 2
+    torch.manual_seed(0)
+    want = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fuser.optimize(model, search="model")(x), want, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_what_no_kernel_multiplies_is_rounded_alone() -> None:
     """Weights with zero points are fp32 to a product; so is what has other numbers on its way back."""
