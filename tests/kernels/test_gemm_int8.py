@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -118,6 +118,18 @@ def built(choices: Sequence[Int8GemmParameters], machine: Target, cache: KernelC
     return [paths[source.symbol] for source in sources]
 
 
+def on_all_machines(
+    case: Case, graph: OperatorGraph, values: Mapping[str, Tensor], cache: KernelCache
+) -> Iterator[Tensor]:
+    """What the default kernel of every machine gives."""
+    for isa, features in MACHINES:
+        aim = target(isa, features)
+        (parameters,) = choices_of(case, aim)
+        (library,) = built([parameters], aim, cache)
+        (got,) = run(graph, values, aim, parameters, library, 2).values()
+        yield got
+
+
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: "-".join((m[0].value, *m[1])))
 def test_kernels_give_the_numbers_of_the_operator(machine: tuple[Isa, frozenset[str]], cache: KernelCache) -> None:
     """Integers and their scales are equal on all instruction sets, so the products are; only what an epilogue computes
@@ -153,11 +165,7 @@ def test_rows_take_all_integers_of_a_range(cache: KernelCache) -> None:
     # The last row is smaller than what the least scale can tell from its integers.
     scales = torch.tensor([1, 1, 1, 2.0**-23])[:, None] * values["scales"]
     want = (codes @ weight.long().T).float() * scales
-    for isa, features in MACHINES:
-        aim = target(isa, features)
-        (parameters,) = choices_of(case, aim)
-        (library,) = built([parameters], aim, cache)
-        (got,) = run(graph, values, aim, parameters, library, 2).values()
+    for got in on_all_machines(case, graph, values, cache):
         assert torch.equal(got, want)
 
 
@@ -173,11 +181,7 @@ def test_a_given_rounding_reaches_both_ends(cache: KernelCache) -> None:
     codes[3, 0] = 2
     want = (codes @ weight.long().T).float() * (0.5 * values["scales"])
     assert torch.equal(next(iter(evaluate(graph, values).values())), want)
-    for isa, features in MACHINES:
-        aim = target(isa, features)
-        (parameters,) = choices_of(case, aim)
-        (library,) = built([parameters], aim, cache)
-        (got,) = run(graph, values, aim, parameters, library, 2).values()
+    for got in on_all_machines(case, graph, values, cache):
         assert torch.equal(got, want)
     longer = dataclasses.replace(case, k=65_537).graph(1)
     assert not space_of(longer, target())
@@ -193,11 +197,7 @@ def test_scales_whose_product_fp32_does_not_hold(cache: KernelCache) -> None:
         (want,) = evaluate(graph, values).values()
         exact = (values["x"].double() / scale).round() @ values["weight"].double().T * scale * other
         torch.testing.assert_close(want.double(), exact, rtol=1e-5, atol=2.0**-140)
-        for isa, features in MACHINES:
-            aim = target(isa, features)
-            (parameters,) = choices_of(case, aim)
-            (library,) = built([parameters], aim, cache)
-            (got,) = run(graph, values, aim, parameters, library, 2).values()
+        for got in on_all_machines(case, graph, values, cache):
             assert torch.equal(got, want)
 
 
