@@ -302,32 +302,24 @@ struct Bytes : Products<C> {
       const vf block = load(own.block + (v0 + v) * L);
       shift[v] = select((vi)(block == lowest), vf{}, block);
     }
-    // The low bits of a number this large are its integer part, nearest to even; what else there is comes off at the end.
-    constexpr float kWhole = 12582912.0f;
-    constexpr uint32_t kBits = 0x4b400000u;
     // Four thresholds in turn, so that of many small weights some become one, rather than all none.
     constexpr float kDither[4] = {-0.375f, 0.125f, 0.375f, -0.125f};
     const auto weigh = [&](int64_t j, int v, int i) __attribute__((always_inline)) {
-      const vf weight = Base::weight(load(s + j * pitch + v * L), shift[v]);
+      const vf weight = Base::rough_weight(load(s + j * pitch + v * L), shift[v]);
       sum[v] += weight * own.value_inverse[j];
-      return (vu)(weight * 255.0f + kDither[i] + kWhole);
+      return weight * 255.0f + kDither[i];
     };
     auto* to = reinterpret_cast<int32_t*>(s);
     int64_t j = 0;
     for (; j + 4 <= n; j += 4, to += pitch)
 #pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) {
-        const vu word = weigh(j, v, 0) + (weigh(j + 1, v, 1) << 8) + (weigh(j + 2, v, 2) << 16) + (weigh(j + 3, v, 3) << 24) -
-                        kBits * 0x01010101u;
-        store(to + v * L, (vi)word);
-      }
-    if (j < n)
-#pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) {
-        vu word = {};
-        for (int64_t i = j; i < n; ++i) word += (weigh(i, v, i - j) - kBits) << uint32_t(8 * (i - j));
-        store(to + v * L, (vi)word);
-      }
+      for (int v = 0; v < RV; ++v)
+        store(to + v * L, to_quads(weigh(j, v, 0), weigh(j + 1, v, 1), weigh(j + 2, v, 2), weigh(j + 3, v, 3)));
+    for (int v = 0; v < RV && j < n; ++v) {
+      vf rest[4] = {};
+      for (int64_t i = j; i < n; ++i) rest[i - j] = weigh(i, v, i - j);
+      store(to + v * L, to_quads(rest[0], rest[1], rest[2], rest[3]));
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       const int64_t at = (v0 + v) * L;
