@@ -189,6 +189,11 @@ class GemmParameters:
         return False
 
     @property
+    def shares(self) -> bool:
+        """Whether threads may share packed rows of A: all along K, and any of them with all panels."""
+        return not self.grouped and self.chunk >= self.steps
+
+    @property
     def scale_words(self) -> int:
         """Words of scratch for the scales of the rows that a thread works on at a time, and their inverses."""
         return -(-2 * self.mc // _LINE) * _LINE if self.integer else 0

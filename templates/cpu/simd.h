@@ -197,6 +197,14 @@ FUSER_INLINE int32_t reduce_max(vi v) {
   return top;
 #endif
 }
+// Bits of magnitudes of bf16, whose order is theirs, two to a lane.
+typedef int16_t halves __attribute__((vector_size(FUSER_VECTOR_BYTES)));
+FUSER_INLINE halves larger(halves a, halves b) { return a > b ? a : b; }
+FUSER_INLINE halves magnitudes(const bf16* p) {
+  halves x;
+  std::memcpy(&x, p, sizeof(x));
+  return x & int16_t(0x7fff);
+}
 FUSER_INLINE int32_t reduce_add(vi v) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
   return _mm512_reduce_add_epi32((__m512i)v);
@@ -269,6 +277,22 @@ FUSER_INLINE vi to_quads(vf a, vf b, vf c, vf d) {
     return (vu)(i < 0 ? vi{} : i > 255 ? set1(255) : i);
   };
   return (vi)(byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24);
+#endif
+}
+
+// Four vectors of integers from 0 to 255 as bytes, one vector behind the other.
+FUSER_INLINE void store_bytes(uint8_t* to, vi a, vi b, vi c, vi d) {
+#if defined(__AVX512BW__) && FUSER_VECTOR_BYTES == 64
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), _mm512_packs_epi32((__m512i)c, (__m512i)d));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), _mm256_packs_epi32((__m256i)c, (__m256i)d));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  const vi parts[4] = {a, b, c, d};
+  for (int64_t i = 0; i < 4 * kLanes; ++i) to[i] = uint8_t(parts[i / kLanes][i % kLanes]);
 #endif
 }
 
