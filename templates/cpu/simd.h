@@ -50,10 +50,17 @@ FUSER_INLINE vf set1(float x) { return x - vf{}; }
 FUSER_INLINE vi set1(int32_t x) { return vi{} + x; }
 FUSER_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
 FUSER_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
+// Said by instructions: GCC takes such vectors apart, half by half.
 FUSER_INLINE vi load(const int16_t* p) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   vs v;
   std::memcpy(&v, p, sizeof(v));
   return __builtin_convertvector(v, vi);
+#endif
 }
 FUSER_INLINE void store(int16_t* p, vi v) {
   const vs narrow = __builtin_convertvector(v, vs);
@@ -75,9 +82,15 @@ FUSER_INLINE vi set1(bf16x2 x) {
 }
 
 FUSER_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__) && FUSER_VECTOR_BYTES == 32
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   vh h;
   std::memcpy(&h, p, sizeof(h));
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 // The bits of the nearest bf16 number in the low half of every lane.
 FUSER_INLINE vu bf16_bits(vf v) {
@@ -573,26 +586,27 @@ FUSER_INLINE void transpose(vf* v) {
 #endif
 }
 
-// In lane i the sum of the lanes of v[i], for kLanes vectors.
-FUSER_INLINE vf reduce_add_each(const vf* v) {
+// In lane i the sum of the lanes of v[i], for kLanes vectors of numbers or integers.
+template <class V>
+FUSER_INLINE V reduce_add_each(const V* v) {
 #if defined(__AVX2__) && FUSER_VECTOR_BYTES >= 32
-  vf w[kLanes / 4];  // sums inside every 128-bit part
+  V w[kLanes / 4];  // sums inside every 128-bit part
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes / 4; ++i) {
-    const vf a = FUSER_UNPACK(lo, ps, v[4 * i], v[4 * i + 1]) + FUSER_UNPACK(hi, ps, v[4 * i], v[4 * i + 1]);
-    const vf b = FUSER_UNPACK(lo, ps, v[4 * i + 2], v[4 * i + 3]) + FUSER_UNPACK(hi, ps, v[4 * i + 2], v[4 * i + 3]);
-    w[i] = FUSER_UNPACK_PAIRS(lo, a, b) + FUSER_UNPACK_PAIRS(hi, a, b);
+    const V a = (V)FUSER_UNPACK(lo, ps, v[4 * i], v[4 * i + 1]) + (V)FUSER_UNPACK(hi, ps, v[4 * i], v[4 * i + 1]);
+    const V b = (V)FUSER_UNPACK(lo, ps, v[4 * i + 2], v[4 * i + 3]) + (V)FUSER_UNPACK(hi, ps, v[4 * i + 2], v[4 * i + 3]);
+    w[i] = (V)FUSER_UNPACK_PAIRS(lo, a, b) + (V)FUSER_UNPACK_PAIRS(hi, a, b);
   }
 #if FUSER_VECTOR_BYTES == 64
-  const vf a = FUSER_QUARTERS(w[0], w[1], 0x44) + FUSER_QUARTERS(w[0], w[1], 0xee);
-  const vf b = FUSER_QUARTERS(w[2], w[3], 0x44) + FUSER_QUARTERS(w[2], w[3], 0xee);
-  return FUSER_QUARTERS(a, b, 0x88) + FUSER_QUARTERS(a, b, 0xdd);
+  const V a = (V)FUSER_QUARTERS(w[0], w[1], 0x44) + (V)FUSER_QUARTERS(w[0], w[1], 0xee);
+  const V b = (V)FUSER_QUARTERS(w[2], w[3], 0x44) + (V)FUSER_QUARTERS(w[2], w[3], 0xee);
+  return (V)FUSER_QUARTERS(a, b, 0x88) + (V)FUSER_QUARTERS(a, b, 0xdd);
 #else
-  return (vf)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x20) +
-         (vf)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x31);
+  return (V)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x20) +
+         (V)_mm256_permute2f128_ps((__m256)w[0], (__m256)w[1], 0x31);
 #endif
 #else
-  vf sums;
+  V sums;
   for (int64_t i = 0; i < kLanes; ++i) sums[i] = reduce_add(v[i]);
   return sums;
 #endif
