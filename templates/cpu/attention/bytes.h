@@ -305,7 +305,7 @@ struct Bytes : Products<C> {
     // Four thresholds in turn, so that of many small weights some become one, rather than all none.
     constexpr float kDither[4] = {-0.375f, 0.125f, 0.375f, -0.125f};
     const auto weigh = [&](int64_t j, int v, int i) __attribute__((always_inline)) {
-      const vf weight = Base::rough_weight(load(s + j * pitch + v * L), shift[v]);
+      const vf weight = Base::weight(load(s + j * pitch + v * L), shift[v]);
       sum[v] += weight * own.value_inverse[j];
       return weight * 255.0f + kDither[i];
     };
