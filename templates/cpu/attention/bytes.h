@@ -221,16 +221,17 @@ struct Bytes : Products<C> {
   // and in w.peak with those of the blocks before it.
   template <int RV, class Tile>
   FUSER_INLINE void store_scores(Scratch<C>& w, int64_t n, int64_t v0, const Tile& tile) {
+    const int64_t pitch = w.pitch;  // a copy, which what is stored cannot change
     vf top[RV];
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) top[v] = set1(-kInf);
     for (int64_t j0 = 0; j0 < n; j0 += kTileKeys<RV>) {
       w.ahead.announce();
-      float* const s = w.s + j0 * w.pitch + v0 * L;
+      float* const s = w.s + j0 * pitch + v0 * L;
       tile(j0, [&](int j, int v, vf x) FUSER_LAMBDA {
         if constexpr (kByteValues && !Base::kChanges) x += w.scores.value_log[j0 + j];
         top[v] = max_fast(x, top[v]);
-        store(s + j * w.pitch + v * L, x);
+        store(s + j * pitch + v * L, x);
       });
     }
 #pragma GCC unroll 8
@@ -344,9 +345,10 @@ struct Bytes : Products<C> {
 
   template <int RV, int RD>
   FUSER_INLINE void bytes_tile(Scratch<C>& w, int64_t quads, int64_t v0, int64_t d, bool first) {
+    const int64_t pitch = w.pitch;
     const int32_t* p = reinterpret_cast<const int32_t*>(w.s + v0 * L);
     vi acc[RD][RV] = {};
-    for (int64_t j = 0; j < quads; ++j, p += w.pitch) {
+    for (int64_t j = 0; j < quads; ++j, p += pitch) {
       const int32_t* const value = w.scores.quad[j] + d;
       vi x[RV];
 #pragma GCC unroll 8
@@ -356,9 +358,9 @@ struct Bytes : Products<C> {
 #pragma GCC unroll 8
         for (int v = 0; v < RV; ++v) acc[i][v] = Codes::add(acc[i][v], x[v], set1(value[i]));
     }
-    float* o = w.o + d * w.pitch + v0 * L;
+    float* o = w.o + d * pitch + v0 * L;
 #pragma GCC unroll 24
-    for (int i = 0; i < RD; ++i, o += w.pitch)
+    for (int i = 0; i < RD; ++i, o += pitch)
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) {
         const vf sum = to_float(acc[i][v]) * load(w.scores.factor + (v0 + v) * L);

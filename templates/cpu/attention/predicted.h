@@ -352,37 +352,38 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
     // Unless one instruction multiplies and adds, products need registers of their own.
     constexpr int64_t most = Codes::kFused ? kAccumulators : kAccumulators * 2 / 3;
     constexpr int64_t RK = most / RV < kMostKeys ? most / RV : kMostKeys;
+    const int64_t pitch = w.pitch;  // a copy, which what is stored cannot change
     OfThread& own = w.scores;
     vf top[RV];
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) top[v] = load(w.top + (v0 + v) * L);
     for (int64_t j0 = 0; j0 < n; j0 += RK) {
-      float* const s = w.s + j0 * w.pitch + v0 * L;
+      float* const s = w.s + j0 * pitch + v0 * L;
       uint64_t chosen[RK] = {};
       if constexpr (kStore && !kHigh) announce_rows<RK>(w, j0, n);
-      int16_t* const sums = own.sums + j0 * w.pitch + v0 * L;
+      int16_t* const sums = own.sums + j0 * pitch + v0 * L;
       const auto put = [&](int j, int v, vi sum) FUSER_LAMBDA {
         vf x = to_float(sum) * (load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j]);
         if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
         top[v] = max_fast(x, top[v]);
-        if constexpr (kStore) store(s + j * w.pitch + v * L, x);
+        if constexpr (kStore) store(s + j * pitch + v * L, x);
         if constexpr (kChoose) chosen[j] |= above_limit(x, own, v0 + v) << (v0 + v) * L;
       };
       if constexpr (kSums == Sums::kRead) {
         // Beyond the last key are the products of another block.
 #pragma GCC unroll 8
         for (int j = 0; j < RK; ++j) {
-          const int16_t* const kept = sums + (j0 + j < n ? j : n - 1 - j0) * w.pitch;
+          const int16_t* const kept = sums + (j0 + j < n ? j : n - 1 - j0) * pitch;
 #pragma GCC unroll 8
           for (int v = 0; v < RV; ++v) put(j, v, load(kept + v * L));
         }
       } else {
         product_tile<kWords, RV, RK, vi>(
-            own.low.q + v0 * L, own.low.code + j0, w.pitch,
+            own.low.q + v0 * L, own.low.code + j0, pitch,
             [](vi sum, vi a, int32_t b) FUSER_LAMBDA { return Codes::add(sum, a, set1(b)); },
             [&](int j, int v, vi sum) FUSER_LAMBDA {
               const vi whole = Codes::total(sum) + own.low.start[j0 + j];
-              if constexpr (kSums == Sums::kKept) store(sums + j * w.pitch + v * L, whole);
+              if constexpr (kSums == Sums::kKept) store(sums + j * pitch + v * L, whole);
               put(j, v, whole);
             });
       }
@@ -456,14 +457,18 @@ struct Predicted : std::conditional_t<C::kHighBits == 8, Bytes<C, !C::kPrune>, P
   // What predicts, chooses and raises scores in one, where products are kept and all of a tile but few have some.
   template <int RV, bool kMasked>
   static __attribute__((noinline)) void raise_kept(Scratch<C>& w, int64_t n, int64_t v0) {
+    constexpr int64_t RK = Base::template kTileKeys<RV>;
     const OfThread& own = w.scores;
-    const int16_t* const kept = own.sums + v0 * L;
+    const int64_t pitch = w.pitch;
+    const int16_t* const sums = own.sums + v0 * L;
     Base::template store_scores<RV>(w, n, v0, [&](int64_t j0, const auto& put) FUSER_LAMBDA {
+      // Beyond the last key are the products of another block.
+      const int16_t* kept[RK];
+#pragma GCC unroll 8
+      for (int j = 0; j < RK; ++j) kept[j] = sums + (j0 + j < n ? j0 + j : n - 1) * pitch;
       Base::template code_scores<RV>(w, j0, v0, [&](int j, int v, vf high) FUSER_LAMBDA {
-        // Beyond the last key are the products of another block.
-        const int64_t key = j0 + j < n ? j0 + j : n - 1;
         const vf steps = load(own.low.q_step + (v0 + v) * L) * own.low.step[j0 + j];
-        const vf low = to_float(load(kept + key * w.pitch + v * L)) * steps;
+        const vf low = to_float(load(kept[j] + v * L)) * steps;
         const vf limit = load(own.limit + (v0 + v) * L);
         vf x = select(C::kInverse ? (vi)(low > limit) : (vi)(low <= limit), low, high);
         if constexpr (kMasked) x = select_bits(w.lanes[j0 + j] >> (v0 + v) * L, x, set1(-kInf));
