@@ -1,7 +1,9 @@
-"""Encoders that torchao's PT2E has quantized for x86 CPUs: fuser against eager and ``torch.compile``, which lowers them
-to oneDNN's int8 where it freezes weights, and against fuser's own int8, all interleaved.
+"""Encoders that PyTorch has quantized for x86 CPUs: fuser against eager and ``torch.compile``, and against fuser's own
+int8, all interleaved.
 
-Activations have the scale that calibration found (static), or one of each call (dynamic); both are of whole tensors.
+torchao's PT2E, which ``torch.compile`` lowers to oneDNN's int8 where it freezes weights, has activations with the scale
+that calibration found (static), or one of each call (dynamic); the older ``torch.ao.quantization.quantize_dynamic``
+packs linear layers and finds one of each call, of seven bits (packed). All are of whole tensors.
 
     python benchmarks/pt2e.py
     python benchmarks/pt2e.py --cases bert-base:8x128 --rounds 5
@@ -29,6 +31,7 @@ from fuser.runtime.device import cpu_target
 
 CALLS = 4
 """Of calibration."""
+WAYS = ("static", "dynamic", "packed")
 
 
 class Hidden(nn.Module):
@@ -43,21 +46,26 @@ class Hidden(nn.Module):
         return hidden
 
 
-def quantized(encoder: nn.Module, ids: Tensor, dynamic: bool) -> nn.Module:
-    """As PyTorch's tutorial for its x86 backend does it."""
+def quantized(encoder: nn.Module, ids: Tensor, how: str) -> nn.Module:
+    """As PyTorch's tutorials do it."""
+    made: nn.Module
+    if how == "packed":
+        made = torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, dtype=torch.qint8)
+        return made
     quantizer = x86_inductor_quantizer.X86InductorQuantizer()
+    dynamic = how == "dynamic"
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_dynamic=dynamic))
     prepared = prepare_pt2e(torch.export.export(encoder, (ids,), strict=False).module(), quantizer)
     for i in range(CALLS):
         prepared(torch.randint(0, 30000, ids.shape, generator=torch.Generator().manual_seed(i)))
-    made: nn.Module = convert_pt2e(prepared)
+    made = convert_pt2e(prepared)
     return made
 
 
-def run(case: str, dynamic: bool, options: argparse.Namespace) -> dict[str, Any]:
+def run(case: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
     name, batch, length = parse(case)
     encoder, ids = Hidden(model(name)).eval(), tokens(batch, length)
-    converted = quantized(encoder, ids, dynamic)
+    converted = quantized(encoder, ids, how)
     fast = fuser.optimize(converted, (ids,))
     own = fuser.optimize(encoder, (ids,), quantize=fuser.Int8(quality=0))
     lowered = torch.compile(converted)
@@ -70,7 +78,7 @@ def run(case: str, dynamic: bool, options: argparse.Namespace) -> dict[str, Any]
     reference = encoder(ids)
     cosines = {arm: cosine(call(), reference) for arm, call in arms.items()}
     timings = interleave(arms, options.rounds, warmup=2)
-    title = f"{case}, {'dynamic' if dynamic else 'static'}"
+    title = f"{case}, {how}"
     print(f"{title}: " + ", ".join(f"{k} {t.median_ms:.1f} ({cosines[k]:.6f})" for k, t in timings.items()), flush=True)
     return {
         "case": title,
@@ -83,6 +91,7 @@ def run(case: str, dynamic: bool, options: argparse.Namespace) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=["bert-base:1x128", "bert-base:8x128", "minilm:32x64"])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/pt2e.json")
@@ -93,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     inductor.freezing = True
     with torch.no_grad():
-        results = [run(case, dynamic, options) for case in options.cases for dynamic in (False, True)]
+        results = [run(case, how, options) for case in options.cases for how in options.ways]
     print(save("pt2e", target, results, options.output))
 
 

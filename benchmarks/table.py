@@ -88,8 +88,8 @@ def decoding(report: Mapping[str, Any]) -> str:
 
 
 def pt2e(report: Mapping[str, Any]) -> str:
-    """Encoders that torchao's PT2E has quantized: milliseconds and cosine of every arm."""
-    return int8(report, "Encoders that torchao's PT2E has quantized to int8")
+    """Encoders that PyTorch has quantized: milliseconds and cosine of every arm."""
+    return int8(report, "Encoders that PyTorch has quantized to int8")
 
 
 def int8(report: Mapping[str, Any], subject: str = "Encoders in int8") -> str:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import itertools
 import logging
+import operator
 import os
 import random
 import sys
@@ -480,6 +481,7 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 returned = _check_writes(program)
                 _drop_detaching(program.graph)
                 _drop_unread(program.graph)
+                _share_roundings(program.graph)
                 if any(_is_mutable(node) or _reads_a_part(node) for node in program.graph.nodes):
                     # Operators that change an intermediate in place become functions, and parts of a parameter inputs.
                     program = program.run_decompositions({})
@@ -797,6 +799,24 @@ def _drop_unread(graph: torch.fx.Graph) -> None:
             continue
         if not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in node.target.tags:
             graph.erase_node(node)
+
+
+def _share_roundings(graph: torch.fx.Graph) -> None:
+    """Let layers that each find and round by the range of one tensor read one result, and restore stored weights before
+    the first layer, as quantizers write it."""
+    first: dict[Any, torch.fx.Node] = {}
+    last_input = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target is operator.getitem else node
+        if not isinstance(source, torch.fx.Node) or not str(source.target).startswith("quantized_decomposed."):
+            continue
+        known = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+        elif last_input is not None and all(source.op == "placeholder" for source in node.all_input_nodes):
+            last_input.append(node)
+            last_input = node
 
 
 _LIFTING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)

@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fuser.frontend.packed_linear import stand_in
 from fuser.ir.errors import CaptureError
 
 _CONTAINERS = (dict, list, set, collections.deque)
@@ -31,9 +32,9 @@ class Shadow:
     """A copy of ``model`` and of the Python objects that it consists of, over the same parameters and buffers.
 
     Copied are modules, containers, plain objects, bound methods, partial functions, functions with what they enclose,
-    and ``lru_cache`` (empty). Tensors that no module has registered are cloned, since writes to them happen for good
-    even in a trace. Everything else (files, locks, objects with a protocol of their own for copies) is shared.
-    ``module`` is the copy of ``model``.
+    and ``lru_cache`` (empty). For packed layers there is what stands for them (:mod:`fuser.frontend.packed_linear`).
+    Tensors that no module has registered are cloned, since writes to them happen for good even in a trace. Everything
+    else (files, locks, objects with a protocol of their own for copies) is shared. ``module`` is the copy of ``model``.
 
     Raises CaptureError for structures nested too deeply to copy.
     """
@@ -121,8 +122,15 @@ class Shadow:
             return known
         if isinstance(value, Tensor):
             return self._copy_tensor(value, path)
+        if isinstance(value, torch.jit.ScriptModule):
+            return value
         if isinstance(value, nn.Module):
-            return value if isinstance(value, torch.jit.ScriptModule) else self._copy_object(value, path)
+            unpacked = stand_in(value)
+            return (
+                self._copy_object(value, path)
+                if unpacked is None
+                else self._immutable(value, self._copy(unpacked, path))
+            )
         if isinstance(value, _CONTAINERS):
             return self._copy_container(value, path)
         if isinstance(value, tuple):

@@ -76,6 +76,10 @@ def round_tensor(x: Tensor, low: int, high: int, given: Tensor) -> tuple[Tensor,
 def rounding_of(scale: float | Tensor, zero_point: int | Tensor, shift: int = 0) -> Tensor:
     """What :func:`round_tensor` is given, for integers that are all less by ``shift``; NaN for a scale that is not
     finite."""
+    if not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
+        known = math.isfinite(scale)
+        numbers = (scale, 1.0 / scale if scale else math.inf, zero_point - shift) if known else (math.nan,) * 3
+        return torch.tensor(numbers, dtype=torch.float32)
     exact = torch.as_tensor(scale, dtype=torch.float64).reshape(())
     if not exact.isfinite():
         return torch.full((3,), torch.nan, device=exact.device)
