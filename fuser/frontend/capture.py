@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fuser.frontend import arguments
 from fuser.frontend.arguments import Change, Given, Taken, is_object, is_value
 from fuser.frontend.garbage import bring_back, set_aside
-from fuser.frontend.shadow import Shadow, attributes_of, forget
+from fuser.frontend.shadow import Shadow, attributes_of, forget, functions_of
 from fuser.frontend.sizes import SizeRange, Sizes
 from fuser.frontend.symbols import remembered_arithmetic
 from fuser.frontend.watch import GlobalNumbers
@@ -469,7 +469,7 @@ def capture(model: nn.Module, call: FlatCall, dynamic: Dynamic = False) -> Captu
 def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -> _Trace:
     seen = _Seen()
     wrapper = _Flat(shadow, call, seen)
-    watched = GlobalNumbers(model)
+    watched = GlobalNumbers(functions_of(model))
     with _EXPORTING, set_aside():
         try:
             inference = any(parameter.is_inference() for parameter in model.parameters())

@@ -6,8 +6,11 @@ PyTorch's exported quantized models consist of, and so is fused as these are.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,60 +20,88 @@ _LEVELS = (127, 255)
 """Largest integers of activations, which depend on the engine that has packed the weight: seven bits (``reduce_range``)
 or eight."""
 _AGREES = 2e-3
-"""Of the largest output, how far apart a layer and its stand-in may be, of which a number may be rounded the other way.
-"""
-_stand_ins: weakref.WeakKeyDictionary[nn.Module, tuple[Any, nn.Module | None]] = weakref.WeakKeyDictionary()
+"""Of the largest output, how far apart a layer and what it is taken for may be, as an element may be rounded the other
+way."""
 
 
-class UnpackedLinear(nn.Module):
+@dataclass(frozen=True)
+class _Unpacked:
     """x · Wᵀ + bias for x (…, K) fp32, rounded to integers from 0 to ``levels`` by one scale and zero point for all of
-    it, which are found for every x, and W of int8 ``weight`` (N, K) times ``scales`` (N,) fp32."""
+    it, which are found for every x, and W of int8 ``weight`` (N, K) times ``scales`` (N,) fp32; or without ``levels``
+    of x as it is and ``weight`` in fp32."""
 
+    weight: Tensor
     bias: Tensor | None
+    scales: Tensor | None = None
+    levels: int | None = None
 
-    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None, levels: int) -> None:
-        super().__init__()
-        # Registers the operators.
-        import torch.ao.quantization.fx._decomposed
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.levels is not None and self.scales is not None:
+            do, ends = torch.ops.quantized_decomposed, (0, self.levels)
+            scale, point = do.choose_qparams.tensor(x, *ends, torch.finfo(torch.float32).eps, torch.uint8)
+            codes = do.quantize_per_tensor.tensor(x, scale, point, *ends, torch.uint8)
+            x = do.dequantize_per_tensor.tensor(codes, scale, point, *ends, torch.uint8)
+            points = torch.zeros_like(self.scales, dtype=torch.int64)
+            weight = do.dequantize_per_channel(weight, self.scales, points, 0, -128, 127, torch.int8)
+        return nn.functional.linear(x, weight, self.bias)
 
-        self.levels = levels
-        self.register_buffer("weight", weight)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int64))
-        self.register_buffer("bias", bias)
+
+class _Layer:
+    """A packed layer with its weight in tensors."""
+
+    unpacked_weight: Tensor
+    unpacked_bias: Tensor | None
+    unpacked_scales: Tensor | None
+    levels: int | None
 
     def forward(self, x: Tensor) -> Tensor:
-        do = torch.ops.quantized_decomposed
-        least = torch.finfo(torch.float32).eps
-        scale, point = do.choose_qparams.tensor(x, 0, self.levels, least, torch.uint8)
-        codes = do.quantize_per_tensor.tensor(x, scale, point, 0, self.levels, torch.uint8)
-        restored = do.dequantize_per_tensor.tensor(codes, scale, point, 0, self.levels, torch.uint8)
-        weight = do.dequantize_per_channel(self.weight, self.scales, self.zero_points, 0, -128, 127, torch.int8)
-        return nn.functional.linear(restored, weight, self.bias)
+        return _Unpacked(self.unpacked_weight, self.unpacked_bias, self.unpacked_scales, self.levels)(x)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _Unpacked | None]] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _unpacked_class(base: Any) -> Any:
+    return type(base.__name__, (_Layer, base), {})
 
 
 def stand_in(module: nn.Module) -> nn.Module | None:
-    """What computes the same as a packed layer, and has its weight in tensors: the same module at every call, as long
-    as the layer has the same weight. None for other modules, and for layers that compute something else."""
+    """What computes the same as a packed layer, and has its weight in tensors, of the layer's class and with its hooks
+    and attributes. The tensors are the same at every call, as long as the layer has the same weight. None for other
+    modules, and for layers that compute something else."""
     dynamic = sys.modules.get("torch.ao.nn.quantized.dynamic")
     if dynamic is None or type(module) is not dynamic.Linear:
         return None
     layer: Any = module
+    kind: Any = type(module)
     packed = layer._packed_params._packed_params
-    if module not in _stand_ins or _stand_ins[module][0] is not packed:
+    if module not in _known or _known[module][0] is not packed:
         with torch.no_grad():
-            _stand_ins[module] = packed, _unpacked(layer)
-    return _stand_ins[module][1]
+            _known[module] = packed, _unpacked(layer)
+    found = _known[module][1]
+    if found is None:
+        return None
+    made: nn.Module = object.__new__(_unpacked_class(kind))
+    tensors = {"weight": found.weight, "bias": found.bias, "scales": found.scales}
+    members = {
+        "_modules": {name: part for name, part in layer._modules.items() if name != "_packed_params"},
+        "_buffers": layer._buffers | {f"unpacked_{name}": tensor for name, tensor in tensors.items()},
+        "levels": found.levels,
+    }
+    vars(made).update(vars(layer) | members)
+    return made
 
 
-def _unpacked(layer: Any) -> nn.Module | None:
+def _unpacked(layer: Any) -> _Unpacked | None:
+    # Registers the operators.
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
     weight, bias = layer.weight().detach(), layer.bias()
     bias = None if bias is None else bias.detach()
     if not weight.is_quantized:
         # Half precision in memory, and fp32 in products.
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        linear.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
-        return linear.requires_grad_(False).eval()
+        return _Unpacked(weight.float(), bias)
     if weight.dtype != torch.qint8:
         return None
     if weight.qscheme() == torch.per_tensor_affine:
@@ -82,7 +113,7 @@ def _unpacked(layer: Any) -> nn.Module | None:
     if points.any():
         return None
     x = torch.arange(weight.shape[1], dtype=torch.float32).sin()[None]
-    want = layer(x)
-    made = [UnpackedLinear(weight.int_repr(), scales, bias, levels).eval() for levels in _LEVELS]
+    want = type(layer).forward(layer, x)
+    made = [_Unpacked(weight.int_repr(), bias, scales, levels) for levels in _LEVELS]
     apart = [float((unpacked(x) - want).abs().max()) for unpacked in made]
     return made[apart.index(min(apart))] if min(apart) <= _AGREES * float(want.abs().max()) else None

@@ -376,11 +376,13 @@ _LRU = functools._lru_cache_wrapper
 
 
 def functions_of(model: nn.Module) -> list[types.FunctionType]:
-    """The Python functions that the model's own code can run: methods of its modules' classes, and functions of the
-    same packages that they name, all outside of PyTorch."""
+    """The Python functions that the model's own code can run: methods of its modules' classes, their hooks, and
+    functions of the same packages that they name, all outside of PyTorch."""
     classes = {base for module in model.modules() for base in type(module).__mro__ if not _of_torch(base.__module__)}
     stack: list[Any] = [member for cls in classes for member in vars(cls).values()]
     stack += [member for module in model.modules() for member in vars(module).values() if callable(member)]
+    hooks = [vars(module).get(kind) for module in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+    stack += [hook for of_module in hooks for hook in (of_module or {}).values()]
     found: dict[int, types.FunctionType] = {}
     while stack:
         member = stack.pop()

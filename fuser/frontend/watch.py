@@ -58,9 +58,9 @@ _identities = _fastest_identities()
 class GlobalNumbers:
     """Numbers, flags and texts in global variables that the functions of a model name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, functions: Iterable[types.FunctionType]) -> None:
         names: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        for function in functions_of(model):
+        for function in functions:
             variables = function.__globals__
             read = {
                 n
@@ -139,12 +139,14 @@ class _Configuration:
     def __init__(self, model: nn.Module) -> None:
         self._containers: list[Any] = []
         holders = dict[int, tuple[Any, tuple[str, ...]]]()
+        functions = functions_of(model)
+        named = {name for function in functions for name in names_in(function.__code__)}
         for module in model.modules():
-            self._collect(vars(module), holders, _watched(module))
+            self._collect(vars(module), holders, _watched(module, named))
         for cls in {base for module in model.modules() for base in type(module).__mro__}:
             if not _of_torch(cls) and (keys := _numbers_of(cls)):
                 holders[id(cls)] = vars(cls), keys
-        holders.update((id(variables), (variables, names)) for variables, names in GlobalNumbers(model).read)
+        holders.update((id(variables), (variables, names)) for variables, names in GlobalNumbers(functions).read)
         self._holders = [(holder, keys) for holder, keys in holders.values() if keys]
         alike: dict[tuple[str, ...], list[Any]] = {}
         for holder, keys in self._holders:
@@ -205,8 +207,9 @@ def _numbers_of(cls: type) -> tuple[str, ...]:
     return tuple(key for key, value in vars(cls).items() if _is_number(value) and not key.startswith("__"))
 
 
-def _watched(module: nn.Module) -> tuple[str, ...]:
-    """Attributes of a module that its code may read, but for tensors and modules."""
+def _watched(module: nn.Module, named: Collection[str]) -> tuple[str, ...]:
+    """Attributes of a module that its code may read, but for tensors and modules. Of PyTorch's own modules these are
+    what their classes read, and what others have added if the model's code uses its name, one of ``named``."""
     if isinstance(module, nn.modules.dropout._DropoutNd) and not module.training:
         return ()
     keys = [
@@ -216,22 +219,24 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
     ]
     if _of_torch(type(module)):
         cls: Any = type(module)
-        read = _read_by(cls)
-        keys = [key for key in keys if key in read]
+        read, own = _names_of(cls)
+        keys = [key for key in keys if key in read or (key in named and key not in own and not key.startswith("_"))]
     return tuple(keys)
 
 
 @functools.cache
-def _read_by(cls: Any) -> frozenset[str]:
-    """Names that the methods of one of PyTorch's own modules use when it runs."""
+def _names_of(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Names that the methods of one of PyTorch's own modules use when it runs, and all that any of them uses."""
     methods = [
-        member
+        (name, member)
         for base in cls.__mro__
         if base not in (nn.Module, object)
         for name, member in vars(base).items()
-        if isinstance(member, types.FunctionType) and name not in ("__init__", "extra_repr", "reset_parameters")
+        if isinstance(member, types.FunctionType)
     ]
-    return frozenset(name for method in methods for name in names_in(method.__code__))
+    running = [m for name, m in methods if name not in ("__init__", "extra_repr", "reset_parameters")]
+    read = frozenset(name for method in running for name in names_in(method.__code__))
+    return read, read.union(name for _, method in methods for name in names_in(method.__code__))
 
 
 def _of_torch(cls: type) -> bool:

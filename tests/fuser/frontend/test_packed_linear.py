@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fuser
-from fuser.frontend.packed_linear import UnpackedLinear, stand_in
+from fuser.frontend.packed_linear import stand_in
 
 quantization = pytest.importorskip("torch.ao.quantization")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -64,8 +64,8 @@ def rounded_product(x: Tensor, layer: Any, levels: int) -> Tensor:
 def test_a_stand_in_computes_what_the_layer_does(engine: str, how: str) -> None:
     torch.backends.quantized.engine = engine
     (layer,) = packed(nn.Sequential(linear()), how)
-    made = stand_in(layer)
-    assert isinstance(made, UnpackedLinear)
+    made: Any = stand_in(layer)
+    assert isinstance(made, type(layer))
     for shift in (-3.0, 0.0, 2.0):
         x = torch.randn(3, 5, 48) + shift
         torch.testing.assert_close(made(x), layer(x), rtol=0, atol=2e-6)
@@ -102,18 +102,42 @@ def test_a_weight_with_zero_points_has_none() -> None:
     assert stand_in(layer) is None
 
 
-def test_it_is_made_once_for_every_weight_and_goes_with_the_layer() -> None:
+def tensors_of(module: nn.Module | None) -> dict[str, Tensor]:
+    assert module is not None
+    return dict(module.named_buffers())
+
+
+def test_its_tensors_are_made_once_for_every_weight_and_go_with_the_layer() -> None:
     (layer,) = packed(nn.Sequential(linear()))
-    made = stand_in(layer)
-    assert made is stand_in(layer)
+    before = tensors_of(stand_in(layer))
+    assert before and all(tensor is before[name] for name, tensor in tensors_of(stand_in(layer)).items())
     layer.set_weight_bias(torch.quantize_per_tensor(-linear().weight.detach(), 0.01, 0, torch.qint8), layer.bias())
-    other, x = stand_in(layer), torch.randn(2, 48)
-    assert other is not None and other is not made
-    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=2e-6)
-    gone = weakref.ref(other)
-    del layer, other, made
+    made, x = stand_in(layer), torch.randn(2, 48)
+    assert made is not None and all(tensor is not before.get(name) for name, tensor in tensors_of(made).items())
+    torch.testing.assert_close(made(x), layer(x), rtol=0, atol=2e-6)
+    gone = weakref.ref(tensors_of(made)["unpacked_weight"])
+    del layer, made
     gc.collect()
     assert gone() is None
+
+
+def test_hooks_and_attributes_of_a_layer_stay() -> None:
+    model, x = packed(nn.Sequential(linear(64, 64), nn.ReLU(), linear(64, 48))), torch.randn(4, 64)
+    model[0].register_forward_hook(lambda module, inputs, output: output * module.factor)
+    model[0].factor = 3.0
+    with torch.no_grad():
+        fast = fuser.optimize(model, (x,))
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0.02)
+        assert not fast.fallbacks
+        model[0].factor = -1.0
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0.02)
+        model[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1.0,))
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0.02)
+        # What calls the layer's own code, which no trace looks into, runs as it is.
+        own = model[0].forward
+        model[0].forward = lambda x: own(x) + 2.0
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0.02)
+    assert "_packed_params" in model[0]._modules and not dict(model.named_buffers())
 
 
 class Attention(nn.Module):

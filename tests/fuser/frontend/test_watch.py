@@ -16,7 +16,7 @@ from fuser.frontend import watch
 from fuser.frontend.watch import Structure
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-FACTOR = 1.0
+FACTOR, SHIFT = 1.0, 0.25
 _CALLS = 0
 
 
@@ -34,10 +34,18 @@ class Reading(nn.Module):
         self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
         self.scale, self.settings, self.table = 1.0, Settings(), {"a": 1.0}
         self.active = torch.relu
+        # What layers of PyTorch are given by others.
+        self.linear.gain, self.norm.shift = 1.0, 0.5  # type: ignore[assignment]
+        self.norm.register_forward_hook(shifted)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.active(self.norm(self.linear(x))) * (self.scale * self.settings.scale * self.table["a"])
+        y = y * self.linear.gain
         return y * global_factor() if self.kind == "sum" else -y
+
+
+def shifted(module: Any, args: Any, output: Tensor) -> Tensor:
+    return output + module.shift * SHIFT
 
 
 def global_factor() -> float:
@@ -49,9 +57,17 @@ def set_global(value: float) -> None:
     FACTOR = value
 
 
+def set_shift(value: float) -> None:
+    global SHIFT
+    SHIFT = value
+
+
 CHANGES: dict[str, Any] = {
     "an attribute": (lambda m: setattr(m, "scale", 3.0), lambda m: setattr(m, "scale", 1.0)),
     "eps": (lambda m: setattr(m.norm, "eps", 0.5), lambda m: setattr(m.norm, "eps", 1e-5)),
+    "a layer's": (lambda m: setattr(m.linear, "gain", 3.0), lambda m: setattr(m.linear, "gain", 1.0)),
+    "a hook's": (lambda m: setattr(m.norm, "shift", 3.0), lambda m: setattr(m.norm, "shift", 0.5)),
+    "a hook's global": (lambda m: set_shift(2.0), lambda m: set_shift(0.25)),
     "an object's": (lambda m: setattr(m.settings, "scale", 3.0), lambda m: setattr(m.settings, "scale", 1.0)),
     "an entry": (lambda m: m.table.update(a=2.0), lambda m: m.table.update(a=1.0)),
     "a function": (lambda m: setattr(m, "active", torch.tanh), lambda m: setattr(m, "active", torch.relu)),
@@ -135,6 +151,7 @@ def test_attributes_that_change_after_parts_of_the_model_did() -> None:
     with torch.no_grad():
         for part in (nn.Linear(8, 8), nn.Linear(8, 8)):
             assert torch.allclose(fast(X), model(X), atol=1e-5)
+            part.gain = 2.0  # type: ignore[assignment]
             model.linear = part
             assert torch.allclose(fast(X), model(X), atol=1e-5)
             assert len(fast.programs) == 1
