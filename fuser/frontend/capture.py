@@ -481,10 +481,11 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 returned = _check_writes(program)
                 _drop_detaching(program.graph)
                 _drop_unread(program.graph)
-                _share_roundings(program.graph)
                 if any(_is_mutable(node) or _reads_a_part(node) for node in program.graph.nodes):
                     # Operators that change an intermediate in place become functions, and parts of a parameter inputs.
                     program = program.run_decompositions({})
+                # Not before: what is written between two of them makes them differ.
+                _share_roundings(program.graph)
         except CaptureError:
             raise
         except Exception as error:
@@ -808,7 +809,7 @@ def _share_roundings(graph: torch.fx.Graph) -> None:
     last_input = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
     for node in list(graph.nodes):
         source = node.args[0] if node.target is operator.getitem else node
-        if not isinstance(source, torch.fx.Node) or not str(source.target).startswith("quantized_decomposed."):
+        if not isinstance(source, torch.fx.Node) or not str(source.target).startswith(_ROUNDINGS):
             continue
         known = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
         if known is not node:
@@ -819,6 +820,7 @@ def _share_roundings(graph: torch.fx.Graph) -> None:
             last_input = node
 
 
+_ROUNDINGS = ("quantized_decomposed.", "fuser.packed_range.")
 _LIFTING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 

@@ -16,12 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuser.ir.quantization import packed_range
+
 _LEVELS = (127, 255)
 """Largest integers of activations, which depend on the engine that has packed the weight: seven bits (``reduce_range``)
 or eight."""
+_ROWS = 4
+"""Of an input that layers are tried on."""
 _AGREES = 2e-3
 """Of the largest output, how far apart a layer and what it is taken for may be, as an element may be rounded the other
 way."""
+
+
+torch.library.define("fuser::packed_range", "(Tensor x, int levels) -> (Tensor, Tensor)")
+
+
+@torch.library.impl("fuser::packed_range", "default")
+def _packed_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    scale, point = packed_range(x, levels)
+    return torch.tensor([scale], dtype=torch.float32), torch.tensor([point])
+
+
+@torch.library.register_fake("fuser::packed_range")  # type: ignore[untyped-decorator]
+def _fake_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(1), x.new_empty(1, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -36,14 +54,17 @@ class _Unpacked:
     levels: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError(f"packed layers take fp32, not {x.dtype}")
         weight = self.weight
         if self.levels is not None and self.scales is not None:
             do, ends = torch.ops.quantized_decomposed, (0, self.levels)
-            scale, point = do.choose_qparams.tensor(x, *ends, torch.finfo(torch.float32).eps, torch.uint8)
-            codes = do.quantize_per_tensor.tensor(x, scale, point, *ends, torch.uint8)
-            x = do.dequantize_per_tensor.tensor(codes, scale, point, *ends, torch.uint8)
             points = torch.zeros_like(self.scales, dtype=torch.int64)
             weight = do.dequantize_per_channel(weight, self.scales, points, 0, -128, 127, torch.int8)
+            if x.numel() != 0:
+                scale, point = torch.ops.fuser.packed_range(x, self.levels)
+                codes = do.quantize_per_tensor.tensor(x, scale, point, *ends, torch.uint8)
+                x = do.dequantize_per_tensor.tensor(codes, scale, point, *ends, torch.uint8)
         return nn.functional.linear(x, weight, self.bias)
 
 
@@ -85,8 +106,9 @@ def stand_in(module: nn.Module) -> nn.Module | None:
         return None
     made: nn.Module = object.__new__(_unpacked_class(kind))
     tensors = {"weight": found.weight, "bias": found.bias, "scales": found.scales}
+    # No trace takes a module that holds what is packed.
     members = {
-        "_modules": {name: part for name, part in layer._modules.items() if name != "_packed_params"},
+        "_modules": layer._modules | {"_packed_params": nn.Module()},
         "_buffers": layer._buffers | {f"unpacked_{name}": tensor for name, tensor in tensors.items()},
         "levels": found.levels,
     }
@@ -112,7 +134,7 @@ def _unpacked(layer: Any) -> _Unpacked | None:
         return None
     if points.any():
         return None
-    x = torch.arange(weight.shape[1], dtype=torch.float32).sin()[None]
+    x = torch.arange(_ROWS * weight.shape[1], dtype=torch.float32).sin().view(_ROWS, -1)
     want = type(layer).forward(layer, x)
     made = [_Unpacked(weight.int_repr(), bias, scales, levels) for levels in _LEVELS]
     apart = [float((unpacked(x) - want).abs().max()) for unpacked in made]

@@ -16,6 +16,7 @@ NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 TINY = 2.0**-100
 """Rows whose largest magnitude is not above are zero, so that inverses of scales are finite."""
 _EXACT = 2**24 // 128**2
+_MOST_FP32 = float(np.finfo(np.float32).max)
 MAX_TERMS = 131_072
 """Products of two int8 numbers whose sum always fits into int32: 2**31 / 127**2 and a little less."""
 
@@ -99,6 +100,31 @@ def found_rounding(x: Tensor, low: int, high: int, least: float, shift: int = 0)
         below = np.round(bottom / scale)
     zero = min(max(low - int(below), low), high) if math.isfinite(below) else low
     return rounding_of(float(scale), zero, shift).to(x.device)
+
+
+_LEAST_PACKED = 6.1e-5
+"""The least scale of activations of packed layers."""
+
+
+def packed_range(x: Tensor, levels: int) -> tuple[float, int]:
+    """The scale, a number of fp32, and the zero point by which layers that ``torch.ao`` has packed round an fp32 tensor
+    to integers from 0 to ``levels``: its range with zero in it, in fp64. NaN and 0 where x is not finite."""
+    low, high = (float(end) for end in torch.aminmax(x))
+    low, high = min(low, 0.0), max(high, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return math.nan, 0
+    found = float(np.float32((high - low) / levels))
+    if found == 0.0 or found < 1.0 / _MOST_FP32:
+        return 0.1, 0
+    # From the upper end only where it is as far away as there are levels: both say the same but for rounding.
+    from_low, from_high = -low / found, levels - high / found
+    point = from_low if from_low > high / found - levels else from_high
+    return max(found, float(np.float32(_LEAST_PACKED))), min(max(round(point), 0), levels)
+
+
+def packed_rounding(x: Tensor, levels: int, shift: int) -> Tensor:
+    """What :func:`round_tensor` is given for :func:`packed_range`."""
+    return rounding_of(*packed_range(x, levels), shift).to(x.device)
 
 
 def largest_rounding(x: Tensor, low: int, high: int, least: float) -> Tensor:

@@ -62,6 +62,7 @@ _FUNCTIONS = (
     "fuser.ir.operators.laid_out",
     "fuser.ir.packing._picked",
     "fuser.ir.quantization.found_rounding",
+    "fuser.ir.quantization.packed_rounding",
     "fuser.ir.quantization.largest_rounding",
     "fuser.ir.quantization.rounding_of",
     "fuser.kernels.attention.launch_of",

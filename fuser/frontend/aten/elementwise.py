@@ -17,7 +17,7 @@ from fuser.ir import operators as kinds
 from fuser.ir.expression import Builder, Op
 from fuser.ir.graph import TensorSpec
 from fuser.ir.operators import Ref, TorchCall
-from fuser.ir.quantization import found_rounding, rounding_of
+from fuser.ir.quantization import found_rounding, packed_rounding, rounding_of
 
 
 @handles(torch.ops.aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
@@ -106,10 +106,8 @@ def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
             return None
         rows = r.realize(x)
         known: tuple[str, ...] = (rows,)
-        least = _chosen_for(codes.args[0], scale, zero_point, low + shift, high + shift)
-        if least is not None:
-            call = TorchCall(found_rounding, (Ref(0), low + shift, high + shift, least, shift))
-        else:
+        call = _found_for(codes.args[0], scale, zero_point, low + shift, high + shift, shift)
+        if call is None:
             known = r.realize(r.view(scale)), r.realize(r.view(zero_point))
             call = TorchCall(rounding_of, (Ref(0), Ref(1), shift))
         found = kinds.Extern(call, "a scale that is found at run time")
@@ -121,15 +119,19 @@ def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
     return r.elementwise(node, kinds.FakeQuantize(scale, zero_point - shift, low, high), [x])
 
 
-def _chosen_for(x: fx.Node, scale: fx.Node, zero_point: fx.Node, low: int, high: int) -> float | None:
-    """The least scale, where these are what ``choose_qparams`` finds for x."""
+def _found_for(x: fx.Node, scale: fx.Node, zero_point: fx.Node, low: int, high: int, shift: int) -> TorchCall | None:
+    """What finds the rounding of x, where these are what ``choose_qparams`` or a packed layer finds for it."""
     chosen = scale.args[0] if scale.target is operator.getitem and scale.args[1] == 0 else None
-    if not isinstance(chosen, fx.Node) or str(chosen.target) != "quantized_decomposed.choose_qparams.tensor":
+    if not isinstance(chosen, fx.Node) or zero_point.target is not operator.getitem or zero_point.args != (chosen, 1):
         return None
-    if zero_point.target is not operator.getitem or zero_point.args != (chosen, 1):
-        return None
-    source, *ends, least, _ = chosen.args
-    return least if source is x and ends == [low, high] else None
+    if str(chosen.target) == "quantized_decomposed.choose_qparams.tensor":
+        source, *ends, least, _ = chosen.args
+        return (
+            TorchCall(found_rounding, (Ref(0), low, high, least, shift)) if (source, ends) == (x, [low, high]) else None
+        )
+    if str(chosen.target) == "fuser.packed_range.default":
+        return TorchCall(packed_rounding, (Ref(0), high, shift)) if chosen.args == (x, high) and low == 0 else None
+    return None
 
 
 @handles(aten.glu.default)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def rounded_product(x: Tensor, layer: Any, levels: int) -> Tensor:
     """What the layer computes, in fp64 from the definition: one step for all of x, of which zero is a multiple."""
     weight = layer.weight()
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    step = (high - low) / levels
+    step = float(np.float32((high - low) / levels))
     point = round(-low / step)
     codes = (x.double() / step).round().add(point).clamp(0, levels) - point
     return codes * step @ weight.dequantize().double().T + layer.bias().double()
@@ -73,6 +74,32 @@ def test_a_stand_in_computes_what_the_layer_does(engine: str, how: str) -> None:
         # Of 720 numbers a few lie in the middle between two integers, as far as fp32 says.
         near = (made(x).double() - want).abs() < 1e-5
         assert float(near.double().mean()) > 0.95
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranges_of_all_kinds(engine: str) -> None:
+    """Scales below PyTorch's least, one side of zero alone, numbers at the ends. (Those of a range that is symmetric
+    about zero lie in the middle between two integers, of which a layer, which adds the zero point first, may take the
+    other.)"""
+    torch.backends.quantized.engine = engine
+    for inputs in (1, 2, 33):
+        (layer,) = packed(nn.Sequential(linear(inputs, 24)))
+        made = stand_in(layer)
+        assert made is not None
+        x = torch.randn(4, inputs)
+        for given in (
+            x.clamp(-0.1, 0.25),
+            x.abs(),
+            -x.abs(),
+            x * 1e-4,
+            x * 1e-6,
+            x * 1e-30,
+            x * 0,
+            x + 9,
+            x * 1e36,
+        ):
+            want = layer(given)
+            torch.testing.assert_close(made(given), want, rtol=0, atol=1e-6 * float(want.abs().max()))
 
 
 def test_without_a_bias_and_in_half_precision() -> None:
@@ -180,6 +207,47 @@ def test_a_weight_that_is_set_is_used(tmp_path: Path) -> None:
         model[0].set_weight_bias(weight, torch.randn(64))
         want = model(x)
         torch.testing.assert_close(fast(x), want, rtol=0, atol=0.02 * float(want.abs().max()))
+
+
+class Writing(nn.Module):
+    """Between two layers, or before the first, something is written into a part of what they read."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.write, self.first, self.second = write, nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1.0
+        y = self.first(h)
+        self.write(h)
+        return y + self.second(h)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda h: h[2].zero_(),
+        lambda h: h.t().add_(5.0),
+        lambda h: h[:, :32].mul_(5.0),
+        lambda h: h[:, 0].copy_(h[:, 1] * 9),
+        lambda h: h.add_(3.0),
+    ],
+)
+def test_what_is_written_between_two_layers_counts(write: Any) -> None:
+    torch.manual_seed(0)
+    model, x = packed(Writing(write)), torch.randn(6, 64)
+    with torch.no_grad():
+        want, got = model(x), fuser.optimize(model, (x,))(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.abs().max()))
+
+
+def test_no_rows_and_other_dtypes() -> None:
+    model, x = packed(nn.Sequential(linear(64, 64))), torch.randn(4, 64)
+    with torch.no_grad():
+        fast = fuser.optimize(model, (x,))
+        assert fast(x[:0]).shape == (0, 64)
+        with pytest.raises(RuntimeError):
+            fast(x.bfloat16())
 
 
 def test_values_that_are_not_finite() -> None:
