@@ -96,7 +96,7 @@ def test_ranges_of_all_kinds(engine: str) -> None:
             x * 1e-30,
             x * 0,
             x + 9,
-            x * 1e36,
+            x * 1e30,
         ):
             want = layer(given)
             torch.testing.assert_close(made(given), want, rtol=0, atol=1e-6 * float(want.abs().max()))
