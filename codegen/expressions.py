@@ -114,7 +114,7 @@ def row_function(
     lines = [f"const simd::vf x{i} = simd::set1(simd::to_float(*p{i}));" for i in sorted(columns)]
     for depth in sorted({depths[r] for r in reductions}):
         lines += _reduce_pass(expression, [r for r in reductions if depths[r] == depth], columns, rough)
-    lines += _map_pass(expression, columns, narrow, rough)
+    lines += _map_pass(expression, columns, narrow, rough, paired=DType.BF16 in outputs)
     used = {i.index for i in expression.instructions if i.op is Op.INPUT}
     unused = [f"(void)p{i};" for i in range(len(operands)) if i not in used]
     body = textwrap.indent("\n".join(unused + lines), "  ")
@@ -185,7 +185,10 @@ def _reduce_pass(expression: Expression, roots: Sequence[int], columns: set[int]
     return lines
 
 
-def _map_pass(expression: Expression, columns: set[int], narrow: Collection[int], rough: Collection[int]) -> list[str]:
+def _map_pass(
+    expression: Expression, columns: set[int], narrow: Collection[int], rough: Collection[int], paired: bool
+) -> list[str]:
+    """With ``paired``, vectors are stored two at a time, as bf16 numbers are rounded."""
     wide = [(j, o) for j, o in enumerate(expression.outputs) if j not in narrow]
     lines = []
     if narrow:
@@ -200,9 +203,18 @@ def _map_pass(expression: Expression, columns: set[int], narrow: Collection[int]
     full += [f"simd::store(q{j} + c, v{o});" for j, o in wide]
     tail = _body(expression, roots, columns, "simd::load_n({p} + c, columns - c)", rough)
     tail += [f"simd::store_n(q{j} + c, v{o}, columns - c);" for j, o in wide]
+    pairs = []
+    if paired:
+        both = _body(expression, roots, columns, "simd::load({p} + c + u * simd::kLanes)", rough)
+        both += [f"y{j}[u] = v{o};" for j, o in wide]
+        loop = [f"simd::vf y{j}[2];" for j, _ in wide]
+        loop += ["#pragma GCC unroll 2", *_loop("for (int u = 0; u < 2; ++u)", both)]
+        loop += [f"simd::store(q{j} + c, y{j}[0], y{j}[1]);" for j, _ in wide]
+        pairs = _loop("for (; c + 2 * simd::kLanes <= columns; c += 2 * simd::kLanes)", loop)
     return [
         *lines,
         "int64_t c = 0;",
+        *pairs,
         *_loop("for (; c + simd::kLanes <= columns; c += simd::kLanes)", full),
         *_loop("if (c < columns)", tail),
     ]

@@ -100,18 +100,31 @@ FUSER_INLINE vu bf16_bits(vf v) {
   const vi is_nan = (vi)(v != v);
   return (vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded));
 }
-FUSER_INLINE void store(bf16* p, vf v) {
-#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
-  constexpr int kSubnormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {
-    const __m256bh nearest = _mm512_cvtneps_pbh((__m512)v);  // takes subnormal numbers for zero
-    std::memcpy(p, &nearest, sizeof(nearest));
-    return;
-  }
-#endif
+FUSER_INLINE void store(float* p, vf a, vf b) { store(p, a), store(p + kLanes, b); }
+FUSER_INLINE void store_bits(bf16* p, vf v) {
   const vh h = __builtin_convertvector(bf16_bits(v), vh);
   std::memcpy(p, &h, sizeof(h));
 }
+#if defined(__AVX512BF16__) && FUSER_VECTOR_BYTES == 64
+// The instructions take subnormal numbers for zero.
+FUSER_INLINE __mmask16 subnormal(vf v) { return _mm512_fpclass_ps_mask((__m512)v, 0x20); }
+FUSER_INLINE void store(bf16* p, vf v) {
+  if (__builtin_expect(subnormal(v) != 0, 0)) return store_bits(p, v);
+  const __m256bh nearest = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &nearest, sizeof(nearest));
+}
+FUSER_INLINE void store(bf16* p, vf a, vf b) {
+  if (__builtin_expect(!_kortestz_mask16_u8(subnormal(a), subnormal(b)), 0)) {
+    store_bits(p, a), store_bits(p + kLanes, b);
+    return;
+  }
+  const __m512bh nearest = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  std::memcpy(p, &nearest, sizeof(nearest));
+}
+#else
+FUSER_INLINE void store(bf16* p, vf v) { store_bits(p, v); }
+FUSER_INLINE void store(bf16* p, vf a, vf b) { store_bits(p, a), store_bits(p + kLanes, b); }
+#endif
 FUSER_INLINE vf to_bf16(vf v) { return (vf)(bf16_bits(v) << 16); }
 
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
