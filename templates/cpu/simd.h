@@ -465,37 +465,31 @@ FUSER_INLINE vf exp(vf x) {
   return scale_by_power(p, n);
 }
 
-// Coefficients of 2^f, the highest power first, within 2 ulp and, as kRough, within 1.1e-4: from 0 to 1, or from -1/2 to 1/2.
+// 2^x for x <= 0, within 2 ulp; exactly 0 below -126 and for -inf, so that no denormal is made; NaN stays NaN.
+FUSER_INLINE vf exp2_nonpositive(vf x) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-constexpr float kPower[] = {1.86713028e-3f, 9.01702978e-3f, 5.57999127e-2f, 2.40164444e-1f, 6.93151295e-1f, 1.0f};
-constexpr float kRoughPower[] = {0.07826797f, 0.22630768f, 0.69542435f, 1.0f};
-#else
-constexpr float kPower[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f};
-constexpr float kRoughPower[] = {0.05500895f, 0.24221101f, 0.69328293f, 1.0f};
-#endif
-template <int64_t kTerms>
-FUSER_INLINE vf polynomial(const float (&coefficients)[kTerms], vf x) {
-  vf p = set1(coefficients[0]);
-#pragma GCC unroll 8
-  for (int64_t i = 1; i < kTerms; ++i) p = p * x + coefficients[i];
-  return p;
-}
-
-// 2^x for x <= 0 by such coefficients; exactly 0 below -126 and for -inf, so that no denormal is made; NaN stays NaN.
-template <int64_t kTerms>
-FUSER_INLINE vf exp2_nonpositive(vf x, const float (&power)[kTerms]) {
-#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-  const vf p = polynomial(power, (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = set1(1.86713028e-3f);
+  p = p * r + 9.01702978e-3f;
+  p = p * r + 5.57999127e-2f;
+  p = p * r + 2.40164444e-1f;
+  p = p * r + 6.93151295e-1f;
+  p = p * r + 1.0f;
   // The scaling takes the floor of its exponent itself.
   return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, (__m512)x);
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const vf c = max_fast(set1(-127.0f), x), t = c + 12582912.0f, p = polynomial(power, c - (t - 12582912.0f));
+  const vf c = max_fast(set1(-127.0f), x), t = c + 12582912.0f, r = c - (t - 12582912.0f);
+  vf p = set1(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
   const vi scaled = ((vi)p + ((vi)t << 23)) & ~(vi)(x < -126.0f);
   return select((vi)(x == x), (vf)scaled, x);
 #endif
 }
-FUSER_INLINE vf exp2_nonpositive(vf x) { return exp2_nonpositive(x, kPower); }
 
 // a in the lanes whose bit is set, b elsewhere.
 FUSER_INLINE vf select_bits(uint64_t bits, vf a, vf b) {
@@ -724,15 +718,15 @@ namespace rough {
 // 2^x, relative error below 1.1e-4; exact at zero.
 FUSER_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
-  const vf p = polynomial(kRoughPower, (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const vf p = ((f * 0.07826797f + 0.22630768f) * f + 0.69542435f) * f + 1.0f;
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  const vf c = max_fast(set1(-151.0f), min_fast(set1(129.0f), x)), n = round_even(c);
-  return scale_by_power(polynomial(kRoughPower, c - n), n);
+  const vf c = max_fast(set1(-151.0f), min_fast(set1(129.0f), x)), n = round_even(c), f = c - n;
+  const vf p = ((f * 0.05500895f + 0.24221101f) * f + 0.69328293f) * f + 1.0f;
+  return scale_by_power(p, n);
 #endif
 }
-// For x <= 0, as in simd but for the error.
-FUSER_INLINE vf exp2_nonpositive(vf x) { return simd::exp2_nonpositive(x, kRoughPower); }
 FUSER_INLINE vf exp(vf x) { return exp2(x * 1.44269504088896341f); }
 // 1 / (1 + 2^-x)
 FUSER_INLINE vf sigmoid2(vf x) {

@@ -11,8 +11,7 @@
 //                              them and of w.top. Returns how many keys it keeps, whose values are in value_rows(w)
 //   score_few(w, n, rows)      the same for a group of few rows
 //   kChanges, change(...)      whether scores are changed where no lane is masked, and what becomes of those of key j
-//   weight(x, top)             e^(x - top), for scores x and the largest of their row so far; rough_weight for what is
-//                              rounded to bf16 afterwards
+//   weight(x, top)             e^(x - top), for scores x and the largest of their row so far
 // It has what it keeps of a head and of a thread in OfHead and OfThread. kMasks says that its scores are masked by the plan
 // already; kPrunes that they are changed, too, and that it keeps those keys alone that some row needs, all of them in an
 // exact run; kSurveys that it must see all rows before the first is used, in survey(args, plan). With kByteValues it
@@ -216,11 +215,6 @@ struct Products {
 
   // Scores themselves are not multiplied with log2(e): large ones would lose the digits in which they differ.
   FUSER_INLINE vf weight(vf x, vf top) { return exp2_nonpositive((x - top) * kLog2e); }
-
-  // The same for what is rounded to bf16 afterwards. A log-sum-exp that is asked for is not.
-  FUSER_INLINE vf rough_weight(vf x, vf top) {
-    return C::kLse ? weight(x, top) : rough::exp2_nonpositive((x - top) * kLog2e);
-  }
 };
 
 }  // namespace attention

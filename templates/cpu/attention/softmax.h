@@ -38,11 +38,10 @@ __attribute__((noinline)) void softmax(Scratch<C>& w, int64_t n, int64_t v0, boo
     sum[v] = vf{};
   }
   const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
-    constexpr bool kRounded = kExact && Scores::kPairValues;
     const vf x = load(s + j * pitch + v * L);
-    vf p = kPaired || kRounded ? Scores::rough_weight(x, shift[v]) : Scores::weight(x, shift[v]);
+    vf p = Scores::weight(x, shift[v]);
     sum[v] += p;
-    if constexpr (kRounded) p = to_bf16(p);
+    if constexpr (kExact && Scores::kPairValues) p = to_bf16(p);
     if constexpr (kExact) p = select((vi)(x == lowest), set1(-0.0f), p);
     return p;
   };

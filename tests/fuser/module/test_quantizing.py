@@ -6,7 +6,6 @@ import copy
 import importlib
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -655,16 +654,6 @@ def test_weights_that_are_tensors_of_several(tmp_path: Path) -> None:
         assert (model(x)[0] - want[0]).abs().max() > 1e-2
         fast.save(tmp_path / "encoder.fuser")
         torch.testing.assert_close(fuser.load(tmp_path / "encoder.fuser")(x)[0], model(x)[0], atol=1e-4, rtol=0)
-
-
-def test_dynamically_quantized_layers_run_the_original() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = torch.ao.quantization.quantize_dynamic(encoder(), {nn.Linear}, torch.qint8)
-    fast, x = fuser.optimize(model, search="model"), rows(2, 5)
-    with torch.no_grad():
-        for ours, theirs in zip(fast(x), model(x), strict=True):
-            assert torch.equal(ours, theirs)
 
 
 def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
