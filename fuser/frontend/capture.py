@@ -803,8 +803,8 @@ def _drop_unread(graph: torch.fx.Graph) -> None:
 
 
 def _share_roundings(graph: torch.fx.Graph) -> None:
-    """Let layers that each find and round by the range of one tensor read one result, and restore stored weights before
-    the first layer, as quantizers write it."""
+    """Let layers that each find the range of one tensor, round by it or restore the same integers, read one result, and
+    restore stored weights before the first layer."""
     first: dict[Any, torch.fx.Node] = {}
     last_input = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
     for node in list(graph.nodes):

@@ -349,15 +349,6 @@ def _storages(node: fx.Node) -> frozenset[int]:
     return frozenset(v.storage for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Traced))
 
 
-def twins(node: fx.Node) -> list[fx.Node]:
-    """The nodes that restore the same integers in the same way, as quantizers write it for every reader; else the node
-    itself, which may be random."""
-    if not str(node.target).startswith("quantized_decomposed.dequantize_"):
-        return [node]
-    same = (node.target, node.args, node.kwargs)
-    return [other for other in node.all_input_nodes[0].users if (other.target, other.args, other.kwargs) == same]
-
-
 def stays_inside(node: fx.Node) -> bool:
     """Whether no output of the graph is in the memory of a tensor of ``node``, which a caller may write to."""
     own = _storages(node)

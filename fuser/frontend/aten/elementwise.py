@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fuser.frontend.aten.handlers import aten, handles
-from fuser.frontend.raising import Raiser, twins
+from fuser.frontend.raising import Raiser
 from fuser.frontend.sizes import traced
 from fuser.frontend.views import Conjunction, Value, View
 from fuser.ir import expression as ex
@@ -89,9 +89,6 @@ def _fake_quantize(r: Raiser, node: fx.Node) -> Value | None:
     same = str(node.target).replace(_DEQUANTIZE, _QUANTIZE)
     if not isinstance(codes, fx.Node) or str(codes.target) != same or list(codes.args[1:]) != numbers:
         return None
-    twin = next((other for other in twins(node) if other in r.env), None)
-    if twin is not None:
-        return r.env[twin]
     x = r.view(codes.args[0])
     scale, zero_point, low, high, _ = numbers
     if node.kwargs or codes.kwargs or r.is_constant(x) or {r.dtype(x), traced(node).dtype} != {torch.float32}:

@@ -12,7 +12,7 @@ from torch import fx
 from fuser.frontend.aten.handlers import FEW, aten, handles
 from fuser.frontend.convolutions import arguments, depthwise, each, keeps_tokens, overlapping, sequence
 from fuser.frontend.linear import linear, product_of_heads
-from fuser.frontend.raising import Raiser, stays_inside, twins
+from fuser.frontend.raising import Raiser, stays_inside
 from fuser.frontend.sizes import traced
 from fuser.frontend.views import Value, View
 from fuser.ir import operators as kinds
@@ -62,7 +62,7 @@ def _siblings(r: Raiser, node: fx.Node) -> list[fx.Node]:
     """This and the next linear layers that read the same value with constant weights of one width and dtype."""
 
     def signature(n: fx.Node) -> tuple[Any, ...] | None:
-        if n.target is not aten.linear.default or n.args[0] not in same:
+        if n.target is not aten.linear.default or n.args[0] is not node.args[0]:
             return None
         bias = n.args[2] if len(n.args) > 2 else None
         operands = [n.args[1], *([bias] if bias is not None else [])]
@@ -70,12 +70,10 @@ def _siblings(r: Raiser, node: fx.Node) -> list[fx.Node]:
             return None
         return (bias is None, r.dtype(r.view(n.args[1])))
 
-    # Such as the same rounding of one value, once for every reader.
-    same = twins(node.args[0])
     mine = signature(node)
     if mine is None:
         return [node]
-    return [n for x in same for n in x.users if n not in r.env and signature(n) == mine][:_MERGE_LIMIT]
+    return [n for n in node.args[0].users if n not in r.env and signature(n) == mine][:_MERGE_LIMIT]
 
 
 def _merged_linear(r: Raiser, nodes: Sequence[fx.Node], x: View) -> None:
