@@ -169,6 +169,11 @@ class GemmParameters:
         return False
 
     @property
+    def shifted(self) -> bool:
+        """Whether integers of rows have zero points."""
+        return False
+
+    @property
     def given(self) -> bool:
         """Whether the scale and the zero point of all of A are given, not found for its rows."""
         return False
@@ -194,9 +199,14 @@ class GemmParameters:
         return not self.grouped and self.chunk >= self.steps
 
     @property
+    def row_numbers(self) -> int:
+        """How many numbers say what the integers of a row stand for."""
+        return 3 if self.shifted else 2
+
+    @property
     def scale_words(self) -> int:
-        """Words of scratch for the scales of the rows that a thread works on at a time, and their inverses."""
-        return -(-2 * self.mc // _LINE) * _LINE if self.integer else 0
+        """Words of scratch for these numbers of the rows that a thread works on at a time."""
+        return -(-self.row_numbers * self.mc // _LINE) * _LINE if self.integer else 0
 
 
 @dataclass(frozen=True)

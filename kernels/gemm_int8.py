@@ -159,19 +159,19 @@ class StoredInt8GemmParameters(Int8GemmParameters):
 
 
 @dataclass(frozen=True)
-class GivenInt8GemmParameters(StoredInt8GemmParameters):
-    """As :class:`Int8GemmParameters`, with A rounded to the integers from ``low`` to ``high`` with its zero point added
-    (:func:`fuser.ir.quantization.round_tensor`)."""
+class ShiftedInt8GemmParameters(StoredInt8GemmParameters):
+    """As :class:`StoredInt8GemmParameters`, with zero points: of rows, or, without ``least``, one that is given with
+    the scale of all of A (:func:`fuser.ir.quantization.round_tensor`)."""
 
     layout: ClassVar[type[Int8Layout]] = ShiftedInt8Layout
 
     @property
-    def ranged(self) -> bool:
-        return False
+    def shifted(self) -> bool:
+        return True
 
     @property
     def given(self) -> bool:
-        return True
+        return self.least is None
 
 
 class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
@@ -214,8 +214,9 @@ class CpuStoredInt8Gemm(CpuInt8Gemm):
     """The same on weights that are stored as integers."""
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[Int8GemmParameters]:
-        # Products of -128 are larger than those that MAX_TERMS counts; a zero point makes them twice as large.
-        if not 0 < match.k < MAX_TERMS or (len(match.gemm.inputs) > 3 and match.k > MAX_TERMS // 2):
+        semantics = match.gemm.semantics
+        assert isinstance(semantics, Int8Gemm)
+        if not 0 < match.k <= semantics.max_terms:
             return []
         return [stored_parameters(match, found) for found in self.choices(match, target)]
 
@@ -241,7 +242,7 @@ def stored_parameters(match: GemmMatch, parameters: Int8GemmParameters) -> Store
     semantics = match.gemm.semantics
     assert isinstance(semantics, Int8Gemm)
     own = {"factors": False, "low": semantics.low, "high": semantics.high, "least": semantics.least}
-    kind = StoredInt8GemmParameters if semantics.least is not None else GivenInt8GemmParameters
+    kind = ShiftedInt8GemmParameters if semantics.shifted else StoredInt8GemmParameters
     return kind(**{**vars(parameters), **own})
 
 

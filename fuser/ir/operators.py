@@ -24,7 +24,14 @@ from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.importance import importance_bias
 from fuser.ir.linear_attention import FeatureMap, Recurrence
 from fuser.ir.masks import Dense, Mask
-from fuser.ir.quantization import NAMES, code_products, exact_products, quantize_rows, round_rows, round_tensor
+from fuser.ir.quantization import (
+    MAX_TERMS,
+    NAMES,
+    code_products,
+    quantize_rows,
+    round_rows,
+    round_tensor,
+)
 from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.scores import ScoreRule
 from fuser.ir.windows import Windowed
@@ -373,25 +380,36 @@ class Int8WeightGemm(Product):
 @dataclass(frozen=True)
 class Int8Gemm(Product):
     """x · W as :class:`Int8WeightGemm`, with x in int8, too: :func:`~fuser.ir.quantization.round_rows` from ``low`` to
-    ``high`` with scales of ``least`` or more; or, without ``least``, :func:`~fuser.ir.quantization.round_tensor` as the
-    fourth input (3,) says. Products of integers are summed exactly, and scaled back in fp32."""
+    ``high`` with scales of ``least`` or more, and zero points unless ``symmetric``; or, without ``least``,
+    :func:`~fuser.ir.quantization.round_tensor` as the fourth input (3,) says. Products of integers are summed exactly,
+    and scaled back in fp32."""
 
     transposed: bool
     low: int
     high: int
     least: float | None
+    symmetric: bool = True
+
+    @property
+    def shifted(self) -> bool:
+        """Whether integers have zero points."""
+        return self.least is None or not self.symmetric
+
+    @property
+    def max_terms(self) -> int:
+        """Products whose sum always fits into int32."""
+        # Those of -128 are larger than those that MAX_TERMS counts; a zero point makes them twice as large.
+        return MAX_TERMS // 2 if self.shifted else MAX_TERMS - 1
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, integers, scales, *given = inputs
         columns = integers if self.transposed else integers.mT
-        if given:
-            shifted, own = round_tensor(x, self.low, self.high, *given)
-            # In this order, in which numbers do not vanish that would not in fp32.
-            product = (shifted.double() @ columns.double().mT).float() * own * scales.float()
+        if self.least is None:
+            rows, own = round_tensor(x, self.low, self.high, *given)
         else:
-            assert self.least is not None
-            rows, own = round_rows(x, self.low, self.high, self.least)
-            product = exact_products(rows, columns) * (own * scales.float())
+            rows, own = round_rows(x, self.low, self.high, self.least, self.symmetric)
+        # In this order, in which numbers do not vanish that would not in fp32.
+        product = (rows.double() @ columns.double().mT).float() * own * scales.float()
         return (product.to(torch.promote_types(x.dtype, torch.float32)),)
 
 

@@ -45,21 +45,31 @@ def quantize_rows(
     return rounded.to(codes), torch.where(finite, scales, torch.nan)
 
 
-def round_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Tensor]:
-    """Rows (…, K) as integers from ``low`` to ``high``, as torchao rounds them: int8 (…, K), float32 scales (…, 1).
+def round_rows(x: Tensor, low: int, high: int, least: float, symmetric: bool = True) -> tuple[Tensor, Tensor]:
+    """Rows (…, K) as integers less their zero point, as torchao rounds them: float32 (…, K), float32 scales (…, 1).
 
-    The scale is the row's largest magnitude over half of the range, as the rows' dtype has it, and no less than
-    ``least``; elements are multiplied by its reciprocal, rounded to the nearest integer, halves to even, and kept in
-    the range, in fp32. A row with NaN or an infinity has the scale NaN and zeros.
+    The zero point is zero where ranges are ``symmetric``, and the scale the row's largest magnitude over half of the
+    range; else integers from ``low`` to ``high`` stand for all from its lowest to its highest number, with zero in it.
+    Scales are computed in the rows' dtype, and ``least`` or more; elements are multiplied by their reciprocal, rounded
+    to the nearest integer, halves to even, and kept in the range, in fp32. A row with NaN or an infinity, or a range
+    that fp32 cannot hold, has the scale NaN and zeros.
     """
-    scales, finite = _scales_of_rows(x, low, high, least)
-    rounded = torch.where(finite, x.float() * (1.0 / scales), 0.0).round().clamp(low, high)
-    return rounded.to(torch.int8), torch.where(finite, scales, torch.nan)
+    scales, zeros = _ranges_of_rows(x, low, high, least, symmetric)
+    rounded = torch.where(scales.isnan(), 0.0, x.float() * (1.0 / scales)).round()
+    return torch.minimum(torch.maximum(rounded, low - zeros), high - zeros), scales
 
 
-def _scales_of_rows(x: Tensor, low: int, high: int, least: float) -> tuple[Tensor, Tensor]:
-    most = x.float().abs().amax(-1, keepdim=True)
-    return (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least), most < torch.inf
+def _ranges_of_rows(x: Tensor, low: int, high: int, least: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales, NaN where there is none, and zero points of rows, float32 (…, 1)."""
+    if symmetric:
+        most = x.float().abs().amax(-1, keepdim=True)
+        scales, zeros = (most / ((high - low) / 2)).to(x.dtype).float().clamp_min(least), torch.zeros_like(most)
+    else:
+        bottom, top = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        exact = ((top - bottom) / float(high - low)).clamp_min(least)
+        scales, zeros, most = exact.float(), (low - (bottom / exact).round()).float().clamp(low, high), exact
+    finite = most < torch.inf
+    return torch.where(finite, scales, torch.nan), torch.where(finite, zeros, 0.0)
 
 
 def round_tensor(x: Tensor, low: int, high: int, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +137,9 @@ def packed_rounding(x: Tensor, levels: int, shift: int) -> Tensor:
     return rounding_of(*packed_range(x, levels), shift).to(x.device)
 
 
-def largest_rounding(x: Tensor, low: int, high: int, least: float) -> Tensor:
-    """What :func:`round_tensor` is given for the scale that :func:`round_rows` finds if all of x is one row."""
-    return rounding_of(_scales_of_rows(x.flatten(), low, high, least)[0], 0)
+def rounding_as_row(x: Tensor, low: int, high: int, least: float, symmetric: bool = True) -> Tensor:
+    """What :func:`round_tensor` is given for what :func:`round_rows` finds if all of x is one row."""
+    return rounding_of(*_ranges_of_rows(x.flatten(), low, high, least, symmetric))
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ _FUNCTIONS = (
     "fuser.ir.packing._picked",
     "fuser.ir.quantization.found_rounding",
     "fuser.ir.quantization.packed_rounding",
-    "fuser.ir.quantization.largest_rounding",
+    "fuser.ir.quantization.rounding_as_row",
     "fuser.ir.quantization.rounding_of",
     "fuser.kernels.attention.launch_of",
 )

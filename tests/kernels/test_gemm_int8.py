@@ -58,6 +58,10 @@ CASES = [
     Case(50, 131, "norm", transposed=False, range=(-64, 63)),
     Case(70, 1100, chunked=True, range=(-128, 127)),
     Case(40, 99, "none", dtype=torch.bfloat16, range=(-128, 127)),
+    Case(5, 2, "none", range=(-128, 127), symmetric=False),
+    Case(50, 131, "norm", transposed=False, range=(-64, 63), symmetric=False),
+    Case(70, 1100, chunked=True, range=(-128, 127), symmetric=False),
+    Case(40, 99, "none", dtype=torch.bfloat16, range=(-128, 127), symmetric=False),
     Case(5, 2, "none", range=(-128, 127), given=(0.01, 3)),
     Case(50, 131, "norm", transposed=False, range=(-64, 63), given=(0.05, -64)),
     Case(70, 1100, chunked=True, range=(-128, 127), given=(0.02, 127)),
@@ -169,6 +173,27 @@ def test_rows_take_all_integers_of_a_range(cache: KernelCache) -> None:
         assert torch.equal(got, want)
 
 
+def test_rows_with_zero_points_take_all_integers(cache: KernelCache) -> None:
+    """From end to end on both sides of zero, and on one; rows without a range, and one that fp32 cannot hold."""
+    case = Case(40, 70, "none", range=(-128, 127), symmetric=False)
+    graph = case.graph(9)
+    values = quantized_values(graph)
+    x, weight = values["x"], values["weight"]
+    steps = torch.arange(70.0).mul(255 / 69).round()
+    x[0], x[1], x[2], x[3], x[4] = steps, steps - 255, (steps - 100) / 4, -0.0, 2.0**-30
+    x[5], x[6], x[7], x[8] = 1, 1, 1, 1
+    x[5, 3], x[6, 69], x[7, 64], x[8, 0], x[8, 1] = torch.inf, -torch.inf, torch.nan, 3e38, -3e38
+    x[5, 60], weight[0] = torch.nan, -128
+    codes = torch.zeros(9, 70, dtype=torch.int64)
+    codes[0], codes[1], codes[2] = steps, steps - 255, steps - 100
+    scales = torch.tensor([1, 1, 0.25, 1, 1, *[torch.nan] * 4])[:, None]
+    want = (codes @ weight.long().T).float() * scales * values["scales"]
+    for got in on_all_machines(case, graph, values, cache):
+        assert torch.equal(got.nan_to_num(1e30), want.nan_to_num(1e30))
+    longer = dataclasses.replace(case, k=65_537).graph(1)
+    assert not space_of(longer, target())
+
+
 def test_a_given_rounding_reaches_both_ends(cache: KernelCache) -> None:
     """Infinities and what is beyond the range become its ends, NaN the lowest; sums of the largest integers fit."""
     case = Case(40, 65_536, "none", range=(-128, 127), given=(0.5, -128))
@@ -207,6 +232,7 @@ def test_matrix_tiles_give_the_same_numbers(cache: KernelCache) -> None:
     lanes = aim.vector_lanes
     cases = [CASES[0], CASES[5], CASES[6], Case(40, 99, "none", range=(-128, 127))]
     cases.append(Case(40, 99, "none", range=(-128, 127), given=(0.02, -7)))
+    cases.append(Case(40, 99, "none", range=(-128, 127), symmetric=False))
     choices = []
     for case in cases:
         match = match_of(case.graph(1), aim)

@@ -55,6 +55,7 @@ class Case:
     """Of the integers that rows are rounded to where weights are stored as integers."""
     given: tuple[float, int] | None = None
     """The scale and the zero point of all rows, if these do not have their own."""
+    symmetric: bool = True
 
     def graph(self, rows: int) -> OperatorGraph:
         weight = (self.n, self.k) if self.transposed else (self.k, self.n)
@@ -79,7 +80,9 @@ class Case:
         if self.range is None:
             return graph
         least = 2.0**-23 if self.given is None else None
-        made = with_integers(graph, functools.partial(Int8Gemm, low=self.range[0], high=self.range[1], least=least))
+        low, high = self.range
+        kind = functools.partial(Int8Gemm, low=low, high=high, least=least, symmetric=self.symmetric)
+        made = with_integers(graph, kind)
         if self.given is None:
             return made
         product, *others = made.operators

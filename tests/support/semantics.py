@@ -111,7 +111,16 @@ def _int8_product_in_range(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """From -64 to 63; the scales of a half of the rows would be less than 0.02."""
     own = torch.maximum(x.float().abs().amax(-1, keepdim=True) / 63.5, torch.tensor(0.02))
     a = torch.minimum(torch.round(x.float() * (1 / own)), torch.tensor(63.0))
-    return (torch.einsum("bsk,nk->bsn", a.double(), weight.double()).float() * (own * scales)).to(x.dtype)
+    return (torch.einsum("bsk,nk->bsn", a.double(), weight.double()).float() * own * scales).to(x.dtype)
+
+
+def _int8_product_of_ranges(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """From -64 to 63, with zero points."""
+    low, high = x.float().amin(-1, keepdim=True).clamp(max=0), x.float().amax(-1, keepdim=True).clamp(min=0)
+    own = torch.maximum((high - low) / 127.0, torch.tensor(0.02))
+    point = (-64 - torch.round(low / own)).clamp(-64, 63)
+    a = (torch.round(x.float() * (1 / own)) + point).clamp(-64, 63) - point
+    return (torch.einsum("bsk,nk->bsn", a.double(), weight.double()).float() * own * scales).to(x.dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -194,6 +203,11 @@ CASES: Mapping[type[Semantics], Case] = {
             Int8Gemm(transposed=True, low=-64, high=63, least=0.02),
             (X, normal(7, 8).mul(40).round().to(torch.int8), normal(7).abs().float()),
             _int8_product_in_range,
+        ),
+        Case(
+            Int8Gemm(transposed=True, low=-64, high=63, least=0.02, symmetric=False),
+            (X, normal(7, 8).mul(40).round().to(torch.int8), normal(7).abs().float()),
+            _int8_product_of_ranges,
         ),
         Case(
             Int8WeightGemm(transposed=False),

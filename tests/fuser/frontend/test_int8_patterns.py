@@ -9,7 +9,13 @@ import pytest
 import torch
 import torchao.kernel.intmm
 from torch import Tensor, nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
 from torchao.quantization.quant_primitives import MappingType
 
 from fuser.frontend.capture import capture, flatten_call
@@ -148,14 +154,85 @@ def test_a_tensor_that_is_not_finite_has_no_scale() -> None:
         assert output.isnan().all()
 
 
+def by_ranges(x: Tensor, layer: nn.Linear, low: int, high: int, whole: bool) -> Tensor:
+    """The layer in integers with zero points, and only at the end in float64."""
+    ends = (lambda f: f(x).expand_as(x[..., :1])) if whole else (lambda f: f(x, -1, keepdim=True))
+    bottom, top = ends(torch.amin).clamp(max=0), ends(torch.amax).clamp(min=0)
+    own = torch.maximum((top - bottom) / float(high - low), torch.tensor(LEAST))
+    point = (low - torch.round(bottom / own)).long().clamp(low, high)
+    codes = (torch.round(x * (1 / own)).long() + point).clamp(low, high) - point
+    weight = layer.weight
+    product = (codes @ weight.qdata.long().T).double() * own.double() * weight.scale.double().flatten()  # type: ignore[attr-defined]
+    return product + layer.bias.double()
+
+
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), [PerTensor(), PerRow()]], ids=["row", "tensor", "both"])
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
 @torch.no_grad()
-def test_asymmetric_ranges_are_left_as_they_are() -> None:
-    model, x = quantized(Layer(), act_mapping_type=MappingType.ASYMMETRIC), rows(3, 5)
-    graph, output = raised(model, x)
-    reasons = [op.reason for op in graph.compute]
-    assert "int8_gemm" not in kinds(graph)
-    assert "no kernel family knows torchao.quantize_affine.default" in reasons
-    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-22)
+def test_ranges_with_zero_points(reduced: bool, granularity: object) -> None:
+    """Of rows on either side of zero, and of some that are on one."""
+    model = quantized(Layer(), act_mapping_type=MappingType.ASYMMETRIC, reduce_range=reduced, granularity=granularity)
+    for x in (rows(3, 5), rows(3, 5) + 2, -rows(3, 5).abs()):
+        graph, output = raised(model, x)
+        assert kinds(graph)[-2:] == ["int8_gemm", "bias"]
+        assert not any("torchao" in op.reason for op in graph.compute)
+        ends = (-64, 63) if reduced else (-128, 127)
+        want = by_ranges(x, model.linear, *ends, not isinstance(granularity, PerRow))
+        torch.testing.assert_close(output.double(), want, rtol=2.0**-20, atol=2.0**-22)
+        # torchao takes zero points off in fp32, where digits of sums are lost.
+        torch.testing.assert_close(output, model(x), rtol=2.0**-19, atol=2.0**-17)
+
+
+@pytest.mark.parametrize("point", [None, 0, 5, -128], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_ranges_that_are_known(dtype: torch.dtype, point: int | None) -> None:
+    scale = torch.tensor([[0.03]])
+    points = {} if point is None else {"act_quant_zero_point": torch.tensor([[point]], dtype=torch.int8)}
+    kind = MappingType.SYMMETRIC if point is None else MappingType.ASYMMETRIC
+    config = Int8StaticActivationInt8WeightConfig(
+        act_quant_scale=scale, act_mapping_type=kind, granularity=[PerTensor(), PerRow()], **points
+    )
+    model = Layer().to(dtype)
+    quantize_(model, config)
+    x = rows(15).to(dtype)
+    graph, output = raised(model.eval(), x)
+    assert kinds(graph)[:2] == ["int8_gemm", "bias"]
+    weight, zero = model.linear.weight, point or 0
+    codes = (torch.round(x.float() * (1 / scale)).long() + zero).clamp(-128, 127) - zero
+    product = (codes @ weight.qdata.long().T).double() * 0.03 * weight.scale.double().flatten()
+    assert model.linear.bias is not None
+    want = product + model.linear.bias.double()
+    # One rounding of fp32 behind another, or those of bf16.
+    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(output.double(), want, rtol=rounding, atol=rounding)
+    # torchao takes zero points off rounded numbers that are larger than what is left.
+    off = (weight.qdata.sum(-1) * weight.scale.flatten() * 0.03 * zero).abs().max()
+    near = {"rtol": 4 * rounding, "atol": 4 * rounding * max(1.0, float(off))}
+    torch.testing.assert_close(output, model(x), **near)
+    # Scales are parameters as others are.
+    weight.act_quant_scale.mul_(2)  # type: ignore[attr-defined]
+    _, output = raised(model, x)
+    torch.testing.assert_close(output, model(x), rtol=near["rtol"], atol=2 * near["atol"])
+
+
+@dataclass
+class Off:
+    """What torchao writes to take zero points off sums, and what may be other in it."""
+
+    alpha: int = 1
+    turned: bool = False
+    other_points: bool = False
+    other_scales: bool = False
+    other_columns: bool = False
+
+    def __call__(self, sums: Tensor, weight: Tensor, point: Tensor, own: Tensor) -> Tensor:
+        totals = (weight.flip(0) if self.other_columns else weight).sum(-1).float()
+        points = (point.flip(0) if self.other_points else point).reshape(-1, 1).float()
+        parts = points * (own.flip(0) if self.other_scales else own).reshape(-1, 1) * totals
+        if self.alpha != 1:
+            return torch.sub(sums, parts, alpha=self.alpha)
+        return parts - sums if self.turned else sums - parts
 
 
 @dataclass
@@ -173,6 +250,7 @@ class Written:
     twice: bool = False
     other_rows: bool = False
     other_scales: bool = False
+    off: Off | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         operators, columns = torch.ops.torchao, weight.t()
@@ -184,7 +262,10 @@ class Written:
         sums = torch._int_mm((codes.to(torch.int32) + self.added).to(torch.uint8), columns)
         offset = columns.sum(0, keepdim=True, dtype=torch.int32) * self.taken
         sums = sums.sub_(offset, alpha=self.alpha) if self.alpha != 1 else sums.sub_(offset)
-        result = sums.float() * (own.flip(0) if self.other_scales else own).reshape(-1, 1) * scales
+        result = sums.float() * (own.flip(0) if self.other_scales else own).reshape(-1, 1)
+        if self.off is not None:
+            result = self.off(result, weight, point, own)
+        result = result * scales
         return result + sums.sum() if self.twice else result
 
 
@@ -217,6 +298,15 @@ class Handmade(nn.Module):
         (Written(twice=True), False),
         (Written(other_rows=True), False),
         (Written(other_scales=True), False),
+        (Written(kind="ASYMMETRIC"), False),
+        (Written(kind="ASYMMETRIC", off=Off()), True),
+        (Written(kind="ASYMMETRIC", block=(16, 48), off=Off()), True),
+        (Written(kind="ASYMMETRIC", off=Off(alpha=2)), False),
+        (Written(kind="ASYMMETRIC", off=Off(turned=True)), False),
+        (Written(kind="ASYMMETRIC", off=Off(other_points=True)), False),
+        (Written(kind="ASYMMETRIC", off=Off(other_scales=True)), False),
+        (Written(kind="ASYMMETRIC", off=Off(other_columns=True)), False),
+        (Written(kind="ASYMMETRIC", off=Off(), other_rows=True), False),
     ],
     ids=str,
 )
@@ -225,7 +315,9 @@ def test_only_what_is_the_same_is_taken(written: Written, known: bool) -> None:
     model, x = Handmade(written).eval(), rows(16)
     graph, output = raised(model, x)
     assert ("int8_gemm" in kinds(graph)) == known
-    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-20)
+    # Zero points are taken off, in fp32, sums of thousands.
+    atol = 2.0**-20 if written.off is None else 2.0**-11
+    torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=atol)
 
 
 class Given(nn.Module):

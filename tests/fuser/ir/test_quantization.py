@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 from fuser.ir.operators import QuantizedGemm
-from fuser.ir.quantization import TINY, Fixed, exact_products, quantize_rows, round_rows
+from fuser.ir.quantization import (
+    TINY,
+    Fixed,
+    exact_products,
+    quantize_rows,
+    round_rows,
+    round_tensor,
+    rounding_as_row,
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -26,28 +34,41 @@ def test_elements_are_half_a_step_off_at_most(rows: int, columns: int, power: fl
     assert bool((off <= scales.double() * (0.5 + 127 * 2.0**-22)).all())
 
 
+@pytest.mark.parametrize("kind", [MappingType.SYMMETRIC, MappingType.ASYMMETRIC], ids=lambda k: k.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("low", "high"), [(-128, 127), (-64, 63)])
-def test_rows_in_a_range_are_those_of_torchao(low: int, high: int, dtype: torch.dtype) -> None:
+def test_rows_in_a_range_are_those_of_torchao(low: int, high: int, dtype: torch.dtype, kind: MappingType) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(500, 33, generator=g) * 10 ** (8 * torch.rand(500, 1, generator=g) - 7)
-    x[1], x[2], x[3, 0] = 0, 1e-9, 1e30
+    x += x.abs().amax(-1, keepdim=True) * torch.randn(500, 1, generator=g)
+    x[1], x[2], x[3, 0], x[4], x[5] = 0, 1e-9, 1e30, x[4].abs(), -x[5].abs()
     x = x.to(dtype)
-    codes, scales = round_rows(x, low, high, 2.0**-23)
+    symmetric = kind is MappingType.SYMMETRIC
+    codes, scales = round_rows(x, low, high, 2.0**-23, symmetric)
     whole, points = choose_qparams_affine(
-        x, MappingType.SYMMETRIC, (1, 33), torch.int8, low, high, 2.0**-23, torch.float32, torch.int8, True
+        x, kind, (1, 33), torch.int8, low, high, 2.0**-23, torch.float32, torch.int8, True
     )
-    assert torch.equal(scales, whole) and not points.any()
-    assert torch.equal(codes, quantize_affine(x, (1, 33), whole, points, torch.int8, low, high))
-    assert codes.min() == low and codes.max() == high
+    assert torch.equal(scales, whole) and bool(points.any()) != symmetric
+    want = quantize_affine(x, (1, 33), whole, points, torch.int8, low, high)
+    assert torch.equal(codes + points, want.float())
+    assert want.min() == low and want.max() == high
+    # As one row.
+    whole, point = choose_qparams_affine(
+        x, kind, x.shape, torch.int8, low, high, 2.0**-23, torch.float32, torch.int8, True
+    )
+    codes, scale = round_tensor(x, low, high, rounding_as_row(x, low, high, 2.0**-23, symmetric))
+    assert scale == whole
+    assert torch.equal(codes + point, quantize_affine(x, x.shape, whole, point, torch.int8, low, high).float())
 
 
-def test_rows_in_a_range_without_a_scale() -> None:
-    x = torch.ones(3, 8)
-    x[0, 1], x[1, 2] = torch.nan, -torch.inf
-    codes, scales = round_rows(x, -128, 127, 2.0**-23)
-    assert scales.isnan().flatten().tolist() == [True, True, False]
-    assert not codes[:2].any() and bool((codes[2] == 127).all())
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "shifted"])
+def test_rows_in_a_range_without_a_scale(symmetric: bool) -> None:
+    x = torch.ones(5, 8)
+    x[0, 1], x[1, 2], x[2, 3], x[3, 4], x[3, 5] = torch.nan, -torch.inf, torch.inf, 3e38, -3e38
+    codes, scales = round_rows(x, -128, 127, 2.0**-23, symmetric)
+    # The range of the fourth is more than fp32 holds.
+    assert scales.isnan().flatten().tolist() == [True, True, True, not symmetric, False]
+    assert not codes[:3].any() and bool((codes[4] == (127 if symmetric else 255)).all())
 
 
 @settings(max_examples=80, deadline=None)
