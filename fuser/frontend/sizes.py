@@ -278,7 +278,7 @@ class Sizes:
                 numbers[node] = self.of(value)
                 continue
             node.meta[_TRACED] = found = self._traced(value)
-            for tensor in found if isinstance(found, tuple) else (found,):
+            for tensor in pytree.tree_leaves(found, is_leaf=lambda part: isinstance(part, Traced)):
                 if tensor is not None:
                     positive.update((size, None) for size in tensor.shape if (bounds(size)[0] or 0) < 1 and size != 0)
             if node.name in self._inputs and node.op == "placeholder" and found is not None:
