@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fuser.codegen.render import TEMPLATES, environment
 from fuser.frontend.aten import HANDLERS
-from fuser.frontend.capture import flatten_call
+from fuser.frontend.calls import flatten_call
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
 from fuser.ir.evaluation import evaluate

@@ -18,7 +18,8 @@ from torchao.quantization import (
 )
 from torchao.quantization.quant_primitives import MappingType
 
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import Int8Gemm

@@ -19,7 +19,8 @@ import fuser
 from fuser.architectures import ARCHITECTURES, Scale
 from fuser.codegen.choice import GroupChoice
 from fuser.explain.report import collect
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import CalibrationError, TargetError
 from fuser.ir.graph import OperatorGraph, is_kind
