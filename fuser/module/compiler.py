@@ -32,8 +32,9 @@ from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
 from fuser.module.recompute import Routes
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache

@@ -41,9 +41,10 @@ from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
 from fuser.module.ragged import Padding
 from fuser.module.snapshot import SavedCall, SavedForm
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork

@@ -43,7 +43,8 @@ from fuser.module.compiler import (
 )
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of

@@ -20,10 +20,11 @@ import fuser
 from fuser.frontend.calls import flatten_call
 from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.evaluation import run_graph
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import FakeQuantize, Int8Gemm
 from fuser.ir.quantization import found_rounding, rounding_of
-from fuser.module.quantizing import run_graph, with_stored_integers
+from fuser.module.stored_integers import with_stored_integers
 from fuser.runtime.device import cpu_target
 
 Numbers = tuple[float, int, int, int, torch.dtype]
