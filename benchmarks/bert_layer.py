@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fuser import zoo
 from fuser.codegen.render import header_folder
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import SchemeError

@@ -15,7 +15,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / part) for part in (
 from test_template import BATCH, PRIMES, SEQUENCE, assembled, with_names  # noqa: E402
 
 from fuser import zoo  # noqa: E402
-from fuser.frontend.capture import capture, flatten_call  # noqa: E402
+from fuser.frontend.calls import flatten_call  # noqa: E402
+from fuser.frontend.capture import capture  # noqa: E402
 from fuser.frontend.graphs import raise_graph  # noqa: E402
 from fuser.module.compiler import choose_all  # noqa: E402
 from fuser.runtime.device import cpu_target  # noqa: E402

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import fuser
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder, render
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.expression import Builder, Op

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fuser import zoo
-from fuser.frontend.capture import FlatCall, flatten_call
+from fuser.frontend.calls import FlatCall, flatten_call
 from fuser.ir import masks
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.masks import Mask

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fuser.ir.errors import FuserError
-from fuser.ir.evaluation import Evaluation
+from fuser.ir.evaluation import Evaluation, run_graph
 from fuser.ir.graph import Operator, is_kind
 from fuser.ir.operators import PredictedAttention
 from fuser.ir.prediction import Prediction
 from fuser.module.compiler import Compiled
-from fuser.module.quantizing import run_graph
 
 
 @dataclass(frozen=True)

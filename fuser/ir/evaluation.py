@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup
+from fuser.ir.graph import Constant, Operator, OperatorGraph, OperatorGroup
 
 _CPU = torch.device("cpu")
 
@@ -68,3 +68,57 @@ def evaluate(
         found[name] = tensor
     found.run(group.operators)
     return {value: found[value].clone() for value in (*part.outputs, *group.mutates)}
+
+
+Look = Callable[[Operator, Evaluation], None]
+
+
+def run_graph(
+    graph: OperatorGraph,
+    parameters: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    before: Look | None = None,
+    after: Look | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs of a graph by PyTorch; ``before`` and ``after`` see every operator with the values at that time."""
+    evaluation = Evaluation(graph, device=next((t.device for t in values.values()), torch.device("cpu")))
+    last: dict[str, int] = {}
+    for position, op in enumerate(graph.operators):
+        last.update((graph.base(value), position) for value in (*op.inputs, *op.outputs))
+    lasting = {graph.base(value) for value in (*graph.outputs, *graph.states)}
+    for value, tensor in values.items():
+        evaluation[value] = tensor
+    for position, op in enumerate(graph.operators):
+        for value in op.inputs:
+            if value in graph.constants and value not in evaluation:
+                evaluation[value] = value_of(value, graph.constants, parameters)
+        if before is not None:
+            before(op, evaluation)
+        evaluation.run([op])
+        if after is not None:
+            after(op, evaluation)
+        for value in (*op.inputs, *op.outputs):
+            if last[graph.base(value)] == position and graph.base(value) not in lasting:
+                evaluation.forget(value)
+    for value in graph.outputs:
+        if value in graph.constants and value not in evaluation:
+            evaluation[value] = value_of(value, graph.constants, parameters)
+    return tuple(evaluation[value].clone() for value in graph.outputs)
+
+
+def value_of(
+    name: str,
+    constants: Mapping[str, Constant],
+    parameters: Mapping[str, Tensor],
+    known: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The tensor of a constant: a parameter, or what is derived from some. Derived ones that are ``known`` are taken,
+    and others added, so that what several have in common is computed once."""
+    constant = constants[name]
+    if constant.call is None:
+        return parameters[name].detach()
+    known = {} if known is None else known
+    if name not in known:
+        sources = [value_of(source, constants, parameters, known) for source in constant.sources]
+        known[name] = constant.evaluate(sources)
+    return known[name]

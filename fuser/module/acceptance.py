@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fuser.frontend.capture import FlatCall, flatten_call
+from fuser.frontend.calls import FlatCall, flatten_call
 from fuser.integrations.transformers import without_hints
 from fuser.ir.errors import CaptureError
 from fuser.ir.target import Target

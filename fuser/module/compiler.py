@@ -19,8 +19,10 @@ from fuser.attention.registry import specs_of
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
-from fuser.frontend.capture import Captured, FlatCall, OutputSpec, capture
+from fuser.frontend.calls import FlatCall
+from fuser.frontend.capture import Captured, capture
 from fuser.frontend.graphs import raise_graph
+from fuser.frontend.output_structure import OutputSpec
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.ir.masks import Mask
@@ -30,8 +32,9 @@ from fuser.kernels.base import floating
 from fuser.kernels.families import IMPLEMENTATIONS
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
 from fuser.module.recompute import Routes
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import WeightStore
 from fuser.runtime.build import build_and_load
 from fuser.runtime.cache import KernelCache, default_cache

@@ -18,7 +18,8 @@ from fuser.codegen.choice import GroupChoice
 from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
-from fuser.frontend.capture import Captured, FlatCall, Signature, StateError, capture
+from fuser.frontend.calls import FlatCall, Signature
+from fuser.frontend.capture import Captured, StateError, capture
 from fuser.frontend.garbage import set_aside
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import (
@@ -40,9 +41,10 @@ from fuser.module.known import KnownMasks, fingerprint, knowing, pays
 from fuser.module.options import Options
 from fuser.module.policy import AT_ONCE, Comparison, CompilationPolicy
 from fuser.module.programs import ProgramCache
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
 from fuser.module.ragged import Padding
 from fuser.module.snapshot import SavedCall, SavedForm
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import WeightStore
 from fuser.runtime.cuda_program import arena_of
 from fuser.runtime.library import run_after_fork

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.template import generalized
-from fuser.frontend.capture import Captured, Dynamic, FlatCall, OutputSpec, StateError, capture
+from fuser.frontend.calls import FlatCall
+from fuser.frontend.capture import Captured, Dynamic, StateError, capture
 from fuser.frontend.graphs import raise_graph
+from fuser.frontend.output_structure import OutputSpec
 from fuser.ir.binding import Binder
 from fuser.ir.errors import CaptureError, FuserError, PackingError
 from fuser.ir.graph import OperatorGraph
@@ -41,7 +43,8 @@ from fuser.module.compiler import (
 )
 from fuser.module.growing import Growing
 from fuser.module.options import Options
-from fuser.module.quantizing import Quantizer, with_stored_integers
+from fuser.module.quantizing import Quantizer
+from fuser.module.stored_integers import with_stored_integers
 from fuser.module.weights import Use, WeightStore
 from fuser.runtime.cache import KernelCache, default_cache
 from fuser.runtime.cuda_program import program_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuser.frontend.capture import FlatCall, OutputSpec
+from fuser.frontend.calls import FlatCall
+from fuser.frontend.output_structure import OutputSpec
 from fuser.frontend.sizes import SizeRange
 from fuser.ir.binding import Binder, partly_bound
 from fuser.ir.errors import CaptureError

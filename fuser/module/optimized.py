@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.frontend.capture import FlatCall, is_capturing, prepare
+from fuser.frontend.calls import FlatCall
+from fuser.frontend.capture import prepare
+from fuser.frontend.exporting import is_capturing
 from fuser.integrations import sentence_transformers, sparse_models
 from fuser.ir.masks import Mask
 from fuser.ir.score_quantization import ScoreQuantization

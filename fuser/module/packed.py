@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuser.frontend.capture import FlatCall
+from fuser.frontend.calls import FlatCall
 from fuser.ir.errors import CaptureError, FuserError, PackingError
 from fuser.module.acceptance import acceptable, device_of
 from fuser.module.engine import Engine, Key, Unpadded, making

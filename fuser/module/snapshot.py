@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fuser.frontend.capture import Signature
+from fuser.frontend.calls import Signature
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
 from fuser.module.forms import Form

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fuser.frontend.watch import Structure
+from fuser.ir.evaluation import value_of
 from fuser.ir.graph import Constant
 from fuser.kernels.base import Literal, Packed, TensorRef
 from fuser.runtime.pages import Shelf
@@ -262,24 +263,6 @@ def made(
     """A constant, made anew: of the original ``parameters`` by name, and what ``constants`` derive from them; see
     :func:`value_of` for ``known``."""
     return _made(ref, constants, parameters, device, known)[ref.index if isinstance(ref, Packed) else 0]
-
-
-def value_of(
-    name: str,
-    constants: Mapping[str, Constant],
-    parameters: Mapping[str, Tensor],
-    known: dict[str, Tensor] | None = None,
-) -> Tensor:
-    """The tensor of a constant: a parameter, or what is derived from some. Derived ones that are ``known`` are taken,
-    and others added, so that what several have in common is computed once."""
-    constant = constants[name]
-    if constant.call is None:
-        return parameters[name].detach()
-    known = {} if known is None else known
-    if name not in known:
-        sources = [value_of(source, constants, parameters, known) for source in constant.sources]
-        known[name] = constant.evaluate(sources)
-    return known[name]
 
 
 def _sources(name: str, constants: Mapping[str, Constant], parameters: Mapping[str, Tensor]) -> list[Tensor]:

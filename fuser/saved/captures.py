@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fuser.frontend.capture import FlatCall
+from fuser.frontend.calls import FlatCall
 from fuser.ir.binding import Binder
 from fuser.ir.errors import CaptureError, KernelError, PackingError
 from fuser.module.forms import magnitude

@@ -59,7 +59,7 @@ _FUNCTIONS = (
     "fuser.frontend.disentangled._of_keys",
     "fuser.frontend.disentangled._of_queries",
     "fuser.frontend.views._strided_copy",
-    "fuser.ir.operators.laid_out",
+    "fuser.ir.operators.base.laid_out",
     "fuser.ir.packing._picked",
     "fuser.ir.quantization.found_rounding",
     "fuser.ir.quantization.packed_rounding",

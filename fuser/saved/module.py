@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fuser.codegen.assemble import KernelRecord
-from fuser.frontend.capture import FlatCall, Signature, flatten_call
+from fuser.frontend.calls import FlatCall, Signature, flatten_call
 from fuser.ir.errors import KernelError
 from fuser.module.acceptance import unreadable
 from fuser.module.forms import form_key

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fuser
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import header_folder
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError, ToolchainError
 from fuser.ir.score_quantization import ScoreQuantization

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.codegen.render import TEMPLATES, environment
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import Constant, OperatorGroup
 from fuser.ir.operators import Bias, Gemm

@@ -14,14 +14,13 @@ from torch import Tensor, fx, nn
 
 from fuser.codegen.render import TEMPLATES, environment
 from fuser.frontend.aten import HANDLERS
-from fuser.frontend.capture import flatten_call
+from fuser.frontend.calls import flatten_call
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View
-from fuser.ir import operators
 from fuser.ir.evaluation import evaluate
 from fuser.ir.extents import Extents
 from fuser.ir.graph import OperatorGroup
-from fuser.ir.operators import Semantics, Shape, kind
+from fuser.ir.operators import Semantics, Shape, base, kind
 from fuser.ir.target import Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec
 from fuser.kernels.families import IMPLEMENTATIONS
@@ -93,7 +92,7 @@ class CpuRunningSum(Implementation[OperatorGroup, RunningSumParameters]):
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(operators, "KINDS", list(operators.KINDS))
+    monkeypatch.setattr(base, "KINDS", list(base.KINDS))
     kind("running sum")(RunningSum)
     monkeypatch.setitem(HANDLERS, CUMSUM, raise_cumsum)
     monkeypatch.setattr(

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from fuser.codegen.assemble import assemble
 from fuser.codegen.render import TEMPLATES, environment, header_folder
 from fuser.frontend.aten import HANDLERS
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.raising import Raiser
 from fuser.frontend.views import View

@@ -17,7 +17,7 @@ from torch import nn
 
 from fuser.codegen.choice import GroupChoice
 from fuser.codegen.render import header_folder
-from fuser.frontend.capture import flatten_call
+from fuser.frontend.calls import flatten_call
 from fuser.ir.errors import DeviceMemoryError, FuserError, SearchError
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target, cuda_target, emulated_target

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fuser.codegen.render import TEMPLATES
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import BuildError, CacheError, SearchError
 from fuser.ir.evaluation import evaluate

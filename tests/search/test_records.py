@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fuser.codegen.choice import Choice
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.graph import OperatorGraph, Region
 from fuser.kernels.families import IMPLEMENTATIONS

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from legality import legality
 from torch import nn
 
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph, Region

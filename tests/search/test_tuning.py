@@ -10,7 +10,8 @@ from torch import nn
 
 import fuser
 from fuser.codegen.choice import Choice, GroupChoice
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import SearchError
 from fuser.ir.graph import OperatorGraph

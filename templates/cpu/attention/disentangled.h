@@ -1,5 +1,5 @@
 // Scores of queries for keys, plus those of queries for the positions of keys and of keys for the positions of queries,
-// which are read from tables by distance: DisentangledBias of fuser/ir/operators.py says what, in PyTorch.
+// which are read from tables by distance: DisentangledBias of fuser/ir/operators/attention.py says what, in PyTorch.
 //
 // More tensors, of the queries if kOfQueries, then of the keys if kOfKeys: products with all positions in fp32, and which
 // position a distance has, int32; and the extents `queries`, `keys` (elements between batch entries, heads and rows of

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fuser.frontend.arguments import learn_counters, state_of
-from fuser.frontend.capture import FlatCall, capture, flatten_call
+from fuser.frontend.calls import FlatCall, flatten_call
+from fuser.frontend.capture import capture
 
 
 def flat(cache: Any) -> FlatCall:

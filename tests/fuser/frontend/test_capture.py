@@ -1,11 +1,9 @@
-"""From calls to flat tensors and back, and from models to graphs."""
+"""From models to graphs."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import copy
-import dataclasses
 import functools
 import gc
 import io
@@ -23,133 +21,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fuser
-from fuser.frontend import capture as capturing
-from fuser.frontend.capture import StateError, capture, flatten_call, flatten_output, is_capturing, prepare
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import StateError, capture, prepare
+from fuser.frontend.exporting import EXPORTING, is_capturing
+from fuser.frontend.output_structure import flatten_output
 from fuser.ir.errors import CaptureError
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-
-
-@dataclasses.dataclass
-class Pair:
-    first: Any
-    second: Any
-
-
-Named = collections.namedtuple("Named", "a b")
-
-LEAVES = st.one_of(
-    st.builds(lambda n: torch.full((n,), float(n)), st.integers(0, 3)),
-    st.sampled_from([None, 1, 2.5, "text", True, torch.float32, 1j]),
-)
-OUTPUTS = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.tuples(inner, inner),
-        st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
-        st.builds(Named, inner, inner),
-        st.builds(Pair, inner, inner),
-    ),
-    max_leaves=8,
-)
-
-
-def alike(a: Any, b: Any) -> bool:
-    if isinstance(b, Tensor):
-        return a is b
-    if isinstance(b, Pair):
-        return isinstance(a, Pair) and alike(a.first, b.first) and alike(a.second, b.second)
-    if isinstance(b, dict):
-        return list(a) == list(b) and all(alike(a[k], b[k]) for k in b)
-    if isinstance(b, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
-    return type(a) is type(b) and a == b
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(OUTPUTS)
-def test_outputs_are_rebuilt_from_their_tensors(output: Any) -> None:
-    tensors, spec = flatten_output(output)
-    assert all(isinstance(t, Tensor) for t in tensors)
-    assert alike(spec.build(tensors), output)
-
-
-def test_outputs_that_hide_tensors_are_refused() -> None:
-    with pytest.raises(CaptureError, match="returns a object"):
-        flatten_output([X, object()])
-
-
-def key(*args: Any, **kwargs: Any) -> Any:
-    return flatten_call(args, kwargs).key
-
-
-def test_calls_are_taken_apart_and_put_together() -> None:
-    call = flatten_call((X, [1, X[0]]), {"mask": None, "named": Named(X[1], 2.0)})
-    assert [tuple(t.shape) for t in call.tensors] == [(2, 8), (8,), (8,)]
-    args, kwargs = call.unflatten([10, 20, 30])
-    assert args == (10, [1, 20])
-    assert kwargs == {"mask": None, "named": Named(30, 2.0)}
-
-
-def test_calls_that_may_share_a_program_have_one_key() -> None:
-    assert key(X) == key(X + 1) == key(X.clone().requires_grad_()) == key(torch.zeros(3, 8)[1:])
-    # Slices of buffers of any size are alike.
-    assert key(torch.zeros(2, 9)[:, :8]) == key(torch.zeros(2, 100)[:, 5:13]) == key(torch.zeros(4, 8)[::2])
-    assert hash(key(X, a=1.5)) == hash(key(X, a=1.5))
-    assert key(X, float("nan")) == key(X, float("nan"))
-    different = [
-        key(X),
-        key(X[:1]),
-        key(X[0]),
-        key(X.double()),
-        key(x=X),
-        key(X, 1),
-        key(X, 1.0),
-        key(X, True),
-        key(X, None),
-        key(X, 0.0),
-        key(X, -0.0),
-        key(X, "1"),
-        key(X, X),
-        key(X, X.clone()),
-        key(torch.randn(8, 2).t()),
-        key(torch.randn(2, 16)[:, ::2]),
-        key(torch.randn(2, 9)[:, :8]),
-        key(torch.randn(1, 8).expand(2, 8)),
-        key([X]),
-        key((X,)),
-        key({"x": X}),
-    ]
-    assert len(set(different)) == len(different)
-
-
-def test_arguments_that_nothing_is_known_about_are_refused() -> None:
-    with pytest.raises(CaptureError, match="an argument is a object"):
-        flatten_call((X, object()), {})
-
-
-PLAIN = st.sampled_from([X, nn.Parameter(X), True, 2, -0.5, "text", None])
-
-
-@given(st.lists(PLAIN, max_size=4), st.dictionaries(st.sampled_from("dcbaz"), PLAIN))
-def test_calls_without_containers_are_what_pytorch_makes_of_them(args: list[Any], kwargs: dict[str, Any]) -> None:
-    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-    call = flatten_call(tuple(args), kwargs)
-    assert call.spec == spec and hash(call.spec) == hash(spec)
-    assert all(a is b for a, b in zip(call.tensors, (x for x in leaves if isinstance(x, Tensor)), strict=True))
-    again_args, again_kwargs = call.unflatten(call.tensors)
-    assert len(again_args) == len(args) and all(a is b for a, b in zip(again_args, args, strict=True))
-    assert list(again_kwargs) == list(kwargs) and all(again_kwargs[name] is kwargs[name] for name in kwargs)
-
-
-# ---- capture
 
 
 class Layer(nn.Module):
@@ -503,7 +385,7 @@ def test_a_capture_is_known_by_its_thread() -> None:
 
 
 def test_a_forked_child_does_not_wait_for_a_capture_of_its_parent() -> None:
-    with capturing._EXPORTING:
+    with EXPORTING:
         child = threading.Thread(target=_fork_and_capture)
         child.start()
         child.join()
@@ -516,7 +398,7 @@ _statuses: list[int] = []
 def _fork_and_capture() -> None:
     pid = os.fork()
     if pid == 0:
-        free = capturing._EXPORTING.acquire(blocking=False)
+        free = EXPORTING.acquire(blocking=False)
         os._exit(0 if free and not is_capturing() else 1)
     _statuses.append(os.waitpid(pid, 0)[1])
 
@@ -609,7 +491,8 @@ def test_captures_import_nothing_once_they_are_prepared() -> None:
     code = """if True:
         import sys
         import torch
-        from fuser.frontend.capture import capture, flatten_call, prepare
+        from fuser.frontend.calls import flatten_call
+        from fuser.frontend.capture import capture, prepare
         prepare()
         before = set(sys.modules)
         layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()

@@ -17,12 +17,14 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
 
 import fuser
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.evaluation import run_graph
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import FakeQuantize, Int8Gemm
 from fuser.ir.quantization import found_rounding, rounding_of
-from fuser.module.quantizing import run_graph, with_stored_integers
+from fuser.module.stored_integers import with_stored_integers
 from fuser.runtime.device import cpu_target
 
 Numbers = tuple[float, int, int, int, torch.dtype]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.frontend.building import GraphBuilder
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.views import View
 from fuser.ir.evaluation import evaluate

@@ -18,11 +18,12 @@ from torchao.quantization import (
 )
 from torchao.quantization.quant_primitives import MappingType
 
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
+from fuser.ir.evaluation import run_graph
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.operators import Int8Gemm
-from fuser.module.quantizing import run_graph
 
 LEAST = 2.0**-23
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuser.frontend.capture import capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import capture
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError

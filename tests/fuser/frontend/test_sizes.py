@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fuser.frontend.capture import Captured, capture, flatten_call
+from fuser.frontend.calls import flatten_call
+from fuser.frontend.capture import Captured, capture
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.sizes import Traced, broadcast, traced
 from fuser.ir.binding import Binder, bound

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fuser
-from fuser.ir.evaluation import evaluate
+from fuser.ir.evaluation import evaluate, value_of
 from fuser.ir.graph import OperatorGraph
 from fuser.ir.target import Target, emulated_target
 from fuser.module import quantizing
 from fuser.module.narrowing import narrows
-from fuser.module.weights import value_of
 
 
 @pytest.fixture(autouse=True)

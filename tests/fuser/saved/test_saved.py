@@ -521,7 +521,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "brackets": lambda p: None,
     "a list": lambda p: [p],
     "an empty list": lambda p: [],
-    "another value": lambda p: {"is": "ir.operators.Ref", "index": 0},
+    "another value": lambda p: {"is": "ir.operators.base.Ref", "index": 0},
     "no programs": lambda p: {**p, "programs": ["tuple"], "captures": ["tuple"]},
     "a negative shape": lambda p: _slots(p)[1].update(shape=["tuple", -1]),
     "a shape of text": lambda p: _slots(p)[1].update(shape="12"),
