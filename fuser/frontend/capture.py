@@ -10,7 +10,7 @@ import importlib
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fuser.frontend import arguments
 from fuser.frontend.arguments import Given
+from fuser.frontend.aten import HANDLERS
 from fuser.frontend.calls import FlatCall, flatten_call, layout_of
+from fuser.frontend.captured import Captured
+from fuser.frontend.composites import decompositions
 from fuser.frontend.exported_graph import (
     check_nodes,
     check_writes,
@@ -44,7 +47,7 @@ from fuser.frontend.exporting import (
 from fuser.frontend.garbage import bring_back, set_aside
 from fuser.frontend.output_structure import OutputSpec, flatten_output
 from fuser.frontend.shadow import Shadow, forget, functions_of
-from fuser.frontend.sizes import SizeRange, Sizes
+from fuser.frontend.sizes import Sizes
 from fuser.frontend.watch import GlobalNumbers
 from fuser.ir.errors import CaptureError
 
@@ -54,30 +57,6 @@ Dynamic = bool | Sequence[Collection[int]]
 
 class StateError(CaptureError):
     """A model changed its own attributes while it ran; it may have filled a cache, so a second call may do better."""
-
-
-@dataclass(frozen=True)
-class Captured:
-    """An ATen graph (undecomposed) over flat inputs.
-
-    ``graph`` has placeholders for ``parameters`` (name in the graph → the live tensor of the model), then for the
-    tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.
-    ``asks_modes`` says whether the model asked if gradients or inference mode are on, ``lifted`` names the parameters
-    that are tensors which no module has registered, and ``sizes`` says for which calls the graph holds: for shapes of
-    one kind if its sizes are named, else for those that it was captured with. ``known`` has the contents of inputs that
-    the graph is to be raised for, by the name of the input and ``_known``. Inputs that the model writes in place are
-    named by ``updated``: what they hold then are the last results of the graph, behind those of ``output``.
-    """
-
-    graph: torch.fx.GraphModule
-    parameters: Mapping[str, Tensor]
-    inputs: tuple[str, ...]
-    output: OutputSpec
-    asks_modes: bool = False
-    lifted: frozenset[str] = frozenset()
-    sizes: SizeRange = field(default_factory=lambda: SizeRange(()))
-    known: Mapping[str, Tensor] = field(default_factory=dict)
-    updated: tuple[str, ...] = ()
 
 
 class _Flat(nn.Module):
@@ -214,9 +193,11 @@ def _trace(shadow: Shadow, call: FlatCall, model: nn.Module, dynamic: Dynamic) -
                 returned = check_writes(program)
                 drop_detaching(program.graph)
                 drop_unread(program.graph)
-                if any(is_mutable(node) or reads_a_part(node) for node in program.graph.nodes):
+                composites = decompositions(program.graph, HANDLERS)
+                changing = any(is_mutable(node) or reads_a_part(node) for node in program.graph.nodes)
+                if changing or composites is not None:
                     # Operators that change an intermediate in place become functions, and parts of a parameter inputs.
-                    program = program.run_decompositions({})
+                    program = program.run_decompositions(composites or {})
                 # Not before: what is written between two of them makes them differ.
                 share_roundings(program.graph)
         except CaptureError:

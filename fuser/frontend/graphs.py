@@ -11,7 +11,7 @@ from fuser.frontend import attention_patterns, int8_patterns, rotary_patterns
 from fuser.frontend.aten import HANDLERS
 from fuser.frontend.attention_masks import at_scores
 from fuser.frontend.attention_operators import attention_from, multiplied
-from fuser.frontend.capture import Captured
+from fuser.frontend.captured import Captured
 from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
 from fuser.frontend.rotary_operators import rotary_from

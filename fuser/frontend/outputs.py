@@ -77,7 +77,9 @@ def _view_calls(r: Raiser, leaf: fx.Node) -> ViewCalls | None:
     node, index = leaf, 0
     while node.op != "placeholder":
         source, *rest = node.args
-        if any(isinstance(a, fx.Node) for a in pytree.tree_leaves((rest, node.kwargs))):
+        if not isinstance(source, fx.Node) or any(
+            isinstance(a, fx.Node) for a in pytree.tree_leaves((rest, node.kwargs))
+        ):
             return None
         if node.target is python_operator.getitem:
             node, index = source, rest[0]

@@ -20,7 +20,7 @@ from fuser.attention import linear as _linear  # noqa: F401
 from fuser.attention import operators as _registered  # noqa: F401
 from fuser.attention import windowed as _windowed  # noqa: F401
 from fuser.frontend.building import GraphBuilder
-from fuser.frontend.capture import Captured
+from fuser.frontend.captured import Captured
 from fuser.frontend.sizes import Traced, traced
 from fuser.frontend.views import Conjunction, Value, View, collapsed
 from fuser.ir import operators as kinds

@@ -177,7 +177,7 @@ class Sizes:
             self._alike[place] = self._known[symbol]
 
     def _replaced(self, expression: Any) -> Any:
-        return self._environment.replace(expression)
+        return expression if self._environment is None else self._environment.replace(expression)
 
     def _guards(self) -> tuple[Condition | Guard, ...]:
         """What must be true of the sizes, beyond the ranges of the names. Raises CaptureError for what depends on

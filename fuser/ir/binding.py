@@ -134,7 +134,8 @@ class Binder(Generic[Tree]):
         if isinstance(value, Late):
             arguments = ", ".join(map(self._written, value.arguments))
             return self._variable(f"{self._object(value.function)}({arguments})")
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        # Lists of the arguments of graphs are of a class of their own.
+        if type(value) is tuple or isinstance(value, list):
             parts = [self._visit(item) for item in value]
             if all(part is None for part in parts):
                 return None

@@ -20,7 +20,8 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.choice import Choice, GroupChoice
 from fuser.codegen.render import header_folder
 from fuser.frontend.calls import FlatCall
-from fuser.frontend.capture import Captured, capture
+from fuser.frontend.capture import capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.output_structure import OutputSpec
 from fuser.ir.attention import AttentionSpec

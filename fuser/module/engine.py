@@ -19,7 +19,8 @@ from fuser.frontend import traces
 from fuser.frontend.arguments import has_objects
 from fuser.frontend.attention_operators import check_restricted
 from fuser.frontend.calls import FlatCall, Signature
-from fuser.frontend.capture import Captured, StateError, capture
+from fuser.frontend.capture import StateError, capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.garbage import set_aside
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import (

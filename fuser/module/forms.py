@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.template import generalized
 from fuser.frontend.calls import FlatCall
-from fuser.frontend.capture import Captured, Dynamic, StateError, capture
+from fuser.frontend.capture import Dynamic, StateError, capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.output_structure import OutputSpec
 from fuser.ir.binding import Binder

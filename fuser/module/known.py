@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fuser.codegen.choice import GroupChoice
 from fuser.frontend.calls import FlatCall
-from fuser.frontend.capture import Captured
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.target import Target

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fuser.frontend.calls import FlatCall
-from fuser.frontend.capture import Captured
+from fuser.frontend.captured import Captured
 from fuser.frontend.output_structure import OutputSpec
 from fuser.frontend.shadow import Shadow
 from fuser.ir.errors import FuserError, MaskError

@@ -16,7 +16,8 @@ from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.choice import GroupChoice
 from fuser.codegen.template import ProgramTemplate, generalized
 from fuser.frontend.calls import flatten_call
-from fuser.frontend.capture import Captured, capture
+from fuser.frontend.capture import capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.errors import FuserError
 from fuser.ir.graph import OperatorGraph, TensorSpec

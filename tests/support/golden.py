@@ -25,7 +25,8 @@ from fuser import zoo
 from fuser.codegen.assemble import Assembly, assemble
 from fuser.codegen.render import header_folder
 from fuser.frontend.calls import flatten_call
-from fuser.frontend.capture import Captured, capture
+from fuser.frontend.capture import capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.graph import OperatorGraph, TensorSpec

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fuser.frontend.calls import flatten_call
-from fuser.frontend.capture import Captured, capture
+from fuser.frontend.capture import capture
+from fuser.frontend.captured import Captured
 from fuser.frontend.graphs import raise_graph
 from fuser.frontend.sizes import Traced, broadcast, traced
 from fuser.ir.binding import Binder, bound
