@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuser.ir.errors import IndexRangeError, KernelError
+from fuser.ir.errors import IndexRangeError, KernelError, ResultError
 from fuser.ir.extents import Extents
 from fuser.runtime.abi import ARGS_ROW, STEP_ROW, KernelArgs, extents_buffer
 from fuser.runtime.cpuinfo import usable_cores
@@ -614,7 +614,7 @@ class Program:
             return
         for slot, result in zip(step.results, step.call(*arguments), strict=True):
             if result.shape != slot.shape or result.dtype != slot.dtype:
-                raise KernelError(
+                raise ResultError(
                     f"{step.call} returned {result.dtype} {tuple(result.shape)} where the captured model had "
                     f"{slot.dtype} {slot.shape}; the model's behaviour depends on the values of its inputs"
                 )

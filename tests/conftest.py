@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 # What tests of several folders share; they are imported by path, and so are not on it.
@@ -36,3 +40,23 @@ def pytest_sessionstart() -> None:
     rates = dataclasses.asdict(Rates(peak_flops=1e11, bandwidth=2e10, launch_seconds=2e-6))
     target = Target("cpu", isa.value, features(isa), usable_cores(), cache_sizes(), **rates)
     default_cache().write_record("calibration", calibration_key(target), rates)
+
+
+class _Faults(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def faults() -> Iterator[list[str]]:
+    """What fuser logs as a fault of its own, after which the original runs: nothing, in all tests that do not take it
+    from here."""
+    handler = _Faults()
+    logging.getLogger("fuser").addHandler(handler)
+    yield handler.found
+    logging.getLogger("fuser").removeHandler(handler)
+    assert not handler.found, handler.found[0]

@@ -29,7 +29,9 @@ def decompositions(graph: fx.Graph, known: Collection[Any]) -> dict[OpOverload, 
     found: dict[OpOverload, bool] = {}
     for node in graph.nodes:
         target = node.target
-        if not isinstance(target, OpOverload) or target in known or not target._can_decompose():
+        if not isinstance(target, OpOverload) or target.namespace != "aten" or target in known:
+            continue
+        if not target._can_decompose():
             continue
         if not all(isinstance(part, Tensor) for part in pytree.tree_leaves(node.meta.get("val"))):
             continue

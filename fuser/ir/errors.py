@@ -1,4 +1,4 @@
-"""Every error that fuser raises on purpose derives from :class:`FuserError`."""
+"""Every error that fuser raises derives from :class:`FuserError`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ class FuserError(Exception):
 
 class CaptureError(FuserError):
     """A model could not be captured as a graph."""
+
+
+class InternalError(FuserError):
+    """A fault of fuser: something else than an error that it raises on purpose went wrong while it made a program."""
 
 
 class CalibrationError(FuserError, ValueError):
@@ -57,6 +61,10 @@ class CacheError(FuserError):
 
 class KernelError(FuserError):
     """A kernel reported failure at run time, or was called with tensors that it was not built for."""
+
+
+class ResultError(KernelError):
+    """An operator of PyTorch gave a tensor of another shape or dtype than when the model was captured."""
 
 
 class DeviceMemoryError(KernelError, MemoryError):

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import logging
 import time
+import traceback
 from collections.abc import Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ from fuser.ir.errors import (
     CaptureError,
     DeviceMemoryError,
     FuserError,
+    InternalError,
     MaskError,
     PlanError,
     TargetError,
@@ -427,6 +430,13 @@ class Engine:
             return
         remember(self.failed, key, str(error))
 
+    def give_up(self, key: Key, error: FuserError) -> None:
+        """Let the original run from now on where a program cannot."""
+        with self.lock:
+            remember(self.failed, key, str(error))
+            self.comparisons.pop(key, None)
+            self.programs.remove(key)
+
     def say(self, reason: str) -> None:
         """Warn, once, that the original model runs because of ``reason``."""
         if reason not in self.said:
@@ -544,9 +554,18 @@ class Engine:
 @contextlib.contextmanager
 def making(device: torch.device) -> Iterator[None]:
     """What a capture and its program are made under. Tensors made in inference mode could not be trained or written to
-    later."""
+    later. What goes wrong for other reasons than those that fuser knows is an InternalError, for which the original
+    runs as for others."""
     with torch.inference_mode(False), torch.no_grad(), on_device(device), traces.forgotten(), set_aside():
-        yield
+        try:
+            yield
+        except (FuserError, MemoryError):
+            raise
+        except Exception as error:
+            logger.error("a fault of fuser, which should be reported with this traceback:", exc_info=error)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(last.filename).name}, line {last.lineno}"
+            raise InternalError(f"fuser fails on this model, {type(error).__name__} in {place}: {error}") from error
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from fuser.frontend.calls import FlatCall
 from fuser.frontend.capture import prepare
 from fuser.frontend.exporting import is_capturing
 from fuser.integrations import sentence_transformers, sparse_models
+from fuser.ir.errors import ResultError
 from fuser.ir.masks import Mask
 from fuser.ir.score_quantization import ScoreQuantization
 from fuser.ir.target import Target
@@ -124,11 +125,16 @@ class OptimizedModule(nn.Module):
             return result
         comparisons = self._engine.comparisons
         comparison = comparisons.get(key) if comparisons else None
-        if comparison is not None:
-            return self._compare(comparison, compiled, key, call, args, kwargs)
-        if compiled.mask_inputs and self._engine.masks.looks_at(key):
-            compiled = self._engine.knowing(compiled, call, key) or compiled
-        return compiled.built(call, self._run(compiled, call, key))
+        try:
+            if comparison is not None:
+                return self._compare(comparison, compiled, key, call, args, kwargs)
+            if compiled.mask_inputs and self._engine.masks.looks_at(key):
+                compiled = self._engine.knowing(compiled, call, key) or compiled
+            return compiled.built(call, self._run(compiled, call, key))
+        except ResultError as error:
+            # Raised before anything is written to an input.
+            self._engine.give_up(key, error)
+            return self._replaced(str(error), args, kwargs)
 
     def _run(self, compiled: Compiled, call: FlatCall, key: Key) -> list[Tensor]:
         """The results of a program, with gradients where PyTorch would record them."""

@@ -106,6 +106,8 @@ def _permute(r: Raiser, node: fx.Node) -> Value:
 @handles(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 def _movedim(r: Raiser, node: fx.Node) -> Value:
     view = r.view(node.args[0])
+    if not view.dims:
+        return view
     moved = ([dims] if isinstance(dims, int) else dims for dims in node.args[1:3])
     sources, targets = ([d % len(view.dims) for d in dims] for dims in moved)
     rest = [d for d in range(len(view.dims)) if d not in sources]

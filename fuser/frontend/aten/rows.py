@@ -107,8 +107,10 @@ def _reduced_across(r: Raiser, node: fx.Node, given: Mapping[str, Any]) -> Value
     result, source, dims = traced(node), traced(node.args[0]), given.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     x = r.view(node.args[0])
-    # No axes stand for all of them.
-    if not isinstance(dims, (list, tuple)) or not dims or result.dtype != source.dtype or r.is_constant(x):
+    # No axes stand for all of them, and some for none where there are none.
+    if not isinstance(dims, (list, tuple)) or not dims or not source.ndim:
+        return None
+    if result.dtype != source.dtype or r.is_constant(x):
         return None
     dims = sorted(d % source.ndim for d in dims)
     found = _few_combined(r, node.name, node.target, x, dims)
