@@ -215,7 +215,7 @@ def _score_step(node: fx.Node, walk: _Walk) -> fx.Node | None:
         if target is aten.mul.Tensor:
             for this, other in ((args[0], args[1]), (args[1], args[0])):
                 factor = _value(other)
-                if factor is None or factor.ndim < 2 or factor.shape[-2:] != (1, 1):
+                if factor is None or any(size != 1 for size in factor.shape[-2:]):
                     continue
                 if _leads_to_product(this) and traced(this).shape == walk.shape and factor.dtype == traced(this).dtype:
                     walk.factors.append(MaskUse(other, inverted=False, shape=walk.shape))

@@ -14,7 +14,7 @@ from fuser.frontend.sizes import SizeRange
 
 @dataclass(frozen=True)
 class Captured:
-    """An ATen graph (undecomposed) over flat inputs.
+    """An ATen graph over flat inputs, of operators as the model calls them where these have handlers.
 
     ``graph`` has placeholders for ``parameters`` (name in the graph → the live tensor of the model), then for the
     tensors of the call; its output is the flat tuple of tensors that ``output`` rebuilds the model's result from.

@@ -184,6 +184,9 @@ def test_grouped_queries() -> None:
         lambda m, q, k: (q @ k.mT).view(B, H, S, S) * m.factors + m.mask,
         lambda m, q, k: (((q @ k.mT).view(B, H, S, S) * m.factors).view(1, B, H, S, S) + m.windows).view(B, H, S, S),
         lambda m, q, k: 3 * torch.tanh((q @ k.mT).view(B, H, S, S) * m.factors),
+        # One that is learned.
+        lambda m, q, k: ((q @ k.mT).view(B, H, S, S) * m.temperature.exp()).masked_fill(m.no, LOWEST),
+        lambda m, q, k: (q @ k.mT).view(B, H, S, S) * m.temperature[None] + m.mask,
     ],
 )
 @pytest.mark.parametrize("constant", [True, False])
@@ -194,6 +197,7 @@ def test_scores_in_other_shapes_than_their_products(scores: Callable[..., Tensor
         "no": ~some(B, 1, S, S),
         "factors": torch.rand(H, 1, 1, generator=RANDOM) + 0.5,
         "windows": torch.randn(1, B, 1, S, S, generator=RANDOM),
+        "temperature": torch.tensor(0.3),
     }
 
     names = tuple(operands)
