@@ -263,8 +263,11 @@ def _add(e: _Expansion, node: fx.Node, rank: int) -> _Meaning:
     return _sum(a, b.negative() if node.target is aten.sub.Tensor else b)
 
 
-@_computes(aten.mul.Tensor)
+@_computes(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(e: _Expansion, node: fx.Node, rank: int) -> _Meaning | _Complex:
+    if type(node.args[1]) in (int, float) and node.args[1] == 1 and traced(node).dtype == traced(node.args[0]).dtype:
+        # Such as a scale that is not used.
+        return e.of(node.args[0], rank)
     a, b = _both(e, node, rank)
     if isinstance(a, _Meaning) and isinstance(b, _Meaning):
         return _product(a, b)

@@ -112,6 +112,14 @@ def repeated(x: Tensor, angles: Tensor) -> Tensor:
     return x * cos + neighbours(x) * sin
 
 
+def with_a_scale_of_one(x: Tensor, angles: Tensor) -> Tensor:
+    """As libraries write it that can scale rotations, and do not."""
+    table = once(torch.stack((angles, angles), -1).flatten(-2))
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-b, a), -1).flatten(-2)
+    return (x * table.cos() * 1) + (turned * table.sin() * 1.0)
+
+
 def stacked(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = once(angles.cos()), once(angles.sin())
     a, b = x[..., 0::2], x[..., 1::2]
@@ -145,6 +153,7 @@ SPELLINGS: dict[str, tuple[Spelling, bool]] = {
         (heads_first, False),
         (in_float, False),
         (repeated, True),
+        (with_a_scale_of_one, True),
         (stacked, True),
         (unbound, True),
         (as_complex, True),
