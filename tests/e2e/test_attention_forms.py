@@ -310,3 +310,24 @@ def test_transformer_decoder() -> None:
     assert fast.unfused == ()
     causal = nn.Transformer.generate_square_subsequent_mask(10)
     check(decoder, target, X, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
+@pytest.mark.parametrize("order", [(0, 3, 1, 2, 4), (0, 1, 3, 2, 4), (3, 0, 1, 2, 4)], ids=str)
+def test_attention_of_windows_has_five_dimensions(order: tuple[int, ...], causal: bool) -> None:
+    """Samples, heads and windows (Twins, NesT) in any order, as they lie in a product or apart; nothing is copied where
+    strides say it."""
+    windows, rows = 4, S
+
+    def run(_: Any, x: Tensor) -> Tensor:
+        q, k, v = (t.view(B, windows, rows, H, D).permute(order) for t in x.chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return y.permute(*(order.index(d) for d in range(5))).reshape(B, windows * rows, H * D)
+
+    fast = check(Model(run), torch.randn(B, windows * rows, 3 * H * D, generator=RANDOM))
+    assert families(fast) == {"attention"} and fast.unfused == ()
+    operands = [torch.randn(2, H, 3, n, D, generator=RANDOM) for n in (S, 2 * S, 2 * S)]
+    assert families(check(SDPA, *operands)) == {"attention"}
+    # A mask of so many dimensions, and those that broadcast, are PyTorch's.
+    check(SDPA, *operands, torch.randn(2, 1, 3, S, 2 * S, generator=RANDOM))
+    check(SDPA, operands[0], *(t[:, :1] for t in operands[1:]))

@@ -29,11 +29,15 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = (r.view(given[n]) for n in names[:3])
-    if given.get("dropout_p", 0.0) or not 2 <= len(q.dims) <= 4 or r.dtype(q) not in r.floating or 0 in q.shape:
-        return None
-    if 0 in k.shape or 0 in v.shape:
-        return None
     mask = given.get("attn_mask")
+    if given.get("dropout_p", 0.0) or r.dtype(q) not in r.floating or any(0 in t.shape for t in (q, k, v)):
+        return None
+    scale = given.get("scale")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if len(q.dims) > 4 and mask is None:
+        return _of_many_dimensions(r, node, q, k, v, scale, bool(given.get("is_causal", False)))
+    if not 2 <= len(q.dims) <= 4:
+        return None
     if not len(q.dims) == len(k.dims) == len(v.dims) or (mask is not None and traced(mask).ndim > len(q.dims)):
         return None
     if len(q.dims) > 2 and not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:-2] == v.shape[1:-2]):
@@ -42,10 +46,24 @@ def _sdpa(r: Raiser, node: fx.Node) -> Value | None:
     # One head of keys broadcasts to all.
     if grouped and k.shape[1] != 1 and not (given.get("enable_gqa") and q.shape[1] % k.shape[1] == 0):
         return None
-    scale = given.get("scale")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     masks = [] if mask is None else [MaskUse(mask, inverted=False)]
     return attention_from(r, node, q, k, v, scale, masks, causal=bool(given.get("is_causal", False)))
+
+
+def _of_many_dimensions(r: Raiser, node: fx.Node, q: View, k: View, v: View, scale: float, causal: bool) -> View | None:
+    """Attention of windows, say: the dimension whose elements lie closest counts heads, those before it samples."""
+    lead = q.shape[:-2]
+    if not (lead == k.shape[:-2] == v.shape[:-2]):
+        return None
+    order = [d for d in q.memory_order() if d < len(lead)]
+    samples, heads = math.prod(lead[d] for d in order[:-1]), lead[order[-1]]
+
+    def four(t: View) -> View:
+        return r.reshaped(t.permute((*order, len(lead), len(lead) + 1)), (samples, heads, *t.shape[-2:]))
+
+    out = attention_from(r, node, four(q), four(k), four(v), scale, [], causal=causal)
+    apart = r.reshaped(out, (*(lead[d] for d in order), *out.shape[-2:]))
+    return apart.permute((*(order.index(d) for d in range(len(lead))), len(lead), len(lead) + 1))
 
 
 @handles(torch.ops.fuser.sparse_attention.default)
