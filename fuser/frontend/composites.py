@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -47,7 +47,7 @@ def decompositions(graph: fx.Graph, known: Collection[Any]) -> dict[OpOverload, 
 
 @functools.cache
 def _pytorch_table() -> Mapping[OpOverload, Callable[..., Any]]:
-    return default_decompositions()
+    return cast("Mapping[OpOverload, Callable[..., Any]]", default_decompositions())
 
 
 def _is_made_of(node: fx.Node, known: Collection[Any]) -> bool:
@@ -70,11 +70,11 @@ def _is_made_of(node: fx.Node, known: Collection[Any]) -> bool:
     return len(parts.found) <= _MOST and all(part in known for part in parts.found)
 
 
-class _Parts(TorchDispatchMode):
+class _Parts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
