@@ -131,11 +131,18 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     v, first, last = _value(output.args[1]), _value(product), _value(output)
     if v is None or first is None or last is None or max(first.ndim, last.ndim) > 4:
         return None
-    # Plain batched products only: PyTorch's broadcasting of batch dimensions is not attention as we know it.
+    # Plain batched products only, but for one head of keys and values that all queries share: other broadcasting of
+    # batch dimensions is not attention as we know it.
     operands = [(_value(q), first), (_value(k), first), (v, last)]
+    one_head = [_has_one_head(t, of) for t, of in operands]
+    if any(one_head):
+        if one_head != [False, True, True] or len({t.shape[:-2] for t in (scores, first, last)}) > 1:
+            return None
+        operands = operands[:1]
     if any(t is None or t.ndim < 3 or t.shape[:-2] != of.shape[:-2] for t, of in operands):
         return None
-    if {traced(use.node).dtype for use in walk.factors} | {t.dtype for t, _ in operands if t} != {last.dtype}:
+    dtypes = {t.dtype if t is not None else None for t in (_value(q), _value(k), v)}
+    if {traced(use.node).dtype for use in walk.factors} | dtypes != {last.dtype}:
         return None
     shape = max((scores.shape, first.shape, (*last.shape[:-1], scores.shape[-1])), key=len)
     masks, factors = (
@@ -147,6 +154,13 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     roles[product] = Role("qk")
     roles[output] = Role("pv", pattern)
     return roles
+
+
+def _has_one_head(operand: Traced | None, product: Traced) -> bool:
+    """Whether one head of an operand serves all of a product's."""
+    if operand is None or product.ndim != 4 or product.shape[1] == 1:
+        return False
+    return operand.shape[:-2] == (product.shape[0], 1)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

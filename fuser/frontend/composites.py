@@ -106,12 +106,13 @@ def _einsum(equation: str, operands: Sequence[Tensor], *, path: Sequence[int] | 
     if not summed:
         product = x.reshape([*shape, *rows, *(1 for _ in right)]) * y.reshape([*shape, *(1 for _ in left), *columns])
     else:
-        # Rows may be those of several dimensions where there is no batch.
-        whole = len(summed) == 1 and (len(left) == 1 or not batch)
+        # Rows may be those of several dimensions where there is no batch, and heads of queries share one of keys.
+        shared = bool(batch) and (len(left), len(right), len(summed)) == (2, 1, 1)
+        whole = len(summed) == 1 and (len(left) == 1 or not batch or shared)
         x = x if whole else x.reshape([*shape, *([math.prod(rows)] if batch else rows), math.prod(depth)])
         y = y if len(summed) == len(right) == 1 else y.reshape([*shape, math.prod(depth), math.prod(columns)])
-        product = x @ y
-        if len(right) != 1 or (batch and len(left) != 1):
+        product = x @ (y.unsqueeze(len(batch)) if shared else y)
+        if len(right) != 1 or (batch and len(left) != 1 and not shared):
             product = product.reshape([*shape, *rows, *columns])
     return _in_order(product, batch + left + right, out)
 

@@ -331,3 +331,16 @@ def test_attention_of_windows_has_five_dimensions(order: tuple[int, ...], causal
     # A mask of so many dimensions, and those that broadcast, are PyTorch's.
     check(SDPA, *operands, torch.randn(2, 1, 3, S, 2 * S, generator=RANDOM))
     check(SDPA, operands[0], *(t[:, :1] for t in operands[1:]))
+
+
+def test_one_head_of_keys_for_all_queries() -> None:
+    q, k, v = qkv()
+    one = [t[:, :1] for t in (k, v)]
+    mask = torch.randn(B, 1, S, S, generator=RANDOM)
+    for scores, masks in ((lambda s: s * SCALE, ()), (lambda s, m: s * SCALE + m, (mask,))):
+        assert families(check(written(scores), q, *one, *masks)) == {"attention"}
+    # Not of one head for one of both, and of one sample.
+    check(written(lambda s: s * SCALE), q, one[0], v)
+    check(written(lambda s: s * SCALE), q, k, one[1])
+    check(written(lambda s: s * SCALE), q, k[:1], v[:1])
+    check(written(lambda s: s * SCALE), q[:, :1], k, v)

@@ -144,6 +144,30 @@ def test_attention_of_einsums_is_attention(equations: tuple[str, str], masked: b
 
 
 @torch.no_grad()
+def test_queries_of_all_heads_share_keys() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.kv = nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, (k, v) = self.q(x).unflatten(-1, (4, 16)).transpose(1, 2), self.kv(x).chunk(2, -1)
+            scores = torch.einsum("bhid,bjd->bhij", q * 0.25, k)
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            p = scores.masked_fill(causal, -torch.finfo(scores.dtype).max).softmax(-1)
+            y: Tensor = torch.einsum("bhij,bjd->bhid", p, v).transpose(1, 2).flatten(2)
+            return y
+
+    model = Shared().eval()
+    fast = fuser.optimize(model, search="model")
+    for rows in (9, 17, 40):
+        x = randn(2, rows, 64)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert {kernel.family for kernel in fast.kernels} == {"gemm", "attention"} and fast.fallbacks == ()
+
+
+@torch.no_grad()
 def test_views_of_lists_are_views() -> None:
     """Of results and of inputs; contents that are written to one are seen in the other, as in PyTorch."""
     x, y = randn(3), randn(4)
