@@ -3,7 +3,8 @@ int8, all interleaved.
 
 torchao's PT2E, which ``torch.compile`` lowers to oneDNN's int8 where it freezes weights, has activations with the scale
 that calibration found (static), or one of each call (dynamic); the older ``torch.ao.quantization.quantize_dynamic``
-packs linear layers and finds one of each call, of seven bits (packed). All are of whole tensors.
+packs linear layers and finds one of each call, of seven bits (packed). All are of whole tensors. torchao's
+``Int8DynamicActivationInt8WeightConfig`` finds one of each row, symmetric (rows) or with a zero point (shifted rows).
 
     python benchmarks/pt2e.py
     python benchmarks/pt2e.py --cases bert-base:8x128 --rounds 5
@@ -12,6 +13,7 @@ packs linear layers and finds one of each call, of seven bits (packed). All are 
 from __future__ import annotations
 
 import argparse
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +25,17 @@ from encoders import model, parse, tokens
 from harness import as_record, interleave, ratios, save
 from int8 import cosine
 from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
+from torchao.quantization.quant_primitives import MappingType
 
 import fuser
 from fuser.runtime.device import cpu_target
 
 CALLS = 4
 """Of calibration."""
-WAYS = ("static", "dynamic", "packed")
+WAYS = ("static", "dynamic", "packed", "rows", "shifted rows")
 
 
 class Hidden(nn.Module):
@@ -51,6 +55,11 @@ def quantized(encoder: nn.Module, ids: Tensor, how: str) -> nn.Module:
     made: nn.Module
     if how == "packed":
         made = torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, dtype=torch.qint8)
+        return made
+    if "rows" in how:
+        kind = MappingType.SYMMETRIC if how == "rows" else MappingType.ASYMMETRIC
+        made = copy.deepcopy(encoder)
+        quantize_(made, Int8DynamicActivationInt8WeightConfig(act_mapping_type=kind, set_inductor_config=False))
         return made
     quantizer = x86_inductor_quantizer.X86InductorQuantizer()
     dynamic = how == "dynamic"
