@@ -139,7 +139,8 @@ def _without(x: Tensor, letters: str, summed: Sequence[str]) -> tuple[Tensor, st
 
 
 def _written_by_pytorch(equation: str, operands: Sequence[Tensor], path: Sequence[int] | None) -> Tensor:
-    result: Tensor = torch.ops.aten.einsum.default.decompose(equation, operands, path=path)
+    # While the table is in force, ``decompose`` would come back here.
+    result: Tensor = _pytorch_table()[torch.ops.aten.einsum.default](equation, operands, path=path)
     return result
 
 

@@ -151,16 +151,16 @@ class Engine:
                 self.say(f"PyTorch's default device is {torch.get_default_device()}, and the inputs are on {device}")
                 return None
             form = form_of(call)
-            if self.forms_of(call, key)[1]:
-                if not wanted and not self.policy.attempts(form):
-                    return None
-                compiled = self.for_sizes(call, key, device)
-                if compiled is not None:
-                    return self._keep(compiled, call, key)
-            if not wanted and (self._postpones(call, key) or not self._admits(call, key, form, at_once)):
-                return None
             start = self.clock()
             try:
+                if self.forms_of(call, key)[1]:
+                    if not wanted and not self.policy.attempts(form):
+                        return None
+                    compiled = self.for_sizes(call, key, device)
+                    if compiled is not None:
+                        return self._keep(compiled, call, key)
+                if not wanted and (self._postpones(call, key) or not self._admits(call, key, form, at_once)):
+                    return None
                 # A capture that calibration has made may serve the call as well.
                 calibrated = self.calibrate(call, key, device)
                 compiled = self.for_sizes(call, key, device) if calibrated else None
@@ -496,7 +496,9 @@ class Engine:
                             compiled.assembly, compiled.graph, parameters, self.store, device=compiled.program.device
                         )
                     )
-        except ValueError:
+        except MemoryError:
+            raise
+        except Exception:
             # Such as zero points of weights that had none: kernels for these do not hold any more.
             self.refresh()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fuser.ir.evaluation import value_of
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
 from fuser.ir.operators import FakeQuantize, FakeQuantizeAsFound, Gemm, Int8Gemm, Int8WeightGemm, Ref, TorchCall
-from fuser.ir.quantization import MAX_TERMS, Fixed, recovered_scales, rounding_of
+from fuser.ir.quantization import Fixed, recovered_scales, rounding_of
 from fuser.ir.target import Target
 from fuser.kernels.operands import row_stride
 
@@ -64,12 +64,11 @@ def _of_rounded(graph: OperatorGraph, product: Operator) -> tuple[Operator, Tens
     rounding, rows = source.semantics, source.inputs[0]
     if not isinstance(rounding, FakeQuantize | FakeQuantizeAsFound):
         return None
-    # Integers less their zero point have eight bits and a sign.
-    if graph.values[x].shape[-1] > MAX_TERMS // 2:
+    semantics = Int8Gemm(product.semantics.transposed, rounding.low, rounding.high, None)
+    if graph.values[x].shape[-1] > semantics.max_terms:
         return None
     if graph.values[rows].shape != graph.values[x].shape or row_stride(graph.values[rows]) is None:
         return None
-    semantics = Int8Gemm(product.semantics.transposed, rounding.low, rounding.high, None)
     given, made = source.inputs[-1], None
     if isinstance(rounding, FakeQuantize):
         given, made = f"{product.name}_rounding", rounding_of(rounding.scale, rounding.zero_point)

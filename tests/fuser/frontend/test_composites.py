@@ -61,6 +61,7 @@ def test_einsum_is_a_product_of_matrices(case: tuple[str, list[int], list[int]])
     [
         ("ii->i", [(3, 3)]),
         ("ij->ji", [(3, 4)]),
+        ("ij->", [(3, 4)]),
         ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 5)]),
         ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 2)]),
         ("iij,jk->ik", [(3, 3, 4), (4, 2)]),
@@ -75,6 +76,7 @@ def test_other_equations_are_those_of_pytorch(equation: str, shapes: list[tuple[
     fast = fuser.optimize(Function(lambda *t: torch.einsum(equation, *t)).eval(), search="model")
     with torch.no_grad():
         torch.testing.assert_close(fast(*(t.float() for t in tensors)), want.float())
+    assert fast.fallbacks == ()
 
 
 @pytest.mark.parametrize(

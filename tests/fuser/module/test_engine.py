@@ -8,6 +8,8 @@ from torch import nn
 
 import fuser
 from fuser.frontend.aten import HANDLERS
+from fuser.module import engine
+from fuser.module.forms import Form
 
 GELU = torch.ops.aten.gelu.default
 
@@ -36,6 +38,44 @@ def test_the_original_runs_where_fuser_is_at_fault(monkeypatch: pytest.MonkeyPat
     again = fuser.optimize(model, search="model")
     torch.testing.assert_close(again(x), model(x))
     assert again.fallbacks == () and again.kernels
+
+
+@torch.no_grad()
+def test_the_original_runs_for_sizes_at_which_fuser_is_at_fault(
+    monkeypatch: pytest.MonkeyPatch, faults: list[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
+    fast = fuser.optimize(model, search="model")
+    fast(torch.randn(3, 8))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a size")
+
+    monkeypatch.setattr(Form, "compile", broken)
+    x = torch.randn(5, 8)
+    for _ in range(3):
+        assert torch.equal(fast(x), model(x))
+    assert any("ValueError in test_engine.py" in reason for reason in fast.fallbacks)
+    # Not looked at again at every call.
+    assert len(faults) == 1
+    faults.clear()
+
+
+@torch.no_grad()
+def test_weights_that_cannot_be_packed_anew_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval(), torch.randn(3, 8)
+    fast = fuser.optimize(model, search="model")
+    fast(x)
+
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("a weight")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "program_constants", broken)
+        model[0].weight.mul_(2)
+        got = fast(x)
+    torch.testing.assert_close(got, model(x))
+    assert fast.fallbacks == ()
 
 
 @torch.no_grad()
