@@ -50,7 +50,8 @@ class Pattern:
     """softmax(rule(scale · factors · q · kᵀ) + masks) · v; ``k`` is the transposed key as the product reads it.
 
     ``shape`` is that of the scores; products may have batch and heads as one dimension. ``factors`` broadcast to the
-    scores as masks do, one number for all queries and keys of a head.
+    scores as masks do, one number for all queries and keys of a head. With ``one_head``, that of keys and values serves
+    the queries of all heads.
     """
 
     q: fx.Node
@@ -61,6 +62,7 @@ class Pattern:
     rule: ScoreRule | None
     shape: tuple[int, ...]
     factors: tuple[MaskUse, ...]
+    one_head: bool
 
 
 @dataclass(frozen=True)
@@ -134,22 +136,21 @@ def _match(softmax: fx.Node, numbers: Numbers) -> dict[fx.Node, Role] | None:
     # Plain batched products only, but for one head of keys and values that all queries share: other broadcasting of
     # batch dimensions is not attention as we know it.
     operands = [(_value(q), first), (_value(k), first), (v, last)]
-    one_head = [_has_one_head(t, of) for t, of in operands]
-    if any(one_head):
-        if one_head != [False, True, True] or len({t.shape[:-2] for t in (scores, first, last)}) > 1:
+    if {traced(use.node).dtype for use in walk.factors} | {t.dtype for t, _ in operands if t} != {last.dtype}:
+        return None
+    shared = [_has_one_head(t, of) for t, of in operands]
+    if one_head := any(shared):
+        if shared != [False, True, True] or len({t.shape[:-2] for t in (scores, first, last)}) > 1:
             return None
         operands = operands[:1]
     if any(t is None or t.ndim < 3 or t.shape[:-2] != of.shape[:-2] for t, of in operands):
-        return None
-    dtypes = {t.dtype if t is not None else None for t in (_value(q), _value(k), v)}
-    if {traced(use.node).dtype for use in walk.factors} | dtypes != {last.dtype}:
         return None
     shape = max((scores.shape, first.shape, (*last.shape[:-1], scores.shape[-1])), key=len)
     masks, factors = (
         tuple(use if use.shape != shape else replace(use, shape=None) for use in reversed(uses))
         for uses in (walk.masks, walk.factors)
     )
-    pattern = Pattern(q, k, output.args[1], walk.scale, masks, walk.rule, shape, factors)
+    pattern = Pattern(q, k, output.args[1], walk.scale, masks, walk.rule, shape, factors, one_head)
     roles = {node: Role("inner") for node in walk.nodes}
     roles[product] = Role("qk")
     roles[output] = Role("pv", pattern)

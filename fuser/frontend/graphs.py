@@ -15,7 +15,7 @@ from fuser.frontend.captured import Captured
 from fuser.frontend.outputs import outputs_of
 from fuser.frontend.raising import Raiser
 from fuser.frontend.rotary_operators import rotary_from
-from fuser.frontend.views import Value, View
+from fuser.frontend.views import Value
 from fuser.ir.attention import AttentionSpec
 from fuser.ir.errors import CaptureError
 from fuser.ir.graph import OperatorGraph, ViewCalls
@@ -71,12 +71,9 @@ def _written_out(r: Raiser, node: fx.Node, role: attention_patterns.Role) -> Val
     k = r.view(p.k)
     key = k.permute((*range(len(k.dims) - 2), len(k.dims) - 1, len(k.dims) - 2))
     batch = p.shape[:-2]
-
-    def reshaped(t: View) -> View:
-        shared = len(t.dims) == 4 and t.shape[:2] == (batch[0], 1)
-        return t if shared else r.reshaped(t, (*batch, *t.shape[-2:]))
-
-    q, key, v = map(reshaped, (r.view(p.q), key, r.view(p.v)))
+    keys = (batch[0], 1) if p.one_head else batch
+    operands = (r.view(p.q), batch), (key, keys), (r.view(p.v), keys)
+    q, key, v = (r.reshaped(t, (*lead, *t.shape[-2:])) for t, lead in operands)
     for use in p.factors:
         q = multiplied(r, p.q, q, at_scores(r, use, r.view(use.node), p.shape))
     return attention_from(r, node, q, key, v, p.scale, p.masks, rule=p.rule)

@@ -151,23 +151,19 @@ def test_what_is_quantized_already_is_not_quantized_again() -> None:
     assert torch.equal(got, fuser.optimize(whole[1], quantize=how, search="model")(hidden))
 
 
+@pytest.mark.parametrize(
+    ("kind", "granularity"),
+    [
+        (MappingType.SYMMETRIC, PerTensor()),
+        (MappingType.ASYMMETRIC, PerRow()),
+        (MappingType.ASYMMETRIC, PerTensor()),
+    ],
+    ids=["tensor", "row-points", "tensor-points"],
+)
 @torch.no_grad()
-def test_scales_of_whole_tensors() -> None:
+def test_scales_of_whole_tensors_and_zero_points(kind: MappingType, granularity: object) -> None:
     model = encoder()
-    quantized = dynamic(model, granularity=PerTensor())
-    fast = fuser.optimize(quantized, search="model")
-    for shape in ((2, 9), (3, 5), (1, 1), (4, 33)):
-        x = rows(*shape)
-        assert is_close(fast(x), quantized(x), model(x))
-        assert kinds(fast) == ["int8_gemm"] * 4
-    assert "no kernel family" not in fast.report()
-
-
-@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=["row", "tensor"])
-@torch.no_grad()
-def test_ranges_with_zero_points(granularity: object) -> None:
-    model = encoder()
-    quantized = dynamic(model, act_mapping_type=MappingType.ASYMMETRIC, granularity=granularity)
+    quantized = dynamic(model, act_mapping_type=kind, granularity=granularity)
     fast = fuser.optimize(quantized, search="model")
     for shape in ((2, 9), (3, 5), (1, 1), (4, 33)):
         x = rows(*shape)

@@ -66,13 +66,17 @@ def kinds(graph: OperatorGraph) -> list[str]:
     return [op.kind for op in graph.compute]
 
 
-def by_integers(x: Tensor, layer: nn.Linear, low: int = -128, high: int = 127) -> Tensor:
-    """The layer in integers, and only at the end in float64."""
+def of_codes(codes: Tensor, own: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer of integers that stand for numbers by ``own`` scales: in integers, and only at the end in float64."""
     integers, scales = layer.weight.qdata, layer.weight.scale  # type: ignore[attr-defined]
-    own = torch.maximum(x.abs().amax(-1, keepdim=True) / (0.5 * (high - low)), torch.tensor(LEAST))
-    codes = torch.round(x * (1 / own)).long().clamp(low, high)
     product = (codes @ integers.long().T).double() * own.double() * scales.double().flatten()
     return product if layer.bias is None else product + layer.bias.double()
+
+
+def by_integers(x: Tensor, layer: nn.Linear, low: int = -128, high: int = 127) -> Tensor:
+    """The layer of rows in symmetric ranges of their own."""
+    own = torch.maximum(x.abs().amax(-1, keepdim=True) / (0.5 * (high - low)), torch.tensor(LEAST))
+    return of_codes(torch.round(x * (1 / own)).long().clamp(low, high), own, layer)
 
 
 @pytest.mark.parametrize("unsigned", [True, False], ids=["unsigned", "signed"])
@@ -138,10 +142,8 @@ def test_scales_of_whole_tensors(shape: tuple[int, ...], how: object) -> None:
     sizes = x if by_row else x.abs().amax().expand_as(x)
     own = torch.maximum(sizes.abs().amax(-1, keepdim=True) / 127.5, torch.tensor(LEAST))
     codes = torch.round(x * (1 / own)).long().clamp(-128, 127)
-    weight = model.linear.weight
-    product = (codes @ weight.qdata.long().T).double() * own.double() * weight.scale.double().flatten()
-    assert model.linear.bias is not None
-    torch.testing.assert_close(output.double(), product + model.linear.bias.double(), rtol=2.0**-20, atol=2.0**-22)
+    want = of_codes(codes, own, model.linear)
+    torch.testing.assert_close(output.double(), want, rtol=2.0**-20, atol=2.0**-22)
     torch.testing.assert_close(output, model(x), rtol=2.0**-20, atol=2.0**-22)
 
 
@@ -156,15 +158,13 @@ def test_a_tensor_that_is_not_finite_has_no_scale() -> None:
 
 
 def by_ranges(x: Tensor, layer: nn.Linear, low: int, high: int, whole: bool) -> Tensor:
-    """The layer in integers with zero points, and only at the end in float64."""
+    """The layer of integers with zero points."""
     ends = (lambda f: f(x).expand_as(x[..., :1])) if whole else (lambda f: f(x, -1, keepdim=True))
     bottom, top = ends(torch.amin).clamp(max=0), ends(torch.amax).clamp(min=0)
     own = torch.maximum((top - bottom) / float(high - low), torch.tensor(LEAST))
     point = (low - torch.round(bottom / own)).long().clamp(low, high)
     codes = (torch.round(x * (1 / own)).long() + point).clamp(low, high) - point
-    weight = layer.weight
-    product = (codes @ weight.qdata.long().T).double() * own.double() * weight.scale.double().flatten()  # type: ignore[attr-defined]
-    return product + layer.bias.double()
+    return of_codes(codes, own, layer)
 
 
 @pytest.mark.parametrize("granularity", [PerRow(), PerTensor(), [PerTensor(), PerRow()]], ids=["row", "tensor", "both"])
@@ -201,9 +201,7 @@ def test_ranges_that_are_known(dtype: torch.dtype, point: int | None) -> None:
     assert kinds(graph)[:2] == ["int8_gemm", "bias"]
     weight, zero = model.linear.weight, point or 0
     codes = (torch.round(x.float() * (1 / scale)).long() + zero).clamp(-128, 127) - zero
-    product = (codes @ weight.qdata.long().T).double() * 0.03 * weight.scale.double().flatten()
-    assert model.linear.bias is not None
-    want = product + model.linear.bias.double()
+    want = of_codes(codes, scale, model.linear)
     # One rounding of fp32 behind another, or those of bf16.
     rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-7
     torch.testing.assert_close(output.double(), want, rtol=rounding, atol=rounding)
