@@ -230,11 +230,17 @@ class _Writer:
         return ["#pragma unroll", f"for (int e = 0; e < {self.width}; ++e) " + _block(body)]
 
     def _results(self, kept: Collection[int]) -> list[str]:
-        outputs = self.expression.outputs
+        outputs, narrow = self.expression.outputs, self.expression.narrow
         lines = [f"float b{j}[{self.width}];" for j in range(len(outputs))]
         body = self._compute(needed(self.expression, outputs, kept), kept)
         lines += self._elements([*body, *(f"b{j}[e] = v{o};" for j, o in enumerate(outputs))])
-        return lines + [f"device::store_row(q{j}, c, columns, vector, b{j});" for j in range(len(outputs))]
+        stores = [
+            f"if (c == 0) device::store_row(q{j}, 0, 1, false, b{j});"
+            if j in narrow
+            else f"device::store_row(q{j}, c, columns, vector, b{j});"
+            for j in range(len(outputs))
+        ]
+        return lines + stores
 
     def _reduce(self, roots: Sequence[int], items: int, kept: Collection[int], fills: bool) -> list[str]:
         instructions = self.expression.instructions

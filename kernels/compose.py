@@ -9,7 +9,7 @@ import torch
 
 from fuser.ir.expression import Builder, Expression
 from fuser.ir.graph import Operator, OperatorGraph, OperatorGroup, TensorSpec
-from fuser.ir.operators import Embedding, Reduction
+from fuser.ir.operators import Embedding, QuantizeRows, Reduction
 from fuser.ir.size import Size
 from fuser.kernels.base import FLOATING, STORAGE, Access, DType, Operand
 from fuser.kernels.operands import Bound, OperandExtents, bind, bind_groups, row_stride, rows_and_columns
@@ -20,8 +20,8 @@ class RowProgram:
     """A fused chain as one expression on a ``rows`` × ``columns`` matrix.
 
     ``bounds`` describe the expression's inputs in order, after the ``seeds`` that the caller supplies (the accumulator
-    of a GEMM); ``gathers`` are the index values of the gathered operands, in order; ``outputs`` the values written,
-    ``output_strides`` their row strides, and ``narrow`` the positions of those with one number a row.
+    of a GEMM); ``gathers`` are the index values of the gathered operands, in order; ``outputs`` the values written
+    and ``output_strides`` their row strides.
     """
 
     expression: Expression
@@ -33,7 +33,6 @@ class RowProgram:
     outputs: tuple[str, ...]
     output_dtypes: tuple[DType, ...]
     output_strides: tuple[int, ...]
-    narrow: tuple[int, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -57,7 +56,7 @@ class RowProgram:
             touched += (
                 (self.rows if bound.operand.access is Access.GATHER else rows) * width * bound.operand.dtype.bytes
             )
-        widths = (1 if i in self.narrow else self.columns for i in range(len(self.outputs)))
+        widths = (1 if i in self.expression.narrow else self.columns for i in range(len(self.outputs)))
         return touched + sum(self.rows * n * d.bytes for n, d in zip(widths, self.output_dtypes, strict=True))
 
 
@@ -127,7 +126,9 @@ def compose(
 
     for op in operators:
         shape = graph.values[op.output].shape
-        if len(op.outputs) != 1 or graph.values[op.output].dtype not in storage:
+        # Codes are written and not read here.
+        made = storage | {op.semantics.codes} if isinstance(op.semantics, QuantizeRows) else storage
+        if any(graph.values[value].dtype not in made for value in op.outputs):
             return None
         if isinstance(op.semantics, Embedding):
             table, index = op.inputs
@@ -155,7 +156,7 @@ def compose(
         arguments = [operand(value, shape, i in decide) for i, value in enumerate(given)]
         if any(a is None for a in arguments):
             return None
-        (at[op.output],) = builder.inline(op.expression, [a for a in arguments if a is not None])
+        at.update(zip(op.outputs, builder.inline(op.expression, [a for a in arguments if a is not None]), strict=True))
 
     outputs = tuple(value for value in group.outputs if value in at)
     if set(outputs) != set(group.outputs):
@@ -165,7 +166,7 @@ def compose(
     if not outputs or any(s is None for s in strides):
         return None
     stored = {len(seeds) + i: bound.operand.dtype.torch for i, bound in enumerate(bounds)}
-    expression = builder.build(*(at[value] for value in outputs))
+    expression = builder.build(*(at[value] for value in outputs), narrow=one)
     return RowProgram(
         expression=expression.without_idle_casts(stored, [graph.values[value].dtype for value in outputs]),
         seeds=len(seeds),
@@ -176,5 +177,4 @@ def compose(
         outputs=outputs,
         output_dtypes=tuple(STORAGE[graph.values[value].dtype] for value in outputs),
         output_strides=tuple(s for s in strides if s is not None),
-        narrow=one,
     )

@@ -19,8 +19,15 @@ from fuser.kernels.gemm_bf16 import Bf16GemmFamily, CpuBf16Gemm, CudaBf16Gemm
 from fuser.kernels.gemm_cuda import CublasGemm, CudaGemm
 from fuser.kernels.gemm_cutlass import CutlassGemm
 from fuser.kernels.gemm_grouped import CpuGroupedGemm, GroupedGemmFamily
-from fuser.kernels.gemm_int8 import CpuInt8Gemm, CpuStoredInt8Gemm, QuantizedGemmFamily, StoredInt8GemmFamily
-from fuser.kernels.gemm_int8_cuda import CudaInt8WeightGemm, CudaQuantizedGemm
+from fuser.kernels.gemm_int8 import (
+    CodeGemmFamily,
+    CpuCodeGemm,
+    CpuInt8Gemm,
+    CpuStoredInt8Gemm,
+    QuantizedGemmFamily,
+    StoredInt8GemmFamily,
+)
+from fuser.kernels.gemm_int8_cuda import CudaCodeGemm, CudaInt8WeightGemm, CudaQuantizedGemm
 from fuser.kernels.gemm_int8_weight import CpuInt8WeightGemm, Int8WeightGemmFamily
 from fuser.kernels.linear_attention import CpuFeatures, CpuLinearAttention, FeaturesFamily, LinearAttentionFamily
 from fuser.kernels.linear_attention_cuda import CudaFeatures, CudaLinearAttention
@@ -52,6 +59,8 @@ IMPLEMENTATIONS: Table = {
     (Bf16GemmFamily(), "cuda"): (CudaBf16Gemm(),),
     (QuantizedGemmFamily(), "cpu"): (CpuInt8Gemm(),),
     (QuantizedGemmFamily(), "cuda"): (CudaQuantizedGemm(),),
+    (CodeGemmFamily(), "cpu"): (CpuCodeGemm(),),
+    (CodeGemmFamily(), "cuda"): (CudaCodeGemm(),),
     (StoredInt8GemmFamily(), "cpu"): (CpuStoredInt8Gemm(),),
     (Int8WeightGemmFamily(), "cpu"): (CpuInt8WeightGemm(),),
     (Int8WeightGemmFamily(), "cuda"): (CudaInt8WeightGemm(),),

@@ -179,6 +179,11 @@ class GemmParameters:
         return False
 
     @property
+    def coded(self) -> bool:
+        """Whether A is integers, and followed by their scales (:mod:`fuser.kernels.gemm_int8`)."""
+        return False
+
+    @property
     def scaled(self) -> bool:
         """Whether sums are multiplied with a scale for every column (:mod:`fuser.kernels.gemm_int8_weight`)."""
         return False
@@ -201,7 +206,7 @@ class GemmParameters:
     @property
     def row_numbers(self) -> int:
         """How many numbers say what the integers of a row stand for."""
-        return 3 if self.shifted else 2
+        return 1 if self.coded else 3 if self.shifted else 2
 
     @property
     def scale_words(self) -> int:
@@ -381,6 +386,8 @@ class GemmFamily:
     kind: ClassVar[type[Product]] = Gemm
     weights: ClassVar[frozenset[torch.dtype]] = frozenset()
     """Dtypes of weights where they are others than those of activations."""
+    codes: ClassVar[frozenset[torch.dtype]] = frozenset()
+    """Dtypes of activations where they are others than those of results."""
     constants: ClassVar[slice] = slice(1, None)
     """Positions of the inputs that must be constant."""
     dims: ClassVar[int] = 2
@@ -399,7 +406,9 @@ class GemmFamily:
         a, weight, out = (graph.values[v] for v in (*gemm.inputs[:2], gemm.output))
         stride = row_stride(a)
         stored = floating(target)
-        if stride is None or len(weight.shape) != self.dims or not {a.dtype, out.dtype} <= stored:
+        if stride is None or len(weight.shape) != self.dims or out.dtype not in stored:
+            return None
+        if a.dtype not in (self.codes or stored):
             return None
         if weight.dtype not in (self.weights or stored):
             return None
@@ -407,10 +416,13 @@ class GemmFamily:
         if rows_and_columns(a.shape)[1] != k or rows_and_columns(out.shape)[1] != n or n == 0:
             return None
         seeds = _parts(group, gemm) or (gemm.output,)
-        program = compose(group, others, seeds=seeds, storage=floating(target))
+        program = compose(group, others, seeds=seeds, storage=stored, narrow=True)
         if program is None or program.gathers or len(program.bounds) > _MAX_OPERANDS:
             return None
         if len(seeds) > 1 and program.expression.has_reduction:
+            return None
+        if program.expression.narrow and not program.expression.has_reduction:
+            # Rows are finished in parts.
             return None
         return GemmMatch(group, gemm, program, n // len(seeds), k, stride, len(seeds))
 

@@ -166,6 +166,11 @@ class CudaGemmParameters:
         return False
 
     @property
+    def coded(self) -> bool:
+        """Whether A is such codes already, and followed by their scales."""
+        return False
+
+    @property
     def integer(self) -> bool:
         """Whether sums are integers."""
         return self.dtype is DType.I8

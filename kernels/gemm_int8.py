@@ -5,6 +5,7 @@ multiplies as many elements as an instruction of the target sums into 32 bits: f
 VNNI or the tiles of AMX, whose first factors are unsigned, so that 128 is added to activations and the sums of the
 weights' columns are taken off again; else two, widened to 16 bits. All sum exactly, so that all targets give the same
 numbers, which are those of :class:`fuser.ir.operators.QuantizedGemm`. CPUs have no products of other codes.
+Rows that the kernel before has rounded come as integers with their scales (:class:`fuser.ir.operators.CodeGemm`).
 Weights that are stored as integers are taken as they are (:class:`fuser.ir.operators.Int8Gemm`).
 """
 
@@ -17,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fuser.ir.operators import Int8Gemm, QuantizedGemm
-from fuser.ir.quantization import MAX_TERMS, quantize_rows
+from fuser.ir.graph import OperatorGroup
+from fuser.ir.operators import CodeGemm, Int8Gemm, QuantizedGemm
+from fuser.ir.quantization import MAX_TERMS, MOST, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
 from fuser.kernels.gemm import (
@@ -46,6 +48,22 @@ class QuantizedGemmFamily(GemmFamily):
 
     name = "quantized_gemm"
     kind = QuantizedGemm
+
+
+@dataclass(frozen=True)
+class CodeGemmFamily(GemmFamily):
+    """As :class:`GemmFamily`, for rows that are codes of eight bits with scales."""
+
+    name = "code_gemm"
+    kind = CodeGemm
+    codes = frozenset(MOST)
+    constants = slice(1, -1)
+
+    def match(self, group: OperatorGroup, target: Target) -> GemmMatch | None:
+        found = super().match(group, target)
+        if found is None or group.graph.values[found.a].dtype != codes_of(found):
+            return None
+        return found if group.graph.values[found.gemm.inputs[-1]].is_contiguous else None
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,17 @@ class Int8GemmParameters(GatedGemmParameters):
 
 
 @dataclass(frozen=True)
+class CodeGemmParameters(Int8GemmParameters):
+    """As :class:`Int8GemmParameters`, for an A that is integers with scales."""
+
+    kernel: ClassVar[str] = "code_gemm"
+
+    @property
+    def coded(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
 class StoredInt8GemmParameters(Int8GemmParameters):
     """As :class:`Int8GemmParameters`, with rows of A rounded to the integers from ``low`` to ``high`` and scales of
     ``least`` or more (:func:`fuser.ir.quantization.round_rows`)."""
@@ -197,8 +226,9 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
 
     def call(self, match: GemmMatch, parameters: Int8GemmParameters, target: Target, threads: int) -> KernelCall:
         program, (_, *constants) = match.program, match.gemm.inputs
+        own = [constants.pop()] if parameters.coded else []
         layout = parameters.layout(parameters.nr, match.transposed, parameters.width, match.products, parameters.tiles)
-        weights, given = (constants[:2], constants[2:]) if parameters.given else (constants, [])
+        weights, given = (constants[:2], constants[2:]) if parameters.given else (constants, own)
         factors = weights[1:] if parameters.factors else given
         packed = (Packed(tuple(weights), layout, i) for i in range(3))
         return KernelCall(
@@ -208,6 +238,13 @@ class CpuInt8Gemm(Implementation[GemmMatch, Int8GemmParameters]):
             program.outputs,
             parameters.workspace_bytes(threads),
         )
+
+
+class CpuCodeGemm(CpuInt8Gemm):
+    """The same on rows that are integers."""
+
+    def choices(self, match: GemmMatch, target: Target) -> list[Int8GemmParameters]:
+        return [CodeGemmParameters(**{**vars(p), "factors": False}) for p in super().choices(match, target)]
 
 
 class CpuStoredInt8Gemm(CpuInt8Gemm):
@@ -224,7 +261,7 @@ class CpuStoredInt8Gemm(CpuInt8Gemm):
 def codes_of(match: GemmMatch) -> torch.dtype:
     """What the factors of a product are rounded to."""
     semantics = match.gemm.semantics
-    assert isinstance(semantics, QuantizedGemm)
+    assert isinstance(semantics, (QuantizedGemm, CodeGemm))
     return semantics.codes
 
 

@@ -1,6 +1,7 @@
 """Products in eight bits on GPUs, by the template of :mod:`fuser.kernels.gemm_cuda`.
 
-:class:`CudaQuantizedGemm` multiplies codes with ``mma.sync``, which a kernel before it rounds the rows of A to. Sums of
+:class:`CudaQuantizedGemm` multiplies codes with ``mma.sync``, which a kernel before it rounds the rows of A to, and
+:class:`CudaCodeGemm` those that the kernel that makes A has rounded. Sums of
 int8 are exact also where blocks share them, and numbers are those of :class:`fuser.ir.operators.QuantizedGemm`, as on
 CPUs; those of e4m3 are of fp32. Tensor cores keep only 13 bits of mantissa of these (SageAttention2, arXiv:2411.10958),
 so that every instruction starts from zero, and additions of fp32 join what they give.
@@ -58,11 +59,24 @@ class CudaQuantizedGemmParameters(CudaGatedGemmParameters):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes between the rows in the workspace: codes, then the scale."""
+        """Bytes of a row's codes and, behind those of all rows, of its scale in the workspace."""
         return self.depth_bytes + _ALIGNMENT
 
     def workspace_bytes(self, rows: int) -> int:
         return rows * self.row_bytes + super().workspace_bytes(rows)
+
+
+@dataclass(frozen=True)
+class CudaCodeGemmParameters(CudaGatedGemmParameters):
+    """As :class:`~fuser.kernels.gemm_cuda.CudaGemmParameters`, with ``parts`` products of codes that A consists of."""
+
+    @property
+    def rounded(self) -> bool:
+        return True
+
+    @property
+    def coded(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,7 @@ class CudaQuantizedGemm(Implementation[GemmMatch, CudaQuantizedGemmParameters]):
     def space(self, match: GemmMatch, target: Target) -> Sequence[CudaQuantizedGemmParameters]:
         """The tiles with the least predicted time."""
         codes = STORAGE[codes_of(match)]
-        if match.k == 0 or (match.k > MAX_TERMS if codes is DType.I8 else not target.fp8):
+        if not _fits(match, codes, target):
             return []
         a_dtype = STORAGE[match.group.graph.values[match.a].dtype]
         return [
@@ -143,6 +157,40 @@ class CudaQuantizedGemm(Implementation[GemmMatch, CudaQuantizedGemmParameters]):
         _, weight, *factors = match.gemm.inputs
         tensors = (weight, *factors), QuantizedRowLayout(match.transposed, parameters.dtype.torch)
         return _call(match, parameters, tensors, factors, "quantized_gemm")
+
+
+class CudaCodeGemm(Implementation[GemmMatch, CudaCodeGemmParameters]):
+    """The same on codes that come with their scales."""
+
+    def space(self, match: GemmMatch, target: Target) -> Sequence[CudaCodeGemmParameters]:
+        """The tiles with the least predicted time."""
+        codes, program = STORAGE[codes_of(match)], match.program
+        if not _fits(match, codes, target):
+            return []
+        return [
+            CudaCodeGemmParameters(
+                match.n,
+                match.k,
+                codes,
+                True,
+                program.expression,
+                program.operands,
+                program.output_dtypes,
+                tile,
+                match.products,
+            )
+            for tile in match_tiles(match, codes, True, target)
+        ]
+
+    def cost(self, match: GemmMatch, parameters: CudaCodeGemmParameters, target: Target) -> Cost:
+        """Whole tiles on whole SMs, every tensor touched once."""
+        seconds = match_seconds(match, parameters, target)
+        return cost_of(match, seconds, 2 if parameters.separate else 1, target, parameters.dtype)
+
+    def call(self, match: GemmMatch, parameters: CudaCodeGemmParameters, target: Target, threads: int) -> KernelCall:
+        _, *weights, scales = match.gemm.inputs
+        tensors = tuple(weights), QuantizedRowLayout(match.transposed, parameters.dtype.torch)
+        return _call(match, parameters, tensors, (scales,), "code_gemm")
 
 
 class CudaInt8WeightGemm(Implementation[GemmMatch, CudaInt8WeightGemmParameters]):
@@ -185,19 +233,24 @@ def _call(
     match: GemmMatch,
     parameters: CudaGatedGemmParameters,
     weights: tuple[tuple[str, ...], Layout],
-    factors: Sequence[str],
+    more: Sequence[str],
     family: str,
 ) -> KernelCall:
     program = match.program
     return KernelCall(
         KernelSpec(family, "cuda/gemm.cu.j2", parameters),
-        (match.a, *(Packed(*weights, i) for i in range(2)), *factors, *program.tensors),
+        (match.a, *(Packed(*weights, i) for i in range(2)), *more, *program.tensors),
         CudaGemmExtents(
             program.rows, match.row_stride, _rounded(match.k), program.operand_extents, program.output_strides
         ),
         program.outputs,
         parameters.workspace_bytes(program.rows),
     )
+
+
+def _fits(match: GemmMatch, codes: DType, target: Target) -> bool:
+    """Whether ``target`` multiplies such codes, and as many as meet in a sum."""
+    return match.k > 0 and (match.k <= MAX_TERMS if codes is DType.I8 else target.fp8)
 
 
 def _rounded(size: int) -> int:

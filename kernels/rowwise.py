@@ -24,14 +24,12 @@ _MAX_OPERANDS = 16
 
 @dataclass(frozen=True)
 class RowwiseParameters:
-    """``block``: columns a task handles when rows may be split, 0 when a row is one task; ``narrow``: the positions of
-    outputs with one number a row."""
+    """``block``: columns a task handles when rows may be split, 0 when a row is one task."""
 
     expression: Expression
     operands: tuple[Operand, ...]
     outputs: tuple[DType, ...]
     block: int
-    narrow: tuple[int, ...] = ()
 
     @property
     def extents(self) -> str:
@@ -117,8 +115,9 @@ class CpuRowwise(Implementation[RowwiseMatch, RowwiseParameters]):
     def space(self, match: RowwiseMatch, target: Target) -> Sequence[RowwiseParameters]:
         """One choice, since the kernel is bound by memory."""
         program = match.program
-        block = 0 if program.expression.has_reduction else 4096
-        return [RowwiseParameters(program.expression, program.operands, program.output_dtypes, block, program.narrow)]
+        expression = program.expression
+        block = 0 if expression.has_reduction or expression.narrow else 4096
+        return [RowwiseParameters(expression, program.operands, program.output_dtypes, block)]
 
     def cost(self, match: RowwiseMatch, parameters: RowwiseParameters, target: Target) -> Cost:
         return match.cost()

@@ -84,7 +84,7 @@ class CudaRowwise(Implementation[RowwiseMatch, CudaRowwiseParameters]):
     """Row expressions of either family on GPUs."""
 
     def space(self, match: RowwiseMatch, target: Target) -> Sequence[CudaRowwiseParameters]:
-        return () if match.program.narrow else space(match.program, target)
+        return space(match.program, target)
 
     def cost(self, match: RowwiseMatch, parameters: CudaRowwiseParameters, target: Target) -> Cost:
         return match.cost()
@@ -96,7 +96,8 @@ class CudaRowwise(Implementation[RowwiseMatch, CudaRowwiseParameters]):
 def _vectors(program: RowProgram) -> Sequence[DType]:
     """Storage types that are read or written along rows."""
     read = [o.dtype for o in program.operands if o.access is not Access.COLUMN]
-    return [*read, *program.output_dtypes]
+    narrow = program.expression.narrow
+    return [*read, *(dtype for i, dtype in enumerate(program.output_dtypes) if i not in narrow)]
 
 
 def _items(chunks: int, group: int, width: int) -> int:

@@ -20,7 +20,7 @@ from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Operator, Region, is_kind
 from fuser.ir.masks import Mask
-from fuser.ir.operators import PatternMask, PredictedAttention, QuantizedGemm, View
+from fuser.ir.operators import CodeGemm, PatternMask, PredictedAttention, QuantizedGemm, QuantizeRows, View
 from fuser.ir.quantization import NAMES
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
@@ -185,9 +185,11 @@ def _widths(compiled: Compiled, precision: Precision | None) -> Iterator[Width]:
     for choice in compiled.assembly.choices:
         operators = choice.group.operators
         graph = choice.group.graph
-        stored = graph.values[operators[-1].output].dtype
+        # Codes are what the next product multiplies.
+        last = next((op for op in reversed(operators) if not is_kind(op, QuantizeRows)), operators[-1])
+        stored = graph.values[last.output].dtype
         width = next(filter(None, (_multiplied(op, choice.kernel) for op in operators)), "")
-        error = errors.get(operators[-1].name, math.nan)
+        error = errors.get(last.name, math.nan)
         yield Width(tuple(op.name for op in operators), width or _short(stored), error, bool(width))
 
 
@@ -198,7 +200,7 @@ def _multiplied(op: Operator, kernel: Kernel | None) -> str:
         if how.may_be_exact and kernel is not None and not getattr(kernel.parameters, "few_bits", False):
             return ""
         return f"{type(how).__name__} {how.bits} bits"
-    if is_kind(op, QuantizedGemm):
+    if isinstance(op.semantics, (QuantizedGemm, CodeGemm)):
         return NAMES[op.semantics.codes]
     return _WIDTHS.get(op.kind, "")
 

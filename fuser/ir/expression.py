@@ -28,6 +28,7 @@ class Op(enum.Enum):
     DIV = "div"
     MAXIMUM = "maximum"
     MINIMUM = "minimum"
+    LESS = "less"
     WHERE = "where"
     NEG = "neg"
     ABS = "abs"
@@ -59,7 +60,7 @@ _ARITY = {
     **dict.fromkeys(Op, 1),
     Op.INPUT: 0,
     Op.CONSTANT: 0,
-    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM), 2),
+    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM, Op.LESS), 2),
     Op.WHERE: 3,
 }
 
@@ -70,6 +71,7 @@ _TORCH: dict[Op, Callable[..., Tensor]] = {
     Op.DIV: torch.div,
     Op.MAXIMUM: torch.maximum,
     Op.MINIMUM: torch.minimum,
+    Op.LESS: lambda a, b: (a < b).to(torch.promote_types(a.dtype, b.dtype)),
     Op.WHERE: lambda condition, a, b: torch.where(condition != 0, a, b),
     Op.NEG: torch.neg,
     Op.ABS: torch.abs,
@@ -119,13 +121,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Expression:
-    """A straight-line program; ``outputs`` are indices of instructions.
+    """A straight-line program; ``outputs`` are indices of instructions, ``narrow`` the positions of those outputs that
+    are one number a row.
 
     Raises ValueError when an instruction refers forward, has the wrong arity, or a constant is not a number.
     """
 
     instructions: tuple[Instruction, ...]
     outputs: tuple[int, ...]
+    narrow: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for position, instruction in enumerate(self.instructions):
@@ -200,7 +204,7 @@ class Expression:
         for output, dtype in zip(self.outputs, outputs, strict=True):
             i = instructions[output]
             results.append(at[i.args[0]] if i.op is CASTS.get(dtype) else at[output])
-        return b.build(*results)
+        return b.build(*results, narrow=self.narrow)
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The plain PyTorch meaning, in the dtype of the inputs; inputs broadcast against ``(..., columns)``."""
@@ -267,8 +271,8 @@ class Builder:
             at.append(inputs[i.index] if i.op is Op.INPUT else self.add(i, [at[a] for a in i.args]))
         return tuple(at[o] for o in expression.outputs)
 
-    def build(self, *outputs: int) -> Expression:
-        """The expression, without the instructions that no output needs."""
+    def build(self, *outputs: int, narrow: tuple[int, ...] = ()) -> Expression:
+        """The expression, without the instructions that no output needs; outputs at ``narrow`` are one number a row."""
         needed = set(outputs)
         for position in range(len(self._instructions) - 1, -1, -1):
             if position in needed:
@@ -279,7 +283,7 @@ class Builder:
             Instruction(i.op, tuple(renumber[a] for a in i.args), i.index, i.value)
             for i in (self._instructions[k] for k in kept)
         )
-        return Expression(instructions, tuple(renumber[o] for o in outputs))
+        return Expression(instructions, tuple(renumber[o] for o in outputs), narrow)
 
 
 def unary(op: Op) -> Expression:
@@ -315,6 +319,23 @@ def rms_norm(eps: float, weight: bool = True) -> Expression:
     mean = b.apply(Op.ROW_MEAN, b.apply(Op.MUL, x, x))
     y = b.apply(Op.MUL, x, b.apply(Op.RSQRT, b.apply(Op.ADD, mean, b.constant(eps))))
     return b.build(b.apply(Op.MUL, y, b.input(1)) if weight else y)
+
+
+def quantize_rows(most: float, tiny: float, *, rounds: bool, factors: bool) -> Expression:
+    """Rows as codes of eight bits up to ``most``, and their scales, one number a row (see
+    :func:`fuser.ir.quantization.quantize_rows`, which gives the same numbers): x0 the row, x1 the ``factors`` of its
+    elements where there are any; codes are integers if it ``rounds``. Rows up to ``tiny`` are zeros."""
+    b = Builder()
+    x = b.apply(Op.MUL, b.input(0), b.input(1)) if factors else b.input(0)
+    largest, end, zero = b.apply(Op.ROW_MAX, b.apply(Op.ABS, x)), b.constant(most), b.constant(0.0)
+    finite = b.apply(Op.LESS, largest, b.constant(math.inf))
+    some = b.apply(Op.LESS, b.constant(tiny), largest)
+    scale = b.apply(Op.WHERE, some, b.apply(Op.DIV, largest, end), zero)
+    inverse = b.apply(Op.WHERE, some, b.apply(Op.DIV, end, largest), zero)
+    codes = b.apply(Op.WHERE, finite, b.apply(Op.MUL, x, inverse), zero)
+    if rounds:
+        codes = b.apply(Op.ROUND, codes)
+    return b.build(codes, b.apply(Op.WHERE, finite, scale, b.constant(math.nan)), narrow=(1,))
 
 
 def softmax() -> Expression:

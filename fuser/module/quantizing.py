@@ -20,7 +20,9 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kin
 from fuser.ir.operators import Bf16Gemm, Gemm, Int8WeightGemm, QuantizedGemm, Ref, TorchCall
 from fuser.ir.quantization import MAX_TERMS, NAMES, Fixed, integers_of, scales_of
 from fuser.ir.target import Target
+from fuser.kernels.base import floating
 from fuser.module.narrowing import narrowed, narrows
+from fuser.module.rounding import rounded
 
 Choose = Callable[[OperatorGraph], Sequence[GroupChoice]]
 Compare = Callable[[Sequence[Sequence[GroupChoice]]], "Sequence[float] | None"]
@@ -280,6 +282,7 @@ class Quantizer:
                 inputs = (*inputs, name)
             operators.append(dataclasses.replace(op, semantics=quantized, inputs=inputs))
         made = dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
+        made = rounded(made, floating(target))
         return narrowed(made) if self._narrows and narrows(target) else made
 
     def _layer(self, graph: OperatorGraph, op: Operator, parameters: Mapping[str, Tensor]) -> Layer | None:

@@ -23,7 +23,7 @@ from fuser.runtime.library import Kernel
 from fuser.runtime.program import RUNNER, Memory, NativeStep, ProgramPlan, Slot, TorchStep
 from fuser.saved.outline import Outline
 
-FORMAT = "7"
+FORMAT = "8"
 """Of the whole file; changes whenever older versions of fuser could not read what this one writes."""
 PROGRAMS, REPORTS = "programs.json", ("report.txt", "report.html")
 _LARGEST = 1 << 48

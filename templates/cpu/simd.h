@@ -66,6 +66,18 @@ FUSER_INLINE void store(int16_t* p, vi v) {
   const vs narrow = __builtin_convertvector(v, vs);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
+// Integers from -128 to 127.
+typedef int8_t vb __attribute__((vector_size(kLanes)));
+FUSER_INLINE vb to_bytes(vf v) { return __builtin_convertvector(__builtin_convertvector(v, vi), vb); }
+FUSER_INLINE void store(int8_t* p, vf v) {
+  const vb bytes = to_bytes(v);
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
+FUSER_INLINE void store(int8_t* p, vf a, vf b) { store(p, a), store(p + kLanes, b); }
+FUSER_INLINE void store_n(int8_t* p, vf v, int64_t n) {
+  const vb bytes = to_bytes(v);
+  std::memcpy(p, &bytes, n);
+}
 FUSER_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FUSER_INLINE void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
 
@@ -188,6 +200,7 @@ FUSER_INLINE vi first(int64_t n) {
 }
 
 FUSER_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+FUSER_INLINE vf less(vf a, vf b) { return select((vi)(a < b), set1(1.0f), vf{}); }
 FUSER_INLINE vf where(vf condition, vf a, vf b) { return select((vi)(condition != 0.0f), a, b); }
 
 // Both keep a NaN of either operand, and of two zeros the first, as PyTorch's clamp does.
@@ -206,6 +219,9 @@ FUSER_INLINE vf max_fast(vf a, vf b) { return select((vi)(a > b), a, b); }
 FUSER_INLINE vf min_fast(vf a, vf b) { return select((vi)(a < b), a, b); }
 #endif
 
+#if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
+FUSER_INLINE float reduce_add(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 FUSER_INLINE float reduce_add(vf v) {
   float t[kLanes], s = 0;
   store(t, v);
@@ -214,6 +230,7 @@ FUSER_INLINE float reduce_add(vf v) {
   s = t[0];
   return s;
 }
+#endif
 FUSER_INLINE float reduce_max(vf v) {
   float t[kLanes];
   store(t, v);
@@ -223,6 +240,7 @@ FUSER_INLINE float reduce_max(vf v) {
 }
 
 FUSER_INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+FUSER_INLINE vf larger_bits(vf a, vf b) { return (vf)larger((vi)a, (vi)b); }
 FUSER_INLINE int32_t reduce_max(vi v) {
 #if defined(__AVX512F__) && FUSER_VECTOR_BYTES == 64
   return _mm512_reduce_max_epi32((__m512i)v);
@@ -231,6 +249,12 @@ FUSER_INLINE int32_t reduce_max(vi v) {
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;
 #endif
+}
+FUSER_INLINE float reduce_larger_bits(vf v) {
+  const int32_t top = reduce_max((vi)v);
+  float x;
+  std::memcpy(&x, &top, 4);
+  return x;
 }
 // Bits of magnitudes of bf16, whose order is theirs, two to a lane.
 typedef int16_t halves __attribute__((vector_size(FUSER_VECTOR_BYTES)));

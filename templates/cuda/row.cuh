@@ -30,6 +30,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 __device__ __forceinline__ float relu(float x) { return 0.0f > x ? 0.0f : x; }
 __device__ __forceinline__ float maximum(float a, float b) { return a != a || a >= b ? a : b; }
 __device__ __forceinline__ float minimum(float a, float b) { return a != a || a <= b ? a : b; }
+__device__ __forceinline__ float less(float a, float b) { return a < b ? 1.0f : 0.0f; }
 __device__ __forceinline__ float where(float condition, float a, float b) { return condition != 0.0f ? a : b; }
 __device__ __forceinline__ float round_even(float x) { return rintf(x); }
 __device__ __forceinline__ float to_bf16(float x) { return float(bf16(x)); }

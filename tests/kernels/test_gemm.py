@@ -82,6 +82,20 @@ def _pre_norm(b: Builder, x: int) -> Sequence[int]:
     return [total, *b.inline(rms_norm(1e-6), (total, b.input(2)))]
 
 
+def _norm_of_norm(b: Builder, x: int) -> Sequence[int]:
+    """What one pass needs of the one before changes from pass to pass."""
+    total = b.apply(Op.ADD, b.apply(Op.GELU, x), b.input(1))
+    (first,) = b.inline(rms_norm(1e-6), (total, b.input(2)))
+    return b.inline(layer_norm(1e-5, bias=False), (b.apply(Op.TANH, first), b.input(2)))
+
+
+def _sum_and_softmax(b: Builder, x: int) -> Sequence[int]:
+    """The last pass needs a norm, the sum that it is of, and an operand that a pass before it has read."""
+    total = b.apply(Op.ADD, b.apply(Op.GELU, x), b.input(1))
+    (normal,) = b.inline(layer_norm(1e-5), (total, b.input(2), b.input(3)))
+    return [b.apply(Op.ADD, normal, b.input(1)), *b.inline(softmax(), (normal,)), total]
+
+
 IDENTITY = _expression(lambda b, x: [x])
 BIAS = _expression(lambda b, x: [b.apply(Op.ADD, x, b.input(1))])
 # (expression, operands, kind of every operand: "row" is a bias, "full" a residual, "periodic", "column")
@@ -95,6 +109,8 @@ EPILOGUES: dict[str, tuple[Expression, tuple[str, ...]]] = {
     "gated": (_expression(lambda b, x: [b.apply(Op.MUL, b.apply(Op.SILU, x), b.input(1))]), ("full",)),
     "post_norm": (_expression(_post_norm), ("row", "full", "row", "row")),
     "sum_and_norm": (_expression(_pre_norm), ("full", "row")),
+    "norm_of_norm": (_expression(_norm_of_norm), ("full", "row")),
+    "sum_and_softmax": (_expression(_sum_and_softmax), ("full", "row", "row")),
     "softmax": (_expression(lambda b, x: b.inline(softmax(), (x,))), ()),
 }
 _OPERANDS = {"row": MATRIX, "full": MATRIX, "periodic": PERIODIC, "column": COLUMN}
@@ -143,7 +159,12 @@ TAILS = [Case(NATIVE, n, k, "bias") for n, k in SHAPES]
 TAILS += [Case(isa, n, k, "bias") for isa in ISAS if isa is not NATIVE for n, k in ((17, 33), (100, 300))]
 TAILS += [Case(NATIVE, 100, 64, "bias", tile=tile) for tile in gemm._TILES[NATIVE][1:]]
 FUSED = [Case(NATIVE, 100, 70, name) for name in EPILOGUES]
-FUSED += [Case(isa, 41, 70, name) for isa in ISAS if isa is not NATIVE for name in ("bias_gelu", "sum_and_norm")]
+FUSED += [
+    Case(isa, 41, 70, name)
+    for isa in ISAS
+    if isa is not NATIVE
+    for name in ("bias_gelu", "sum_and_norm", "norm_of_norm")
+]
 BF16 = [
     Case(NATIVE, 100, 131, "bias_gelu", DType.BF16, DType.BF16, DType.BF16),
     Case(NATIVE, 100, 131, "post_norm", DType.F32, DType.BF16, DType.F32),

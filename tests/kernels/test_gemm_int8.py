@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from gated import Gated
-from int8_cases import NATIVE, Case, as_quantized, assembly, quantized_values, target
+from int8_cases import NATIVE, Case, as_quantized, assembly, quantized_values, target, unwritten
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
 from fuser.explain.profiling import floor_of
 from fuser.ir.evaluation import evaluate
 from fuser.ir.graph import OperatorGraph
-from fuser.ir.quantization import MAX_TERMS
+from fuser.ir.quantization import MAX_TERMS, quantize_rows
 from fuser.ir.target import Isa, Target
-from fuser.kernels.base import KernelSpec, Packed, materialized
+from fuser.kernels.base import DType, KernelSpec, Packed, materialized
 from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_int8 import (
+    CodeGemmFamily,
+    CpuCodeGemm,
     CpuInt8Gemm,
     CpuStoredInt8Gemm,
     Int8GemmParameters,
@@ -54,6 +56,10 @@ CASES = [
     Case(100, 257, "norm"),
     Case(70, 1100, chunked=True, factors=True),
     Case(40, 99, "none", dtype=torch.bfloat16),
+    Case(5, 2, coded=True),
+    Case(50, 131, "norm", transposed=False, factors=True, coded=True),
+    Case(70, 1100, chunked=True, coded=True),
+    Case(40, 99, "none", dtype=torch.bfloat16, coded=True),
     Case(5, 2, "none", range=(-128, 127)),
     Case(50, 131, "norm", transposed=False, range=(-64, 63)),
     Case(70, 1100, chunked=True, range=(-128, 127)),
@@ -74,13 +80,12 @@ def cache() -> KernelCache:
     return default_cache()
 
 
-def is_stored(graph: OperatorGraph) -> bool:
-    return graph.compute[0].kind == "int8_gemm"
+FAMILIES = {family.kind.kind: family for family in (QuantizedGemmFamily(), CodeGemmFamily(), StoredInt8GemmFamily())}
+WAYS = {"quantized_gemm": CpuInt8Gemm(), "code_gemm": CpuCodeGemm(), "int8_gemm": CpuStoredInt8Gemm()}
 
 
 def match_of(graph: OperatorGraph, machine: Target) -> GemmMatch:
-    family = StoredInt8GemmFamily() if is_stored(graph) else QuantizedGemmFamily()
-    match = family.match(graph.group(graph.compute), machine)
+    match = FAMILIES[graph.compute[0].kind].match(graph.group(graph.compute), machine)
     assert match is not None
     return match
 
@@ -94,7 +99,7 @@ def run(
     threads: int,
 ) -> dict[str, Tensor]:
     call = CpuInt8Gemm().call(match_of(graph, machine), parameters, machine, threads)
-    results = {v: torch.full(graph.values[v].shape, torch.nan, dtype=graph.values[v].dtype) for v in graph.outputs}
+    results = {v: unwritten(graph.values[v]) for v in graph.outputs}
     tensors = materialized(call.tensors, {**values, **results})
     workspace = torch.full((call.workspace_bytes // 4 + 16,), torch.nan)
     kernel = load(library, call.spec.symbol)
@@ -103,8 +108,7 @@ def run(
 
 
 def space_of(graph: OperatorGraph, machine: Target) -> Sequence[Int8GemmParameters]:
-    ways = CpuStoredInt8Gemm() if is_stored(graph) else CpuInt8Gemm()
-    return ways.space(match_of(graph, machine), machine)
+    return WAYS[graph.compute[0].kind].space(match_of(graph, machine), machine)
 
 
 def choices_of(case: Case, machine: Target) -> list[Int8GemmParameters]:
@@ -381,3 +385,27 @@ def test_a_floor_is_that_of_the_dtype() -> None:
     seconds, bound = floor_of(cost, vnni, 2)
     assert bound == "compute" and seconds == pytest.approx(cost.flops / (2 * vnni.rate(torch.int8)))
     assert vnni.rate(torch.int8) > vnni.peak_flops and cost.seconds(vnni) > seconds
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: "-".join((m[0].value, *m[1])))
+def test_finished_rows_are_rounded_in_the_epilogue(machine: tuple[Isa, frozenset[str]], cache: KernelCache) -> None:
+    """The codes and scales are those of the very rows that are stored; rows without a scale are NaN."""
+    aim = target(*machine)
+    cases = [Case(50, 131, "codes", factors=True), Case(100, 70, "codes", coded=True)]
+    choices = [(case, choices_of(case, aim)[0]) for case in cases]
+    for (case, parameters), library in zip(choices, built([c for _, c in choices], aim, cache), strict=True):
+        for rows in (1, 2 * parameters.mr + 1, 61):
+            graph = case.graph(rows)
+            values = quantized_values(graph, rows)
+            values["residual"][-1, 3] = torch.nan
+            values["beta"][5] = 1e3
+            want = evaluate(graph, values)
+            for threads in (1, 3):
+                got = run(graph, values, aim, parameters, library, threads)
+                torch.testing.assert_close(got["normal"], want["normal"], rtol=2.0**-20, atol=2.0**-12, equal_nan=True)
+                codes, scales = quantize_rows(got["normal"])
+                assert torch.equal(got["next_codes"], codes)
+                assert torch.equal(got["next_scales"].nan_to_num(-1), scales.nan_to_num(-1))
+            # Nothing else may read the rows themselves.
+            alone = dataclasses.replace(graph, outputs=graph.outputs[1:])
+            assert [*match_of(alone, aim).program.output_dtypes] == [DType.I8, DType.F32]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gated import Gated
-from int8_cases import Case, as_quantized, quantized_values, with_integers
+from int8_cases import Case, as_quantized, quantized_values, unwritten, with_integers
 from torch import Tensor
 
 from fuser.codegen.render import header_folder, render
@@ -21,8 +21,9 @@ from fuser.ir.target import CUDA_ARCHS, cuda_target, emulated_target
 from fuser.kernels.base import KernelSpec, materialized
 from fuser.kernels.gemm import GemmMatch
 from fuser.kernels.gemm_cuda import CudaGatedGemmParameters, CudaGemm, Tile
-from fuser.kernels.gemm_int8 import QuantizedGemmFamily
+from fuser.kernels.gemm_int8 import CodeGemmFamily, QuantizedGemmFamily
 from fuser.kernels.gemm_int8_cuda import (
+    CudaCodeGemm,
     CudaInt8WeightGemm,
     CudaQuantizedGemm,
     CudaQuantizedGemmParameters,
@@ -52,18 +53,29 @@ CASES = [
     (Case(100, 1100, "norm"), SPLIT),
     (Case(40, 99, "none", dtype=torch.bfloat16), SMALL),
     (Case(40, 96, "none", dtype=torch.float16), SMALL),
+    (Case(50, 64, transposed=False, factors=True, coded=True), SMALL),
+    (Case(50, 131, "norm", coded=True), WHOLE),
+    (Case(100, 1100, "norm", factors=True, coded=True), SPLIT),
+    (Case(40, 99, "none", dtype=torch.bfloat16, coded=True), SMALL),
 ]
 
 
+FAMILIES = {family.kind.kind: family for family in (QuantizedGemmFamily(), CodeGemmFamily(), Int8WeightGemmFamily())}
+WAYS: dict[str, Any] = {
+    "quantized_gemm": CudaQuantizedGemm(),
+    "code_gemm": CudaCodeGemm(),
+    "int8_weight_gemm": CudaInt8WeightGemm(),
+}
+
+
 def match_of(graph: OperatorGraph) -> GemmMatch:
-    family = Int8WeightGemmFamily() if graph.compute[0].kind == "int8_weight_gemm" else QuantizedGemmFamily()
-    match = family.match(graph.group(graph.compute), EMULATED)
+    match = FAMILIES[graph.compute[0].kind].match(graph.group(graph.compute), EMULATED)
     assert match is not None
     return match
 
 
 def parameters_of(match: GemmMatch, tile: Tile | None = None) -> CudaGatedGemmParameters:
-    ours: Any = CudaInt8WeightGemm() if match.gemm.kind == "int8_weight_gemm" else CudaQuantizedGemm()
+    ours = WAYS[match.gemm.kind]
     choices = ours.space(match, ADA)
     assert choices and all(ours.cost(match, c, ADA).seconds(ADA) > 0 for c in choices)
     first: CudaGatedGemmParameters = choices[0]
@@ -74,23 +86,23 @@ def parameters_of(match: GemmMatch, tile: Tile | None = None) -> CudaGatedGemmPa
 
 
 def run(graph: OperatorGraph, values: Mapping[str, Tensor], parameters: CudaGatedGemmParameters) -> Tensor:
-    return run_with_workspace(graph, values, parameters)[0]
+    (result,) = run_with_workspace(graph, values, parameters)[0].values()
+    return result
 
 
 def run_with_workspace(
     graph: OperatorGraph, values: Mapping[str, Tensor], parameters: CudaGatedGemmParameters
-) -> tuple[Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     match = match_of(graph)
-    ours: Any = CudaQuantizedGemm() if parameters.rounded else CudaInt8WeightGemm()
+    ours = WAYS[match.gemm.kind]
     call = ours.call(match, parameters, EMULATED, 1)
     source = render(call.spec)
     path = build([source], EMULATED, headers=header_folder(EMULATED))[source.symbol]
-    results = {v: torch.full(graph.values[v].shape, torch.nan, dtype=graph.values[v].dtype) for v in graph.outputs}
+    results = {v: unwritten(graph.values[v]) for v in graph.outputs}
     tensors = materialized(call.tensors, {**values, **results})
     workspace = torch.full((call.workspace_bytes // 4 + 4,), torch.nan)
     emulator.run(path, source.symbol, tensors, call.extents, workspace=workspace)
-    (result,) = results.values()
-    return result, workspace
+    return results, workspace
 
 
 def check_equal(case: Case, tile: Tile, rows: int) -> None:
@@ -123,7 +135,7 @@ def check_fp8(case: Case, tile: Tile, rows: int) -> None:
     torch.testing.assert_close(got, want, rtol=rounding, atol=rounding * max(1.0, float(want.abs().max())))
 
 
-@pytest.mark.parametrize(("case", "tile"), [CASES[i] for i in (0, 4, 6, 7, 8)], ids=str)
+@pytest.mark.parametrize(("case", "tile"), [CASES[i] for i in (0, 4, 6, 7, 8, 10, 12)], ids=str)
 def test_kernels_give_the_numbers_of_fp8(case: Case, tile: Tile) -> None:
     for rows in (1, tile.bm + 5):
         check_fp8(dataclasses.replace(case, codes=FP8), tile, rows)
@@ -140,11 +152,11 @@ def test_rows_become_the_codes_of_the_operator(codes: torch.dtype, factors: bool
     parameters = parameters_of(match_of(graph), SMALL)
     assert isinstance(parameters, CudaQuantizedGemmParameters)
     _, workspace = run_with_workspace(graph, values, parameters)
-    found = workspace.view(torch.uint8)[: rows * parameters.row_bytes].view(rows, parameters.row_bytes)
+    depth = parameters.depth_bytes
+    found = workspace.view(torch.uint8)[: rows * depth].view(rows, depth)
     want, scales = quantize_rows(values["x"], *([values["factors"]] if factors else []), codes=codes)
     assert torch.equal(found[:, : case.k], want.view(torch.uint8))
-    at = parameters.depth_bytes
-    got = found[:, at : at + 4].contiguous().view(torch.float32)
+    got = workspace[rows * depth // 4 :][:rows, None]
     assert torch.equal(got.nan_to_num(-1), scales.nan_to_num(-1))
 
 
@@ -272,3 +284,25 @@ def test_no_registers_spill(arch: str, compile_cuda: Callable[[KernelSpec, str],
         call = ours.call(match, ours.space(match, target)[0], target, 1)  # type: ignore[attr-defined]
         for kernel in compile_cuda(call.spec, arch):
             assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
+
+
+@pytest.mark.parametrize("codes", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [(Case(50, 131, "codes", factors=True), WHOLE), (Case(100, 1100, "codes", coded=True), SPLIT)],
+    ids=str,
+)
+def test_finished_rows_are_rounded_in_the_epilogue(
+    case: Case, tile: Tile, codes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codes and scales are those of the very rows that are stored, and nothing races for them."""
+    monkeypatch.setenv("FUSER_EMULATOR_CHECKED", "1")
+    graph = dataclasses.replace(case, codes=codes).graph(tile.bm + 5)
+    values = quantized_values(graph)
+    values["residual"][-1, 3] = torch.nan
+    got, _ = run_with_workspace(graph, values, parameters_of(match_of(graph), tile))
+    want, scales = quantize_rows(got["normal"], codes=codes)
+    assert torch.equal(got["next_codes"].view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(got["next_scales"].nan_to_num(-1), scales.nan_to_num(-1))
+    exact = evaluate(graph, values, torch.float64)["normal"]
+    torch.testing.assert_close(got["normal"].double(), exact, rtol=2.0**-14, atol=2.0**-12, equal_nan=True)

@@ -20,11 +20,13 @@ from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import (
     Activation,
     Bias,
+    CodeGemm,
     Int8Gemm,
     Int8WeightGemm,
     Norm,
     Product,
     QuantizedGemm,
+    QuantizeRows,
     Residual,
     TorchCall,
 )
@@ -56,6 +58,8 @@ class Case:
     given: tuple[float, int] | None = None
     """The scale and the zero point of all rows, if these do not have their own."""
     symmetric: bool = True
+    coded: bool = False
+    """Whether rows come as codes with scales."""
 
     def graph(self, rows: int) -> OperatorGraph:
         weight = (self.n, self.k) if self.transposed else (self.k, self.n)
@@ -73,10 +77,18 @@ class Case:
                 Operator("add", Residual(), ("active", "residual"), ("total",)),
                 Operator("norm", Norm(layer_norm(1e-5)), ("total", "gamma", "beta"), ("normal",)),
             ],
-        }[self.chain]
+        }["norm" if self.chain == "codes" else self.chain]
+        outputs: tuple[str, ...] = ()
+        if self.chain == "codes":
+            outputs = ("next_codes", "next_scales")
+            values |= _codes(outputs, (rows, self.n), self.codes)
+            steps.append(Operator("round", QuantizeRows(self.codes), ("normal",), outputs))
         chain = (Operator("dense", QuantizedGemm(self.transposed, self.codes), inputs, ("product",)), *steps)
         constants = {v: Constant(v) for v in ("weight", "bias", "gamma", "beta", "factors")}
-        graph = OperatorGraph(chain, values, ("x", "residual"), chain[-1].outputs, constants)
+        outputs = ("normal", *outputs) if outputs else chain[-1].outputs
+        graph = OperatorGraph(chain, values, ("x", "residual"), outputs, constants)
+        if self.coded:
+            return as_coded(graph)
         if self.range is None:
             return graph
         least = 2.0**-23 if self.given is None else None
@@ -123,6 +135,28 @@ def as_quantized(graph: OperatorGraph, codes: torch.dtype = torch.int8) -> Opera
     return dataclasses.replace(graph, operators=tuple(operators))
 
 
+def _codes(names: tuple[str, ...], shape: tuple[int, ...], codes: torch.dtype) -> dict[str, TensorSpec]:
+    """Rows as codes, and their scales."""
+    shapes = shape, (*shape[:-1], 1)
+    dtypes = codes, torch.float32
+    return {n: TensorSpec.contiguous(s, d) for n, s, d in zip(names, shapes, dtypes, strict=True)}
+
+
+def as_coded(graph: OperatorGraph) -> OperatorGraph:
+    """A graph whose product in codes is of rows that come as such."""
+    operators, names = [], ("row_codes", "row_scales")
+    values = dict(graph.values)
+    for op in graph.operators:
+        if isinstance(op.semantics, QuantizedGemm):
+            x, *others = op.inputs
+            values |= _codes(names, values[x].shape, op.semantics.codes)
+            semantics = CodeGemm(op.semantics.transposed, op.semantics.codes)
+            op = dataclasses.replace(op, semantics=semantics, inputs=(names[0], *others, names[1]))
+        operators.append(op)
+    inputs = (*names, *(v for v in graph.inputs if v != "x"))
+    return dataclasses.replace(graph, operators=tuple(operators), values=values, inputs=inputs)
+
+
 def with_integers(graph: OperatorGraph, kind: Callable[[bool], Product] = Int8WeightGemm) -> OperatorGraph:
     """Products of a graph with their weights in int8."""
     values, operators, constants = dict(graph.values), [], dict(graph.constants)
@@ -139,6 +173,11 @@ def with_integers(graph: OperatorGraph, kind: Callable[[bool], Product] = Int8We
     return dataclasses.replace(graph, operators=tuple(operators), values=values, constants=constants)
 
 
+def unwritten(spec: TensorSpec) -> Tensor:
+    """Memory for a result."""
+    return torch.full(spec.shape, torch.nan if spec.dtype.is_floating_point else 99).to(spec.dtype)
+
+
 def quantized_values(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
     """Random numbers for what a graph reads; factors and scales are positive."""
     g = torch.Generator().manual_seed(seed)
@@ -149,6 +188,8 @@ def quantized_values(graph: OperatorGraph, seed: int = 0) -> dict[str, Tensor]:
             found[v] = graph.constants[v].evaluate(())
             continue
         found[v] = torch.randn(spec.shape, generator=g).mul(40 if spec.dtype == torch.int8 else 1).to(spec.dtype)
+    if "row_scales" in found:
+        found["row_scales"] = found["row_scales"].abs() / 40
     if "factors" in found:
         found["factors"] = found["factors"].abs() + 0.3
     if "scales" in found:

@@ -24,6 +24,7 @@ from fuser.ir.operators import (
     BiasByDistance,
     BooleanMask,
     ChangeScores,
+    CodeGemm,
     Concat,
     Depthwise,
     DisentangledBias,
@@ -48,6 +49,7 @@ from fuser.ir.operators import (
     Pointwise,
     PredictedAttention,
     QuantizedGemm,
+    QuantizeRows,
     Reduction,
     Ref,
     Residual,
@@ -72,7 +74,13 @@ class Case:
 
     semantics: Semantics
     inputs: tuple[Tensor, ...]
-    definition: Callable[..., Tensor]
+    definition: Callable[..., Tensor | tuple[Tensor, ...]]
+
+    @property
+    def expected(self) -> tuple[Tensor, ...]:
+        """What it is to make of the inputs."""
+        found = self.definition(*self.inputs)
+        return found if isinstance(found, tuple) else (found,)
 
 
 def normal(*shape: int) -> Tensor:
@@ -105,6 +113,17 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     scales = [t.float().abs().amax(-1, keepdim=True) / 127 for t in (x, weight)]
     a, b = (torch.round(t.float() / scale).double() for t, scale in zip((x, weight), scales, strict=True))
     return (torch.einsum("bsk,nk->bsn", a, b).float() * (scales[0] * scales[1].mT)).to(x.dtype)
+
+
+EIGHTHS = normal(2, 5, 8).mul(30).round().clamp(-127, 127) / 8
+EIGHTHS[..., 3] = 127 / 8
+"""Rows whose codes are exactly eight times as large."""
+
+
+def _product_of_codes(codes: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    own = weight.float().abs().amax(-1, keepdim=True) / 127
+    columns = torch.round(weight.float() / own).double()
+    return torch.einsum("bsk,nk->bsn", codes.double(), columns).float().to(scales.dtype) * (scales * own.mT)
 
 
 def _int8_product_in_range(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -195,6 +214,11 @@ CASES: Mapping[type[Semantics], Case] = {
         ),
         Case(QuantizedGemm(transposed=True), (X, normal(7, 8)), _int8_product),
         Case(
+            CodeGemm(transposed=True),
+            ((8 * EIGHTHS).to(torch.int8), normal(7, 8), normal(2, 5, 1).abs()),
+            _product_of_codes,
+        ),
+        Case(
             GroupedGemm(transposed=False),
             (X[0], normal(3, 8, 4), torch.tensor([2, 2, 4])),
             lambda x, w, _: torch.stack([*(x[:2] @ w[0]), *(x[2:4] @ w[2]), torch.zeros(4).double()]),
@@ -273,6 +297,11 @@ CASES: Mapping[type[Semantics], Case] = {
         Case(Residual(), (X, normal(2, 5, 8)), lambda x, y: x + y),
         Case(Norm(layer_norm(1e-5)), (X, ROW, -ROW), _norm),
         Case(Reduction(unary(Op.ROW_MEAN)), (X,), lambda x: sum(x.unbind(-1))[..., None] / 8),
+        Case(
+            QuantizeRows(factors=True),
+            (EIGHTHS / 4, torch.full((8,), 4.0).double()),
+            lambda x, _: ((x * 32).to(torch.int8), torch.full((2, 5, 1), 0.125)),
+        ),
         Case(Pointwise(unary(Op.EXP)), (X,), lambda x: math.e**x),
         Case(Scale(0.125), (X,), lambda x: x / 8),
         Case(

@@ -18,7 +18,16 @@ from fuser.ir.operators.attention import (
     PredictedAttention,
 )
 from fuser.ir.operators.base import KINDS, Ref, Semantics, Shape, TorchCall, canonical, kind, laid_out
-from fuser.ir.operators.products import Bf16Gemm, Gemm, GroupedGemm, Int8Gemm, Int8WeightGemm, Product, QuantizedGemm
+from fuser.ir.operators.products import (
+    Bf16Gemm,
+    CodeGemm,
+    Gemm,
+    GroupedGemm,
+    Int8Gemm,
+    Int8WeightGemm,
+    Product,
+    QuantizedGemm,
+)
 from fuser.ir.operators.pytorch import Extern, MergeHeads, SplitHeads, View
 from fuser.ir.operators.rows import Append, Concat, Depthwise, Embedding, GatherRows, Rotary, Unfold, WriteRows, room
 from fuser.ir.operators.rowwise import (
@@ -29,6 +38,7 @@ from fuser.ir.operators.rowwise import (
     FakeQuantizeAsFound,
     Norm,
     Pointwise,
+    QuantizeRows,
     Reduction,
     Residual,
     Scale,
@@ -52,6 +62,7 @@ __all__ = [
     "BiasByDistance",
     "BooleanMask",
     "ChangeScores",
+    "CodeGemm",
     "Concat",
     "Depthwise",
     "DisentangledBias",
@@ -79,6 +90,7 @@ __all__ = [
     "PredictedAttention",
     "Product",
     "QK",
+    "QuantizeRows",
     "QuantizedGemm",
     "Reduction",
     "Ref",

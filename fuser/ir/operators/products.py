@@ -80,6 +80,26 @@ class QuantizedGemm(Product):
         return ((sums * (row_scales * scales.mT)).to(x.dtype),)
 
 
+@kind("code_gemm")
+@dataclass(frozen=True)
+class CodeGemm(Product):
+    """x · W as :class:`QuantizedGemm`, of an x that :class:`~fuser.ir.operators.QuantizeRows` has rounded: its
+    ``codes``, W, the factors that W is divided by, if there are some, and the scales of x, the last input."""
+
+    transposed: bool
+    codes: torch.dtype = torch.int8
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        rows, weight, *factors, row_scales = inputs
+        columns = weight if self.transposed else weight.mT
+        weights, scales = quantize_rows(columns, *(1 / f for f in factors), codes=self.codes)
+        sums = code_products(rows.to(self.codes), weights, row_scales.dtype)
+        return (sums * (row_scales * scales.mT),)
+
+
 @kind("int8_weight_gemm")
 @dataclass(frozen=True)
 class Int8WeightGemm(Product):

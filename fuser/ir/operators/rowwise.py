@@ -14,7 +14,7 @@ from torch import Tensor
 from fuser.ir import expression as ex
 from fuser.ir.expression import Builder, Expression, Op
 from fuser.ir.operators.base import Semantics, Shape, kind
-from fuser.ir.quantization import round_tensor
+from fuser.ir.quantization import MOST, NAMES, TINY, quantize_rows, round_tensor
 from fuser.ir.scores import ScoreRule
 
 
@@ -99,6 +99,29 @@ class Reduction(_AlongRows):
 
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return float(self.expression.flops * math.prod(inputs[0]))
+
+
+@kind("quantize_rows")
+@dataclass(frozen=True)
+class QuantizeRows(RowWise):
+    """Rows (…, K) as ``codes`` of eight bits (…, K), and the fp32 scale of each (…, 1):
+    :func:`~fuser.ir.quantization.quantize_rows`, with ``factors`` of a second input (K,)."""
+
+    codes: torch.dtype = torch.int8
+    factors: bool = False
+
+    finishes_rows = True
+
+    @functools.cached_property
+    def expression(self) -> Expression:
+        rounds = not self.codes.is_floating_point
+        return ex.quantize_rows(MOST[self.codes], TINY, rounds=rounds, factors=self.factors)
+
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return quantize_rows(*inputs, codes=self.codes)
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return NAMES[self.codes]
 
 
 @kind("pointwise")

@@ -79,6 +79,7 @@ BINARY: dict[Op, Callable[[float, float], float]] = {
     Op.DIV: lambda a, b: a / b,
     Op.MAXIMUM: max,
     Op.MINIMUM: min,
+    Op.LESS: lambda a, b: float(a < b),
 }
 
 

@@ -1,0 +1,48 @@
+"""Which rows are rounded to eight bits by the kernel that makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+import torch
+
+from fuser.ir.graph import Operator, OperatorGraph, TensorSpec, is_kind
+from fuser.ir.operators import CodeGemm, QuantizedGemm, QuantizeRows
+
+
+def rounded(graph: OperatorGraph, stored: Collection[torch.dtype]) -> OperatorGraph:
+    """``graph`` with the rows that a :class:`QuantizedGemm` would round already rounded behind the operator that makes
+    them, where that reduces along rows: its kernel has whole rows at hand, and what reads codes has less to read. Other
+    kernels have rows in parts, so that the product's rounds them as it packs them. Kernels compute on what is
+    ``stored`` as one of these dtypes."""
+    values, makers = dict(graph.values), dict[str, list[Operator]]()
+    products: dict[str, Operator] = {}
+    for op in graph.operators:
+        source = graph.producer.get(op.inputs[0]) if is_kind(op, QuantizedGemm) else None
+        if source is None or source.expression is None or not source.expression.has_reduction:
+            continue
+        assert isinstance(op.semantics, QuantizedGemm)
+        (x, weight, *factors), codes = op.inputs, op.semantics.codes
+        spec = graph.values[x]
+        if not spec.is_contiguous or spec.dtype not in stored:
+            continue
+        known = makers.setdefault(x, [])
+        maker = next((m for m in known if m.inputs == (x, *factors)), None)
+        if maker is None:
+            name = f"{x}_{len(known)}"
+            made = f"{name}_codes", f"{name}_scales"
+            values[made[0]] = TensorSpec.contiguous(spec.shape, codes)
+            values[made[1]] = TensorSpec.contiguous((*spec.shape[:-1], 1), torch.float32)
+            maker = Operator(f"{name}_rounded", QuantizeRows(codes, bool(factors)), (x, *factors), made)
+            known.append(maker)
+        inputs = (maker.outputs[0], weight, *factors, maker.outputs[1])
+        products[op.name] = dataclasses.replace(op, semantics=CodeGemm(op.semantics.transposed, codes), inputs=inputs)
+
+    def operators() -> Iterator[Operator]:
+        for op in graph.operators:
+            yield products.get(op.name, op)
+            for value in op.outputs:
+                yield from makers.get(value, ())
+
+    return dataclasses.replace(graph, operators=tuple(operators()), values=values)
