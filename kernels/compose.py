@@ -92,14 +92,15 @@ def compose(
     bounds: list[Bound] = []
     known: dict[tuple[str, Bound], int] = {}
     gathers: list[str] = []
-    shapes = {rows_and_columns(graph.values[op.output].shape) for op in operators}
-    shapes |= {rows_and_columns(graph.values[value].shape) for value in seeds}
+    computed = {rows_and_columns(graph.values[value].shape) for value in seeds}
+    shapes = computed | {rows_and_columns(graph.values[op.output].shape) for op in operators}
     if narrow:
         reduced = [op.inputs[0] for op in operators if isinstance(op.semantics, Reduction)]
         shapes |= {rows_and_columns(graph.values[value].shape) for value in reduced}
         widest = max((columns for _, columns in shapes if not isinstance(columns, Size)), default=1)
         shapes = {(rows, widest if columns == 1 else columns) for rows, columns in shapes}
-    if len(shapes) != 1:
+    # What is there already has all columns: one number a row would be a row of one.
+    if len(shapes) != 1 or not computed <= shapes:
         return None
     rows, columns = shapes.pop()
 
@@ -133,7 +134,7 @@ def compose(
         if isinstance(op.semantics, Embedding):
             table, index = op.inputs
             spec, indices = graph.values[table], graph.values[index]
-            if len(spec.shape) != 2 or spec.strides[1] != 1 or spec.dtype not in storage:
+            if len(spec.shape) != 2 or spec.shape[1] != columns or spec.strides[1] != 1 or spec.dtype not in storage:
                 return None
             if group.produces(table) is not None:
                 # Any of its rows may be read for the first.

@@ -27,14 +27,14 @@ def rounded(graph: OperatorGraph, stored: Collection[torch.dtype]) -> OperatorGr
         spec = graph.values[x]
         if not spec.is_contiguous or spec.dtype not in stored:
             continue
-        known = makers.setdefault(x, [])
-        maker = next((m for m in known if m.inputs == (x, *factors)), None)
+        known, semantics = makers.setdefault(x, []), QuantizeRows(codes, bool(factors))
+        maker = next((m for m in known if m.inputs == (x, *factors) and m.semantics == semantics), None)
         if maker is None:
             name = f"{x}_{len(known)}"
             made = f"{name}_codes", f"{name}_scales"
             values[made[0]] = TensorSpec.contiguous(spec.shape, codes)
             values[made[1]] = TensorSpec.contiguous((*spec.shape[:-1], 1), torch.float32)
-            maker = Operator(f"{name}_rounded", QuantizeRows(codes, bool(factors)), (x, *factors), made)
+            maker = Operator(f"{name}_rounded", semantics, (x, *factors), made)
             known.append(maker)
         inputs = (maker.outputs[0], weight, *factors, maker.outputs[1])
         products[op.name] = dataclasses.replace(op, semantics=CodeGemm(op.semantics.transposed, codes), inputs=inputs)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gated import Gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import fuser
 from fuser.codegen.render import header_folder, render
 from fuser.ir.evaluation import evaluate
 from fuser.ir.expression import Builder, Expression, Op, layer_norm, rms_norm, softmax, unary
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec
 from fuser.ir.operators import Activation, Bias, Gemm, Norm, Residual
-from fuser.ir.target import Isa, Target
+from fuser.ir.target import Isa, Target, emulated_target
 from fuser.kernels import gemm
 from fuser.kernels.base import (
     Access,
@@ -540,3 +543,28 @@ def test_default_tile_wastes_the_fewest_columns() -> None:
         made = gemm.parameters(n, 64, IDENTITY, (), (DType.F32,), machine)
         assert made.nr == nr, n
         assert made.mc % made.mr == 0 and made.kc <= 256
+
+
+class _Gate(nn.Module):
+    """One number a row from a product, read with the rows that it was made of, by itself and in sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.norm = nn.Linear(64, 1), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Any:
+        gate = torch.sigmoid(self.gate(x))
+        return gate * x, (gate * x).sum(-1, keepdim=True), self.norm(x + self.gate(x)), gate
+
+
+@pytest.mark.parametrize("target", ["cpu", emulated_target()], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_one_column_is_no_row_of_many(target: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = _Gate().eval().to(dtype), torch.randn(5, 7, 64, dtype=dtype)
+    with torch.no_grad():
+        fast = fuser.optimize(model, search="model", target=target)
+        for got, want in zip(fast(x), copy.deepcopy(model).double()(x.double()), strict=True):
+            close = 1e-5 if dtype is torch.float32 else 3e-2
+            torch.testing.assert_close(got.double(), want, rtol=close, atol=close * float(want.abs().max()))
+    assert not fast.fallbacks

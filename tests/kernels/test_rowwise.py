@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fuser
 from fuser.ir.graph import TensorSpec
+from fuser.ir.target import emulated_target
 from fuser.kernels.base import Access
 from fuser.kernels.operands import Bound, OperandExtents, bind, bind_groups, row_stride, rows_and_columns
 
@@ -189,3 +190,26 @@ def test_a_gather_of_transposed_ids_follows_their_order() -> None:
     ids = torch.arange(24).view(4, 6)
     with torch.no_grad():
         assert torch.allclose(fuser.optimize(model, search="model")(ids), model(ids), atol=1e-5)
+
+
+class _OneColumn(nn.Module):
+    """A number of a table, read with rows of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 1)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Any:
+        found = self.table(ids)
+        return found * 2, x * found, x - (found + x.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("target", ["cpu", emulated_target()], ids=["cpu", "cuda"])
+def test_a_table_of_one_column_is_no_table_of_rows(target: Any) -> None:
+    torch.manual_seed(0)
+    model, x, ids = _OneColumn().eval(), torch.randn(5, 7, 64), torch.randint(0, 10, (5, 7))
+    with torch.no_grad():
+        fast = fuser.optimize(model, search="model", target=target)
+        for got, want in zip(fast(x, ids), model(x, ids), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert not fast.fallbacks
