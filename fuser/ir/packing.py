@@ -205,17 +205,18 @@ class _Packer:
 
     def _row_wise(self, op: Operator) -> None:
         shapes = [self.graph.values[value].shape for value in op.inputs]
-        (out,) = op.outputs if len(op.outputs) == 1 else (None,)
-        axes = None if out is None else self._axes(out)
-        if out is None or axes is None or not op.semantics.keeps_rows(shapes, self.graph.values[out].shape):
+        out, *others = op.outputs
+        axes = self._axes(out)
+        kept = axes is not None and op.semantics.keeps_rows(shapes, self.graph.values[out].shape)
+        if axes is None or not kept or any(self._axes(other) != axes for other in others):
             raise PackingError(f"{_called(op)} mixes the rows of different positions")
         is_last = axes.sequence == len(self.graph.values[out].shape) - 1
         expression = op.expression
         if is_last and not isinstance(op.semantics, Embedding) and (expression is None or expression.has_reduction):
             raise PackingError(f"{_called(op)} goes along the sequence")
-        inputs = []
+        inputs, product = [], op.semantics if isinstance(op.semantics, Product) else None
         for i, value in enumerate(op.inputs):
-            if i in op.semantics.gathers or (isinstance(op.semantics, Product) and i > 0):
+            if i in op.semantics.gathers or (product and i not in product.rows(len(op.inputs))):
                 if value in self.rows:
                     raise PackingError(f"{_called(op)} looks up rows of the sequence")
                 inputs.append(value)

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from fuser.codegen.choice import GroupChoice
 from fuser.ir.errors import CaptureError, TargetError
 from fuser.ir.evaluation import Evaluation, run_graph, value_of
 from fuser.ir.graph import Constant, Operator, OperatorGraph, TensorSpec, is_kind
-from fuser.ir.operators import Bf16Gemm, Gemm, Int8WeightGemm, QuantizedGemm, Ref, TorchCall
+from fuser.ir.operators import Bf16Gemm, Gemm, Int8WeightGemm, QuantizedGemm, QuantizeRows, Ref, TorchCall
 from fuser.ir.quantization import MAX_TERMS, NAMES, Fixed, integers_of, scales_of
 from fuser.ir.target import Target
 from fuser.kernels.base import floating
@@ -546,7 +546,14 @@ def _covering(name: str, *programs: Sequence[GroupChoice]) -> list[list[GroupCho
             if covered & choice.group.names:
                 covered |= choice.group.names
         grown = len(covered) > before
-    return [[c for c in program if covered & c.group.names] for program in programs]
+    return [[c for c in program if covered & c.group.names or _rounds_for(c, covered)] for program in programs]
+
+
+def _rounds_for(choice: GroupChoice, covered: Collection[str]) -> bool:
+    """Whether a kernel does nothing but round the rows of ``covered`` operators."""
+    group = choice.group
+    readers = (reader.name for value in group.outputs for reader in group.graph.readers(value))
+    return all(is_kind(op, QuantizeRows) for op in group.operators) and any(name in covered for name in readers)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

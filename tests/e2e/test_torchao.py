@@ -147,8 +147,10 @@ def test_what_is_quantized_already_is_not_quantized_again() -> None:
     fast = fuser.optimize(whole, quantize=how, search="model")
     hidden = fuser.optimize(quantized, search="model")(x)
     got = fast(x)
-    assert kinds(fast) == ["int8_gemm"] * 4 + ["quantized_gemm"]
-    assert torch.equal(got, fuser.optimize(whole[1], quantize=how, search="model")(hidden))
+    assert kinds(fast) == ["int8_gemm"] * 4 + ["code_gemm"]
+    # The norm of the last block is rounded as it is made, where an element beside a border may go the other way.
+    want = fuser.optimize(whole[1], quantize=how, search="model")(hidden)
+    assert float((got - want).norm() / want.norm()) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ class Product(Semantics):
     def keeps_rows(self, inputs: Sequence[Shape], output: Shape) -> bool:
         return True
 
+    def rows(self, inputs: int) -> tuple[int, ...]:
+        """Positions of those of so many inputs that have the rows of the output; the others are its weight."""
+        return (0,)
+
     def flops(self, inputs: Sequence[Shape], output: Shape) -> float:
         return 2.0 * math.prod(output) * inputs[0][-1]
 
@@ -88,6 +92,9 @@ class CodeGemm(Product):
 
     transposed: bool
     codes: torch.dtype = torch.int8
+
+    def rows(self, inputs: int) -> tuple[int, ...]:
+        return 0, inputs - 1
 
     def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
         return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"

@@ -76,7 +76,9 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def kinds(fast: fuser.OptimizedModule) -> list[str]:
-    return [op.kind for op in fast.programs[-1].graph.operators if op.kind.endswith("gemm")]
+    """The kinds of products; those in eight bits are one, whichever kernel rounds their rows."""
+    found = (op.kind for op in fast.programs[-1].graph.operators if op.kind.endswith("gemm"))
+    return ["quantized_gemm" if kind == "code_gemm" else kind for kind in found]
 
 
 def layers(fast: fuser.OptimizedModule) -> tuple[Layer, ...]:
@@ -461,14 +463,16 @@ def test_on_a_gpu_kernels_give_the_numbers_of_cpus(how: dict[str, Any]) -> None:
 
 
 def test_on_a_gpu_layers_are_tried_and_kept_where_int8_is_no_faster() -> None:
-    """Small layers, by the cost model: another launch takes longer than the product."""
+    """Small layers, by the cost model: another launch takes longer than the product. The norm's kernel rounds without
+    one."""
     model, x = encoder(), rows(2, 9)
     fast = fuser.optimize(model, quantize=fuser.Int8(bf16=False), search="model", target="cuda:emulated")
     with torch.no_grad():
-        torch.testing.assert_close(fast(x)[0], model(x)[0], atol=1e-5, rtol=1e-5)
+        assert cosine(fast(x)[0], model(x)[0]) > 0.9999
     found = layers(fast)
-    assert kinds(fast) == ["gemm"] * 5 and all(layer.reason for layer in found)
-    assert sum("no faster in int8" in layer.reason for layer in found) == 4
+    assert [layer.modules for layer in found if layer.quantized] == [("second.up",)]
+    assert kinds(fast) == ["gemm"] * 2 + ["quantized_gemm"] + ["gemm"] * 2
+    assert sum("no faster in int8" in layer.reason for layer in found) == 3
 
 
 def test_layers_in_fp8(tmp_path: Path) -> None:
@@ -603,8 +607,10 @@ def test_weights_that_are_tensors_of_several(tmp_path: Path) -> None:
 def test_what_int8_makes_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(_: Tuner, ways: Sequence[Sequence[GroupChoice]]) -> list[float]:
         plain, rounded = ways
-        assert {n for c in plain for n in c.group.names} == {n for c in rounded for n in c.group.names}
-        assert any(op.kind == "quantized_gemm" for c in rounded for op in c.group.operators)
+        # The next layer's rows may be rounded as well.
+        operators = [op for c in rounded for op in c.group.operators]
+        assert {n for c in plain for n in c.group.names} == {o.name for o in operators if o.kind != "quantize_rows"}
+        assert any(op.kind in ("quantized_gemm", "code_gemm") for op in operators)
         values, operators = plain[0].group.graph.values, [op for c in plain for op in c.group.operators]
         wide = any(op.kind == "gemm" and values[op.output].shape[-1] == 128 for op in operators)
         return [2e-6, 3e-6] if wide else [3e-6, 2e-6]
