@@ -332,8 +332,8 @@ class _Bench:
         limit = tolerance(
             (graph.values[v].dtype for op in graph.compute for v in (*op.inputs, *op.outputs)), self.target
         )
-        codes = (CODE_TOLERANCES.get(getattr(op.semantics, "codes", None), 0.0) for op in graph.compute)
-        limit = max([limit, *codes])
+        codes = {getattr(op.semantics, "codes", None) for op in graph.compute}
+        limit = max([limit, *(error for dtype, error in CODE_TOLERANCES.items() if dtype in codes)])
         rounded = {op.outputs[0]: op.outputs[1] for op in graph.compute if isinstance(op.semantics, QuantizeRows)}
         made = dict(zip((*graph.outputs, *graph.states), results, strict=True))
         for name, got in made.items():
