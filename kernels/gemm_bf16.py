@@ -25,6 +25,7 @@ from fuser.kernels.gemm_cuda import (
     CudaGemmExtents,
     RowLayout,
     cost_of,
+    gated_fields,
     match_seconds,
     match_tiles,
 )
@@ -69,21 +70,10 @@ class CudaBf16Gemm(Implementation[GemmMatch, CudaBf16GemmParameters]):
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[CudaBf16GemmParameters]:
         """The tiles with the least predicted time."""
-        program = match.program
+        a_dtype = STORAGE[match.group.graph.values[match.a].dtype]
+        tiles = match_tiles(match, DType.BF16, True, target)
         return [
-            CudaBf16GemmParameters(
-                match.n,
-                match.k,
-                DType.BF16,
-                True,
-                program.expression,
-                program.operands,
-                program.output_dtypes,
-                tile,
-                match.products,
-                STORAGE[match.group.graph.values[match.a].dtype],
-            )
-            for tile in match_tiles(match, DType.BF16, True, target)
+            CudaBf16GemmParameters(**gated_fields(match, DType.BF16, True, tile), a_dtype=a_dtype) for tile in tiles
         ]
 
     def cost(self, match: GemmMatch, parameters: CudaBf16GemmParameters, target: Target) -> Cost:

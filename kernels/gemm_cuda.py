@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,8 +167,8 @@ class CudaGemmParameters:
         return False
 
     @property
-    def coded(self) -> bool:
-        """Whether A is such codes already, and followed by their scales."""
+    def rounds(self) -> bool:
+        """Whether a kernel before the product makes these codes; else A is codes, and followed by their scales."""
         return False
 
     @property
@@ -483,6 +484,22 @@ def match_tiles(match: GemmMatch, dtype: DType, tensor_cores: bool, target: Targ
     reduces = program.expression.has_reduction
     tiles = best_tiles(program.rows, columns, match.k, dtype, tensor_cores, reduces, target, gated)
     return [tile for tile in tiles if tile.bn % (32 * match.products) == 0]
+
+
+def gated_fields(match: GemmMatch, dtype: DType, tensor_cores: bool, tile: Tile) -> dict[str, Any]:
+    """What parameters of products that are multiplied as ``dtype`` have in common."""
+    program = match.program
+    return {
+        "n": match.n,
+        "k": match.k,
+        "dtype": dtype,
+        "tensor_cores": tensor_cores,
+        "epilogue": program.expression,
+        "operands": program.operands,
+        "out_dtypes": program.output_dtypes,
+        "tile": tile,
+        "parts": match.products,
+    }
 
 
 def match_seconds(match: GemmMatch, parameters: CudaGemmParameters, target: Target) -> float:

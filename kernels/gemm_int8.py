@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fuser.ir.graph import OperatorGroup
-from fuser.ir.operators import CodeGemm, Int8Gemm, QuantizedGemm
+from fuser.ir.operators import CodedProduct, CodeGemm, Int8Gemm, QuantizedGemm
 from fuser.ir.quantization import MAX_TERMS, MOST, quantize_rows
 from fuser.ir.target import Isa, Target
 from fuser.kernels.base import Cost, Implementation, KernelCall, KernelSpec, Layout, Packed
@@ -261,7 +261,7 @@ class CpuStoredInt8Gemm(CpuInt8Gemm):
 def codes_of(match: GemmMatch) -> torch.dtype:
     """What the factors of a product are rounded to."""
     semantics = match.gemm.semantics
-    assert isinstance(semantics, (QuantizedGemm, CodeGemm))
+    assert isinstance(semantics, CodedProduct)
     return semantics.codes
 
 

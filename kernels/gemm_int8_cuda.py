@@ -24,6 +24,7 @@ from fuser.kernels.gemm_cuda import (
     CudaGatedGemmParameters,
     CudaGemmExtents,
     cost_of,
+    gated_fields,
     has_tensor_cores,
     match_seconds,
     match_tiles,
@@ -45,6 +46,10 @@ class CudaQuantizedGemmParameters(CudaGatedGemmParameters):
 
     @property
     def rounded(self) -> bool:
+        return True
+
+    @property
+    def rounds(self) -> bool:
         return True
 
     @property
@@ -72,10 +77,6 @@ class CudaCodeGemmParameters(CudaGatedGemmParameters):
 
     @property
     def rounded(self) -> bool:
-        return True
-
-    @property
-    def coded(self) -> bool:
         return True
 
 
@@ -128,20 +129,9 @@ class CudaQuantizedGemm(Implementation[GemmMatch, CudaQuantizedGemmParameters]):
         if not _fits(match, codes, target):
             return []
         a_dtype = STORAGE[match.group.graph.values[match.a].dtype]
+        factors = len(match.gemm.inputs) > 2
         return [
-            CudaQuantizedGemmParameters(
-                match.n,
-                match.k,
-                codes,
-                True,
-                match.program.expression,
-                match.program.operands,
-                match.program.output_dtypes,
-                tile,
-                match.products,
-                a_dtype,
-                len(match.gemm.inputs) > 2,
-            )
+            CudaQuantizedGemmParameters(**gated_fields(match, codes, True, tile), a_dtype=a_dtype, factors=factors)
             for tile in match_tiles(match, codes, True, target)
         ]
 
@@ -164,23 +154,11 @@ class CudaCodeGemm(Implementation[GemmMatch, CudaCodeGemmParameters]):
 
     def space(self, match: GemmMatch, target: Target) -> Sequence[CudaCodeGemmParameters]:
         """The tiles with the least predicted time."""
-        codes, program = STORAGE[codes_of(match)], match.program
+        codes = STORAGE[codes_of(match)]
         if not _fits(match, codes, target):
             return []
-        return [
-            CudaCodeGemmParameters(
-                match.n,
-                match.k,
-                codes,
-                True,
-                program.expression,
-                program.operands,
-                program.output_dtypes,
-                tile,
-                match.products,
-            )
-            for tile in match_tiles(match, codes, True, target)
-        ]
+        tiles = match_tiles(match, codes, True, target)
+        return [CudaCodeGemmParameters(**gated_fields(match, codes, True, tile)) for tile in tiles]
 
     def cost(self, match: GemmMatch, parameters: CudaCodeGemmParameters, target: Target) -> Cost:
         """Whole tiles on whole SMs, every tensor touched once."""
@@ -202,20 +180,8 @@ class CudaInt8WeightGemm(Implementation[GemmMatch, CudaInt8WeightGemmParameters]
             return []
         dtype = product_dtype(match)
         tensor_cores = has_tensor_cores(dtype, target)
-        return [
-            CudaInt8WeightGemmParameters(
-                match.n,
-                match.k,
-                dtype,
-                tensor_cores,
-                match.program.expression,
-                match.program.operands,
-                match.program.output_dtypes,
-                tile,
-                match.products,
-            )
-            for tile in match_tiles(match, dtype, tensor_cores, target)
-        ]
+        tiles = match_tiles(match, dtype, tensor_cores, target)
+        return [CudaInt8WeightGemmParameters(**gated_fields(match, dtype, tensor_cores, tile)) for tile in tiles]
 
     def cost(self, match: GemmMatch, parameters: CudaInt8WeightGemmParameters, target: Target) -> Cost:
         """As products of A's type, with weights of one byte in memory."""

@@ -20,7 +20,7 @@ from fuser.explain.drawing import COLOURS, draw_region, duration, shape_text
 from fuser.ir.errors import FuserError, MaskError
 from fuser.ir.graph import Operator, Region, is_kind
 from fuser.ir.masks import Mask
-from fuser.ir.operators import CodeGemm, PatternMask, PredictedAttention, QuantizedGemm, QuantizeRows, View
+from fuser.ir.operators import CodedProduct, PatternMask, PredictedAttention, QuantizeRows, View
 from fuser.ir.quantization import NAMES
 from fuser.ir.target import Target
 from fuser.module.compiler import Compiled
@@ -200,7 +200,7 @@ def _multiplied(op: Operator, kernel: Kernel | None) -> str:
         if how.may_be_exact and kernel is not None and not getattr(kernel.parameters, "few_bits", False):
             return ""
         return f"{type(how).__name__} {how.bits} bits"
-    if isinstance(op.semantics, (QuantizedGemm, CodeGemm)):
+    if isinstance(op.semantics, CodedProduct):
         return NAMES[op.semantics.codes]
     return _WIDTHS.get(op.kind, "")
 

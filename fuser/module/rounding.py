@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 
 import torch
 
@@ -16,8 +16,8 @@ def rounded(graph: OperatorGraph, stored: Collection[torch.dtype]) -> OperatorGr
     them, where that reduces along rows: its kernel has whole rows at hand, and what reads codes has less to read. Other
     kernels have rows in parts, so that the product's rounds them as it packs them. Kernels compute on what is
     ``stored`` as one of these dtypes."""
-    values, makers = dict(graph.values), dict[str, list[Operator]]()
-    products: dict[str, Operator] = {}
+    values, products = dict(graph.values), dict[str, Operator]()
+    makers: dict[str, dict[tuple[Hashable, ...], Operator]] = {}
     for op in graph.operators:
         source = graph.producer.get(op.inputs[0]) if is_kind(op, QuantizedGemm) else None
         if source is None or source.expression is None or not source.expression.has_reduction:
@@ -27,22 +27,21 @@ def rounded(graph: OperatorGraph, stored: Collection[torch.dtype]) -> OperatorGr
         spec = graph.values[x]
         if not spec.is_contiguous or spec.dtype not in stored:
             continue
-        known, semantics = makers.setdefault(x, []), QuantizeRows(codes, bool(factors))
-        maker = next((m for m in known if m.inputs == (x, *factors) and m.semantics == semantics), None)
-        if maker is None:
+        known, key = makers.setdefault(x, {}), (codes, *factors)
+        if key not in known:
             name = f"{x}_{len(known)}"
             made = f"{name}_codes", f"{name}_scales"
             values[made[0]] = TensorSpec.contiguous(spec.shape, codes)
             values[made[1]] = TensorSpec.contiguous((*spec.shape[:-1], 1), torch.float32)
-            maker = Operator(f"{name}_rounded", semantics, (x, *factors), made)
-            known.append(maker)
-        inputs = (maker.outputs[0], weight, *factors, maker.outputs[1])
+            known[key] = Operator(f"{name}_rounded", QuantizeRows(codes, bool(factors)), (x, *factors), made)
+        rows, scales = known[key].outputs
+        inputs = (rows, weight, *factors, scales)
         products[op.name] = dataclasses.replace(op, semantics=CodeGemm(op.semantics.transposed, codes), inputs=inputs)
 
     def operators() -> Iterator[Operator]:
         for op in graph.operators:
             yield products.get(op.name, op)
             for value in op.outputs:
-                yield from makers.get(value, ())
+                yield from makers.get(value, {}).values()
 
     return dataclasses.replace(graph, operators=tuple(operators()), values=values)

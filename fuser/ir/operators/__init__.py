@@ -20,6 +20,7 @@ from fuser.ir.operators.attention import (
 from fuser.ir.operators.base import KINDS, Ref, Semantics, Shape, TorchCall, canonical, kind, laid_out
 from fuser.ir.operators.products import (
     Bf16Gemm,
+    CodedProduct,
     CodeGemm,
     Gemm,
     GroupedGemm,
@@ -63,6 +64,7 @@ __all__ = [
     "BooleanMask",
     "ChangeScores",
     "CodeGemm",
+    "CodedProduct",
     "Concat",
     "Depthwise",
     "DisentangledBias",

@@ -61,9 +61,27 @@ class Bf16Gemm(Product):
         return ((rows @ (columns.mT if self.transposed else columns)).to(inputs[0].dtype),)
 
 
+class CodedProduct(Product):
+    """A product in ``codes`` of eight bits, whose weight :func:`~fuser.ir.quantization.quantize_rows` rounds."""
+
+    codes: torch.dtype
+
+    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
+        return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"
+
+    def product(
+        self, rows: Tensor, row_scales: Tensor, weight: Tensor, factors: Sequence[Tensor], wide: torch.dtype
+    ) -> Tensor:
+        """What codes with scales times a weight over ``factors`` stand for; codes that are no integers are summed in
+        ``wide``."""
+        columns = weight if self.transposed else weight.mT
+        weights, scales = quantize_rows(columns, *(1 / f for f in factors), codes=self.codes)
+        return code_products(rows, weights, wide) * (row_scales * scales.mT)
+
+
 @kind("quantized_gemm")
 @dataclass(frozen=True)
-class QuantizedGemm(Product):
+class QuantizedGemm(CodedProduct):
     """x · W as :class:`Gemm`, multiplied in ``codes`` of eight bits: :func:`~fuser.ir.quantization.quantize_rows` of x
     and of the columns of W, their products summed (exactly for int8, in fp32 or wider for ``torch.float8_e4m3fn``), and
     scaled back. An optional third input (K,) are factors that x is multiplied and W divided by before (SmoothQuant,
@@ -72,21 +90,15 @@ class QuantizedGemm(Product):
     transposed: bool
     codes: torch.dtype = torch.int8
 
-    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
-        return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"
-
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, weight, *factors = inputs
-        columns = weight if self.transposed else weight.mT
-        rows, row_scales = quantize_rows(x, *factors, codes=self.codes)
-        weights, scales = quantize_rows(columns, *(1 / f for f in factors), codes=self.codes)
-        sums = code_products(rows, weights, torch.promote_types(x.dtype, torch.float32))
-        return ((sums * (row_scales * scales.mT)).to(x.dtype),)
+        rounded = quantize_rows(x, *factors, codes=self.codes)
+        return (self.product(*rounded, weight, factors, torch.promote_types(x.dtype, torch.float32)).to(x.dtype),)
 
 
 @kind("code_gemm")
 @dataclass(frozen=True)
-class CodeGemm(Product):
+class CodeGemm(CodedProduct):
     """x · W as :class:`QuantizedGemm`, of an x that :class:`~fuser.ir.operators.QuantizeRows` has rounded: its
     ``codes``, W, the factors that W is divided by, if there are some, and the scales of x, the last input."""
 
@@ -96,15 +108,9 @@ class CodeGemm(Product):
     def rows(self, inputs: int) -> tuple[int, ...]:
         return 0, inputs - 1
 
-    def describe(self, inputs: Sequence[Shape], output: Shape) -> str:
-        return f"{super().describe(inputs, output)}, {NAMES[self.codes]}"
-
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         rows, weight, *factors, row_scales = inputs
-        columns = weight if self.transposed else weight.mT
-        weights, scales = quantize_rows(columns, *(1 / f for f in factors), codes=self.codes)
-        sums = code_products(rows.to(self.codes), weights, row_scales.dtype)
-        return (sums * (row_scales * scales.mT),)
+        return (self.product(rows.to(self.codes), row_scales, weight, factors, row_scales.dtype),)
 
 
 @kind("int8_weight_gemm")
